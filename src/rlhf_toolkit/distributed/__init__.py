@@ -1,0 +1,1 @@
+"""Everything that knows about ranks. No other package imports DeepSpeed or ``torch.distributed``."""

@@ -1,0 +1,203 @@
+"""Start-up: which processes exist, on what device, under which ZeRO stage, and whether everybody agrees about it.
+
+accelerate's YAML says *where* a run happens (processes, machines, ZeRO stage, offload); the experiment's YAML says *what* happens.
+DeepSpeed's own settings are derived from the two here, and a contradiction between them is an error that names both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from deepspeed import DeepSpeedEngine
+from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.errors import TopologyError
+
+ZERO_STAGES = (2, 3)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What ``accelerate launch`` asked for, read from the environment it sets."""
+
+    processes: int
+    zero_stage: int | None
+    offload_optimizer: str
+    offload_parameters: str
+    shard_while_loading: bool
+    gradient_accumulation_steps: str
+    gradient_clipping: str
+    mixed_precision: str
+    deepspeed_config_file: str | None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
+        """Read the variables accelerate sets; without them this is one plain process."""
+        get = environment.get
+        deepspeed = get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        return cls(
+            processes=int(get("WORLD_SIZE", "1")),
+            zero_stage=int(get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if deepspeed else None,
+            offload_optimizer=get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+            offload_parameters=get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
+            shard_while_loading=get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true").lower() == "true",
+            gradient_accumulation_steps=get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
+            gradient_clipping=get("ACCELERATE_GRADIENT_CLIPPING", "auto"),
+            mixed_precision=get("ACCELERATE_MIXED_PRECISION", "no"),
+            deepspeed_config_file=get("ACCELERATE_DEEPSPEED_CONFIG_FILE"),
+        )
+
+    def check(self, *, max_grad_norm: float) -> None:
+        """Raise TopologyError where accelerate's settings contradict each other or the experiment's."""
+        if self.processes > 1 and self.zero_stage is None:
+            raise TopologyError(
+                f"{self.processes} processes without DeepSpeed: role slices need ZeRO; start with accelerate_configs/zero2_2gpu.yaml"
+            )
+        if self.zero_stage is not None and self.zero_stage not in ZERO_STAGES:
+            raise TopologyError(f"zero_stage={self.zero_stage} in accelerate's config; the toolkit runs ZeRO stage 2 or 3")
+        if self.deepspeed_config_file is not None:
+            raise TopologyError(
+                f"accelerate's config names deepspeed_config_file={self.deepspeed_config_file}, but DeepSpeed's settings are derived "
+                "from the experiment's YAML; remove it and set zero_stage and offload in accelerate's config"
+            )
+        if self.mixed_precision != "no":
+            raise TopologyError(
+                f"mixed_precision={self.mixed_precision} in accelerate's config contradicts model.dtype: the base is loaded in that "
+                "dtype and adapters stay in fp32; set mixed_precision: 'no'"
+            )
+        if self.gradient_accumulation_steps not in ("auto", "1"):
+            raise TopologyError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} in accelerate's config contradicts "
+                "update.micro_batch_tokens, which decides the micro-batches; set it to 1"
+            )
+        if self.gradient_clipping != "auto" and float(self.gradient_clipping) != max_grad_norm:
+            raise TopologyError(
+                f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts update.max_grad_norm={max_grad_norm}; "
+                "remove it from accelerate's config"
+            )
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise TopologyError(f"offload_param_device={self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. Made once, by ``start``."""
+
+    launch: Launch
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(*, max_grad_norm: float) -> Topology:
+    """Check the launch, join the process group and return where this process stands.
+
+    On a machine without GPU accelerate would make every rank "0 of 1" unless the gloo backend is named before anything else
+    touches its state, so this must run first.
+    """
+    launch = Launch.from_environment()
+    launch.check(max_grad_norm=max_grad_norm)
+    has_gpu = torch.cuda.is_available()
+    if launch.zero_stage is not None and not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    state = PartialState(backend="gloo") if launch.zero_stage is not None and not has_gpu else PartialState()
+    topology = Topology(launch, rank(), world_size(), state.device)
+    _check_agreement(topology, state)
+    return topology
+
+
+def deepspeed_settings(
+    topology: Topology, *, rows_per_rank: int, max_grad_norm: float, largest_adapter: int
+) -> dict[str, Any] | None:
+    """DeepSpeed's whole configuration, or None without DeepSpeed.
+
+    ``largest_adapter``: elements of the largest adapter matrix. Parameters up to that size stay whole on every rank, since
+    gathering some 900 tiny matrices one by one costs more than it saves.
+    """
+    launch = topology.launch
+    if launch.zero_stage is None:
+        return None
+    on_gpu = topology.device.type == "cuda"
+    zero: dict[str, Any] = {"stage": launch.zero_stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
+    if launch.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = largest_adapter
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    for key, device in (("offload_optimizer", launch.offload_optimizer), ("offload_param", launch.offload_parameters)):
+        if device != "none":
+            zero[key] = {"device": device, "pin_memory": on_gpu}
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": rows_per_rank,
+        "train_batch_size": rows_per_rank * topology.world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+@contextmanager
+def sharded_loading(topology: Topology, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, transformers builds and loads models directly into ZeRO-3 shards, so no rank ever holds a whole copy.
+
+    ZeRO casts what it shards while loading to the dtype its config names; this config lives only for the load.
+    """
+    if topology.launch.zero_stage != 3 or not topology.launch.shard_while_loading:
+        yield
+        return
+    sections = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    config = HfDeepSpeedConfig(  # transformers keeps only a weak reference: this name keeps it alive
+        {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, **sections}
+    )
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del config
+
+
+def check_engine(topology: Topology, model: nn.Module) -> None:
+    """After the engine is built: the ZeRO stage is the one asked for, and under stage 3 every frozen parameter is really sharded."""
+    stage = topology.launch.zero_stage
+    if stage is None:
+        return
+    if not isinstance(model, DeepSpeedEngine) or model.zero_optimization_stage() != stage:
+        raise TopologyError(f"asked for ZeRO stage {stage}, but the model runs as {type(model).__name__}; check the launch config")
+    if stage == 3:
+        whole = [name for name, p in model.module.named_parameters() if not hasattr(p, "ds_id") and not p.requires_grad]
+        if whole:
+            raise TopologyError(f"ZeRO-3 does not shard {len(whole)} frozen parameters, first {whole[0]}; check the launch config")
+
+
+def _check_agreement(topology: Topology, state: PartialState) -> None:
+    if (state.num_processes, state.process_index) != (topology.world_size, topology.rank):
+        raise TopologyError(
+            f"accelerate believes this is process {state.process_index} of {state.num_processes}, torch.distributed rank "
+            f"{topology.rank} of {topology.world_size}; start with accelerate launch and one of accelerate_configs/"
+        )
+    if topology.world_size != topology.launch.processes:
+        raise TopologyError(f"{topology.launch.processes} processes were launched, but the group has {topology.world_size}")
+    ranks = all_gather(topology.rank)
+    if ranks != list(range(topology.world_size)):
+        raise TopologyError(f"ranks in the process group are {ranks}, expected 0 to {topology.world_size - 1}")
+    total = torch.ones(1024, device=topology.device) * (topology.rank + 1)
+    if topology.world_size > 1:
+        torch.distributed.all_reduce(total)
+    expected = topology.world_size * (topology.world_size + 1) / 2
+    if not bool((total == expected).all()):
+        raise TopologyError(
+            f"an all-reduce of known values gave {total.unique().tolist()} instead of {expected}: the cards' peer-to-peer path is "
+            "broken, as on RTX 40 cards; set NCCL_P2P_DISABLE=1"
+        )

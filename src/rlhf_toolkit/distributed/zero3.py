@@ -1,0 +1,89 @@
+"""ZeRO-3 in one place: how parameters get to where a forward pass needs them.
+
+Two facts shape this file (docs/zero3.md has the measurements):
+- ZeRO-3 fetches a module's *own* parameters when that module's ``forward`` is called. Role-sliced linears and the language-model
+  head use a parameter of another module inside their own forward, so it is registered with them as an external parameter.
+- A forward pass with ZeRO's hooks on inside a gather frees the weights again, so the window takes the hooks off first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+AVAILABLE = ZeroParamStatus.AVAILABLE
+
+
+def share_parameters(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Tell ZeRO-3 that ``module.forward`` uses ``parameters`` although other modules own them. Harmless without ZeRO-3."""
+    for parameter in parameters:
+        register_external_parameter(module, parameter)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 manages this parameter, so that its data may be an empty tensor right now."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape as a whole, whatever part of it lies here."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Inside, ``parameters`` are whole tensors on every rank; with ``write``, what rank 0 wrote is what all keep.
+
+    Parameters that ZeRO-3 does not manage are whole anyway: then every rank must write the same.
+    """
+    managed = [p for p in parameters if is_partitioned(p)]
+    with GatheredParameters(managed, modifier_rank=0 if write else None, enabled=bool(managed)):
+        yield
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The window: inside, the engine's whole model lies gathered on every rank and its forward needs no other rank.
+
+    Ranks may run different numbers of forward passes inside. Hooks come off before the gather and go back on exactly once,
+    also after an exception. Without ZeRO-3 this does nothing. Memory: one full copy of the model on each rank.
+    """
+    offload = _parameter_offload(model)
+    if offload is None:
+        yield
+        return
+    # Persistent parameters (small ones, all adapters among them) are whole between steps; gathering them here would partition
+    # them on exit, and the next forward would fetch them back one by one.
+    partitioned = [p for p in offload.module.parameters() if not (p.ds_persist and p.ds_status is AVAILABLE)]
+    _take_hooks_off(offload)
+    try:
+        with whole(partitioned):
+            yield
+    finally:
+        _put_hooks_on(offload)
+
+
+def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
+    if not isinstance(model, DeepSpeedEngine) or model.zero_optimization_stage() != 3:
+        return None
+    return model.optimizer.parameter_offload
+
+
+def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> None:
+    offload._remove_module_hooks()
+    offload.forward_hooks.clear()
+    offload.backward_hooks.clear()
+
+
+def _put_hooks_on(offload: DeepSpeedZeRoOffload) -> None:
+    def start_of_forward(module: nn.Module, *args: object) -> None:
+        offload.get_param_coordinator().reset_step()
+
+    offload.fwd_pre_hook = offload.module.register_forward_pre_hook(start_of_forward)
+    offload._register_deepspeed_module(offload.module)

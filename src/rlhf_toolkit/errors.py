@@ -1,0 +1,39 @@
+"""Every error the toolkit raises on purpose.
+
+A message names the value, the rule it breaks and the way out, on one line, so that it is worth reading in the last line
+of a log: ``save_every=7 is not ...; try 8``. Anything else that escapes is a defect of the toolkit.
+"""
+
+from __future__ import annotations
+
+
+class RLHFError(Exception):
+    """Base class: catch this to catch everything the toolkit raises on purpose."""
+
+
+class ConfigError(RLHFError):
+    """A setting, or two settings together, cannot work."""
+
+
+class DataError(RLHFError):
+    """A dataset, a tokenizer or a row of data cannot be used."""
+
+
+class ModelError(RLHFError):
+    """A model's architecture or an adapter cannot play the roles asked of it."""
+
+
+class RewardError(RLHFError):
+    """A reward source raised, or returned something that is not one finite number for each response."""
+
+
+class CheckpointError(RLHFError):
+    """A run folder or a checkpoint is incomplete, foreign, or cannot be written."""
+
+
+class TopologyError(RLHFError):
+    """Processes, devices, DeepSpeed and accelerate disagree about what runs where."""
+
+
+class TrainingPathError(RLHFError):
+    """Two passes that must compute the same numbers do not: log-probs, ratio or reference KL."""

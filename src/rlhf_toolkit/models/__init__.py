@@ -1,0 +1,1 @@
+"""One frozen base that plays every role through small adapters."""

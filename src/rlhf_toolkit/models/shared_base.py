@@ -1,0 +1,208 @@
+"""SharedBase: one frozen causal language model that plays policy, value, reference and reward in one forward pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from rlhf_toolkit.distributed.zero3 import whole
+from rlhf_toolkit.errors import CheckpointError, ModelError
+from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
+from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+
+POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
+LANGUAGE_ROLES = (POLICY, REFERENCE)
+SCALAR_ROLES = (VALUE, REWARD)
+TRAINED_ROLES = (POLICY, VALUE)
+
+
+class SharedBase(PeftModel):
+    """A PeftModel whose adapters are roles, used side by side and never switched.
+
+    It *is* a PeftModel because Trainer asks that before it leaves the frozen base out of checkpoints and loads them non-strictly, and
+    so that what it saves loads with plain ``PeftModel.from_pretrained``.
+
+    Args:
+        base: a decoder-only model with a language-model head. Every parameter of it is frozen.
+        adapters: LoRA settings for each role that has an adapter; ``policy`` is required. ``reference`` without an entry is the bare
+            base; with one it is a frozen adapter (a copy of the policy's start).
+        gradient_checkpointing: recompute layers in backward; each recomputation runs under the roles of its forward.
+        value_head_std: standard deviation of the value head's start; 0 starts it at zero.
+
+    Raises:
+        ModelError: the architecture or an adapter cannot work, by name.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapters: Mapping[str, LoraConfig],
+        *,
+        gradient_checkpointing: bool = False,
+        value_head_std: float = 0.0,
+    ) -> None:
+        refuse_architecture(base)
+        super().__init__(base, adapters[POLICY], adapter_name=POLICY)
+        for role in sorted(set(adapters) - {POLICY}):
+            self.add_adapter(role, adapters[role])
+        hidden_size = base.config.get_text_config().hidden_size
+        self.policy_head = LanguageModelHead(base)
+        self.scalar_heads = nn.ModuleDict(
+            {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in SCALAR_ROLES if role in adapters}
+        )
+        self.slices = RoleSlices()
+        route_roles(self.base_model, self.slices)
+        self._decide_what_trains()
+        if gradient_checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts})
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model underneath, with its adapted layers."""
+        return self.base_model.model
+
+    def forward(  # type: ignore[override]
+        self,
+        sequences: torch.Tensor,
+        response_mask: torch.Tensor,
+        *,
+        roles: Sequence[str],
+        temperature: float = 1.0,
+    ) -> dict[str, torch.Tensor]:
+        """Run ``roles`` over the same sequences and return what each says about the response tokens.
+
+        Args:
+            sequences: (N, T) token ids, prompt then response, right-padded. Right padding needs no attention mask: attention is
+                causal, and nothing is read at a padded position.
+            response_mask: (N, T) bool, True at response tokens. K = its sum. Packed results are in row-major order of it.
+            roles: any of policy, reference, value, reward.
+            temperature: divides the logits of policy and reference alike.
+
+        Returns:
+            ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's output on the
+            prefix *before* each response token; ``reward_scores`` (N,), read at the last response token. All fp32.
+        """
+        rows = sequences.shape[0]
+        with self.slices.layout(roles, rows):
+            hidden = self.causal_lm.base_model(sequences.repeat(len(roles), 1), use_cache=False).last_hidden_state
+        before = response_mask.roll(-1, dims=1)  # the state in which each response token is chosen; column 0 is never a response
+        targets = sequences[response_mask]
+        outputs: dict[str, torch.Tensor] = {}
+        for role, states in zip(roles, hidden.split(rows), strict=True):
+            if role in LANGUAGE_ROLES:
+                logprobs, entropies = self.policy_head(states[before], targets, temperature)
+                outputs[f"{role}_logprobs"], outputs[f"{role}_entropies"] = logprobs, entropies
+            elif role == VALUE:
+                outputs["values"] = self.scalar_heads[VALUE](states[before])
+            else:
+                outputs["reward_scores"] = self.scalar_heads[REWARD](states[_last(response_mask)])
+        return outputs
+
+    def next_token_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``. Window only."""
+        with self.slices.layout((POLICY,), input_ids.shape[0]):
+            output = self.causal_lm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float()
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by name of their group: ``policy``, ``value`` and ``value_head``."""
+        groups: dict[str, list[nn.Parameter]] = {POLICY: [], VALUE: [], "value_head": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups["value_head" if name.startswith("scalar_heads.") else _role_of(name)].append(parameter)
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Write each trained role to its own folder: a plain PEFT adapter, and ``value_head.safetensors`` beside the value's.
+
+        ``state_dict`` holds whole tensors (under ZeRO-3 the caller has gathered them); every shape is checked before it is written.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        trained = [role for role in TRAINED_ROLES if role in self.peft_config]
+        _refuse_empty({name: tensor for name, tensor in state_dict.items() if "lora_" in name or "scalar_heads." in name})
+        kwargs["save_embedding_layers"] = False
+        super().save_pretrained(str(save_directory), selected_adapters=trained, state_dict=state_dict, **kwargs)
+        if kwargs.get("is_main_process", True) and VALUE in trained:
+            prefix = f"scalar_heads.{VALUE}."
+            head = {k.removeprefix(prefix): v.contiguous().cpu() for k, v in state_dict.items() if k.startswith(prefix)}
+            save_file(head, Path(save_directory) / VALUE / "value_head.safetensors")
+
+    def load_trained(self, folder: str | os.PathLike[str]) -> None:
+        """Load every trained role that ``save_pretrained`` wrote to ``folder``. Trainability stays as it is."""
+        for role in (role for role in TRAINED_ROLES if role in self.peft_config):
+            self.load_role(role, Path(folder) / role)
+        if VALUE in self.scalar_heads:
+            self.load_head(VALUE, Path(folder) / VALUE / "value_head.safetensors")
+
+    def load_role(self, role: str, folder: str | os.PathLike[str]) -> None:
+        """Load a plain PEFT adapter folder as ``role``; all of its tensors must find their place."""
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"{folder} is not a folder; it should hold the {role} adapter that save_pretrained writes")
+        weights = load_peft_weights(str(folder), device="cpu")
+        mine = [p for name, p in self.named_parameters() if f".{role}." in name]
+        with whole(mine, write=True):
+            expected = set(get_peft_model_state_dict(self, adapter_name=role, save_embedding_layers=False))
+            if expected != set(weights):
+                odd = sorted(expected ^ set(weights))[0]
+                raise CheckpointError(f"the adapter in {folder} does not fit role {role}: {odd} is only on one side")
+            set_peft_model_state_dict(self, weights, adapter_name=role)
+
+    def load_head(self, role: str, path: str | os.PathLike[str]) -> None:
+        """Load a scalar head's weight and bias from a safetensors file."""
+        head = self.scalar_heads[role]
+        with whole(head.parameters(), write=True):
+            head.load_state_dict(load_file(path))
+
+    def _decide_what_trains(self) -> None:
+        """Set ``requires_grad`` once and for all: sharding, optimizer and checkpoints read it, nothing may change it later."""
+        for name, parameter in self.named_parameters():
+            in_head = name.startswith(f"scalar_heads.{VALUE}.")
+            parameter.requires_grad_(in_head or ("lora_" in name and _role_of(name) in TRAINED_ROLES))
+
+
+def refuse_architecture(base: PreTrainedModel) -> None:
+    """Raise ModelError for models that cannot play roles side by side, naming what is in the way."""
+    kind = type(base).__name__
+    if base.config.is_encoder_decoder:
+        raise ModelError(f"{kind} is an encoder-decoder; roles need a decoder-only causal language model")
+    if base.get_output_embeddings() is None:
+        raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
+    if getattr(base, "_is_stateful", False):
+        raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
+
+
+def _role_of(name: str) -> str:
+    """``...lora_A.policy.weight`` -> ``policy``."""
+    return name.rsplit(".", 2)[1]
+
+
+def _last(mask: torch.Tensor) -> torch.Tensor:
+    """(N, T) bool that keeps only the last True of each row."""
+    following = mask.flip(1).cumsum(1).flip(1)
+    return mask & (following == 1)
+
+
+def _refuse_empty(tensors: Mapping[str, torch.Tensor]) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty:
+        raise CheckpointError(f"{len(empty)} tensors are empty, first {empty[0]}: they were not gathered before saving")
