@@ -6,6 +6,11 @@ of a log: ``save_every=7 is not ...; try 8``. Anything else that escapes is a de
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RLHFError(Exception):
     """Base class: catch this to catch everything the toolkit raises on purpose."""
@@ -37,3 +42,15 @@ class TopologyError(RLHFError):
 
 class TrainingPathError(RLHFError):
     """Two passes that must compute the same numbers do not: log-probs, ratio or reference KL."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """For scripts: an RLHFError ends the process with status 1 and its message instead of a stack. Anything else passes."""
+    try:
+        yield
+    except RLHFError as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

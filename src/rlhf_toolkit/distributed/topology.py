@@ -112,6 +112,8 @@ def start(*, max_grad_norm: float) -> Topology:
     has_gpu = torch.cuda.is_available()
     if launch.zero_stage is not None and not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very fields.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     state = PartialState(backend="gloo") if launch.zero_stage is not None and not has_gpu else PartialState()
     topology = Topology(launch, rank(), world_size(), state.device)
     _check_agreement(topology, state)

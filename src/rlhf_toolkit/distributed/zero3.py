@@ -36,6 +36,11 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
+def element_count(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, whatever part of it lies here."""
+    return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
+
+
 @contextmanager
 def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Inside, ``parameters`` are whole tensors on every rank; with ``write``, what rank 0 wrote is what all keep.

@@ -89,7 +89,8 @@ class SharedBase(PeftModel):
 
         Returns:
             ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's output on the
-            prefix *before* each response token; ``reward_scores`` (N,), read at the last response token. All fp32.
+            prefix *before* each response token, and ``final_values`` (N,), after the last one; ``reward_scores`` (N,), read at the
+            last response token. All fp32.
         """
         rows = sequences.shape[0]
         with self.slices.layout(roles, rows):
@@ -103,6 +104,7 @@ class SharedBase(PeftModel):
                 outputs[f"{role}_logprobs"], outputs[f"{role}_entropies"] = logprobs, entropies
             elif role == VALUE:
                 outputs["values"] = self.scalar_heads[VALUE](states[before])
+                outputs["final_values"] = self.scalar_heads[VALUE](states[_last(response_mask)])
             else:
                 outputs["reward_scores"] = self.scalar_heads[REWARD](states[_last(response_mask)])
         return outputs

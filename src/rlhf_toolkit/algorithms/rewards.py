@@ -1,0 +1,38 @@
+"""From one score per response to one reward per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.masking import last_index, zero_outside
+from rlhf_toolkit.errors import DataError
+
+
+def missing_eos_penalty(scores: Tensor, finished: Tensor, *, penalty: float) -> Tensor:
+    """Subtract ``penalty`` from the score of every response that ran out of budget before it stopped.
+
+    ``finished`` is the sampler's own flag: looking for EOS among the tokens misses custom stop ids and finds the
+    prompt's.
+
+    Shapes: scores (B,), finished (B,) bool -> (B,). Source: Huang et al., arXiv 2403.17031, the "EOS trick".
+    """
+    return torch.where(finished, scores, scores - penalty)
+
+
+def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """Charge every token its KL and pay the score on the last real one; 0 outside the mask.
+
+    ``reward_t = -kl_coef * kl_t + [t is the row's last True position] * score``. The last True position, not the last
+    position of the response: GAE skips what the policy did not write, and a score paid there would be lost.
+
+    Shapes: scores (B,), kl (B, R), mask (B, R) -> (B, R). Raises ``DataError`` for a row without a real token, whose
+    score has nowhere to go. Source: Ziegler et al., arXiv 1909.08593, section 2.
+    """
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise DataError(f"row(s) {empty} have no real response token to carry the score; drop them before shaping")
+    rewards = zero_outside(-kl_coef * kl, mask)
+    rows = torch.arange(mask.size(0), device=mask.device)
+    rewards[rows, last_index(mask)] += scores
+    return rewards

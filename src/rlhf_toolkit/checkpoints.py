@@ -1,0 +1,142 @@
+"""The run folder and what makes a checkpoint whole.
+
+Trainer writes adapters, heads, optimizer, scheduler and random states; ``manifest.json`` is written last and holds the rest: the KL
+coefficient, the W&B run, the experiment, a fingerprint of the base and the number of ranks. A checkpoint without it was
+interrupted and does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from rlhf_toolkit.distributed.collectives import barrier, from_main, rank
+from rlhf_toolkit.errors import CheckpointError, RLHFError
+
+T = TypeVar("T")
+MANIFEST, RUN_FILE = "manifest.json", "run.json"
+LEAST_FREE_BYTES = 256 * 2**20
+FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")
+
+
+class ManifestWriter(TrainerCallback):
+    """Completes each checkpoint with its manifest. ``state`` gives what only the run knows."""
+
+    def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
+        self.state = state
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Written to a temporary name and renamed, after every rank has written its part."""
+        barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_json(folder / MANIFEST, {"step": state.global_step, **self.state()})
+        barrier()
+
+
+def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Make or reopen the run folder; return the checkpoint to resume from, or None for a fresh start.
+
+    Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, or holds nothing to resume.
+    """
+    _require_room(folder)
+    holds_run = (folder / RUN_FILE).exists()
+    if not holds_run and any(folder.iterdir()):
+        raise CheckpointError(f"run.output_dir={folder} holds files but no {RUN_FILE}, so it is not a run folder; choose another")
+    if resume:
+        if not holds_run:
+            raise CheckpointError(f"--resume, but run.output_dir={folder} holds no run; start without --resume")
+        _require_same(json.loads((folder / RUN_FILE).read_text()), experiment, folder)
+        return last_checkpoint(folder)
+    if holds_run and not overwrite:
+        raise CheckpointError(
+            f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, or choose another folder"
+        )
+    shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_json(folder / RUN_FILE, experiment)
+    return None
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint. Raises CheckpointError when there is none."""
+    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
+    if not complete:
+        raise CheckpointError(f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite")
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dict[str, Any]:
+    """The manifest of a checkpoint that fits this base and this number of ranks; otherwise CheckpointError."""
+    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+    if manifest["base"] != fingerprint:
+        raise CheckpointError(f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use that one")
+    if manifest["world_size"] != world_size:
+        raise CheckpointError(
+            f"{checkpoint} was written by {manifest['world_size']} ranks and cannot be resumed on {world_size}: each rank holds a part of "
+            f"the optimizer; start {manifest['world_size']} processes"
+        )
+    return manifest
+
+
+def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:
+    """A short hash of the base's config and of the sum of every frozen tensor. The tensors must be whole."""
+    digest = hashlib.sha256(config.encode())
+    for name, parameter in frozen:
+        digest.update(f"{name} {parameter.detach().double().sum().item()!r}".encode())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 only and hand its result, or its error, to every rank."""
+    outcome: tuple[Any, RLHFError | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (action(), None)
+        except RLHFError as error:
+            outcome = (None, error)
+    result, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def _require_room(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"run.output_dir={folder} cannot be written: {error.strerror}; choose a folder you may write to") from error
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise CheckpointError(
+            f"run.output_dir={folder} has {free / 2**20:.0f} MiB of free space, a run needs at least {LEAST_FREE_BYTES // 2**20}; "
+            "make room or choose another disk"
+        )
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """A resumed run continues the same experiment; only how long and how it is watched may change."""
+    for section, settings in now.items():
+        for key, value in settings.items():
+            name, old = f"{section}.{key}", before.get(section, {}).get(key)
+            if old != value and not name.startswith(FREE_TO_CHANGE):
+                raise CheckpointError(f"{folder} was started with {name}={old!r}, now {name}={value!r}; resume with the same settings")

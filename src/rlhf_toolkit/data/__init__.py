@@ -1,0 +1,1 @@
+"""From dataset rows and a tokenizer to the prompts of each rollout."""

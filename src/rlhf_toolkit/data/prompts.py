@@ -1,0 +1,308 @@
+"""Prompts: read rows, tokenise them once, and say which of them each rollout and each rank gets.
+
+Which prompts rollout k uses is a function of (seed, k), never a position that somebody carries: a resumed run asks for
+its next rollout and gets what it would have got.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.data.tokenizers import require_chat_template
+from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.seeding import derived_generator
+from rlhf_toolkit.types import Prompt, PromptBatch
+
+NO_ROWS = "holds no rows; give it at least one prompt, or name another split"
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+RESERVED_COLUMNS = ("prompts", "responses")
+"""The arguments that a reward gets beside a dataset's columns."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts that fit, in the dataset's order. ``total`` counts all rows, ``dropped_too_long`` those left out."""
+
+    prompts: tuple[Prompt, ...]
+    dropped_too_long: int
+    total: int
+
+    def summary(self) -> str:
+        """One line for a log."""
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        return (
+            f"{len(self.prompts)} of {self.total} prompts, {min(lengths)} to {max(lengths)} tokens; "
+            f"{self.dropped_too_long} dropped as too long"
+        )
+
+
+@dataclass(frozen=True)
+class PromptSchedule:
+    """Which prompts each rollout uses: one endless stream, cut into blocks of ``per_rollout``.
+
+    The stream is one permutation of ``size`` prompts after another, each derived from ``(seed, epoch)``: every epoch
+    has each prompt once, whatever ``per_rollout`` is. A block may span two epochs and then hold a prompt twice;
+    ``batch_for_rank`` tells their samples apart. DataError where an epoch is shorter than a rollout.
+    """
+
+    size: int
+    per_rollout: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.per_rollout > self.size:
+            raise DataError(
+                f"rollout.prompts_per_rollout={self.per_rollout} is more than the {self.size} prompts there are, "
+                f"so that every rollout would repeat some; set it to {self.size} or less, or add prompts"
+            )
+
+    def indices(self, rollout: int) -> list[int]:
+        """The positions in ``PromptSet.prompts`` that rollout number ``rollout``, from 0, uses, in order."""
+        first = rollout * self.per_rollout
+        epochs = range(first // self.size, (first + self.per_rollout - 1) // self.size + 1)
+        stream = [index for epoch in epochs for index in self._permutation(epoch)]
+        offset = first % self.size
+        return stream[offset : offset + self.per_rollout]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        order: list[int] = torch.randperm(self.size, generator=derived_generator(self.seed, "prompts", epoch)).tolist()
+        return order
+
+
+def batch_for_rank(prompts: Sequence[Prompt], responses_per_prompt: int, rank: int, world_size: int) -> PromptBatch:
+    """Rank ``rank``'s contiguous share of one rollout's ``prompts``, each as often in a row as it gets responses.
+
+    ``prompts`` are those of all ranks. A prompt's samples count from 0; where the rollout holds it twice (see
+    ``PromptSchedule``) they go on counting, whichever rank has it, so that ``(index, sample)`` names one response of
+    the rollout and its random stream. DataError where the ranks' shares would differ.
+    """
+    share, rest = divmod(len(prompts), world_size)
+    if rest:
+        raise DataError(
+            f"{len(prompts)} prompts do not divide among world_size={world_size}; "
+            "set rollout.prompts_per_rollout to a multiple of it"
+        )
+    rows: list[tuple[Prompt, int]] = []
+    seen: Counter[int] = Counter()
+    for prompt in prompts:
+        first = seen[prompt.index]
+        seen[prompt.index] += responses_per_prompt
+        rows += [(prompt, sample) for sample in range(first, first + responses_per_prompt)]
+    width = share * responses_per_prompt
+    mine = rows[rank * width : (rank + 1) * width]
+    return PromptBatch(prompts=tuple(prompt for prompt, _ in mine), samples=tuple(sample for _, sample in mine))
+
+
+# ---- reading rows ----------------------------------------------------------------------------------------------------
+
+
+def load_rows(source: str, split: str) -> datasets.Dataset:
+    """The rows of a local json, jsonl, csv or parquet file, or of a hub dataset ``name`` or ``name:configuration``.
+
+    A file is read anew each time, so that an edit always counts; all of it is ``split``, whose slices, such as
+    ``train[:100]``, work as on the hub. Values are as ``datasets`` reads them: a column of ISO dates holds datetimes.
+    DataError where there is no such file or dataset, it cannot be read, or it is empty.
+    """
+    path = Path(source)
+    if path.suffix.lower() in FORMATS:
+        rows = _rows_of_file(path, split)
+    elif path.is_file():
+        raise DataError(
+            f"cannot read {source}: its suffix {path.suffix!r} is not one of {', '.join(FORMATS)}; convert or rename it"
+        )
+    else:
+        rows = _rows_of_hub(source, split)
+    if len(rows) == 0:
+        raise DataError(f"{source} (split {split}) {NO_ROWS}")
+    return rows
+
+
+def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
+    """Rows in memory, through a cache that is thrown away.
+
+    The cache of ``datasets`` is shared by all ranks, and knows a file by its time of change, not by its content.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path} (looked in {Path.cwd()}); check data.train or data.evaluation")
+    if path.suffix.lower() != ".parquet":
+        _check_utf8(path)
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return datasets.load_dataset(
+                FORMATS[path.suffix.lower()],
+                data_files={split.partition("[")[0]: glob.escape(str(path))},
+                split=split,
+                cache_dir=cache,
+                keep_in_memory=True,
+            )
+        except Exception as error:  # whatever datasets, pyarrow or pandas raise
+            raise DataError(f"cannot read {path} (split {split}): {_fault(path, error)}") from error
+
+
+def _check_utf8(path: Path) -> None:
+    """Raise DataError at the first line in another encoding, which ``datasets`` would let through to whoever reads it."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"cannot read {path}: line {number} is not UTF-8; save the file as UTF-8") from error
+
+
+def _rows_of_hub(source: str, split: str) -> datasets.Dataset:
+    name, _, configuration = source.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # network, hub, cache and dataset fail in many ways
+        raise DataError(
+            f"cannot load dataset {name!r} (configuration {configuration or 'default'}, split {split!r}): "
+            f"{_described(error)}; check these names and the network, or use a local file ({', '.join(FORMATS)})"
+        ) from error
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file, by line where that can be found out, and the way out."""
+    if path.stat().st_size == 0 or "corresponds to no data" in str(error):
+        return f"it {NO_ROWS}"
+    line = _broken_json(path) if FORMATS[path.suffix.lower()] == "json" else None
+    if line:
+        return f"{line}; repair that line"
+    return f"{_described(error.__cause__ or error)}; repair the file or name another split"
+
+
+def _broken_json(path: Path) -> str | None:
+    """Where JSON is broken, as ``line 3: Expecting value``; None where each line, or the file as a whole, is sound."""
+    data = path.read_bytes()
+    if path.suffix.lower() == ".json":
+        try:
+            json.loads(data)
+            return None
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":  # one value after another is JSON lines under the other suffix
+                return f"line {error.lineno}: {error.msg}"
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        fault = _broken_line(line) if line.strip() else None
+        if fault:
+            return f"line {number}: {fault}"
+    return None
+
+
+def _broken_line(line: bytes) -> str | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.msg
+    return None if isinstance(value, dict) else f'{_shortened(value)} is not an object such as {{"prompt": "..."}}'
+
+
+# ---- tokenising ------------------------------------------------------------------------------------------------------
+
+
+def tokenise_prompts(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    column: str,
+    chat_template: bool,
+    system_prompt: str | None,
+    max_prompt_tokens: int,
+) -> PromptSet:
+    """Render and tokenise ``column`` of every row; prompts longer than ``max_prompt_tokens`` are dropped and counted.
+
+    With ``chat_template`` a string becomes one user message, after ``system_prompt`` if there is one; without, it is
+    tokenised as it stands. A list of messages always goes through the chat template and brings its own system message.
+    All other columns stay with their prompt for the reward. DataError where a column, a row or the chat template cannot
+    be used, or where no prompt fits.
+    """
+    _check_columns(rows.column_names, column)
+    prompts = []
+    for index, row in enumerate(rows):
+        text, special = _rendered(row[column], index, tokenizer, chat_template, system_prompt)
+        token_ids = tuple(tokenizer(text, add_special_tokens=special).input_ids)
+        if not token_ids:
+            raise DataError(f"row {index}: the prompt {_shortened(text)} tokenises to nothing; fill or remove that row")
+        prompts.append(Prompt(index, text, token_ids, {name: value for name, value in row.items() if name != column}))
+    return _those_that_fit(prompts, max_prompt_tokens)
+
+
+def _check_columns(columns: Sequence[str], column: str) -> None:
+    if column not in columns:
+        raise DataError(f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}")
+    for name in RESERVED_COLUMNS:
+        if name in columns and name != column:
+            raise DataError(
+                f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
+            )
+
+
+def _rendered(
+    value: Any, index: int, tokenizer: PreTrainedTokenizerBase, chat_template: bool, system_prompt: str | None
+) -> tuple[str, bool]:
+    """A prompt's text, and whether special tokens are still to be added: a chat template puts them into the text."""
+    if isinstance(value, str) and not chat_template:
+        return value, True
+    messages = _messages(value, index, system_prompt)
+    require_chat_template(tokenizer)
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)), False
+    except Exception as error:  # a template is a program: it may raise whatever it likes
+        raise DataError(
+            f"row {index}: the chat template of {tokenizer.name_or_path or 'the model'} rejects messages of roles "
+            f"{[message['role'] for message in messages]}: {_described(error)}; change them or drop data.system_prompt"
+        ) from error
+
+
+def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
+    """``value`` as chat messages. Keys that hold None are left out: datasets fills in what only other messages have."""
+    if isinstance(value, str):
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        return [*system, {"role": "user", "content": value}]
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        return [{key: item for key, item in message.items() if item is not None} for message in value]
+    raise DataError(
+        f"row {index}: the prompt {_shortened(value)} is neither a string nor a list of messages with role and content "
+        "as strings; repair that row or name another data.prompt_column"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _those_that_fit(prompts: list[Prompt], max_prompt_tokens: int) -> PromptSet:
+    if not prompts:
+        raise DataError(f"the dataset {NO_ROWS}")
+    fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
+    if not fitting:
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        raise DataError(
+            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}; "
+            f"the shortest has {shortest} tokens, so set it to {shortest} or more"
+        )
+    return PromptSet(prompts=fitting, dropped_too_long=len(prompts) - len(fitting), total=len(prompts))
+
+
+def _described(error: BaseException) -> str:
+    """An exception on one line, its type first."""
+    return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
+
+
+def _shortened(value: Any) -> str:
+    return _cut(" ".join(repr(value).split()), 120)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."

@@ -1,0 +1,78 @@
+"""What training asks of a tokenizer: an id to pad with, the ids that stop a response, and a chat template.
+
+Nothing here changes the tokenizer or the size of an embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.errors import DataError
+
+SPARE = re.compile(r"[<\[]\|?(reserved|unused|extra_)", re.IGNORECASE)
+"""Tokens that a vocabulary keeps in reserve: ``<|reserved_special_token_0|>``, ``<unused0>``, ``[unused1]``."""
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int], vocab_size: int) -> int:
+    """An id to fill padded positions with: the tokenizer's own, or one that is not a stop id. Nothing is resized.
+
+    Any id is safe, even EOS or one that occurs in text: masks are made from lengths, never from token ids, so padding
+    is neither attended to nor trained on. It only has to have a row in the embedding, hence ``vocab_size``, the rows
+    there. Without a pad token the choice is unk, then a token in reserve, then bos, then the lowest id; stop ids are
+    avoided so that a padded batch is easy to read. DataError where no id is left.
+    """
+    own = tokenizer.pad_token_id
+    if own is not None and own < vocab_size:
+        return int(own)
+    for candidate in _candidates(tokenizer, vocab_size):
+        if candidate is not None and candidate < vocab_size and candidate not in stop_ids:
+            return candidate
+    raise DataError(
+        f"no id to pad with: all of the vocab_size={vocab_size} ids of {_name(tokenizer)} are stop tokens "
+        f"{sorted(stop_ids)}; give the tokenizer a pad_token below vocab_size"
+    )
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config_eos: int | list[int] | None,
+    *,
+    stop_strings: Sequence[str] = (),
+) -> tuple[int, ...]:
+    """The ids that end a response, sorted: the tokenizer's EOS together with those of the model's generation config.
+
+    DataError where there is none, unless ``stop_strings`` end responses instead.
+    """
+    configured = [generation_config_eos] if isinstance(generation_config_eos, int) else generation_config_eos or []
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tuple(sorted({int(i) for i in (*own, *configured)}))
+    if not ids and not stop_strings:
+        raise DataError(
+            f"no stop token: {_name(tokenizer)} and its generation config have eos_token_id=None, so that responses "
+            "could never finish; set eos_token on the tokenizer, or use rollout.stop_strings"
+        )
+    return ids
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError where the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{_name(tokenizer)} has no chat template; set data.chat_template: false and give prompts as strings, "
+            "or use a model that has one"
+        )
+
+
+def _candidates(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[int | None]:
+    """Ids to pad with, best first; the last ones are all there are."""
+    yield tokenizer.unk_token_id
+    yield from sorted(number for token, number in tokenizer.get_vocab().items() if SPARE.match(token))
+    yield tokenizer.bos_token_id
+    yield from range(vocab_size)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the tokenizer of {tokenizer.name_or_path or 'an unnamed model'}"

@@ -1,0 +1,98 @@
+"""From a name to a SharedBase: hub or local folder, sharded while it loads where ZeRO-3 runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_toolkit.distributed.topology import Topology, sharded_loading
+from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or a ModelError that says what to do."""
+    with _explained(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config with every dropout off: under PPO old and new log-probs must come from one function."""
+    with _explained(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def load_base(
+    name: str, config: PretrainedConfig, topology: Topology, *, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
+    with _explained(name), sharded_loading(topology, dtype):
+        return AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+
+
+def lora_config(
+    *, rank: int, alpha: int, rslora: bool, target_modules: str | Sequence[str], exclude_modules: Sequence[str]
+) -> LoraConfig:
+    """PEFT's settings for one role. ``all-linear`` is every linear layer but the output layer."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        exclude_modules=list(exclude_modules) or None,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_ppo_roles(base: PreTrainedModel, adapter: LoraConfig, *, policy_adapter: str | None, **options: Any) -> SharedBase:
+    """Policy and value on ``base``; with ``policy_adapter`` the policy starts from that LoRA folder and the reference is a frozen copy.
+
+    ``options`` go to SharedBase.
+    """
+    if policy_adapter is None:
+        return SharedBase(base, {POLICY: adapter, VALUE: adapter}, **options)
+    start = start_adapter_config(policy_adapter)
+    shared = SharedBase(base, {POLICY: start, VALUE: adapter, REFERENCE: start}, **options)
+    for role in (POLICY, REFERENCE):
+        shared.load_role(role, policy_adapter)
+    return shared
+
+
+def start_adapter_config(folder: str) -> LoraConfig:
+    """The settings of a LoRA folder to start from, with dropout off."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(f"model.policy_adapter={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"model.policy_adapter={folder} is a {config.peft_type} adapter; role slices need LoRA")
+    config.lora_dropout, config.inference_mode = 0.0, False
+    return config
+
+
+class _explained:
+    """Turns transformers' long OSError about a missing model into one line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"cannot load the model {self.name!r}: {first}; give a hub name or a local folder") from error

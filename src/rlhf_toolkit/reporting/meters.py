@@ -1,0 +1,71 @@
+"""Numbers on their way to a log record: weighted means over micro-batches and ranks, and wall-clock times of phases."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Meter:
+    """Sums and counts by name. The mean is over everything added on every rank, weighted by count."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add ``total``, a sum over ``count`` things."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def take(self) -> dict[str, tuple[float, float]]:
+        """This rank's sums and counts; the meter is empty afterwards."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+def combined(meters: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Means over the sums and counts of all ranks, by sorted name; a name that only some ranks saw is fine."""
+    names = sorted({name for meter in meters for name in meter})
+    means = {}
+    for name in names:
+        totals = [meter[name] for meter in meters if name in meter]
+        count = sum(c for _, c in totals)
+        means[name] = sum(t for t, _ in totals) / count if count else 0.0
+    return means
+
+
+class Clock:
+    """Wall-clock seconds of named phases, added up until they are taken."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block under ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call, and ``step``, all the time between the two calls."""
+        now = time.perf_counter()
+        seconds, self._seconds = {**self._seconds, "step": now - self._started}, {}
+        self._started = now
+        return seconds
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory of this process so far: what was allocated on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

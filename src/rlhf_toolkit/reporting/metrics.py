@@ -1,0 +1,63 @@
+"""The metrics of a rollout, from the whole rollout of all ranks. Formulas and healthy ranges: docs/metrics.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.masking import masked_mean, masked_sum
+from rlhf_toolkit.types import Experience
+
+
+def spread(name: str, values: Tensor) -> dict[str, float]:
+    """Mean, max and min of ``values`` under ``name``."""
+    values = values.float()
+    return {f"{name}/mean": values.mean().item(), f"{name}/max": values.max().item(), f"{name}/min": values.min().item()}
+
+
+def rollout_metrics(
+    experience: Experience,
+    *,
+    scores: Tensor,
+    raw_scores: Tensor,
+    rewards: Tensor,
+    entropies: Tensor,
+    finished: Tensor,
+    token_mask: Tensor,
+) -> dict[str, float]:
+    """What sampling and scoring gave. ``scores`` (B,) after penalties, ``rewards`` (B, R) after KL shaping."""
+    mask = experience.response_mask
+    gap = (experience.rollout_logprobs - experience.old_logprobs).abs()
+    return {
+        **spread("critic/score", scores),
+        **spread("critic/raw_score", raw_scores),
+        **spread("critic/rewards", rewards.sum(1)),
+        **spread("critic/advantages", experience.advantages[mask]),
+        **spread("critic/returns", experience.returns[mask]),
+        **spread("critic/values", experience.values[mask]),
+        "critic/vf_explained_var": explained_variance(experience.values[mask], experience.returns[mask]),
+        **spread("response_length", experience.response_lengths),
+        "response_length/clip_ratio": (~finished).float().mean().item(),
+        **spread("prompt_length", experience.prompt_lengths),
+        "actor/entropy": masked_mean(entropies, token_mask).item(),
+        **reference_kl(experience.old_logprobs, experience.ref_logprobs, token_mask),
+        "rollout/logprob_gap_mean": masked_mean(gap, token_mask).item(),
+        "rollout/logprob_gap_max": gap[token_mask].max().item(),
+    }
+
+
+def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+    """KL of the policy to the reference: k1 a response (summed over its tokens) and k3 a token."""
+    difference = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    k3 = torch.expm1(-difference) + difference
+    return {
+        "actor/ref_kl": masked_sum(difference, mask).item() / len(mask),
+        "actor/ref_kl_k3": masked_mean(k3, mask).item(),
+    }
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - var(returns - values) / (var(returns) + 1e-5); 1 is a perfect value function, 0 one that says nothing."""
+    if len(returns) < 2:
+        return 0.0
+    return (1 - (returns - values).var() / (returns.var() + 1e-5)).item()

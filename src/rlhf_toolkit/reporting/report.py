@@ -1,0 +1,61 @@
+"""What a finished run shows on the terminal: a small table, samples from before and after, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+SHOWN_SAMPLES = 3
+
+
+def print_report(folder: Path, summary: dict[str, Any]) -> None:
+    """Print the report of the run in ``folder``. An empty summary (ranks other than 0) prints nothing."""
+    if summary:
+        print("\n".join(["", *table(summary), "", *before_and_after(folder), "", *places(folder)]), flush=True)
+
+
+def table(summary: dict[str, Any]) -> list[str]:
+    """Scores at both ends, on training prompts and held out, and what the run cost."""
+    scores, evaluations = summary["mean_scores"], summary["evaluations"]
+    rows = [("mean score, first two rollouts", _mean(scores[:2])), ("mean score, last four rollouts", _mean(scores[-4:]))]
+    if evaluations:
+        rows += [("held-out score, before", evaluations[0]["eval/score/mean"]), ("held-out score, after", evaluations[-1]["eval/score/mean"])]
+    rows += [
+        ("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]),
+        ("minutes", summary["seconds"] / 60),
+        ("tokens per second", summary["tokens_per_second"]),
+        ("peak memory of rank 0 (GiB)", summary["peak_memory_gib"]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {value:9.2f}" for name, value in rows]
+
+
+def before_and_after(folder: Path) -> list[str]:
+    """The same held-out prompts answered before the first update and after the last."""
+    path = folder / "samples.jsonl"
+    samples = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    evaluated = [sample for sample in samples if sample["kind"] == "eval"]
+    last = {sample["prompt"]: sample for sample in evaluated}
+    lines = []
+    for first in evaluated[: min(SHOWN_SAMPLES, len(last))]:
+        after = last[first["prompt"]]
+        lines += [_quoted("prompt", first["prompt"].strip()), _quoted(f"before {first['score']:+.2f}", first["response"])]
+        lines += [_quoted(f"after  {after['score']:+.2f}", after["response"]), ""]
+    return lines[:-1]
+
+
+def places(folder: Path) -> list[str]:
+    """Where adapters, logs and W&B's folder lie."""
+    lines = [f"  run folder  {folder}", f"  log         {folder / 'log.jsonl'}", f"  adapters    {folder / 'policy'}, {folder / 'value'}"]
+    runs = sorted((folder / "wandb").glob("*run-*"))
+    return [*lines, f"  W&B         {runs[-1]}"] if runs else lines
+
+
+def _quoted(label: str, text: str) -> str:
+    return f"  {label:<12}  {textwrap.shorten(' '.join(text.split()), 160)}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,138 @@
+"""The primary record of a run: JSON lines in the run folder, a line a rollout on the terminal, and the summary at the end.
+
+``log.jsonl`` has one object for each rollout (``kind`` train) and each evaluation (``kind`` eval); ``samples.jsonl`` has sample responses;
+``summary.json`` is written when training ends. Only the true rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+Record = dict[str, Any]
+Sink = Callable[[Record, list[Record]], None]
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "wandb")
+SHOWN = {"critic/score/mean": "score", "actor/ref_kl": "kl", "response_length/mean": "length", "perf/throughput": "tok/s"}
+
+
+class RunLog(TrainerCallback):
+    """Hands each record to its sinks (the JSONL files, W&B) and keeps what the summary needs.
+
+    Args:
+        folder: the run folder.
+        rollout_of: optimizer steps of one rollout, to count rollouts from Trainer's steps.
+        samples: gives the newest sample responses, by kind (``train`` or ``eval``).
+        sinks: further places for records, such as W&B.
+    """
+
+    def __init__(
+        self, folder: Path, *, updates_per_rollout: int, samples: Callable[[str], list[Record]], sinks: tuple[Sink, ...] = ()
+    ) -> None:
+        self.folder, self.updates_per_rollout, self.samples, self.sinks = folder, updates_per_rollout, samples, sinks
+        self.started = time.time()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Record | None = None, **kwargs: Any
+    ) -> None:
+        """Write a record that is ours; Trainer's closing record (train_runtime and the like) is not."""
+        kind = _kind(logs or {})
+        if kind is None or not state.is_world_process_zero:
+            return
+        record = {"kind": kind, "rollout": state.global_step // self.updates_per_rollout, **_ours(logs or {})}
+        samples = [{"kind": kind, "rollout": record["rollout"], **sample} for sample in self.samples(kind)]
+        _append(self.folder / "log.jsonl", [record])
+        _append(self.folder / "samples.jsonl", samples)
+        for sink in self.sinks:
+            sink(record, samples)
+
+
+class Progress(TrainerCallback):
+    """A bar that counts rollouts and, while one is being sampled, its tokens and their rate. Rank 0 shows it."""
+
+    def __init__(self, *, num_rollouts: int, updates_per_rollout: int, show: bool) -> None:
+        self.updates_per_rollout = updates_per_rollout
+        self.bar = tqdm(total=num_rollouts, unit="rollout", disable=not show, mininterval=1.0, dynamic_ncols=True)
+        self._began, self._tokens = 0.0, 0
+
+    def on_tokens(self, count: int) -> None:
+        """Called by the decode loop after each step."""
+        now = time.perf_counter()
+        if self._tokens == 0:
+            self._began = now
+        self._tokens += count
+        elapsed = now - self._began
+        rate = f", {self._tokens / elapsed:.0f} tok/s" if elapsed > 0 else ""
+        self.bar.set_postfix_str(f"sampling {self._tokens} tokens{rate}", refresh=False)
+        self.bar.update(0)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A mini-batch has come: sampling is over."""
+        self._tokens = 0
+        self.bar.set_postfix_str("updating", refresh=False)
+        self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Record | None = None, **kwargs: Any
+    ) -> None:
+        """One line for each rollout, above the bar."""
+        if _kind(logs or {}) == "train" and logs is not None:
+            self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
+            shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items())
+            if not self.bar.disable:
+                self.bar.write(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The bar has done its work."""
+        self.bar.close()
+
+
+def read_records(folder: Path, kind: str) -> list[Record]:
+    """The records of one kind in ``log.jsonl``, a later one of the same rollout (after a resume) replacing the earlier."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return [*{record["rollout"]: record for record in records}.values()]
+
+
+def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
+    """Write and return ``summary.json``: the score of every rollout, time, speed, memory, evaluations and versions."""
+    records, evaluations = read_records(folder, "train"), read_records(folder, "eval")
+    summary = {
+        "mean_scores": [record["critic/score/mean"] for record in records],
+        "mean_raw_scores": [record["critic/raw_score/mean"] for record in records],
+        "ref_kl": [record["actor/ref_kl"] for record in records],
+        "seconds_per_rollout": [record["timing_s/step"] for record in records],
+        "seconds": seconds,
+        "tokens_per_second": sum(r["perf/total_num_tokens"] for r in records) / max(sum(r["timing_s/step"] for r in records), 1e-9),
+        "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
+        "evaluations": evaluations,
+        "world_size": world_size,
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _kind(logs: Record) -> str | None:
+    if "train/loss" in logs:
+        return "train"
+    return "eval" if any(name.startswith("eval/") for name in logs) else None
+
+
+def _ours(logs: Record) -> Record:
+    """Without Trainer's own bare names, such as epoch."""
+    return {name: value for name, value in logs.items() if "/" in name}
+
+
+def _append(path: Path, records: list[Record]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)

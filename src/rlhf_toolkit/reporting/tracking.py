@@ -1,0 +1,54 @@
+"""Weights & Biases as a mirror of the JSONL log: one run, from the true rank 0, with the rollout as its x-axis."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+SAMPLE_COLUMNS = ("rollout", "kind", "prompt", "response", "score")
+START_TIMEOUT_SECONDS = 60
+
+
+class WandbMirror:
+    """A sink for RunLog. Made on rank 0 only, after the process group, so that a run of many ranks is one run in W&B.
+
+    ``mode`` is online or offline. Where W&B cannot be reached or knows no key the run goes offline and says so. ``run_id`` continues
+    an earlier run.
+    """
+
+    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict[str, Any], run_id: str | None = None) -> None:
+        options: dict[str, Any] = {"project": project, "name": name, "dir": str(folder), "config": config, "id": run_id, "resume": "allow"}
+        try:
+            self.run = wandb.init(mode=mode, settings=_settings(), **options)
+        except (wandb.errors.Error, OSError) as error:
+            first = str(error).strip().splitlines()[0]
+            warnings.warn(
+                f"W&B could not be started online ({first}); this run is logged offline in {folder}/wandb, send it later with wandb sync",
+                stacklevel=2,
+            )
+            self.run = wandb.init(mode="offline", settings=_settings(), **options)
+        self.run.define_metric("rollout")
+        self.run.define_metric("*", step_metric="rollout")
+
+    @property
+    def run_id(self) -> str:
+        """What a resumed run passes to continue this one."""
+        return str(self.run.id)
+
+    def __call__(self, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Log one record and a table of its samples. No ``step`` is passed: W&B would drop points that come out of order."""
+        values = {name: value for name, value in record.items() if name != "kind"}
+        rows = [[sample[column] for column in SAMPLE_COLUMNS] for sample in samples]
+        table = {f"samples/{record['kind']}": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}
+        self.run.log({**values, **table})
+
+    def finish(self) -> None:
+        """Send what is left and close the run."""
+        self.run.finish()
+
+
+def _settings() -> wandb.Settings:
+    return wandb.Settings(init_timeout=START_TIMEOUT_SECONDS, silent=True, console="off")

@@ -1,0 +1,1 @@
+"""From prompts to experience: sampling, decoding, scoring, and the loader Trainer iterates."""

@@ -1,0 +1,305 @@
+"""The page to read first: how prompts become experience.
+
+    prompts -> rollout -> scores -> passes of policy, value and reference -> rewards -> advantages -> Experience
+
+Everything up to the passes happens inside one gather of the base. Each rank samples and scores its share; then all ranks hold the
+whole rollout, so every statistic below is over all of it and needs no collective. Arithmetic: docs/ppo_details.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.algorithms.advantages import gae
+from rlhf_toolkit.algorithms.kl import kl_penalty
+from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
+from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, response_mask
+from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
+from rlhf_toolkit.data.layout import join, response_positions, stack_rows, unpack
+from rlhf_toolkit.data.packing import Rows, micro_batches, mini_batches
+from rlhf_toolkit.data.prompts import PromptSchedule, batch_for_rank
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
+from rlhf_toolkit.distributed.zero3 import gathered
+from rlhf_toolkit.errors import DataError, TrainingPathError
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.reporting.meters import Clock
+from rlhf_toolkit.reporting.metrics import rollout_metrics
+from rlhf_toolkit.rollout.decoding import Sampling, decode
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
+
+Sample = dict[str, str | float]
+Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one pass over a rollout is cut: ``batches[mini-batch][rank][micro-batch]`` to row numbers."""
+
+    batches: list[list[list[Rows]]]
+
+    def of_rank(self, number: int) -> list[list[Rows]]:
+        """``[mini-batch][micro-batch]`` of one rank."""
+        return [batch[number] for batch in self.batches]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A rollout of all ranks on every rank, with its scores: rows are in rank order."""
+
+    sequences: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    rollout_logprobs: Tensor
+    finished: Tensor
+    raw_scores: Tensor
+    prompts: list[str] = field(repr=False)
+    responses: list[str] = field(repr=False)
+
+    @property
+    def token_mask(self) -> Tensor:
+        """(B, R) bool, True at real response tokens."""
+        return response_mask(self.response_lengths, self.rollout_logprobs.shape[1])
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return (self.prompt_lengths + self.response_lengths).tolist()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token."""
+
+    old_logprobs: Tensor
+    entropies: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    final_values: Tensor
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores become rewards and advantages."""
+
+    gamma: float
+    gae_lambda: float
+    whiten_advantages: bool
+    kl_in_reward: bool
+    kl_estimator: str
+    missing_eos_penalty: float
+    truncated: str
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a rollout is cut into optimizer steps and forward passes."""
+
+    mini_batches: int
+    micro_batch_tokens: int
+
+
+class Collector:
+    """Collects rollouts with the model that ``model`` gives, which its trainer sets: the engine exists only once training begins."""
+
+    model: Callable[[], nn.Module]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        schedule: PromptSchedule,
+        scorer: Scorer,
+        sampling: Sampling,
+        shaping: Shaping,
+        cutting: Cutting,
+        kl_control: FixedKL | AdaptiveKL,
+        *,
+        responses_per_prompt: int,
+        seed: int,
+        tolerance: float | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
+        self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
+        self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
+        self.on_tokens = on_tokens
+        self.clock = Clock()
+        self.metrics: dict[str, float] = {}
+        self.samples: list[Sample] = []
+
+    def collect(self, rollout: int) -> Experience:
+        """Sample, score and shape rollout number ``rollout``; leaves its metrics and samples behind for the log."""
+        chosen = [self.prompts[i] for i in self.schedule.indices(rollout)]
+        batch = batch_for_rank(chosen, self.responses_per_prompt, rank(), world_size())
+        model = self.model()
+        with gathered(model), inference(model) as shared:
+            sampled = self.sample(shared, batch, self.sampling, stream=(self.seed, "sample", rollout))
+            with self.clock.phase("old_log_prob"):
+                passes = score(shared, sampled, self.plan(sampled, rollout, epoch=0), self.sampling.temperature)
+        self._check_paths(sampled, passes, rollout)
+        return self._experience(sampled, passes)
+
+    def sample(self, shared: SharedBase, batch: PromptBatch, sampling: Sampling, *, stream: Sequence[int | str]) -> Sampled:
+        """Sample this rank's ``batch``, have it scored, and return the whole rollout of all ranks."""
+        with self.clock.phase("gen"):
+            rollout = decode(shared, self.tokenizer, batch, sampling, stream=stream, on_tokens=self.on_tokens)
+        texts = self._texts(rollout)
+        with self.clock.phase("reward"), agreement("the reward"):
+            scores = self.scorer(batch.prompts, texts)
+        return gather_rollout(batch, rollout, texts, scores, pad_id=sampling.pad_id)
+
+    def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
+        """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
+        lengths = sampled.lengths()
+        parts = mini_batches(len(lengths), self.cutting.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
+        budget = self.cutting.micro_batch_tokens
+        return Plan([micro_batches(part, lengths, ranks=world_size(), budget=budget) for part in parts])
+
+    def evaluation_plan(self, sampled: Sampled) -> Plan:
+        """One pass over a rollout in its own order; nothing is trained on it."""
+        lengths = sampled.lengths()
+        budget = self.cutting.micro_batch_tokens
+        return Plan([micro_batches(range(len(lengths)), lengths, ranks=world_size(), budget=budget)])
+
+    def penalised(self, sampled: Sampled) -> Tensor:
+        """(B,) scores after the penalty for responses that were cut off."""
+        return missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.shaping.missing_eos_penalty)
+
+    def _texts(self, rollout: Rollout) -> list[str]:
+        rows = [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+    def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
+        """Shape rewards, estimate advantages, whiten them over the whole rollout, and write down the metrics."""
+        shaping, tokens = self.shaping, sampled.token_mask
+        scores = self.penalised(sampled)
+        kl = kl_penalty(passes.old_logprobs, passes.ref_logprobs, tokens, estimator=shaping.kl_estimator)
+        kl_coef = self.kl_control.coefficient
+        rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef if shaping.kl_in_reward else 0.0)
+        bootstrap = torch.where(sampled.finished, 0.0, passes.final_values) if shaping.truncated == "bootstrap" else None
+        advantages, returns = gae(
+            rewards, passes.values, tokens, gamma=shaping.gamma, gae_lambda=shaping.gae_lambda, bootstrap=bootstrap
+        )
+        trained = tokens & sampled.finished[:, None] if shaping.truncated == "mask" else tokens
+        if not bool(trained.any()):
+            raise DataError(
+                "every response of the rollout was cut off by rollout.max_new_tokens and ppo.truncated=mask leaves nothing to train "
+                "on; raise max_new_tokens or use truncated: bootstrap"
+            )
+        if shaping.whiten_advantages:
+            advantages = centre_and_scale(advantages, trained)
+        experience = Experience(
+            sequences=sampled.sequences,
+            prompt_lengths=sampled.prompt_lengths,
+            response_lengths=sampled.response_lengths,
+            response_mask=trained,
+            old_logprobs=passes.old_logprobs,
+            ref_logprobs=passes.ref_logprobs,
+            rollout_logprobs=sampled.rollout_logprobs,
+            values=passes.values,
+            advantages=advantages,
+            returns=returns,
+        )
+        mean_kl = (kl.sum(1) / sampled.response_lengths).mean().item()  # verl: over tokens first, then over responses
+        self.metrics = {
+            **rollout_metrics(
+                experience,
+                scores=scores,
+                raw_scores=sampled.raw_scores,
+                rewards=rewards,
+                entropies=passes.entropies,
+                finished=sampled.finished,
+                token_mask=tokens,
+            ),
+            "actor/reward_kl_penalty": mean_kl,
+            "actor/reward_kl_penalty_coeff": kl_coef,
+            "perf/total_num_tokens": float(sum(sampled.lengths())),
+        }
+        self.samples = as_samples(sampled, scores)
+        self.kl_control.update(mean_kl, len(experience))
+        return experience
+
+    def _check_paths(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
+        """Sampling and training must see one policy; before the first update the policy must be the reference."""
+        if self.tolerance is None or rollout > 0:
+            return
+        mask = sampled.token_mask
+        gap = masked_mean((sampled.rollout_logprobs - passes.old_logprobs).abs(), mask).item()
+        if gap > self.tolerance:
+            raise TrainingPathError(
+                f"the policy's log-probs differ by {gap:.3g} a token between sampling and the training pass, more than "
+                f"{self.tolerance:g}: dropout, a temperature on one side, or an output layer the toolkit does not know"
+            )
+        kl = (passes.old_logprobs - passes.ref_logprobs)[mask].abs().max().item()
+        if kl > self.tolerance:
+            raise TrainingPathError(
+                f"before the first update policy and reference differ by {kl:.3g} in a log-prob, more than {self.tolerance:g}: the "
+                "reference must be what the policy starts from; set model.policy_adapter to the adapter it was loaded with"
+            )
+
+
+def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
+    """Prompt, response and score of every row, for the logs."""
+    rows = zip(sampled.prompts, sampled.responses, scores.tolist(), strict=True)
+    return [{"prompt": prompt, "response": response, "score": value} for prompt, response, value in rows]
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[SharedBase]:
+    """The bare SharedBase of ``model`` in eval mode without autograd; the mode it had comes back afterwards."""
+    shared = getattr(model, "module", model)
+    was_training = shared.training
+    shared.eval()
+    try:
+        with torch.no_grad():
+            yield shared
+    finally:
+        shared.train(was_training)
+
+
+def gather_rollout(batch: PromptBatch, rollout: Rollout, texts: list[str], scores: list[float], *, pad_id: int) -> Sampled:
+    """Put the ranks' shares together, in rank order, on every rank."""
+    ids = [prompt.token_ids for prompt in batch.prompts]
+    mine = (
+        join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
+        torch.tensor([len(i) for i in ids]),
+        rollout.lengths,
+        rollout.rollout_logprobs,
+        rollout.finished,
+        torch.tensor(scores, dtype=torch.float32),
+    )
+    shares = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
+    fills = (pad_id, 0, 0, 0.0, False, 0.0)
+    columns = [stack_rows(blocks, fill=fill) for blocks, fill in zip(zip(*(s[0] for s in shares), strict=True), fills, strict=True)]
+    prompts, responses = ([text for share in shares for text in share[i]] for i in (1, 2))
+    return Sampled(*columns, prompts=prompts, responses=responses)
+
+
+def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) -> Passes:
+    """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every rank."""
+    width = sampled.rollout_logprobs.shape[1]
+    mine = [rows for part in plan.of_rank(rank()) for rows in part]
+    done = [(rows, _score_rows(shared, sampled, rows, width, temperature)) for rows in mine]
+    columns: list[Tensor] = [torch.zeros(len(sampled.finished), width) for _ in range(4)]
+    columns.append(torch.zeros(len(sampled.finished)))
+    for rows, results in (item for share in all_gather(done) for item in share):
+        for column, result in zip(columns, results, strict=True):
+            column[rows] = result
+    return Passes(*columns)
+
+
+def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, width: int, temperature: float) -> list[Tensor]:
+    device = next(shared.parameters()).device
+    prompt_lengths, lengths = sampled.prompt_lengths[rows].to(device), sampled.response_lengths[rows].to(device)
+    total = int((prompt_lengths + lengths).max())
+    sequences = sampled.sequences[rows, :total].to(device)
+    positions = response_positions(prompt_lengths, lengths, total)
+    out = shared(sequences, positions, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
+    packed = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
+    return [unpack(p, lengths, width).cpu() for p in packed] + [out["final_values"].cpu()]

@@ -1,0 +1,63 @@
+"""RolloutLoader: what Trainer sees as the train dataloader.
+
+PPO is a data source, not a loop: iterating the loader collects a rollout when the last one's experience is used up, then yields
+mini-batches. Trainer's own loop stays as it is, with its callbacks, schedulers and checkpoints. The loader must never go through
+``accelerator.prepare``: its look-ahead of one batch would collect the next rollout before the last update of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from rlhf_toolkit.data.packing import Rows
+from rlhf_toolkit.distributed.collectives import rank
+from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.types import Experience
+
+MiniBatch = dict[str, torch.Tensor]
+
+
+class RolloutLoader:
+    """Yields this rank's share of each mini-batch as a plain dict of tensors.
+
+    Besides the fields of ``Experience`` it holds ``micro_batch`` (n,), the number of the micro-batch each row belongs to, and
+    ``token_count`` and ``sequence_count`` of the whole mini-batch over all ranks, which losses are divided by; ``fresh`` is True
+    when no update has happened since the rollout.
+    """
+
+    def __init__(
+        self, collector: Collector, *, num_rollouts: int, num_ppo_epochs: int, mini_batches: int, steps_done: Callable[[], int]
+    ) -> None:
+        """``steps_done`` tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed from."""
+        self.collector, self.steps_done = collector, steps_done
+        self.num_rollouts, self.num_ppo_epochs, self.mini_batches = num_rollouts, num_ppo_epochs, mini_batches
+
+    def __len__(self) -> int:
+        """Optimizer steps in the run."""
+        return self.num_rollouts * self.num_ppo_epochs * self.mini_batches
+
+    def __iter__(self) -> Iterator[MiniBatch]:
+        first = self.steps_done() // (self.num_ppo_epochs * self.mini_batches)
+        for rollout in range(first, self.num_rollouts):
+            experience = self.collector.collect(rollout)
+            for epoch in range(self.num_ppo_epochs):
+                plan = self.collector.plan(experience, rollout, epoch=epoch)
+                for number, shares in enumerate(plan.batches):
+                    fresh = epoch == 0 and number == 0
+                    yield share_of_mini_batch(experience, shares, rank(), fresh=fresh)
+
+
+def share_of_mini_batch(experience: Experience, shares: list[list[Rows]], number: int, *, fresh: bool) -> MiniBatch:
+    """Rank ``number``'s rows of a mini-batch. ``fresh``: no update has happened since the rollout, so ratios must be 1."""
+    everyone = [row for share in shares for rows in share for row in rows]
+    mask = experience.response_mask[everyone]
+    mine = shares[number]
+    return {
+        **experience.rows([row for rows in mine for row in rows]),
+        "micro_batch": torch.tensor([i for i, rows in enumerate(mine) for _ in rows]),
+        "token_count": mask.sum().clamp(min=1),
+        "sequence_count": mask.any(1).sum().clamp(min=1),
+        "fresh": torch.tensor(fresh),
+    }

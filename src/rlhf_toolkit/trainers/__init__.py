@@ -1,0 +1,1 @@
+"""Subclasses of ``transformers.Trainer`` that stay Trainers."""

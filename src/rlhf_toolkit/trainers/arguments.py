@@ -1,0 +1,45 @@
+"""From one experiment to ``TrainingArguments``: the only place where the two vocabularies meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from rlhf_toolkit.configs import Experiment
+from rlhf_toolkit.distributed.topology import Topology
+
+
+def training_arguments(experiment: Experiment, topology: Topology, deepspeed: dict[str, Any] | None) -> TrainingArguments:
+    """Trainer's arguments for a PPO run. Trainer counts optimizer steps; the experiment counts rollouts."""
+    run, update = experiment.run, experiment.update
+    steps = experiment.updates_per_rollout
+    return TrainingArguments(
+        output_dir=run.output_dir,
+        seed=run.seed,
+        per_device_train_batch_size=experiment.mini_batch_rows // topology.world_size,
+        gradient_accumulation_steps=1,
+        max_steps=experiment.ppo.num_rollouts * steps,
+        learning_rate=update.policy_lr,
+        lr_scheduler_type=update.schedule,
+        warmup_steps=update.warmup_steps,
+        weight_decay=update.weight_decay,
+        adam_beta1=update.adam_beta1,
+        adam_beta2=update.adam_beta2,
+        adam_epsilon=update.adam_epsilon,
+        max_grad_norm=update.max_grad_norm,
+        logging_steps=steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if run.evaluate_every else "no",
+        eval_steps=max(1, run.evaluate_every) * steps,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=max(1, run.save_every) * steps,
+        save_total_limit=run.keep_checkpoints,
+        ignore_data_skip=True,  # the loader starts at the right rollout by itself
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        deepspeed=deepspeed,
+        accelerator_config={"use_configured_state": True},
+    )

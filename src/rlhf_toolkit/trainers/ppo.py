@@ -1,0 +1,246 @@
+"""PPOTrainer: PPO inside Trainer's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_toolkit.algorithms.aggregation import aggregate
+from rlhf_toolkit.algorithms.kl import kl_penalty
+from rlhf_toolkit.algorithms.masking import masked_sum
+from rlhf_toolkit.algorithms.policy_losses import vanilla
+from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
+from rlhf_toolkit.data.layout import response_positions, unpack
+from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.distributed.zero3 import gathered
+from rlhf_toolkit.errors import TrainingPathError
+from rlhf_toolkit.models.shared_base import POLICY, VALUE
+from rlhf_toolkit.reporting.meters import peak_memory_gib
+from rlhf_toolkit.reporting.metrics import reference_kl, spread
+from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, inference, score
+from rlhf_toolkit.rollout.loader import MiniBatch, RolloutLoader
+from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch
+
+
+@dataclass(frozen=True)
+class PPOLoss:
+    """The knobs of the loss. See ``configs.PPOConfig`` for what each means."""
+
+    clip_range_low: float
+    clip_range_high: float
+    dual_clip: float | None
+    value_clip_range: float | None
+    value_coef: float
+    entropy_coef: float
+    loss_aggregation: str
+    kl_in_loss: bool
+    kl_estimator: str
+    value_warmup_rollouts: int
+    width: int
+    temperature: float
+    tolerance: float
+
+
+class PPOTrainer(RoleTrainer):
+    """Trains policy and value of a SharedBase by PPO on prompts and a reward.
+
+    A training step is one mini-batch and one optimizer step, cut into micro-batches by a token budget. Data comes from a
+    ``RolloutLoader``; the loop, callbacks, scheduler, checkpoints and resume are Trainer's.
+
+    Args:
+        collector: makes experience; it is told here which model to use.
+        loss: knobs of the loss.
+        schedule: (num_rollouts, num_ppo_epochs, mini_batches).
+        held_out: prompts for ``evaluate``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        collector: Collector,
+        loss: PPOLoss,
+        schedule: tuple[int, int, int],
+        held_out: Sequence[Prompt] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, train_dataset=list(collector.prompts), eval_dataset=list(held_out) or None, **kwargs)
+        self.collector, self.loss, self.schedule, self.held_out = collector, loss, schedule, held_out
+        self.evaluation_samples: list[Sample] = []
+        collector.model = lambda: self.model_wrapped
+
+    def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
+        """The loader that collects rollouts; it is not prepared by accelerate, on purpose."""
+        num_rollouts, num_ppo_epochs, mini_batches = self.schedule
+        return RolloutLoader(
+            self.collector,
+            num_rollouts=num_rollouts,
+            num_ppo_epochs=num_ppo_epochs,
+            mini_batches=mini_batches,
+            steps_done=lambda: self.state.global_step,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[MiniBatch], None]:
+        """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
+        samples, _ = next(epoch_iterator, None), num_batches
+        return ([] if samples is None else [samples]), None
+
+    def training_step(self, model: nn.Module, inputs: MiniBatch, num_items_in_batch: object = None) -> Tensor:
+        """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the ranks."""
+        model.train()
+        micro = cut(self._prepare_input(inputs))
+        total = torch.zeros((), device=self.args.device)
+        with self.collector.clock.phase("update_actor"):
+            for number, part in enumerate(micro):
+                loss = self.compute_loss(model, part, first=number == 0)
+                backward(model, loss, last=number == len(micro) - 1)
+                total += loss.detach()
+        self._meter_rates()
+        return total * world_size()
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: MiniBatch, return_outputs: bool = False, num_items_in_batch: object = None, first: bool = False
+    ) -> Tensor:
+        """This micro-batch's share of the mini-batch's loss:
+
+        policy loss + value_coef value loss - entropy_coef entropy + kl_coef KL (when it is in the loss)
+
+        each aggregated with the counts of the whole mini-batch over all ranks. During value warm-up the policy's part is
+        multiplied by 0: it keeps its place in the graph, so that ZeRO-3 sees a gradient, and moves nothing.
+        """
+        counts = {"tokens": int(inputs["token_count"]), "sequences": int(inputs["sequence_count"])}
+        batch = Experience(**{field.name: inputs[field.name] for field in fields(Experience)})
+        logprobs, entropies, values = self._passes(model, batch)
+        if first and bool(inputs["fresh"]):
+            self._check_first_ratio(logprobs, batch)
+
+        def reduce(per_token: Tensor) -> Tensor:
+            return aggregate(per_token, batch.response_mask, mode=self.loss.loss_aggregation, width=self.loss.width, **counts)
+
+        mask = batch.response_mask
+        policy = vanilla(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            mask,
+            clip_range_low=self.loss.clip_range_low,
+            clip_range_high=self.loss.clip_range_high,
+            dual_clip=self.loss.dual_clip,
+        )
+        value = clipped_value_loss(values, batch.values, batch.returns, mask, value_clip_range=self.loss.value_clip_range)
+        policy_loss, value_loss, entropy = reduce(policy.per_token), reduce(value.per_token), reduce(entropies)
+        policy_part = policy_loss - self.loss.entropy_coef * entropy
+        kl_loss = torch.zeros_like(policy_loss)
+        if self.loss.kl_in_loss:
+            kl_loss = reduce(kl_penalty(logprobs, batch.ref_logprobs, mask, estimator=self.loss.kl_estimator))
+            policy_part = policy_part + self.collector.kl_control.coefficient * kl_loss
+        self._meter_shares({"actor/pg_loss": policy_loss, "critic/vf_loss": value_loss, "actor/kl_loss": kl_loss}, first)
+        self._meter_tokens(
+            mask,
+            {
+                "actor/pg_clipfrac": policy.clipped,
+                "actor/pg_clipfrac_lower": policy.dual_clipped,
+                "actor/ppo_kl": batch.old_logprobs - logprobs.detach(),
+                "critic/vf_clipfrac": value.clipped,
+                "critic/vpred_mean": values.detach(),
+            },
+        )
+        return (0.0 if self._warming_up() else 1.0) * policy_part + self.loss.value_coef * value_loss
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Sequence[Prompt] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut off."""
+        prompts = list(eval_dataset or self.held_out)
+        mine = tuple(prompts[rank() :: world_size()])  # inside the window ranks need not hold equally many
+        greedy = replace(self.collector.sampling, greedy=True)
+        with self.collector.clock.phase("testing"), gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
+            batch = PromptBatch(mine, samples=(0,) * len(mine))
+            sampled = self.collector.sample(shared, batch, greedy, stream=())
+            passes = score(shared, sampled, self.collector.evaluation_plan(sampled), greedy.temperature)
+        scores = self.collector.penalised(sampled)
+        self.evaluation_samples = as_samples(sampled, scores)
+        kl = reference_kl(passes.old_logprobs, passes.ref_logprobs, sampled.token_mask)
+        metrics = {
+            **spread(f"{metric_key_prefix}/score", scores),
+            f"{metric_key_prefix}/ref_kl": kl["actor/ref_kl"],
+            f"{metric_key_prefix}/response_length": sampled.response_lengths.float().mean().item(),
+            f"{metric_key_prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
+        }
+        self.log(dict(metrics))
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Give Trainer's own numbers their place among ours and add what the rollout and its phases measured."""
+        if "loss" in logs:
+            logs = {"train/loss": logs["loss"], "train/grad_norm": float(logs.get("grad_norm", 0.0)), **self._rollout_record()}
+        super().log(logs, start_time)
+
+    def _rollout_record(self) -> dict[str, float]:
+        metrics, seconds = self.collector.metrics, self.collector.clock.take()
+        tokens = metrics["perf/total_num_tokens"]
+        return {
+            **metrics,
+            **{f"timing_s/{phase}": time for phase, time in seconds.items()},
+            "perf/throughput": tokens / seconds["step"] / world_size(),
+            "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
+        }
+
+    def _check_first_ratio(self, logprobs: Tensor, batch: Experience) -> None:
+        """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise together."""
+        mine = (logprobs.detach() - batch.old_logprobs)[batch.response_mask]
+        worst = max(all_gather(mine.abs().max().item() if mine.numel() else 0.0))
+        self.meter.add("actor/first_ratio_deviation", worst, 1)
+        if worst > self.loss.tolerance:
+            raise TrainingPathError(
+                f"before any update a log-prob differs by {worst:.3g} from the one at rollout, more than {self.loss.tolerance:g}: "
+                "the ratio would not be 1; dropout is on, or a temperature is applied on one side only"
+            )
+
+    def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropies and values (n, R) of the response tokens, policy and value in one forward."""
+        positions = response_positions(batch.prompt_lengths, batch.response_lengths, batch.sequences.shape[1])
+        out = model(batch.sequences, positions, roles=(POLICY, VALUE), temperature=self.loss.temperature)
+        width = batch.response_mask.shape[1]
+        names = ("policy_logprobs", "policy_entropies", "values")
+        logprobs, entropies, values = (unpack(out[name], batch.response_lengths, width) for name in names)
+        return logprobs, entropies, values
+
+    def _warming_up(self) -> bool:
+        _, epochs, mini_batches = self.schedule
+        return self.state.global_step < self.loss.value_warmup_rollouts * epochs * mini_batches
+
+    def _meter_shares(self, shares: dict[str, Tensor], first: bool) -> None:
+        """Shares add up to one value for each mini-batch, which each rank counts once for all."""
+        for name, share in shares.items():
+            self.meter.add(name, share.item(), 1 / world_size() if first else 0.0)
+
+    def _meter_tokens(self, mask: Tensor, quantities: dict[str, Tensor]) -> None:
+        tokens = int(mask.sum())
+        for name, quantity in quantities.items():
+            self.meter.add(name, masked_sum(quantity.float(), mask).item(), tokens)
+
+    def _meter_rates(self) -> None:
+        names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
+        for name, group in zip(self.model.parameter_groups(), self.optimizer.param_groups, strict=True):
+            self.meter.add(names[name], group["lr"], 1)
+
+
+COUNTS = ("token_count", "sequence_count", "fresh")
+
+
+def cut(mini_batch: MiniBatch) -> list[MiniBatch]:
+    """A mini-batch's micro-batches, each trimmed to its longest sequence; the counts of the whole go with every one."""
+    number = mini_batch["micro_batch"]
+    parts = []
+    for i in range(int(number.max()) + 1):
+        part = {field.name: mini_batch[field.name][number == i] for field in fields(Experience)}
+        width = int((part["prompt_lengths"] + part["response_lengths"]).max())
+        part["sequences"] = part["sequences"][:, :width]
+        parts.append({**part, **{name: mini_batch[name] for name in COUNTS}})
+    return parts

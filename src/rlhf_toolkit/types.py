@@ -1,0 +1,114 @@
+"""The nouns of a run. Each record is made in one place and frozen; shapes are checked where they are born and trusted inside.
+
+    PromptBatch --rollout/decoding--> Rollout --rollout/collect--> Experience --rollout/loader--> mini-batches --trainers/ppo
+
+Letters: B sequences, P prompt width, R response width, T = P + R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from rlhf_toolkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the prompt dataset after tokenisation.
+
+    ``index`` is its position in the dataset, which names its random stream; ``columns`` are the dataset's other columns, which
+    rewards receive by name.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one rank's share of a rollout, each as often as it gets responses. Made by ``data/prompts.py``.
+
+    ``samples[i]`` counts the responses of one prompt from 0, so that ``(prompts[i].index, samples[i])`` is unique in a rollout.
+    """
+
+    prompts: tuple[Prompt, ...]
+    samples: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.samples):
+            raise DataError(f"{len(self.prompts)} prompts but {len(self.samples)} sample numbers")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What sampling gave: made by ``rollout/decoding.py``, consumed by rewards and by ``rollout/collect.py``.
+
+    ``responses`` (B, R) token ids, right-padded, the stop token included; ``lengths`` (B,); ``rollout_logprobs`` (B, R) fp32, the
+    policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string ended the response and
+    False where the token budget did.
+    """
+
+    responses: torch.Tensor
+    lengths: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    finished: torch.Tensor
+
+    def __post_init__(self) -> None:
+        rows, width = self.responses.shape
+        _expect("lengths", self.lengths, (rows,))
+        _expect("rollout_logprobs", self.rollout_logprobs, (rows, width))
+        _expect("finished", self.finished, (rows,))
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A scored rollout, ready for the update: every field has one row for each sequence of the whole rollout, on every rank.
+
+    ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the rest (B, R),
+    aligned so that column 0 is the first response token: ``response_mask`` bool, True where the token is trained on; log-probs
+    ``old_logprobs``, ``ref_logprobs`` and ``rollout_logprobs``; ``values``, ``advantages``, ``returns``; all fp32.
+    """
+
+    sequences: torch.Tensor
+    prompt_lengths: torch.Tensor
+    response_lengths: torch.Tensor
+    response_mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def __post_init__(self) -> None:
+        rows, width = self.response_mask.shape
+        for name in ("prompt_lengths", "response_lengths"):
+            _expect(name, getattr(self, name), (rows,))
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns"):
+            _expect(name, getattr(self, name), (rows, width))
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return (self.prompt_lengths + self.response_lengths).tolist()  # type: ignore[no-any-return]
+
+    def rows(self, index: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
+        """The rows ``index`` as a plain dict of tensors, which is what Trainer handles; ``Experience(**d)`` brings it back."""
+        index = torch.as_tensor(index)
+        return {field.name: getattr(self, field.name)[index] for field in fields(self)}
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise DataError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -1,0 +1,1 @@
+"""Mirrors ``rlhf_toolkit.algorithms``: plain-Python oracles, identities, hand-computed numbers."""

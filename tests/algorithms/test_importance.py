@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.importance import truncated_sequence_weights, truncated_token_weights
+from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real
+
+BOTH = pytest.mark.parametrize("weigh", [truncated_token_weights, truncated_sequence_weights])
+
+
+def test_tokens_by_hand() -> None:
+    old, rollout = torch.tensor([[0.5, 0.1, 0.9]]).log(), torch.tensor([[0.25, 0.2, 0.1]]).log()
+    weights = truncated_token_weights(old, rollout, torch.ones(1, 3, dtype=torch.bool), threshold=3.0)
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 0.5, 3.0]]))
+
+
+def test_sequences_by_hand() -> None:
+    # Ratios 2, 1/2, 4 and, masked, 100: the product is 4; above the threshold of 3, below one of 5.
+    old, rollout = torch.tensor([[0.5, 0.1, 0.4, 1.0]]).log(), torch.tensor([[0.25, 0.2, 0.1, 0.01]]).log()
+    mask = torch.tensor([[True, True, True, False]])
+    for threshold, expected in ((3.0, 3.0), (5.0, 4.0)):
+        weights = truncated_sequence_weights(old, rollout, mask, threshold=threshold)
+        torch.testing.assert_close(weights, torch.tensor([[expected, expected, expected, 0.0]]))
+
+
+def test_agree_with_a_plain_loop_with_poison_outside() -> None:
+    old, rollout = like_mask(0), like_mask(1)
+    tokens = truncated_token_weights(poisoned(old), poisoned(rollout), MASK, threshold=2.0)
+    rows = truncated_sequence_weights(poisoned(old), poisoned(rollout), MASK, threshold=2.0)
+    truncated = 0
+    for b, t in real():
+        x = old[b, t].item() - rollout[b, t].item()
+        whole = math.fsum((old[at] - rollout[at]).item() for at in real() if at[0] == b)
+        assert tokens[b, t].item() == pytest.approx(min(math.exp(x), 2.0), rel=1e-5)
+        assert rows[b, t].item() == pytest.approx(min(math.exp(whole), 2.0), rel=1e-5)
+        truncated += (math.exp(x) > 2.0) + (math.exp(whole) > 2.0)
+    assert truncated
+    assert blank_outside(tokens) and blank_outside(rows)
+
+
+@BOTH
+def test_equal_samplers_weigh_one(weigh: Callable[..., Tensor]) -> None:
+    assert torch.equal(weigh(like_mask(2), like_mask(2), MASK, threshold=2.0), MASK.float())
+
+
+@BOTH
+def test_no_gradient_flows(weigh: Callable[..., Tensor]) -> None:
+    old = like_mask(3).requires_grad_()
+    assert not weigh(old, like_mask(4), MASK, threshold=2.0).requires_grad
+
+
+def test_the_sum_is_bounded_not_its_terms() -> None:
+    # +30 and -25 sum to 5: clamping each to 20 first would give 0, a weight of 1.
+    old, zeros = torch.tensor([[30.0, -25.0]]), torch.zeros(1, 2)
+    weights = truncated_sequence_weights(old, zeros, torch.ones(1, 2, dtype=torch.bool), threshold=1e9)
+    torch.testing.assert_close(weights, torch.full((1, 2), math.exp(5)))
+
+
+@BOTH
+def test_log_ratios_are_bounded_by_twenty(weigh: Callable[..., Tensor]) -> None:
+    old, mask = torch.tensor([[200.0], [-200.0]]), torch.ones(2, 1, dtype=torch.bool)
+    weights = weigh(old, torch.zeros(2, 1), mask, threshold=1e30)
+    torch.testing.assert_close(weights, torch.tensor([[math.exp(20)], [math.exp(-20)]]))
