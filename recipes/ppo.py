@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlhf_toolkit.configs import load_experiment, parse_overrides
+from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.errors import reported
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.trainers.ppo_run import prepare

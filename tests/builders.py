@@ -38,4 +38,6 @@ def tiny_tokenizer(
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special, **options)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, chat_template=chat_template, **special, **options
+    )

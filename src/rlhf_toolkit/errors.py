@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class RLHFError(Exception):
@@ -42,6 +43,20 @@ class TopologyError(RLHFError):
 
 class TrainingPathError(RLHFError):
     """Two passes that must compute the same numbers do not: log-probs, ratio or reference KL."""
+
+
+def described(error: BaseException) -> str:
+    """An exception on one line, its type first, at most some 400 characters of it."""
+    return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 400)
+
+
+def shortened(value: Any, length: int = 200) -> str:
+    """``repr`` on one line, at most ``length`` characters of it and the dots."""
+    return _cut(" ".join(repr(value).split()), length)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."
 
 
 @contextmanager

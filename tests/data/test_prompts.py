@@ -88,6 +88,7 @@ def test_no_cache_is_left_and_rows_outlive_theirs(tmp_path: Path, monkeypatch: p
     write_rows(tmp_path / "x.jsonl")
     rows = load_rows(str(tmp_path / "x.jsonl"), "train")
     assert not list(scratch.iterdir())
+    assert rows.cache_files == []
     assert not home.exists()
     assert list(rows) == ROWS
 
@@ -104,7 +105,8 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path / "x.txt", "hello"), "train")
     assert message_of(caught) == (
-        f"cannot read {tmp_path}/x.txt: its suffix '.txt' is not one of .json, .jsonl, .csv, .parquet; convert or rename it"
+        f"cannot read {tmp_path}/x.txt: its suffix '.txt' is not one of .json, .jsonl, .csv, .parquet; "
+        "convert or rename it"
     )
 
 
@@ -113,7 +115,7 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     [
         ("x.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n{"prompt": "c"}\n', "line 3: Expecting ',' delimiter"),
         ("x.jsonl", '{"prompt": "a\u2028b"}\n{"prompt" "b"}\n', "line 2: Expecting ':' delimiter"),
-        ("x.jsonl", '{"prompt": "a"}\n"b"\n', "line 2: 'b' is not an object such as {\"prompt\": \"...\"}"),
+        ("x.jsonl", '{"prompt": "a"}\n"b"\n', 'line 2: \'b\' is not an object such as {"prompt": "..."}'),
         ("x.json", '[{"prompt": "a"},\n {"prompt" "b"}]', "line 2: Expecting ':' delimiter"),
         ("x.json", '{"prompt": "a"}\n{"prompt": }\n', "line 2: Expecting value"),
     ],
@@ -152,7 +154,14 @@ def test_broken_parquet_names_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("x.jsonl", ""), ("x.jsonl", "\n\n"), ("x.json", "[]"), ("x.json", ""), ("x.csv", "prompt,label\n"), ("x.csv", "")],
+    [
+        ("x.jsonl", ""),
+        ("x.jsonl", "\n\n"),
+        ("x.json", "[]"),
+        ("x.json", ""),
+        ("x.csv", "prompt,label\n"),
+        ("x.csv", ""),
+    ],
 )
 def test_empty_file(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -163,7 +172,9 @@ def test_empty_file(tmp_path: Path, name: str, text: str) -> None:
 
 def test_empty_parquet_and_empty_slice(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"x\.parquet \(split train\):? (it )?holds no rows; give it at least one prompt"):
+    with pytest.raises(
+        DataError, match=r"x\.parquet \(split train\):? (it )?holds no rows; give it at least one prompt"
+    ):
         load_rows(str(tmp_path / "x.parquet"), "train")
     write_rows(tmp_path / "x.jsonl")
     with pytest.raises(DataError, match=r"x\.jsonl \(split train\[2:\]\): it holds no rows; .* name another split"):
@@ -224,7 +235,7 @@ def tokenised_rows(rows: datasets.Dataset, *, tokenizer: Any = None, **changed: 
 
 
 def words_of(prompt: Prompt) -> str:
-    return str(tiny_tokenizer().decode(prompt.token_ids))
+    return str(tiny_tokenizer().decode(list(prompt.token_ids)))
 
 
 def test_a_string_becomes_one_user_message() -> None:
@@ -247,7 +258,7 @@ def test_without_chat_template_a_string_stays_as_it_is() -> None:
 
 def test_special_tokens_are_added_once() -> None:
     tokenizer = tiny_tokenizer(bos="<s>", chat_template="{{ bos_token }} {{ messages[0].content }}")
-    bos, hello = tokenizer.convert_tokens_to_ids(["<s>", "hello"])
+    bos, hello = (tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "hello"))
     (chat,) = tokenised(["hello"], tokenizer=tokenizer).prompts
     (plain,) = tokenised(["hello"], tokenizer=tokenizer, chat_template=False).prompts
     assert (chat.text, plain.text) == ("<s> hello", "hello")
@@ -381,8 +392,8 @@ def test_a_template_that_rejects_a_message() -> None:
     with pytest.raises(DataError) as caught:
         tokenised(["a"], tokenizer=tiny_tokenizer(chat_template=template, name_or_path="org/m"), system_prompt="b")
     assert message_of(caught) == (
-        "row 0: the chat template of org/m rejects messages of roles ['system', 'user']: TemplateError: System role not "
-        "supported; change them or drop data.system_prompt"
+        "row 0: the chat template of org/m rejects messages of roles ['system', 'user']: TemplateError: System role "
+        "not supported; change them or drop data.system_prompt"
     )
 
 

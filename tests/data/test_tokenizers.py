@@ -27,7 +27,7 @@ def test_its_own_pad_token_wins_even_as_eos() -> None:
 
 def test_pad_token_id_zero_is_a_pad_token() -> None:
     tokenizer = tiny_tokenizer(unk="<pad>", pad="<pad>")
-    assert pad_token_id(tokenizer, stop_ids=(), vocab_size=BIG) == tokenizer.pad_token_id == 0
+    assert pad_token_id(tokenizer, stop_ids=(0,), vocab_size=BIG) == tokenizer.pad_token_id == 0
 
 
 def test_a_pad_token_without_an_embedding_is_passed_over() -> None:
@@ -42,11 +42,12 @@ def test_a_pad_token_without_an_embedding_is_passed_over() -> None:
 @pytest.mark.parametrize("spare", ["<|reserved_special_token_0|>", "<unused7>", "[unused3]", "<|extra_0|>"])
 def test_without_pad_unk_then_spare_then_bos_then_lowest(spare: str) -> None:
     words = ("a", spare, "reserved", "unused")
-    tokenizer = tiny_tokenizer(words=words, bos="<s>")  # ids: unk 0, bos 1, eos 2, a 3, spare 4
+    tokenizer = tiny_tokenizer(words=words, bos="unused")  # ids: unk 0, bos 1, eos 2, a 3, spare 4, reserved 5
+    tokenizer.bos_token = "reserved"
     assert pad_token_id(tokenizer, stop_ids=(2,), vocab_size=BIG) == 0
     assert pad_token_id(tokenizer, stop_ids=(0, 2), vocab_size=BIG) == 4
-    assert pad_token_id(tokenizer, stop_ids=(0, 2, 4), vocab_size=BIG) == 1
-    assert pad_token_id(tokenizer, stop_ids=(0, 1, 2, 4), vocab_size=BIG) == 3
+    assert pad_token_id(tokenizer, stop_ids=(0, 2, 4), vocab_size=BIG) == 5
+    assert pad_token_id(tokenizer, stop_ids=(0, 2, 4, 5), vocab_size=BIG) == 1
 
 
 def test_a_spare_token_without_an_embedding_is_passed_over() -> None:
@@ -80,7 +81,8 @@ def test_no_id_to_pad_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("configured", "expected"), [(None, (1,)), (1, (1,)), (7, (1, 7)), ([9, 1, 3], (1, 3, 9)), ([], (1,)), (0, (0, 1))]
+    ("configured", "expected"),
+    [(None, (1,)), (1, (1,)), (7, (1, 7)), ([9, 1, 3], (1, 3, 9)), ([], (1,)), (0, (0, 1)), (8, (1, 8))],
 )
 def test_stop_ids_are_the_union_sorted(configured: int | list[int] | None, expected: tuple[int, ...]) -> None:
     tokenizer = tiny_tokenizer()
@@ -104,8 +106,8 @@ def test_no_stop_token() -> None:
     with pytest.raises(DataError) as caught:
         stop_token_ids(tiny_tokenizer(eos=None, name_or_path="org/endless"), None)
     assert str(caught.value) == (
-        "no stop token: the tokenizer of org/endless and its generation config have eos_token_id=None, so that responses "
-        "could never finish; set eos_token on the tokenizer, or use rollout.stop_strings"
+        "no stop token: the tokenizer of org/endless and its generation config have eos_token_id=None, so that "
+        "responses could never finish; set eos_token on the tokenizer, or use rollout.stop_strings"
     )
 
 

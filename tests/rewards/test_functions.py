@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,15 @@ def message_of(caught: pytest.ExceptionInfo[Any]) -> str:
 
 
 def test_a_function_of_a_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "reward.py", "def length(prompts, responses, **columns):\n    return list(map(len, responses))")
+    path = write(
+        tmp_path / "reward.py", "def length(prompts, responses, **columns):\n    return list(map(len, responses))"
+    )
     assert load_function(f"{path}:length")([], ["a", "bcd"]) == [1, 3]
 
 
 def test_a_function_of_a_module() -> None:
-    assert load_function("os.path:commonprefix")(["abc", "abd"]) == "ab"  # type: ignore[call-arg, comparison-overlap]
+    function: Any = load_function("os.path:commonprefix")
+    assert function(["abc", "abd"]) == "ab"
 
 
 def test_a_relative_path_and_a_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +62,7 @@ def test_files_of_one_name_stay_apart(tmp_path: Path) -> None:
         write(folder / "reward.py", f"SCORE = {score}\ndef f(prompts, responses):\n    return [SCORE]")
         functions.append(load_function(f"{folder / 'reward.py'}:f"))
     assert [function([], [""]) for function in functions] == [[1], [2]]
-    assert functions[0].__module__ != functions[1].__module__  # type: ignore[attr-defined]
+    assert functions[0].__module__ != functions[1].__module__
 
 
 def test_a_file_is_run_anew_on_each_load(tmp_path: Path) -> None:
@@ -88,14 +92,19 @@ def test_a_file_with_a_dataclass(tmp_path: Path) -> None:
     path = write(
         tmp_path / "reward.py",
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Fixed:\n"
-        "    score: float = 2.0\n    def __call__(self, prompts, responses):\n        return [self.score]\n\nfixed = Fixed()",
+        "    score: float = 2.0\n    def __call__(self, prompts, responses):\n        return [self.score]\n"
+        "fixed = Fixed()",
     )
     assert load_function(f"{path}:fixed")([], [""]) == [2.0]
 
 
 def test_a_name_that_a_module_makes_on_demand(tmp_path: Path) -> None:
-    path = write(tmp_path / "lazy.py", "def __getattr__(name):\n    if name == 'f':\n        return len\n    raise AttributeError")
-    assert load_function(f"{path}:f") is len
+    path = write(
+        tmp_path / "lazy.py",
+        "def __getattr__(name):\n    if name == 'f':\n        return len\n    raise AttributeError",
+    )
+    function: Any = load_function(f"{path}:f")
+    assert function is len
 
 
 @pytest.mark.parametrize("spec", ["", "reward.py", "reward", ":f", "reward.py:", ":"])
@@ -125,7 +134,8 @@ def test_missing_module() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "way_out"), [("lenght", "did you mean length?"), ("zzz", "it has length, other"), ("_f", "it has length, other")]
+    ("name", "way_out"),
+    [("lenght", "did you mean length?"), ("zzz", "it has length, other"), ("_f", "it has length, other")],
 )
 def test_a_name_that_is_not_there(tmp_path: Path, name: str, way_out: str) -> None:
     path = write(tmp_path / "reward.py", "def other(): ...\ndef length(): ...\ndef _hidden(): ...\nLENGTHS = 3")
@@ -136,7 +146,7 @@ def test_a_name_that_is_not_there(tmp_path: Path, name: str, way_out: str) -> No
 
 def test_a_file_without_functions(tmp_path: Path) -> None:
     path = write(tmp_path / "reward.py", "x = 1")
-    with pytest.raises(ConfigError, match="f is not defined there; it has no functions$"):
+    with pytest.raises(ConfigError, match=r"f is not defined there; it has no functions$"):
         load_function(f"{path}:f")
 
 
@@ -181,7 +191,9 @@ def returning(value: Any) -> FunctionReward:
 
 
 def test_texts_columns_and_kwargs_arrive_by_name() -> None:
-    def function(prompts: list[str], responses: list[str], *, label: list[int], x: list[str], scale: float) -> list[float]:
+    def function(
+        prompts: list[str], responses: list[str], *, label: list[int], x: list[str], scale: float
+    ) -> list[float]:
         assert (prompts, responses, x) == (["one\nline", "two"], ["r0", "r1"], ["a", "b"])
         return [scale * number for number in label]
 
@@ -210,7 +222,9 @@ def test_a_kwarg_that_is_an_argument(name: str) -> None:
 def test_a_kwarg_that_is_a_column() -> None:
     with pytest.raises(ConfigError) as caught:
         reward_of(lambda *args, **kwargs: [0.0, 0.0], label=1)(PROMPTS, RESPONSES)
-    assert message_of(caught) == "reward.kwargs.label of file.py:f is also a column of the dataset; rename one of the two"
+    assert (
+        message_of(caught) == "reward.kwargs.label of file.py:f is also a column of the dataset; rename one of the two"
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,7 +271,8 @@ def test_a_score_that_is_no_finite_number(score: Any, shown: str) -> None:
     with pytest.raises(RewardError) as caught:
         returning([0.0, score])(PROMPTS, RESPONSES)
     assert message_of(caught) == (
-        f"reward file.py:f gave score {shown} at position 1; return a finite number for each response; its prompt was 'two'"
+        f"reward file.py:f gave score {shown} at position 1; return a finite number for each response; "
+        "its prompt was 'two'"
     )
 
 
@@ -295,9 +310,7 @@ def test_the_wrong_number_of_scores(scores: Any) -> None:
 def test_something_else_than_a_list(scores: Any, shown: str) -> None:
     with pytest.raises(RewardError) as caught:
         returning(scores)(PROMPTS, RESPONSES)
-    assert message_of(caught) == (
-        f"reward file.py:f returned {shown}; return one number for each of the 2 responses"
-    )
+    assert message_of(caught) == (f"reward file.py:f returned {shown}; return one number for each of the 2 responses")
 
 
 # ---- raising ---------------------------------------------------------------------------------------------------------
@@ -316,8 +329,7 @@ def test_a_function_that_raises() -> None:
         "the first of its 2 prompts was 'one\\nline'"
     )
     assert caught.value.__cause__ is original
-    assert original.__traceback__ is not None
-    assert caught.traceback[-1].name == "__call__"
+    assert traceback.extract_tb(original.__traceback__)[-1].name == "function"
 
 
 def test_a_function_that_takes_no_columns() -> None:

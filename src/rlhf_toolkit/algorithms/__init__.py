@@ -6,5 +6,5 @@ number, ``importance`` and ``kl_control`` correct and steer, ``masking`` serves 
 
 Conventions everywhere: B sequences, R response positions; masks are bool, True = real token; tensors are fp32 and come
 first, hyperparameters are keyword-only. What stands outside a mask may be NaN or inf and reaches neither a result nor a
-gradient: every function blanks its inputs there before it computes anything.
+gradient: ``torch.where`` blanks it, before any arithmetic where a gradient flows.
 """

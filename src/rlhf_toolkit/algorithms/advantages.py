@@ -30,7 +30,6 @@ def gae(
     every response counts as finished.
     Source: Schulman et al., arXiv 1506.02438, equation 16.
     """
-    rewards, values = zero_outside(rewards, mask), zero_outside(values, mask)
     advantages = torch.zeros_like(rewards)
     advantage = rewards.new_zeros(rewards.size(0))
     next_value = advantage if bootstrap is None else bootstrap

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.tokenizers import require_chat_template
-from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch
 
@@ -153,7 +153,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _check_utf8(path: Path) -> None:
-    """Raise DataError at the first line in another encoding, which ``datasets`` would let through to whoever reads it."""
+    """Raise DataError at the first line in another encoding: ``datasets`` lets it through to whoever reads the row."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -169,7 +169,7 @@ def _rows_of_hub(source: str, split: str) -> datasets.Dataset:
     except Exception as error:  # network, hub, cache and dataset fail in many ways
         raise DataError(
             f"cannot load dataset {name!r} (configuration {configuration or 'default'}, split {split!r}): "
-            f"{_described(error)}; check these names and the network, or use a local file ({', '.join(FORMATS)})"
+            f"{described(error)}; check these names and the network, or use a local file ({', '.join(FORMATS)})"
         ) from error
 
 
@@ -180,7 +180,7 @@ def _fault(path: Path, error: Exception) -> str:
     line = _broken_json(path) if FORMATS[path.suffix.lower()] == "json" else None
     if line:
         return f"{line}; repair that line"
-    return f"{_described(error.__cause__ or error)}; repair the file or name another split"
+    return f"{described(error.__cause__ or error)}; repair the file or name another split"
 
 
 def _broken_json(path: Path) -> str | None:
@@ -205,7 +205,7 @@ def _broken_line(line: bytes) -> str | None:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         return error.msg
-    return None if isinstance(value, dict) else f'{_shortened(value)} is not an object such as {{"prompt": "..."}}'
+    return None if isinstance(value, dict) else f'{shortened(value)} is not an object such as {{"prompt": "..."}}'
 
 
 # ---- tokenising ------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def tokenise_prompts(
         text, special = _rendered(row[column], index, tokenizer, chat_template, system_prompt)
         token_ids = tuple(tokenizer(text, add_special_tokens=special).input_ids)
         if not token_ids:
-            raise DataError(f"row {index}: the prompt {_shortened(text)} tokenises to nothing; fill or remove that row")
+            raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
         prompts.append(Prompt(index, text, token_ids, {name: value for name, value in row.items() if name != column}))
     return _those_that_fit(prompts, max_prompt_tokens)
 
@@ -261,19 +261,19 @@ def _rendered(
     except Exception as error:  # a template is a program: it may raise whatever it likes
         raise DataError(
             f"row {index}: the chat template of {tokenizer.name_or_path or 'the model'} rejects messages of roles "
-            f"{[message['role'] for message in messages]}: {_described(error)}; change them or drop data.system_prompt"
+            f"{[message['role'] for message in messages]}: {described(error)}; change them or drop data.system_prompt"
         ) from error
 
 
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
-    """``value`` as chat messages. Keys that hold None are left out: datasets fills in what only other messages have."""
+    """``value`` as chat messages. Keys that ``datasets`` fills with None are left out by ``apply_chat_template``."""
     if isinstance(value, str):
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         return [*system, {"role": "user", "content": value}]
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        return [{key: item for key, item in message.items() if item is not None} for message in value]
+        return value
     raise DataError(
-        f"row {index}: the prompt {_shortened(value)} is neither a string nor a list of messages with role and content "
+        f"row {index}: the prompt {shortened(value)} is neither a string nor a list of messages with role and content "
         "as strings; repair that row or name another data.prompt_column"
     )
 
@@ -293,16 +293,3 @@ def _those_that_fit(prompts: list[Prompt], max_prompt_tokens: int) -> PromptSet:
             f"the shortest has {shortest} tokens, so set it to {shortest} or more"
         )
     return PromptSet(prompts=fitting, dropped_too_long=len(prompts) - len(fitting), total=len(prompts))
-
-
-def _described(error: BaseException) -> str:
-    """An exception on one line, its type first."""
-    return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
-
-
-def _shortened(value: Any) -> str:
-    return _cut(" ".join(repr(value).split()), 120)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "..."

@@ -5,14 +5,14 @@ Both heads get packed positions, (K, H) with one row for each response token, so
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_toolkit.distributed.zero3 import full_shape, share_parameters
+from rlhf_toolkit.distributed.zero3 import share_parameters
 
 CHUNK_ELEMENTS = 2**24  # logits in flight: 64 MiB in fp32
 
@@ -22,8 +22,8 @@ class LanguageModelHead(nn.Module):
 
         z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) - sum softmax(z) z
 
-    Forward keeps nothing of size V; backward recomputes each chunk. So no tensor larger than ``CHUNK_ELEMENTS`` exists in either
-    direction. The output layer stays the base's own module; it is used here, not owned.
+    No tensor larger than ``CHUNK_ELEMENTS`` exists in either direction (``TokenScores``). The output layer stays the base's own module; it
+    is used here, not owned.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -34,51 +34,101 @@ class LanguageModelHead(nn.Module):
         config = base.config.get_text_config()
         self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.vocabulary = full_shape(output_layer.weight)[0]
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """``hidden`` (K, H) and ``targets`` (K,) to log-probs (K,) and entropies (K,), both fp32."""
-        size = max(1, CHUNK_ELEMENTS // self.vocabulary)
-        chunks = [
-            checkpoint(self._chunk, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-        ]
-        logprobs, entropies = zip(*chunks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden`` (K, H) and ``targets`` (K,) to log-probs (K,) and entropies (K,), both fp32.
 
-    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        Without ``entropy_gradient`` the entropies are numbers to look at: no gradient flows through them, and none is computed.
+        """
         layer = self._output_layer[0]
-        logits = Fp32Logits.apply(hidden, layer.weight)
-        if layer.bias is not None:
-            logits = logits + layer.bias.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if temperature != 1.0:
-            logits = logits / temperature
-        logits = logits.log_softmax(-1)
-        return logits.gather(-1, targets[:, None]).squeeze(-1), -(logits.exp() * logits).sum(-1)
+        transform = LogitTransform(self.scale, self.softcap, temperature)
+        return TokenScores.apply(hidden, layer.weight, layer.bias, targets, transform, entropy_gradient)
 
 
-class Fp32Logits(torch.autograd.Function):
-    """``hidden @ weight.T`` accumulated and returned in fp32, whatever the dtype of the frozen ``weight`` (V, H).
+class LogitTransform(NamedTuple):
+    """What a model does to its raw logits: z = softcap(scale raw) / temperature."""
 
-    bf16 logits near 20 are 0.06 apart, which is noise of that size in every log-prob; fp32 costs only this one product.
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    def apply_(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Transform ``raw`` in place; also return dz/draw, a number where that is constant."""
+        raw = raw.mul_(self.scale) if self.scale != 1.0 else raw
+        if self.softcap is None:
+            slope: torch.Tensor | float = self.scale / self.temperature
+        else:
+            raw = raw.div_(self.softcap).tanh_()
+            slope = (1 - raw.square()) * (self.scale / self.temperature)
+            raw = raw.mul_(self.softcap)
+        return (raw.div_(self.temperature) if self.temperature != 1.0 else raw), slope
+
+
+class TokenScores(torch.autograd.Function):
+    """Log-prob and entropy of each position, with their gradients worked out while the logits are at hand.
+
+    Each output is one number a position, so its gradient in ``hidden`` is one vector a position:
+
+        d logprob / d h = ((onehot(target) - p) slope) W,    d entropy / d h = (-p (log p + entropy) slope) W
+
+    Forward computes these (K, H) vectors chunk by chunk and backward only scales them by the incoming numbers. Nothing of size V is kept
+    and no logits are computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtype = hidden.dtype
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return hidden.float() @ weight.float().t()
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wants_gradient = ctx.needs_input_grad[0]
+        product = _fp32_product(weight)
+        outputs: list[tuple[torch.Tensor, ...]] = []
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            raw = product(h)
+            logits, slope = transform.apply_(raw if bias is None else raw.add_(bias))
+            logp = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            p = logp.exp()
+            logprobs, entropies = logp.gather(-1, t[:, None]).squeeze(-1), -torch.linalg.vecdot(p, logp)
+            vectors: list[torch.Tensor] = []
+            if wants_gradient and entropy_gradient:
+                vectors.append((logp.add_(entropies[:, None]).mul_(p).neg_() * slope).to(weight.dtype) @ weight)
+            if wants_gradient:
+                d_logits = p.neg_().scatter_add_(-1, t[:, None], torch.ones_like(logprobs)[:, None]).mul_(slope)
+                vectors.insert(0, d_logits.to(weight.dtype) @ weight)
+            outputs.append((logprobs, entropies, *vectors))
+        logprobs, entropies, *vectors = (torch.cat(column) for column in zip(*outputs, strict=True))
+        ctx.save_for_backward(*vectors)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, d_logits: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        return (d_logits.to(weight.dtype) @ weight).to(ctx.dtype), None
+    def backward(ctx: Any, d_logprobs: torch.Tensor, d_entropies: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        vectors = ctx.saved_tensors
+        d_hidden = vectors[0] * d_logprobs[:, None].to(vectors[0].dtype)
+        if len(vectors) > 1:
+            d_hidden = d_hidden + vectors[1] * d_entropies[:, None].to(vectors[1].dtype)
+        return d_hidden, None, None, None, None, None
+
+
+def _fp32_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``h -> h @ weight.T`` accumulated and returned in fp32, whatever the dtype of ``weight`` (V, H).
+
+    bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob; fp32 costs only this one product. A GPU
+    does it without a copy of the weight.
+    """
+    if weight.is_cuda and weight.dtype != torch.float32:
+        return lambda hidden: torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    whole = weight.float()
+    return lambda hidden: hidden.to(whole.dtype) @ whole.t()
 
 
 class ScalarHead(nn.Module):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.attention import CPU_ATTENTION
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 
 
@@ -36,6 +37,8 @@ def load_base(
     name: str, config: PretrainedConfig, topology: Topology, *, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
+    if attention == "sdpa" and topology.device.type == "cpu":
+        attention = CPU_ATTENTION
     with _explained(name), sharded_loading(topology, dtype):
         return AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code

@@ -77,6 +77,7 @@ class SharedBase(PeftModel):
         *,
         roles: Sequence[str],
         temperature: float = 1.0,
+        entropy_gradient: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Run ``roles`` over the same sequences and return what each says about the response tokens.
 
@@ -86,6 +87,7 @@ class SharedBase(PeftModel):
             response_mask: (N, T) bool, True at response tokens. K = its sum. Packed results are in row-major order of it.
             roles: any of policy, reference, value, reward.
             temperature: divides the logits of policy and reference alike.
+            entropy_gradient: whether the policy's entropies are part of a loss; without, they carry no gradient.
 
         Returns:
             ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's output on the
@@ -100,7 +102,7 @@ class SharedBase(PeftModel):
         outputs: dict[str, torch.Tensor] = {}
         for role, states in zip(roles, hidden.split(rows), strict=True):
             if role in LANGUAGE_ROLES:
-                logprobs, entropies = self.policy_head(states[before], targets, temperature)
+                logprobs, entropies = self.policy_head(states[before], targets, temperature, entropy_gradient)
                 outputs[f"{role}_logprobs"], outputs[f"{role}_entropies"] = logprobs, entropies
             elif role == VALUE:
                 outputs["values"] = self.scalar_heads[VALUE](states[before])

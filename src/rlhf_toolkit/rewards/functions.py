@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from rlhf_toolkit.errors import ConfigError, RewardError
+from rlhf_toolkit.errors import ConfigError, RewardError, described, shortened
 from rlhf_toolkit.types import Prompt
 
 LARGEST = torch.finfo(torch.float32).max
@@ -68,8 +68,8 @@ class FunctionReward:
             scores = self.function([prompt.text for prompt in prompts], list(responses), **columns, **self.kwargs)
         except Exception as error:  # a reward may raise whatever it likes
             raise RewardError(
-                f"reward {self.name} raised {_described(error)}; {_way_out(error)}; "
-                f"the first of its {len(prompts)} prompts was {_shortened(prompts[0].text) if prompts else 'missing'}"
+                f"reward {self.name} raised {described(error)}; {_way_out(error)}; "
+                f"the first of its {len(prompts)} prompts was {shortened(prompts[0].text) if prompts else 'missing'}"
             ) from error
         return [self._checked(score, i, prompts[i]) for i, score in enumerate(self._listed(scores, len(responses)))]
 
@@ -83,7 +83,7 @@ class FunctionReward:
         plain = scores.tolist() if isinstance(scores, _Array) else scores
         wanted = f"return one number for each of the {count} responses"
         if not isinstance(plain, Sequence) or isinstance(plain, (str, bytes)):
-            raise RewardError(f"reward {self.name} returned {_shortened(scores)} ({type(scores).__name__}); {wanted}")
+            raise RewardError(f"reward {self.name} returned {shortened(scores)} ({type(scores).__name__}); {wanted}")
         if len(plain) != count:
             raise RewardError(f"reward {self.name} returned {len(plain)} scores; {wanted}")
         return plain
@@ -94,8 +94,8 @@ class FunctionReward:
         if isinstance(plain, (int, float)) and abs(plain) <= LARGEST:
             return float(plain)
         raise RewardError(
-            f"reward {self.name} gave score {_shortened(score)} ({type(score).__name__}) at position {position}; "
-            f"return a finite number for each response; its prompt was {_shortened(prompt.text)}"
+            f"reward {self.name} gave score {shortened(score)} ({type(score).__name__}) at position {position}; "
+            f"return a finite number for each response; its prompt was {shortened(prompt.text)}"
         )
 
 
@@ -119,7 +119,7 @@ def load_function(spec: str) -> RewardFunction:
         module = _run_file(path) if path.suffix == ".py" else importlib.import_module(place)
     except Exception as error:  # importing runs code
         raise ConfigError(
-            f"reward.function={spec!r}: importing {place} raised {_described(error)}{_where(error)}; "
+            f"reward.function={spec!r}: importing {place} raised {described(error)}{_where(error)}; "
             "repair it, or give path/to/file.py:name"
         ) from error
     return _callable(module, name, spec)
@@ -134,7 +134,7 @@ def _callable(module: ModuleType, name: str, spec: str) -> RewardFunction:
     function: RewardFunction = getattr(module, name)
     if not callable(function):
         raise ConfigError(
-            f"reward.function={spec!r}: {name} is {_shortened(function)} ({type(function).__name__}), "
+            f"reward.function={spec!r}: {name} is {shortened(function)} ({type(function).__name__}), "
             "which cannot be called; name a function"
         )
     return function
@@ -177,17 +177,3 @@ def _way_out(error: Exception) -> str:
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return "columns and reward.kwargs arrive by name, so let it take **columns"
     return "repair the function (its traceback is above)"
-
-
-def _described(error: BaseException) -> str:
-    """An exception on one line, its type first."""
-    return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 400)
-
-
-def _shortened(value: Any) -> str:
-    """``repr`` on one line, at most some 200 characters of it."""
-    return _cut(" ".join(repr(value).split()), 200)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "..."

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -24,6 +24,7 @@ class RoleTrainer(Trainer):
 
     def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # records go to the run log
         self.learning_rates = learning_rates
         self.meter = Meter()
 

@@ -205,7 +205,13 @@ class PPOTrainer(RoleTrainer):
     def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropies and values (n, R) of the response tokens, policy and value in one forward."""
         positions = response_positions(batch.prompt_lengths, batch.response_lengths, batch.sequences.shape[1])
-        out = model(batch.sequences, positions, roles=(POLICY, VALUE), temperature=self.loss.temperature)
+        out = model(
+            batch.sequences,
+            positions,
+            roles=(POLICY, VALUE),
+            temperature=self.loss.temperature,
+            entropy_gradient=self.loss.entropy_coef != 0,
+        )
         width = batch.response_mask.shape[1]
         names = ("policy_logprobs", "policy_entropies", "values")
         logprobs, entropies, values = (unpack(out[name], batch.response_lengths, width) for name in names)

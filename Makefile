@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up everything they need in .venv. With a GPU pip takes PyTorch's CUDA build, without one the CPU build.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+GPUS   := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+RUN    ?= runs/demo
+
+ifeq ($(GPUS),0)
+CONSTRAINTS := -c constraints-cpu.txt
+PROCESSES   := 2
+export DS_ACCELERATOR  := cpu
+export OMP_NUM_THREADS ?= 1
+else
+PROCESSES := $(GPUS)
+endif
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help install demo test check format clean
+
+help:
+	@echo "make demo    watch SmolLM2-135M learn by PPO (10 minutes on 2 CPU cores); results in $(RUN)"
+	@echo "make test    all tests, two ranks under real ZeRO-3 among them"
+	@echo "make check   formatting, lint, types and all tests"
+	@echo "make format  format the code"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: install
+	MODEL=$$($(BIN)/python recipes/sentiment/fetch_model.py) && \
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_zero3.yaml --num_processes $(PROCESSES) \
+	  recipes/ppo.py --config recipes/sentiment/ppo.yaml --overwrite model.name="$$MODEL" run.output_dir=$(RUN)
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info

@@ -1,0 +1,152 @@
+"""From a YAML file and command-line overrides to a typed ``Experiment``.
+
+YAML does not always read what people mean: ``1e-4`` is a string to it, ``off`` is False and ``none`` a string. Here each
+becomes what the setting takes; anything else that does not fit is a ConfigError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from rlhf_toolkit.configs import Experiment, default_of, nearest
+from rlhf_toolkit.errors import ConfigError, described, shortened
+
+ON_OFF = {True: "on", False: "off"}
+NAMES = {NoneType: "none", list[str]: "list of str", dict[str, Any]: "dict with str keys"}
+
+
+def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Read a YAML file; ``overrides`` maps dotted names such as ``ppo.kl_coef`` to values that replace it.
+
+    Raises ConfigError for a file that cannot be read and for settings that cannot work.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the experiment {path}: {error.strerror}; give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (at byte {error.start}); save the file as UTF-8") from error
+    values = _from_yaml(text, f"{path} is not valid YAML")
+    if not isinstance(values, Mapping | None):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections such as model: and ppo:")
+    sections = dict(values or {})
+    for name, value in (overrides or {}).items():
+        section, _, key = name.partition(".")
+        sections[section] = {**_settings(section, sections.get(section)), key: value}
+    return experiment_from_dict(sections)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """``["ppo.kl_coef=0.1"]`` to ``{"ppo.kl_coef": 0.1}``, values read as YAML. Raises ConfigError."""
+    overrides = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or "." not in name:
+            raise ConfigError(
+                f"cannot read the override {argument!r}; write section.key=value, such as ppo.kl_coef=0.1"
+            )
+        overrides[name] = _from_yaml(value, f"the value of the override {argument!r} is not valid YAML")
+    return overrides
+
+
+def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
+    """Build the typed experiment; a section of None has its defaults.
+
+    Raises ConfigError for values that cannot work and for an unknown name, with the nearest known one.
+    """
+    kinds = get_type_hints(Experiment)
+    sections = {}
+    for name, section in values.items():
+        if name not in kinds:
+            raise ConfigError(f"unknown section {name!r}{_suggestion(str(name), kinds)}")
+        sections[name] = _section(name, kinds[name], _settings(name, section))
+    return Experiment(**sections)
+
+
+def _from_yaml(text: str, fault: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+        raise ConfigError(f"{fault}: {described(error)}; repair it, or put text in quotes") from error
+
+
+def _settings(name: str, section: Any) -> Mapping[str, Any]:
+    """What stands in a section, where an empty one is None to YAML."""
+    if not isinstance(section, Mapping | None):
+        raise ConfigError(
+            f"section {name} holds {shortened(section)}, not settings; write them as name: value below it"
+        )
+    return section or {}
+
+
+def _section(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
+    hints, settings = get_type_hints(kind), {setting.name: setting for setting in fields(kind)}
+    for key in values:
+        if key not in settings:
+            raise ConfigError(f"unknown setting {name}.{key}{_elsewhere(name, key, settings)}")
+    return kind(**{key: _converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in values.items()})
+
+
+def _elsewhere(section: str, key: str, known: Mapping[str, Any]) -> str:
+    """Where an unknown setting might belong: under its own name in another section, or under a similar one in this."""
+    for name, kind in get_type_hints(Experiment).items():
+        if key in get_type_hints(kind):
+            return f"; did you mean {name}.{key}?"
+    return _suggestion(f"{section}.{key}", [f"{section}.{name}" for name in known])
+
+
+def _suggestion(name: str, known: Any) -> str:
+    return nearest(name, known) or f"; known are {', '.join(sorted(known))}"
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def _converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
+    """``value`` as what the setting takes."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, bool) and ON_OFF[value] in setting.metadata["choices"]:
+        return ON_OFF[value]
+    if NoneType in options and value in ("none", "None"):
+        return None
+    if float in options:
+        value = _number(value)
+    if any(_fits(value, option) for option in options):
+        return value
+    wanted = " or ".join(NAMES.get(option) or option.__name__ for option in options)
+    raise ConfigError(f"{name}={shortened(value)} is not {wanted}; {_way_out(value, options, setting)}")
+
+
+def _number(value: Any) -> Any:
+    """A whole number, or YAML's string '1e-4', as the float it is; anything else as it came."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the type ``hint``, and so is each item of a list and each key of a dict."""
+    kind = get_origin(hint) or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    return kind not in (list, dict) or all(isinstance(item, get_args(hint)[0]) for item in value)
+
+
+def _way_out(value: Any, options: tuple[Any, ...], setting: Field[Any]) -> str:
+    choices = setting.metadata["choices"]
+    if choices:
+        return f"known are {', '.join(choices)}"
+    if str in options and value is not None and not isinstance(value, (list, dict)):
+        return f"put text in quotes, in a shell as \"'{value}'\""
+    return default_of(setting)
