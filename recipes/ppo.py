@@ -15,7 +15,9 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="the experiment's YAML file")
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's last complete checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
     arguments = parser.parse_args()
 
     experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides))

@@ -31,7 +31,13 @@ class Finished:
 
 
 def launch(
-    script: list[str], folder: Path, *, processes: int, stage: int | None, seconds: int = 150, launch_options: dict[str, Any] | None = None
+    script: list[str],
+    folder: Path,
+    *,
+    processes: int,
+    stage: int | None,
+    seconds: int = 150,
+    launch_options: dict[str, Any] | None = None,
 ) -> Finished:
     """Run ``python script`` on ``processes`` ranks under ZeRO ``stage`` (None: plain). Kills everything after ``seconds``.
 
@@ -63,7 +69,13 @@ def launch(
 
 def run(command: list[str], *, seconds: int, **environment: str) -> Finished:
     """Run a command in a process group of its own; kill the whole group at the time limit."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -82,13 +94,17 @@ def run(command: list[str], *, seconds: int, **environment: str) -> Finished:
         return Finished(-9, f"{output}\n--- killed after {seconds} s ---")
 
 
-def run_recipe(experiment: Path, *arguments: str, processes: int = 1, stage: int | None = None, **options: Any) -> Finished:
+def run_recipe(
+    experiment: Path, *arguments: str, processes: int = 1, stage: int | None = None, **options: Any
+) -> Finished:
     """Run ``recipes/ppo.py`` on ``experiment``, a YAML file."""
     script = [str(ROOT / "recipes/ppo.py"), "--config", str(experiment), *arguments]
     return launch(script, experiment.parent, processes=processes, stage=stage, **options)
 
 
-def run_worker(function: str, folder: Path, *, processes: int = 2, stage: int | None = 3, seconds: int = 150, **arguments: Any) -> list[Any]:
+def run_worker(
+    function: str, folder: Path, *, processes: int = 2, stage: int | None = 3, seconds: int = 150, **arguments: Any
+) -> list[Any]:
     """Call ``module:name`` with ``arguments`` on every rank; return what each rank returned, in rank order."""
     torch.save(arguments, folder / "arguments.pt")
     script = [str(Path(__file__).with_name("worker.py")), function, str(folder)]

@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import SchedulerType, get_scheduler
 
+from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
+from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
+from rlhf_toolkit.algorithms.kl_control import AdaptiveKL
+from rlhf_toolkit.config_loading import experiment_from_dict, load_experiment, parse_overrides
 from rlhf_toolkit.configs import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    SCHEDULES,
     DataConfig,
     Experiment,
     ModelConfig,
@@ -16,9 +25,6 @@ from rlhf_toolkit.configs import (
     RolloutConfig,
     RunConfig,
     UpdateConfig,
-    experiment_from_dict,
-    load_experiment,
-    parse_overrides,
 )
 from rlhf_toolkit.errors import ConfigError
 
@@ -192,11 +198,26 @@ def test_a_setting_of_another_section_names_it(section: str, key: str, elsewhere
     assert error_of(section, **{key: 1.0}) == f"unknown setting {section}.{key}; did you mean {elsewhere}?"
 
 
-@pytest.mark.parametrize("section", [None, 3, "gamma", ["gamma"]])
+def test_names_that_are_no_strings() -> None:
+    sections: Any = {1: {}}
+    with pytest.raises(ConfigError) as caught:
+        experiment_from_dict(sections)
+    assert line_of(caught).startswith("unknown section 1; known are data, ")
+    settings: Any = {**REQUIRED, "reward": {False: 1}}
+    with pytest.raises(ConfigError) as caught:
+        experiment_from_dict(settings)
+    assert line_of(caught).startswith("unknown setting reward.False; ")
+
+
+@pytest.mark.parametrize("section", [3, "gamma", ["gamma"], False])
 def test_a_section_that_holds_no_settings(section: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         experiment_from_dict({**REQUIRED, "ppo": section})
-    assert line_of(caught) == f"section ppo holds {section!r}, not settings"
+    assert line_of(caught) == (f"section ppo holds {section!r}, not settings; write them as name: value below it")
+
+
+def test_an_empty_section_has_its_defaults() -> None:
+    assert experiment_from_dict({**REQUIRED, "ppo": None}) == experiment()
 
 
 @pytest.mark.parametrize(("section", "name"), [("model", "name"), ("data", "train"), ("reward", "function")])
@@ -216,22 +237,44 @@ def test_required_settings(section: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("section", "settings", "message"),
     [
-        ("model", {"lora_rank": "big"}, "model.lora_rank='big' is not int"),
-        ("model", {"lora_rank": 8.0}, "model.lora_rank=8.0 is not int"),
-        ("run", {"seed": True}, "run.seed=True is not int"),
-        ("ppo", {"gamma": True}, "ppo.gamma=True is not float"),
-        ("ppo", {"gamma": "high"}, "ppo.gamma='high' is not float"),
-        ("ppo", {"gamma": None}, "ppo.gamma=None is not float"),
-        ("ppo", {"dual_clip": "three"}, "ppo.dual_clip='three' is not float or none"),
-        ("run", {"name": 7}, "run.name=7 is not str or none"),
-        ("ppo", {"whiten_advantages": 1}, "ppo.whiten_advantages=1 is not bool"),
-        ("model", {"target_modules": 3}, "model.target_modules=3 is not str or list"),
-        ("rollout", {"stop_strings": "x"}, "rollout.stop_strings='x' is not list"),
-        ("reward", {"kwargs": [1]}, "reward.kwargs=[1] is not dict"),
+        ("model", {"lora_rank": "big"}, "model.lora_rank='big' is not int; the default is 16"),
+        ("model", {"lora_rank": 8.0}, "model.lora_rank=8.0 is not int; the default is 16"),
+        ("run", {"seed": True}, "run.seed=True is not int; the default is 0"),
+        ("ppo", {"gamma": True}, "ppo.gamma=True is not float; the default is 1.0"),
+        ("ppo", {"gamma": "high"}, "ppo.gamma='high' is not float; the default is 1.0"),
+        ("ppo", {"gamma": None}, "ppo.gamma=None is not float; the default is 1.0"),
+        ("ppo", {"gamma": "none"}, "ppo.gamma='none' is not float; the default is 1.0"),
+        ("ppo", {"gamma": [1.0]}, "ppo.gamma=[1.0] is not float; the default is 1.0"),
+        ("ppo", {"dual_clip": "three"}, "ppo.dual_clip='three' is not float or none; the default is none"),
+        ("ppo", {"whiten_advantages": 1}, "ppo.whiten_advantages=1 is not bool; the default is true"),
+        ("ppo", {"kl_in": True}, "ppo.kl_in=True is not str; known are reward, loss"),
+        ("run", {"wandb": True}, "run.wandb=True is not str; known are online, offline, off"),
+        ("run", {"name": 7}, "run.name=7 is not str or none; put text in quotes, in a shell as \"'7'\""),
+        ("run", {"name": ["a"]}, "run.name=['a'] is not str or none; the default is none"),
+        ("run", {"output_dir": None}, "run.output_dir=None is not str; the default is runs/ppo"),
+        ("model", {"name": None}, "model.name=None is not str; it has no default, so give it a value"),
+        (
+            "model",
+            {"target_modules": [1]},
+            "model.target_modules=[1] is not str or list of str; the default is all-linear",
+        ),
+        ("rollout", {"stop_strings": "x"}, "rollout.stop_strings='x' is not list of str; the default is []"),
+        (
+            "rollout",
+            {"stop_strings": [1, None]},
+            "rollout.stop_strings=[1, None] is not list of str; the default is []",
+        ),
+        ("reward", {"kwargs": [1]}, "reward.kwargs=[1] is not dict with str keys; the default is {}"),
+        ("reward", {"kwargs": {1: 2}}, "reward.kwargs={1: 2} is not dict with str keys; the default is {}"),
     ],
 )
 def test_wrong_type(section: str, settings: dict[str, Any], message: str) -> None:
     assert error_of(section, **settings) == message
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    assert len(error_of("ppo", gamma="x" * 10_000)) < 300
+    assert len(error_of("ppo", gamma=10**400)) < 300, "more than a float holds"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1e-4", 1e-4), ("5E-6", 5e-6), (1, 1.0), (0, 0.0), (0.5, 0.5)])
@@ -243,7 +286,17 @@ def test_what_reads_as_float(value: Any, expected: float) -> None:
 
 def test_optional_floats_read_numbers_too() -> None:
     assert experiment(ppo={"kl_target": "1e1"}).ppo.kl_target == 10.0
-    assert experiment(ppo={"value_clip_range": None}).ppo.value_clip_range is None
+    for none in (None, "none", "None"):
+        assert experiment(ppo={"value_clip_range": none}).ppo.value_clip_range is None
+
+
+def test_none_is_a_string_where_there_is_no_none() -> None:
+    assert experiment(data={"train": "none"}).data.train == "none"
+
+
+def test_off_and_none_as_yaml_reads_them() -> None:
+    assert experiment(run={"wandb": False}).run.wandb == "off"
+    assert experiment(run={"wandb": "off", "name": "none"}).run == RunConfig(wandb="off", name=None)
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"]])
@@ -252,6 +305,12 @@ def test_either_of_two_types(modules: Any) -> None:
 
 
 # ---- one section -----------------------------------------------------------------------------------------------------
+
+
+def default(section: str, name: str) -> str:
+    """The end of a message about a setting."""
+    value = DEFAULTS[section][name]
+    return f"the default is {'none' if value is None else value}"
 
 
 @pytest.mark.parametrize(
@@ -264,22 +323,34 @@ def test_either_of_two_types(modules: Any) -> None:
         ("rollout", "responses_per_prompt", 0, 1),
         ("rollout", "max_new_tokens", 0, 1),
         ("rollout", "temperature", 0.0, 0.01),
+        ("ppo", "clip_range_high", 0.0, 5.0),
+        ("ppo", "kl_horizon", 0, 1),
         ("ppo", "num_rollouts", 0, 1),
         ("ppo", "num_ppo_epochs", 0, 1),
         ("ppo", "mini_batches", 0, 1),
         ("update", "micro_batch_tokens", 0, 768),
         ("update", "max_grad_norm", 0.0, 0.01),
+        ("update", "adam_epsilon", 0.0, 1e-12),
         ("run", "keep_checkpoints", 0, 1),
     ],
 )
 def test_above_zero(section: str, name: str, bad: float, smallest: float) -> None:
-    assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must be above 0"
+    assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must be above 0; {default(section, name)}"
     experiment(**{section: {name: smallest}})
+
+
+@pytest.mark.parametrize("name", ["kl_target", "value_clip_range", "first_ratio_tolerance"])
+@pytest.mark.parametrize("bad", [0.0, -0.2])
+def test_above_zero_or_none(name: str, bad: float) -> None:
+    assert error_of("ppo", **{name: bad}) == f"ppo.{name}={bad} must be above 0 or none; {default('ppo', name)}"
+    for good in (0.01, None):
+        experiment(ppo={name: good})
 
 
 @pytest.mark.parametrize(
     ("section", "name", "bad"),
     [
+        ("model", "value_head_std", -1.0),
         ("reward", "missing_eos_penalty", -0.5),
         ("rollout", "top_k", -1),
         ("ppo", "value_coef", -0.5),
@@ -297,7 +368,7 @@ def test_above_zero(section: str, name: str, bad: float, smallest: float) -> Non
     ],
 )
 def test_not_negative(section: str, name: str, bad: float) -> None:
-    assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must not be negative"
+    assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must not be negative; {default(section, name)}"
     experiment(**{section: {name: 0}})
 
 
@@ -315,23 +386,61 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
             "token-mean",
             ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
         ),
+        ("update", "schedule", "constant-with-warmup", "constant_with_warmup", SCHEDULES),
         ("run", "wandb", "ofline", "offline", ("online", "offline", "off")),
     ],
 )
 def test_one_of(section: str, name: str, close: str, nearest: str, known: tuple[str, ...]) -> None:
-    message = error_of(section, **{name: close})
-    assert message.startswith(f"{section}.{name}={close!r}; did you mean {nearest}?")
-    assert message.endswith(f"known are {', '.join(known)}")
-    far = error_of(section, **{name: "ZZZ"})
-    assert far.startswith(f"{section}.{name}='ZZZ'; known are ")
-    assert all(choice in far for choice in known)
+    listed = f"known are {', '.join(known)}"
+    assert error_of(section, **{name: close}) == f"{section}.{name}={close!r}; did you mean {nearest}?; {listed}"
+    assert error_of(section, **{name: "ZZZ"}) == f"{section}.{name}='ZZZ'; {listed}"
     for choice in known:
         experiment(**{section: {name: choice}})
 
 
+def test_choices_are_what_the_arithmetic_knows() -> None:
+    assert set(ESTIMATORS) == set(KL_ESTIMATORS)
+    assert set(AGGREGATIONS) == set(AGGREGATION_MODES)
+
+
+WITH_ARGUMENTS = {
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+}
+"""Schedules that steps alone do not make."""
+
+
+def test_schedules_are_those_of_transformers_without_arguments() -> None:
+    """A new one in transformers: add it to ``SCHEDULES``, or here if it takes arguments of its own."""
+    assert set(SCHEDULES) == {kind.value for kind in SchedulerType} - WITH_ARGUMENTS
+    for schedule in SCHEDULES:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+        get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=4)
+
+
+FLOATS = [(s, n) for s, values in DEFAULTS.items() for n, value in values.items() if isinstance(value, float)]
+FLOATS += [("ppo", name) for name in ("dual_clip", "kl_target", "first_ratio_tolerance")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), "nan", "inf"])
+@pytest.mark.parametrize(("section", "name"), FLOATS)
+def test_not_finite(section: str, name: str, value: Any) -> None:
+    message = error_of(section, **{name: value})
+    assert message.startswith(f"{section}.{name}={float(value)} must be a finite number")
+    assert message.endswith(default(section, name))
+
+
+def test_rules_hold_without_a_file_too() -> None:
+    with pytest.raises(ConfigError, match=r"^ppo\.gamma=nan must be a finite number; the default is 1\.0$"):
+        PPOConfig(gamma=float("nan"))
+
+
 def test_no_dropout() -> None:
     assert error_of("model", lora_dropout=0.1) == (
-        "model.lora_dropout=0.1: under PPO dropout makes the ratio differ from 1 before any update; set it to 0"
+        "model.lora_dropout=0.1 must be 0: dropout makes the ratio differ from 1 before any update; the default is 0.0"
     )
 
 
@@ -342,33 +451,23 @@ def test_a_system_prompt_needs_the_chat_template() -> None:
     experiment(data={"system_prompt": "be brief"})
 
 
-@pytest.mark.parametrize("top_p", [0.0, -0.1, 1.1])
-def test_top_p(top_p: float) -> None:
-    assert error_of("rollout", top_p=top_p) == (f"rollout.top_p={top_p} is not in (0, 1]; 1 samples from all tokens")
-
-
-@pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
-def test_discounts(name: str) -> None:
-    for bad in (-0.1, 1.1):
-        assert error_of("ppo", **{name: bad}) == f"ppo.{name}={bad} is not in [0, 1]"
-    for good in (0.0, 1.0):
-        experiment(ppo={name: good})
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.2), (1.0, 0.2), (-0.1, 0.2), (0.2, 0.0), (0.2, -1.0)])
-def test_clip_ranges(low: float, high: float) -> None:
-    assert error_of("ppo", clip_range_low=low, clip_range_high=high) == (
-        f"ppo.clip_range_low={low}, clip_range_high={high}: low must be in (0, 1) and high above 0"
-    )
-
-
-def test_the_upper_clip_range_may_be_large() -> None:
-    experiment(ppo={"clip_range_low": 0.99, "clip_range_high": 5.0})
-
-
-def test_dual_clip() -> None:
-    assert error_of("ppo", dual_clip=1.0) == "ppo.dual_clip=1.0 must be above 1 (verl uses 3), or none"
-    experiment(ppo={"dual_clip": 1.01})
+@pytest.mark.parametrize(
+    ("section", "name", "bad", "good", "rule"),
+    [
+        ("rollout", "top_p", [0.0, -0.1, 1.1], [0.01, 1.0], "be in (0, 1]"),
+        ("ppo", "gamma", [-0.1, 1.1], [0.0, 1.0], "be in [0, 1]"),
+        ("ppo", "gae_lambda", [-0.1, 1.1], [0.0, 1.0], "be in [0, 1]"),
+        ("ppo", "clip_range_low", [0.0, 1.0, -0.1], [0.01, 0.99], "be above 0 and below 1"),
+        ("ppo", "dual_clip", [1.0, -3.0], [1.01, None], "be above 1 or none"),
+        ("update", "adam_beta1", [1.0, 1.5, -0.1], [0.0, 0.99], "be in [0, 1)"),
+        ("update", "adam_beta2", [1.0, 1.5, -0.1], [0.0, 0.99], "be in [0, 1)"),
+    ],
+)
+def test_ranges(section: str, name: str, bad: list[float], good: list[Any], rule: str) -> None:
+    for value in bad:
+        assert error_of(section, **{name: value}) == f"{section}.{name}={value} must {rule}; {default(section, name)}"
+    for value in good:
+        experiment(**{section: {name: value}})
 
 
 def test_a_kl_target_adapts_the_penalty_in_the_reward() -> None:
@@ -388,13 +487,14 @@ def test_warmup_steps_need_a_schedule_that_has_them() -> None:
 # ---- sections together -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mini_batches", "better"), [(5, 4), (7, 8), (3, 2), (100, 32)])
-def test_mini_batches_divide_a_rollout(mini_batches: int, better: int) -> None:
+@pytest.mark.parametrize(("mini_batches", "better"), [(5, "4 or 8"), (7, "4 or 8"), (3, "2 or 4"), (100, "32")])
+def test_mini_batches_divide_a_rollout(mini_batches: int, better: str) -> None:
     message = error_in(
         {"rollout": {"prompts_per_rollout": 16, "responses_per_prompt": 2}, "ppo": {"mini_batches": mini_batches}}
     )
     assert message == (f"a rollout of 32 responses does not divide into ppo.mini_batches={mini_batches}; try {better}")
-    experiment(rollout={"prompts_per_rollout": 16, "responses_per_prompt": 2}, ppo={"mini_batches": better})
+    for fits in better.split(" or "):
+        experiment(rollout={"prompts_per_rollout": 16, "responses_per_prompt": 2}, ppo={"mini_batches": int(fits)})
 
 
 def test_a_micro_batch_holds_the_longest_sequence() -> None:
@@ -416,9 +516,27 @@ def test_weight_decay_during_value_warmup() -> None:
 
 def test_warmup_leaves_rollouts_for_the_policy() -> None:
     assert error_of("ppo", value_warmup_rollouts=4, num_rollouts=4) == (
-        "ppo.value_warmup_rollouts=4 leaves none of ppo.num_rollouts=4 for the policy"
+        "ppo.value_warmup_rollouts=4 leaves none of ppo.num_rollouts=4 for the policy; set it to 3 or less"
     )
     experiment(ppo={"value_warmup_rollouts": 3, "num_rollouts": 4})
+
+
+@pytest.mark.parametrize(("prompts", "least"), [(32, 7), (50, 11), (1, 1)])
+def test_the_kl_horizon_is_long_enough_for_the_controller(prompts: int, least: int) -> None:
+    def settings(horizon: int) -> dict[str, Any]:
+        return {"rollout": {"prompts_per_rollout": prompts}, "ppo": {"kl_target": 0.1, "kl_horizon": horizon}}
+
+    experiment(**settings(least))
+    AdaptiveKL(0.1, target=0.1, horizon=least).update(0.2, prompts)
+    if least == 1:
+        return
+    assert error_in(settings(least - 1)) == (
+        f"ppo.kl_horizon={least - 1} is too short for rollouts of {prompts} responses under ppo.kl_target; "
+        f"set it to {least} or more"
+    )
+    with pytest.raises(ConfigError):
+        AdaptiveKL(0.1, target=0.1, horizon=least - 1).update(0.2, prompts)
+    experiment(rollout={"prompts_per_rollout": prompts}, ppo={"kl_horizon": 1})
 
 
 # ---- derived ---------------------------------------------------------------------------------------------------------
@@ -439,25 +557,28 @@ def test_processes_that_fit() -> None:
         built.check_processes(processes)
 
 
-def test_more_processes_than_prompts() -> None:
+@pytest.mark.parametrize(("prompts", "better"), [(2, "4"), (6, "4 or 8"), (9, "8 or 12")])
+def test_prompts_divide_among_processes(prompts: int, better: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        experiment(rollout={"prompts_per_rollout": 2}).check_processes(4)
+        experiment(rollout={"prompts_per_rollout": prompts}).check_processes(4)
+    assert line_of(caught) == (f"rollout.prompts_per_rollout={prompts} does not divide among 4 processes; try {better}")
+    for fits in better.split(" or "):
+        experiment(rollout={"prompts_per_rollout": int(fits)}).check_processes(4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mini_batches", "rows", "better"),
+    [(12, 2, 6, "1 or 3"), (8, 4, 2, "2"), (4, 2, 2, "1"), (48, 8, 6, "6 or 12")],
+)
+def test_mini_batches_divide_among_processes(prompts: int, mini_batches: int, rows: int, better: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        experiment(rollout={"prompts_per_rollout": prompts}, ppo={"mini_batches": mini_batches}).check_processes(4)
     assert line_of(caught) == (
-        "4 processes but rollout.prompts_per_rollout=2: some would have no prompt; set it to 4 or a multiple"
+        f"ppo.mini_batches={mini_batches} makes mini-batches of {rows} responses, which do not divide among 4 "
+        f"processes; try {better}"
     )
-
-
-def test_prompts_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError) as caught:
-        experiment(rollout={"prompts_per_rollout": 6}).check_processes(4)
-    assert line_of(caught) == "rollout.prompts_per_rollout of 6 does not divide among 4 processes; try 4 or 8"
-
-
-def test_a_mini_batch_that_does_not_divide() -> None:
-    built = experiment(rollout={"prompts_per_rollout": 12}, ppo={"mini_batches": 2})
-    with pytest.raises(ConfigError) as caught:
-        built.check_processes(4)
-    assert line_of(caught) == "a mini-batch of 6 does not divide among 4 processes; try 4 or 8"
+    for fits in better.split(" or "):
+        experiment(rollout={"prompts_per_rollout": prompts}, ppo={"mini_batches": int(fits)}).check_processes(4)
 
 
 # ---- files and overrides ---------------------------------------------------------------------------------------------
@@ -508,7 +629,7 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
     assert "line 2" in line_of(caught)
 
 
-@pytest.mark.parametrize(("text", "kind"), [("- model\n- ppo\n", "list"), ("model\n", "str"), ("3", "int")])
+@pytest.mark.parametrize(("text", "kind"), [("- model\n", "list"), ("[]", "list"), ("model\n", "str"), ("0", "int")])
 def test_yaml_that_holds_no_sections(tmp_path: Path, text: str, kind: str) -> None:
     path = write(tmp_path / "x.yaml", text)
     with pytest.raises(ConfigError) as caught:
@@ -565,6 +686,15 @@ def test_overrides_are_read_as_yaml() -> None:
     assert parse_overrides([]) == {}
 
 
+def test_what_the_command_line_says_is_what_is_meant(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", YAML + "run: {wandb: off}\n")
+    assert load_experiment(path).run.wandb == "off"
+    arguments = ["ppo.value_clip_range=none", "run.wandb=off", "run.name='7'", "update.policy_lr=1e-5"]
+    built = load_experiment(path, parse_overrides(arguments))
+    assert (built.ppo.value_clip_range, built.run.wandb, built.run.name) == (None, "off", "7")
+    assert built.update.policy_lr == 1e-5
+
+
 @pytest.mark.parametrize("argument", ["ppo.kl_coef", "kl_coef=0.1", "--resume", "=1", ""])
 def test_an_override_that_cannot_be_read(argument: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -574,15 +704,6 @@ def test_an_override_that_cannot_be_read(argument: str) -> None:
     )
 
 
-# ---- known defects of configs.py: strict, so that a repair has to take its mark away ---------------------------------
-
-
-@pytest.mark.xfail(strict=True, reason="YAML 1.1 reads off as False")
-def test_wandb_off_as_people_write_it(tmp_path: Path) -> None:
-    assert load_experiment(write(tmp_path / "x.yaml", YAML + "run: {wandb: off}\n")).run.wandb == "off"
-
-
-@pytest.mark.xfail(strict=True, reason="help and messages say none, which YAML reads as the string 'none'")
 @pytest.mark.parametrize(
     ("section", "name"),
     [("ppo", "dual_clip"), ("ppo", "kl_target"), ("data", "evaluation"), ("model", "policy_adapter")],
@@ -592,72 +713,35 @@ def test_none_as_the_help_says(tmp_path: Path, section: str, name: str) -> None:
     assert load_experiment(path, parse_overrides([f"{section}.{name}=none"])) == load_experiment(path)
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError: not a mapping")
 @pytest.mark.parametrize("section", ["3", "[gamma]", "gamma"])
 def test_an_override_in_a_section_that_holds_no_settings(tmp_path: Path, section: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         load_experiment(write(tmp_path / "x.yaml", f"ppo: {section}\n"), {"ppo.gamma": 1})
+    assert line_of(caught).startswith("section ppo holds ")
 
 
-@pytest.mark.xfail(strict=True, reason="yaml's own error, of several lines, or ValueError")
-@pytest.mark.parametrize("argument", ["ppo.gamma=[1,", "reward.function=a: b: c", "run.name=2024-13-45"])
+@pytest.mark.parametrize(
+    "argument", ["ppo.gamma=[1,", "reward.function=a: b: c", "run.name=2024-13-45", "run.seed=!!int ''"]
+)
 def test_an_override_whose_value_is_not_yaml(argument: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_overrides([argument])
-    line_of(caught)
+    assert line_of(caught).startswith(f"the value of the override {argument!r} is not valid YAML: ")
+    assert line_of(caught).endswith("; repair it, or put text in quotes")
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError")
-def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_bytes(b"model: {name: \xe9}")
-    with pytest.raises(ConfigError):
-        load_experiment(tmp_path / "x.yaml")
-
-
-@pytest.mark.xfail(strict=True, reason="TypeError in difflib")
-def test_a_section_name_that_is_no_string() -> None:
-    sections: Any = {1: {}}
-    with pytest.raises(ConfigError):
-        experiment_from_dict(sections)
-
-
-@pytest.mark.xfail(strict=True, reason="the list stands there twice")
-def test_known_values_are_listed_once() -> None:
-    assert error_of("model", dtype="ZZZ").count("known are") == 1
-
-
-@pytest.mark.xfail(strict=True, reason="nan compares false with every bound, and inf is above them")
-@pytest.mark.parametrize(
-    ("section", "name"),
-    [("update", "policy_lr"), ("rollout", "temperature"), ("ppo", "kl_coef"), ("ppo", "clip_range_high")],
-)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan"])
-def test_not_finite(section: str, name: str, value: Any) -> None:
-    assert f"{section}.{name}" in error_of(section, **{name: value})
-
-
-@pytest.mark.xfail(strict=True, reason="no rule for these")
-@pytest.mark.parametrize(
-    ("section", "name", "value"),
-    [
-        ("ppo", "kl_target", -1.0),
-        ("ppo", "kl_horizon", 0),
-        ("ppo", "value_clip_range", -0.2),
-        ("ppo", "first_ratio_tolerance", -1.0),
-        ("model", "value_head_std", -1.0),
-        ("update", "adam_beta1", 1.5),
-        ("update", "adam_beta2", 1.0),
-        ("update", "adam_epsilon", -1.0),
-        ("update", "schedule", "no such schedule"),
-        ("rollout", "stop_strings", [1, None]),
-    ],
-)
-def test_values_that_cannot_work(section: str, name: str, value: Any) -> None:
-    assert f"{section}.{name}" in error_of(section, **{name: value})
-
-
-@pytest.mark.xfail(strict=True, reason="says: try 4 or 4")
-def test_one_way_out_where_there_is_one() -> None:
+def test_a_file_with_a_date_that_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", "run: {name: 2024-13-45}\n")
     with pytest.raises(ConfigError) as caught:
-        experiment(rollout={"prompts_per_rollout": 8}, ppo={"mini_batches": 4}).check_processes(4)
-    assert "try 4 or 4" not in line_of(caught)
+        load_experiment(path)
+    assert line_of(caught).startswith(f"{path} is not valid YAML: ValueError: month must be in 1..12")
+
+
+def test_files_are_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes((YAML + "run: {name: \u00e9}\n").encode())
+    assert load_experiment(path).run.name == "\u00e9"
+    path.write_bytes(b"model: {name: \xe9}")
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    assert line_of(caught) == f"{path} is not UTF-8 (at byte 14); save the file as UTF-8"

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.reference_vectors import EVALUATORS, main
+from tests.reference_vectors import EVALUATORS, Case, main, output_for
 
 CHECKOUT = Path(__file__).parents[1]
 STORED = CHECKOUT / "tests" / "data" / "reference_vectors"
@@ -102,6 +103,20 @@ def test_only_leaves_out_what_it_does_not_name(folder: Path, capsys: pytest.Capt
     for words, count in ((["kl"], 1), (["gae"], 1), (["kl", "advantages__gae"], 2), (["advantages"], 1)):
         assert main([str(folder), "--only", *words]) == 0
         assert capsys.readouterr().out == f"{count} passed, 0 failed\n"
+
+
+def test_only_mentions_an_unknown_file_and_does_not_count_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_file(folder, "advantages__xyz", [case()])
+    assert main([str(folder), "--only", "advantages"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["unknown file: advantages__xyz.json", "1 passed, 0 failed"]
+
+
+def test_where_mask_frees_what_stands_outside() -> None:
+    outputs = {"advantages": torch.arange(4.0).unsqueeze(0)}
+    inside = output_for("advantages_where_mask", outputs, Case.parse(case()))
+    assert inside is not None
+    assert inside.tolist() == [[0.0, 1.0, 2.0, 0.0]]
+    assert output_for("advantages", outputs, Case.parse(case())) is outputs["advantages"]
 
 
 @pytest.mark.parametrize("word", ["ga", "policy_loss", "kl"])

@@ -44,7 +44,9 @@ def tiny_llama(**options: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **options}))
 
 
-def write_task(folder: Path, *, prompts: int = 24, model: PreTrainedModel | None = None, **tokenizer: Any) -> dict[str, Any]:
+def write_task(
+    folder: Path, *, prompts: int = 24, model: PreTrainedModel | None = None, **tokenizer: Any
+) -> dict[str, Any]:
     """Write model, tokenizer, prompts of uneven lengths and reward to ``folder``; return the sections of an experiment on them."""
     (model or tiny_llama()).save_pretrained(folder / "model")
     tiny_tokenizer(words=WORDS, **{"pad": "</s>", "chat_template": None, **tokenizer}).save_pretrained(folder / "model")
@@ -53,7 +55,13 @@ def write_task(folder: Path, *, prompts: int = 24, model: PreTrainedModel | None
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     (folder / "reward.py").write_text(REWARD)
     return {
-        "model": {"name": str(folder / "model"), "dtype": "float32", "lora_rank": 4, "lora_alpha": 8, "value_head_std": 0.1},
+        "model": {
+            "name": str(folder / "model"),
+            "dtype": "float32",
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "value_head_std": 0.1,
+        },
         "data": {"train": str(folder / "prompts.jsonl"), "chat_template": False, "max_prompt_tokens": 8},
         "reward": {"function": f"{folder}/reward.py:low_words"},
         "rollout": {"prompts_per_rollout": 8, "max_new_tokens": 6},

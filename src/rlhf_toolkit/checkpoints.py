@@ -51,7 +51,9 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     _require_room(folder)
     holds_run = (folder / RUN_FILE).exists()
     if not holds_run and any(folder.iterdir()):
-        raise CheckpointError(f"run.output_dir={folder} holds files but no {RUN_FILE}, so it is not a run folder; choose another")
+        raise CheckpointError(
+            f"run.output_dir={folder} holds files but no {RUN_FILE}, so it is not a run folder; choose another"
+        )
     if resume:
         if not holds_run:
             raise CheckpointError(f"--resume, but run.output_dir={folder} holds no run; start without --resume")
@@ -71,7 +73,9 @@ def last_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint. Raises CheckpointError when there is none."""
     complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
     if not complete:
-        raise CheckpointError(f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite")
+        raise CheckpointError(
+            f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite"
+        )
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -79,7 +83,9 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dic
     """The manifest of a checkpoint that fits this base and this number of ranks; otherwise CheckpointError."""
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["base"] != fingerprint:
-        raise CheckpointError(f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use that one")
+        raise CheckpointError(
+            f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use that one"
+        )
     if manifest["world_size"] != world_size:
         raise CheckpointError(
             f"{checkpoint} was written by {manifest['world_size']} ranks and cannot be resumed on {world_size}: each rank holds a part of "
@@ -124,7 +130,9 @@ def _require_room(folder: Path) -> None:
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"run.output_dir={folder} cannot be written: {error.strerror}; choose a folder you may write to") from error
+        raise CheckpointError(
+            f"run.output_dir={folder} cannot be written: {error.strerror}; choose a folder you may write to"
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise CheckpointError(
@@ -139,4 +147,6 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
         for key, value in settings.items():
             name, old = f"{section}.{key}", before.get(section, {}).get(key)
             if old != value and not name.startswith(FREE_TO_CHANGE):
-                raise CheckpointError(f"{folder} was started with {name}={old!r}, now {name}={value!r}; resume with the same settings")
+                raise CheckpointError(
+                    f"{folder} was started with {name}={old!r}, now {name}={value!r}; resume with the same settings"
+                )

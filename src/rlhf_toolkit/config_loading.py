@@ -1,6 +1,6 @@
 """From a YAML file and command-line overrides to a typed ``Experiment``.
 
-YAML does not always read what people mean: ``1e-4`` is a string to it, ``off`` is False and ``none`` a string. Here each
+YAML does not always read what people mean: to it ``1e-4`` and ``none`` are strings, and ``off`` is False. Here each
 becomes what the setting takes; anything else that does not fit is a ConfigError.
 """
 
@@ -74,7 +74,7 @@ def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
 def _from_yaml(text: str, fault: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except Exception as error:  # beside YAMLError whatever its converters raise: ValueError for a date 2024-13-45
         raise ConfigError(f"{fault}: {described(error)}; repair it, or put text in quotes") from error
 
 

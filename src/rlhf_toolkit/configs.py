@@ -118,9 +118,7 @@ class ModelConfig(Section):
     rslora: bool = knob(False, "scale by lora_alpha / sqrt(lora_rank) instead")
     target_modules: str | list[str] = knob("all-linear", "layers to adapt: all-linear or a list of name endings")
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
-    policy_adapter: str | None = knob(
-        None, "LoRA folder (SFT) the policy starts from; its frozen copy is the reference"
-    )
+    policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
     value_head_std: float = knob(0.0, "standard deviation of the value head's start; 0 starts it at zero", NOT_NEGATIVE)
     gradient_checkpointing: bool = knob(False, "recompute layers in backward: less memory, about a third more time")
 
@@ -154,7 +152,7 @@ class RewardConfig(Section):
 
     function: str = knob("", "path/to/file.py:name or package.module:name of (prompts, responses, **columns) -> scores")
     kwargs: dict[str, Any] = knob({}, "extra keyword arguments for the function")
-    missing_eos_penalty: float = knob(0.0, "subtracted from a score where the token budget cut off", NOT_NEGATIVE)
+    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that was cut off", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -188,11 +186,11 @@ class PPOConfig(Section):
     clip_range_low: float = knob(0.2, "the ratio is clipped below at 1 - this", WITHIN_0_AND_1)
     clip_range_high: float = knob(0.2, "and above at 1 + this; larger than low is DAPO's clip-higher", ABOVE_0)
     dual_clip: float | None = knob(None, "bound of the ratio at negative advantages (verl: 3); none: off", ABOVE_1)
-    value_clip_range: float | None = knob(0.2, "how far values move from old ones in the loss; none: off", ABOVE_0)
+    value_clip_range: float | None = knob(0.2, "bound of a value's move in the clipped loss; none: off", ABOVE_0)
     value_coef: float = knob(1.0, "weight of the value loss", NOT_NEGATIVE)
     entropy_coef: float = knob(0.0, "weight of the entropy bonus", NOT_NEGATIVE)
     loss_aggregation: str = knob("token-mean", "how tokens become one loss", choices=AGGREGATIONS)
-    kl_in: str = knob("reward", "a penalty on each token's reward, or a term of the loss", choices=("reward", "loss"))
+    kl_in: str = knob("reward", "reward: shapes each token's; loss: a term of the loss", choices=("reward", "loss"))
     kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=ESTIMATORS)
     kl_coef: float = knob(0.05, "weight of the KL to the reference", NOT_NEGATIVE)
     kl_target: float | None = knob(
@@ -318,11 +316,13 @@ class Experiment:
 
     def _check_kl_horizon(self) -> None:
         """``AdaptiveKL.update`` refuses more responses than this at once; here no rollout is lost."""
-        largest_change = ERROR_BOUND * self.rollout.sequences
-        if self.ppo.kl_target is not None and self.ppo.kl_horizon <= largest_change:
+        if self.ppo.kl_target is None:
+            return
+        too_short = ERROR_BOUND * self.rollout.sequences
+        if self.ppo.kl_horizon <= too_short:
             raise ConfigError(
                 f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
-                f"under ppo.kl_target; set it to {math.floor(largest_change) + 1} or more"
+                f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
             )
 
     @property
@@ -345,8 +345,8 @@ class Experiment:
             )
         if self.mini_batch_rows % processes:
             raise ConfigError(
-                f"ppo.mini_batches={self.ppo.mini_batches} makes mini-batches of {self.mini_batch_rows} responses, which "
-                f"do not divide among {processes} processes; "
+                f"ppo.mini_batches={self.ppo.mini_batches} makes mini-batches of {self.mini_batch_rows} responses, "
+                f"which do not divide among {processes} processes; "
                 f"try {_divisors_near(self.rollout.sequences // processes, self.ppo.mini_batches)}"
             )
 
@@ -362,7 +362,7 @@ def _multiples_near(unit: int, wanted: int) -> str:
 
 
 def _divisors_near(size: int, wanted: int) -> str:
-    """The two divisors of ``size`` nearest to ``wanted``, or the one there is."""
+    """The divisors of ``size`` on both sides of ``wanted``, which is none, or the one there is."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
-    near = sorted(divisors, key=lambda d: abs(d - wanted))[:2]
-    return " or ".join(map(str, sorted(near)))
+    near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, near))

@@ -51,6 +51,14 @@ def test_the_dual_clip_by_hand() -> None:
     assert dual.tolist() == [False, True, False]
 
 
+def test_a_ratio_exactly_at_the_dual_clip_is_not_cut() -> None:
+    logprobs, mask = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    at_the_ratio = logprobs.exp().item()
+    terms = vanilla(logprobs, torch.zeros(1, 1), -logprobs, mask, **{**KNOBS, "dual_clip": at_the_ratio})
+    assert terms.per_token.item() == at_the_ratio
+    assert not terms.dual_clipped.any()
+
+
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_agrees_with_a_plain_loop(dual_clip: float | None) -> None:
     now, old, advantages = like_mask(0), like_mask(1), like_mask(2)

@@ -36,7 +36,9 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("same_update")
     task = write_task(folder)
-    task = merged(task, {"ppo.num_ppo_epochs": 2, "ppo.mini_batches": 2, "ppo.entropy_coef": 0.01, "ppo.num_rollouts": 1})
+    task = merged(
+        task, {"ppo.num_ppo_epochs": 2, "ppo.mini_batches": 2, "ppo.entropy_coef": 0.01, "ppo.num_rollouts": 1}
+    )
     task = merged(task, {"rollout.responses_per_prompt": 2, "ppo.truncated": "bootstrap"})
     found = {}
     for number, (name, (processes, stage, changes)) in enumerate(RUNS.items()):
@@ -49,11 +51,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "one process"])
-def test_parameters_after_four_updates_equal_those_of_one_process(results: dict[str, dict[str, torch.Tensor]], name: str) -> None:
+def test_parameters_after_four_updates_equal_those_of_one_process(
+    results: dict[str, dict[str, torch.Tensor]], name: str
+) -> None:
     oracle, result = results["one process"], results[name]
     assert oracle.keys() == result.keys()
     for key, tensor in oracle.items():
-        torch.testing.assert_close(result[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            result[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_the_updates_moved_every_adapter(results: dict[str, dict[str, torch.Tensor]]) -> None:

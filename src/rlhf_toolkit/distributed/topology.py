@@ -7,6 +7,7 @@ DeepSpeed's own settings are derived from the two here, and a contradiction betw
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.distributed.extensions import build_cpu_collectives
 from rlhf_toolkit.errors import TopologyError
 
 ZERO_STAGES = (2, 3)
@@ -62,7 +64,9 @@ class Launch:
                 f"{self.processes} processes without DeepSpeed: role slices need ZeRO; start with accelerate_configs/zero2_2gpu.yaml"
             )
         if self.zero_stage is not None and self.zero_stage not in ZERO_STAGES:
-            raise TopologyError(f"zero_stage={self.zero_stage} in accelerate's config; the toolkit runs ZeRO stage 2 or 3")
+            raise TopologyError(
+                f"zero_stage={self.zero_stage} in accelerate's config; the toolkit runs ZeRO stage 2 or 3"
+            )
         if self.deepspeed_config_file is not None:
             raise TopologyError(
                 f"accelerate's config names deepspeed_config_file={self.deepspeed_config_file}, but DeepSpeed's settings are derived "
@@ -84,7 +88,9 @@ class Launch:
                 "remove it from accelerate's config"
             )
         if self.offload_parameters != "none" and self.zero_stage != 3:
-            raise TopologyError(f"offload_param_device={self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
+            raise TopologyError(
+                f"offload_param_device={self.offload_parameters} needs zero_stage 3, not {self.zero_stage}"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,11 @@ def start(*, max_grad_norm: float) -> Topology:
     """
     launch = Launch.from_environment()
     launch.check(max_grad_norm=max_grad_norm)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     has_gpu = torch.cuda.is_available()
     if launch.zero_stage is not None and not has_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        build_cpu_collectives()
     # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very fields.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     state = PartialState(backend="gloo") if launch.zero_stage is not None and not has_gpu else PartialState()
@@ -176,11 +184,15 @@ def check_engine(topology: Topology, model: nn.Module) -> None:
     if stage is None:
         return
     if not isinstance(model, DeepSpeedEngine) or model.zero_optimization_stage() != stage:
-        raise TopologyError(f"asked for ZeRO stage {stage}, but the model runs as {type(model).__name__}; check the launch config")
+        raise TopologyError(
+            f"asked for ZeRO stage {stage}, but the model runs as {type(model).__name__}; check the launch config"
+        )
     if stage == 3:
         whole = [name for name, p in model.module.named_parameters() if not hasattr(p, "ds_id") and not p.requires_grad]
         if whole:
-            raise TopologyError(f"ZeRO-3 does not shard {len(whole)} frozen parameters, first {whole[0]}; check the launch config")
+            raise TopologyError(
+                f"ZeRO-3 does not shard {len(whole)} frozen parameters, first {whole[0]}; check the launch config"
+            )
 
 
 def _check_agreement(topology: Topology, state: PartialState) -> None:
@@ -190,7 +202,9 @@ def _check_agreement(topology: Topology, state: PartialState) -> None:
             f"{topology.rank} of {topology.world_size}; start with accelerate launch and one of accelerate_configs/"
         )
     if topology.world_size != topology.launch.processes:
-        raise TopologyError(f"{topology.launch.processes} processes were launched, but the group has {topology.world_size}")
+        raise TopologyError(
+            f"{topology.launch.processes} processes were launched, but the group has {topology.world_size}"
+        )
     ranks = all_gather(topology.rank)
     if ranks != list(range(topology.world_size)):
         raise TopologyError(f"ranks in the process group are {ranks}, expected 0 to {topology.world_size - 1}")

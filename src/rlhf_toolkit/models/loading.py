@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError
@@ -34,7 +41,13 @@ def load_model_config(name: str, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def load_base(
-    name: str, config: PretrainedConfig, topology: Topology, *, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+    name: str,
+    config: PretrainedConfig,
+    topology: Topology,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
     if attention == "sdpa" and topology.device.type == "cpu":
@@ -61,7 +74,9 @@ def lora_config(
     )
 
 
-def build_ppo_roles(base: PreTrainedModel, adapter: LoraConfig, *, policy_adapter: str | None, **options: Any) -> SharedBase:
+def build_ppo_roles(
+    base: PreTrainedModel, adapter: LoraConfig, *, policy_adapter: str | None, **options: Any
+) -> SharedBase:
     """Policy and value on ``base``; with ``policy_adapter`` the policy starts from that LoRA folder and the reference is a frozen copy.
 
     ``options`` go to SharedBase.
@@ -78,7 +93,9 @@ def build_ppo_roles(base: PreTrainedModel, adapter: LoraConfig, *, policy_adapte
 def start_adapter_config(folder: str) -> LoraConfig:
     """The settings of a LoRA folder to start from, with dropout off."""
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise ModelError(f"model.policy_adapter={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
+        raise ModelError(
+            f"model.policy_adapter={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter"
+        )
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"model.policy_adapter={folder} is a {config.peft_type} adapter; role slices need LoRA")
@@ -98,4 +115,6 @@ class _explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"cannot load the model {self.name!r}: {first}; give a hub name or a local folder") from error
+            raise ModelError(
+                f"cannot load the model {self.name!r}: {first}; give a hub name or a local folder"
+            ) from error

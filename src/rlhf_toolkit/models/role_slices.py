@@ -52,7 +52,9 @@ class RoleSlices:
     def of(self, x: torch.Tensor) -> tuple[RoleRows, ...]:
         """The layout in units of ``x.shape[0]``; a module that flattens (B, T, H) to (B T, H) row by row is understood."""
         if self._layout is None:
-            raise ModelError("an adapted layer ran outside SharedBase.forward, so no role is known; call the model itself")
+            raise ModelError(
+                "an adapted layer ran outside SharedBase.forward, so no role is known; call the model itself"
+            )
         rows = self._layout[-1].stop
         if x.shape[0] % rows:
             raise ModelError(
@@ -137,7 +139,11 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
     transposed = isinstance(base, Conv1D)  # GPT-2 keeps its weight as (in, out)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        adapted = [(rows, module.lora_A[rows.role], module.lora_B[rows.role]) for rows in slices.of(x) if rows.role in module.lora_A]
+        adapted = [
+            (rows, module.lora_A[rows.role], module.lora_B[rows.role])
+            for rows in slices.of(x)
+            if rows.role in module.lora_A
+        ]
         return RoleLora.apply(
             x,
             base.weight,
@@ -156,9 +162,15 @@ def _adapter_weights(module: LoraLinear) -> list[nn.Parameter]:
 
 def _refuse_variants(name: str, module: LoraLinear) -> None:
     if module.lora_variant or any(module.lora_bias.values()):
-        raise ModelError(f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants")
+        raise ModelError(
+            f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
+        )
     if any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values()):
-        raise ModelError(f"{name}: LoRA dropout makes old and new log-probs differ before any update; set lora_dropout=0")
+        raise ModelError(
+            f"{name}: LoRA dropout makes old and new log-probs differ before any update; set lora_dropout=0"
+        )
     if not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
         kind = type(module.get_base_layer()).__name__
-        raise ModelError(f"{name}: role slices adapt nn.Linear and Conv1D, not {kind}; name it in model.exclude_modules")
+        raise ModelError(
+            f"{name}: role slices adapt nn.Linear and Conv1D, not {kind}; name it in model.exclude_modules"
+        )

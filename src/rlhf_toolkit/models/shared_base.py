@@ -63,7 +63,9 @@ class SharedBase(PeftModel):
         route_roles(self.base_model, self.slices)
         self._decide_what_trains()
         if gradient_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts})
+            base.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts}
+            )
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -97,7 +99,9 @@ class SharedBase(PeftModel):
         rows = sequences.shape[0]
         with self.slices.layout(roles, rows):
             hidden = self.causal_lm.base_model(sequences.repeat(len(roles), 1), use_cache=False).last_hidden_state
-        before = response_mask.roll(-1, dims=1)  # the state in which each response token is chosen; column 0 is never a response
+        before = response_mask.roll(
+            -1, dims=1
+        )  # the state in which each response token is chosen; column 0 is never a response
         targets = sequences[response_mask]
         outputs: dict[str, torch.Tensor] = {}
         for role, states in zip(roles, hidden.split(rows), strict=True):
@@ -143,7 +147,9 @@ class SharedBase(PeftModel):
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         trained = [role for role in TRAINED_ROLES if role in self.peft_config]
-        _refuse_empty({name: tensor for name, tensor in state_dict.items() if "lora_" in name or "scalar_heads." in name})
+        _refuse_empty(
+            {name: tensor for name, tensor in state_dict.items() if "lora_" in name or "scalar_heads." in name}
+        )
         kwargs["save_embedding_layers"] = False
         super().save_pretrained(str(save_directory), selected_adapters=trained, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True) and VALUE in trained:
@@ -161,7 +167,9 @@ class SharedBase(PeftModel):
     def load_role(self, role: str, folder: str | os.PathLike[str]) -> None:
         """Load a plain PEFT adapter folder as ``role``; all of its tensors must find their place."""
         if not Path(folder).is_dir():
-            raise CheckpointError(f"{folder} is not a folder; it should hold the {role} adapter that save_pretrained writes")
+            raise CheckpointError(
+                f"{folder} is not a folder; it should hold the {role} adapter that save_pretrained writes"
+            )
         weights = load_peft_weights(str(folder), device="cpu")
         mine = [p for name, p in self.named_parameters() if f".{role}." in name]
         with whole(mine, write=True):

@@ -12,7 +12,11 @@ from rlhf_toolkit.types import Experience
 def spread(name: str, values: Tensor) -> dict[str, float]:
     """Mean, max and min of ``values`` under ``name``."""
     values = values.float()
-    return {f"{name}/mean": values.mean().item(), f"{name}/max": values.max().item(), f"{name}/min": values.min().item()}
+    return {
+        f"{name}/mean": values.mean().item(),
+        f"{name}/max": values.max().item(),
+        f"{name}/min": values.min().item(),
+    }
 
 
 def rollout_metrics(

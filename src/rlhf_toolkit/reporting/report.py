@@ -19,9 +19,15 @@ def print_report(folder: Path, summary: dict[str, Any]) -> None:
 def table(summary: dict[str, Any]) -> list[str]:
     """Scores at both ends, on training prompts and held out, and what the run cost."""
     scores, evaluations = summary["mean_scores"], summary["evaluations"]
-    rows = [("mean score, first two rollouts", _mean(scores[:2])), ("mean score, last four rollouts", _mean(scores[-4:]))]
+    rows = [
+        ("mean score, first two rollouts", _mean(scores[:2])),
+        ("mean score, last four rollouts", _mean(scores[-4:])),
+    ]
     if evaluations:
-        rows += [("held-out score, before", evaluations[0]["eval/score/mean"]), ("held-out score, after", evaluations[-1]["eval/score/mean"])]
+        rows += [
+            ("held-out score, before", evaluations[0]["eval/score/mean"]),
+            ("held-out score, after", evaluations[-1]["eval/score/mean"]),
+        ]
     rows += [
         ("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]),
         ("minutes", summary["seconds"] / 60),
@@ -41,14 +47,21 @@ def before_and_after(folder: Path) -> list[str]:
     lines = []
     for first in evaluated[: min(SHOWN_SAMPLES, len(last))]:
         after = last[first["prompt"]]
-        lines += [_quoted("prompt", first["prompt"].strip()), _quoted(f"before {first['score']:+.2f}", first["response"])]
+        lines += [
+            _quoted("prompt", first["prompt"].strip()),
+            _quoted(f"before {first['score']:+.2f}", first["response"]),
+        ]
         lines += [_quoted(f"after  {after['score']:+.2f}", after["response"]), ""]
     return lines[:-1]
 
 
 def places(folder: Path) -> list[str]:
     """Where adapters, logs and W&B's folder lie."""
-    lines = [f"  run folder  {folder}", f"  log         {folder / 'log.jsonl'}", f"  adapters    {folder / 'policy'}, {folder / 'value'}"]
+    lines = [
+        f"  run folder  {folder}",
+        f"  log         {folder / 'log.jsonl'}",
+        f"  adapters    {folder / 'policy'}, {folder / 'value'}",
+    ]
     runs = sorted((folder / "wandb").glob("*run-*"))
     return [*lines, f"  W&B         {runs[-1]}"] if runs else lines
 

@@ -20,7 +20,12 @@ Record = dict[str, Any]
 Sink = Callable[[Record, list[Record]], None]
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "wandb")
-SHOWN = {"critic/score/mean": "score", "actor/ref_kl": "kl", "response_length/mean": "length", "perf/throughput": "tok/s"}
+SHOWN = {
+    "critic/score/mean": "score",
+    "actor/ref_kl": "kl",
+    "response_length/mean": "length",
+    "perf/throughput": "tok/s",
+}
 
 
 class RunLog(TrainerCallback):
@@ -34,13 +39,23 @@ class RunLog(TrainerCallback):
     """
 
     def __init__(
-        self, folder: Path, *, updates_per_rollout: int, samples: Callable[[str], list[Record]], sinks: tuple[Sink, ...] = ()
+        self,
+        folder: Path,
+        *,
+        updates_per_rollout: int,
+        samples: Callable[[str], list[Record]],
+        sinks: tuple[Sink, ...] = (),
     ) -> None:
         self.folder, self.updates_per_rollout, self.samples, self.sinks = folder, updates_per_rollout, samples, sinks
         self.started = time.time()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Record | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Record | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write a record that is ours; Trainer's closing record (train_runtime and the like) is not."""
         kind = _kind(logs or {})
@@ -73,14 +88,21 @@ class Progress(TrainerCallback):
         self.bar.set_postfix_str(f"sampling {self._tokens} tokens{rate}", refresh=False)
         self.bar.update(0)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """A mini-batch has come: sampling is over."""
         self._tokens = 0
         self.bar.set_postfix_str("updating", refresh=False)
         self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Record | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Record | None = None,
+        **kwargs: Any,
     ) -> None:
         """One line for each rollout, above the bar."""
         if _kind(logs or {}) == "train" and logs is not None:
@@ -89,7 +111,9 @@ class Progress(TrainerCallback):
             if not self.bar.disable:
                 self.bar.write(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The bar has done its work."""
         self.bar.close()
 
@@ -111,7 +135,8 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
         "ref_kl": [record["actor/ref_kl"] for record in records],
         "seconds_per_rollout": [record["timing_s/step"] for record in records],
         "seconds": seconds,
-        "tokens_per_second": sum(r["perf/total_num_tokens"] for r in records) / max(sum(r["timing_s/step"] for r in records), 1e-9),
+        "tokens_per_second": sum(r["perf/total_num_tokens"] for r in records)
+        / max(sum(r["timing_s/step"] for r in records), 1e-9),
         "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
         "evaluations": evaluations,
         "world_size": world_size,

@@ -19,8 +19,17 @@ class WandbMirror:
     an earlier run.
     """
 
-    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict[str, Any], run_id: str | None = None) -> None:
-        options: dict[str, Any] = {"project": project, "name": name, "dir": str(folder), "config": config, "id": run_id, "resume": "allow"}
+    def __init__(
+        self, *, mode: str, project: str, name: str, folder: Path, config: dict[str, Any], run_id: str | None = None
+    ) -> None:
+        options: dict[str, Any] = {
+            "project": project,
+            "name": name,
+            "dir": str(folder),
+            "config": config,
+            "id": run_id,
+            "resume": "allow",
+        }
         try:
             self.run = wandb.init(mode=mode, settings=_settings(), **options)
         except (wandb.errors.Error, OSError) as error:

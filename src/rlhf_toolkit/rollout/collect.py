@@ -145,7 +145,9 @@ class Collector:
         self._check_paths(sampled, passes, rollout)
         return self._experience(sampled, passes)
 
-    def sample(self, shared: SharedBase, batch: PromptBatch, sampling: Sampling, *, stream: Sequence[int | str]) -> Sampled:
+    def sample(
+        self, shared: SharedBase, batch: PromptBatch, sampling: Sampling, *, stream: Sequence[int | str]
+    ) -> Sampled:
         """Sample this rank's ``batch``, have it scored, and return the whole rollout of all ranks."""
         with self.clock.phase("gen"):
             rollout = decode(shared, self.tokenizer, batch, sampling, stream=stream, on_tokens=self.on_tokens)
@@ -182,7 +184,9 @@ class Collector:
         kl = kl_penalty(passes.old_logprobs, passes.ref_logprobs, tokens, estimator=shaping.kl_estimator)
         kl_coef = self.kl_control.coefficient
         rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef if shaping.kl_in_reward else 0.0)
-        bootstrap = torch.where(sampled.finished, 0.0, passes.final_values) if shaping.truncated == "bootstrap" else None
+        bootstrap = (
+            torch.where(sampled.finished, 0.0, passes.final_values) if shaping.truncated == "bootstrap" else None
+        )
         advantages, returns = gae(
             rewards, passes.values, tokens, gamma=shaping.gamma, gae_lambda=shaping.gae_lambda, bootstrap=bootstrap
         )
@@ -263,7 +267,9 @@ def inference(model: nn.Module) -> Iterator[SharedBase]:
         shared.train(was_training)
 
 
-def gather_rollout(batch: PromptBatch, rollout: Rollout, texts: list[str], scores: list[float], *, pad_id: int) -> Sampled:
+def gather_rollout(
+    batch: PromptBatch, rollout: Rollout, texts: list[str], scores: list[float], *, pad_id: int
+) -> Sampled:
     """Put the ranks' shares together, in rank order, on every rank."""
     ids = [prompt.token_ids for prompt in batch.prompts]
     mine = (
@@ -276,7 +282,10 @@ def gather_rollout(batch: PromptBatch, rollout: Rollout, texts: list[str], score
     )
     shares = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
     fills = (pad_id, 0, 0, 0.0, False, 0.0)
-    columns = [stack_rows(blocks, fill=fill) for blocks, fill in zip(zip(*(s[0] for s in shares), strict=True), fills, strict=True)]
+    columns = [
+        stack_rows(blocks, fill=fill)
+        for blocks, fill in zip(zip(*(s[0] for s in shares), strict=True), fills, strict=True)
+    ]
     prompts, responses = ([text for share in shares for text in share[i]] for i in (1, 2))
     return Sampled(*columns, prompts=prompts, responses=responses)
 

@@ -28,7 +28,13 @@ class RolloutLoader:
     """
 
     def __init__(
-        self, collector: Collector, *, num_rollouts: int, num_ppo_epochs: int, mini_batches: int, steps_done: Callable[[], int]
+        self,
+        collector: Collector,
+        *,
+        num_rollouts: int,
+        num_ppo_epochs: int,
+        mini_batches: int,
+        steps_done: Callable[[], int],
     ) -> None:
         """``steps_done`` tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed from."""
         self.collector, self.steps_done = collector, steps_done

@@ -10,7 +10,9 @@ from rlhf_toolkit.configs import Experiment
 from rlhf_toolkit.distributed.topology import Topology
 
 
-def training_arguments(experiment: Experiment, topology: Topology, deepspeed: dict[str, Any] | None) -> TrainingArguments:
+def training_arguments(
+    experiment: Experiment, topology: Topology, deepspeed: dict[str, Any] | None
+) -> TrainingArguments:
     """Trainer's arguments for a PPO run. Trainer counts optimizer steps; the experiment counts rollouts."""
     run, update = experiment.run, experiment.update
     steps = experiment.updates_per_rollout

@@ -33,7 +33,10 @@ class RoleTrainer(Trainer):
         if self.optimizer is None:
             groups = self.model.parameter_groups()
             self.optimizer = torch.optim.AdamW(
-                [{"params": parameters, "lr": self.learning_rates[name], "name": name} for name, parameters in groups.items()],
+                [
+                    {"params": parameters, "lr": self.learning_rates[name], "name": name}
+                    for name, parameters in groups.items()
+                ],
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,

@@ -85,7 +85,9 @@ class PPOTrainer(RoleTrainer):
             steps_done=lambda: self.state.global_step,
         )
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[MiniBatch], None]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[MiniBatch], None]:
         """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
         samples, _ = next(epoch_iterator, None), num_batches
         return ([] if samples is None else [samples]), None
@@ -104,7 +106,12 @@ class PPOTrainer(RoleTrainer):
         return total * world_size()
 
     def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: MiniBatch, return_outputs: bool = False, num_items_in_batch: object = None, first: bool = False
+        self,
+        model: nn.Module,
+        inputs: MiniBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
+        first: bool = False,
     ) -> Tensor:
         """This micro-batch's share of the mini-batch's loss:
 
@@ -120,7 +127,9 @@ class PPOTrainer(RoleTrainer):
             self._check_first_ratio(logprobs, batch)
 
         def reduce(per_token: Tensor) -> Tensor:
-            return aggregate(per_token, batch.response_mask, mode=self.loss.loss_aggregation, width=self.loss.width, **counts)
+            return aggregate(
+                per_token, batch.response_mask, mode=self.loss.loss_aggregation, width=self.loss.width, **counts
+            )
 
         mask = batch.response_mask
         policy = vanilla(
@@ -132,14 +141,18 @@ class PPOTrainer(RoleTrainer):
             clip_range_high=self.loss.clip_range_high,
             dual_clip=self.loss.dual_clip,
         )
-        value = clipped_value_loss(values, batch.values, batch.returns, mask, value_clip_range=self.loss.value_clip_range)
+        value = clipped_value_loss(
+            values, batch.values, batch.returns, mask, value_clip_range=self.loss.value_clip_range
+        )
         policy_loss, value_loss, entropy = reduce(policy.per_token), reduce(value.per_token), reduce(entropies)
         policy_part = policy_loss - self.loss.entropy_coef * entropy
         kl_loss = torch.zeros_like(policy_loss)
         if self.loss.kl_in_loss:
             kl_loss = reduce(kl_penalty(logprobs, batch.ref_logprobs, mask, estimator=self.loss.kl_estimator))
             policy_part = policy_part + self.collector.kl_control.coefficient * kl_loss
-        self._meter_shares({"actor/pg_loss": policy_loss, "critic/vf_loss": value_loss, "actor/kl_loss": kl_loss}, first)
+        self._meter_shares(
+            {"actor/pg_loss": policy_loss, "critic/vf_loss": value_loss, "actor/kl_loss": kl_loss}, first
+        )
         self._meter_tokens(
             mask,
             {
@@ -159,7 +172,11 @@ class PPOTrainer(RoleTrainer):
         prompts = list(eval_dataset or self.held_out)
         mine = tuple(prompts[rank() :: world_size()])  # inside the window ranks need not hold equally many
         greedy = replace(self.collector.sampling, greedy=True)
-        with self.collector.clock.phase("testing"), gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
+        with (
+            self.collector.clock.phase("testing"),
+            gathered(self.model_wrapped),
+            inference(self.model_wrapped) as shared,
+        ):
             batch = PromptBatch(mine, samples=(0,) * len(mine))
             sampled = self.collector.sample(shared, batch, greedy, stream=())
             passes = score(shared, sampled, self.collector.evaluation_plan(sampled), greedy.temperature)
@@ -178,7 +195,11 @@ class PPOTrainer(RoleTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Give Trainer's own numbers their place among ours and add what the rollout and its phases measured."""
         if "loss" in logs:
-            logs = {"train/loss": logs["loss"], "train/grad_norm": float(logs.get("grad_norm", 0.0)), **self._rollout_record()}
+            logs = {
+                "train/loss": logs["loss"],
+                "train/grad_norm": float(logs.get("grad_norm", 0.0)),
+                **self._rollout_record(),
+            }
         super().log(logs, start_time)
 
     def _rollout_record(self) -> dict[str, float]:

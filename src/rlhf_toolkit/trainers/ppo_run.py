@@ -72,7 +72,9 @@ class PPORun:
         if self.mirror is not None:
             self.mirror.finish()
         seconds = time.perf_counter() - began
-        return write_summary(self.folder, seconds=seconds, world_size=self.topology.world_size, device=str(self.topology.device))
+        return write_summary(
+            self.folder, seconds=seconds, world_size=self.topology.world_size, device=str(self.topology.device)
+        )
 
 
 def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> PPORun:
@@ -94,7 +96,12 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     def state() -> dict[str, Any]:
         """What only the run knows, for the manifest of a checkpoint."""
         run_id = mirror.run_id if mirror else None
-        return {"kl_coefficient": control.coefficient, "wandb_id": run_id, "base": fingerprint, "world_size": topology.world_size}
+        return {
+            "kl_coefficient": control.coefficient,
+            "wandb_id": run_id,
+            "base": fingerprint,
+            "world_size": topology.world_size,
+        }
 
     log = run_log(experiment, trainer, mirror)
     for callback in (EngineCheck(trainer, topology), log, EvaluationAtBothEnds(trainer), ManifestWriter(state)):
@@ -104,18 +111,24 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
 
 def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
     """Reward, tokenizer and prompts; the model's weights are not touched."""
-    reward = FunctionReward(load_function(experiment.reward.function), experiment.reward.kwargs, experiment.reward.function)
+    reward = FunctionReward(
+        load_function(experiment.reward.function), experiment.reward.kwargs, experiment.reward.function
+    )
     tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     sampling = make_sampling(experiment, tokenizer, config)
     data = experiment.data
     prompts = load_prompts(experiment, tokenizer, data.train, data.train_split)
     held_out = load_prompts(experiment, tokenizer, data.evaluation, data.evaluation_split) if data.evaluation else ()
     if data.evaluation and len(held_out) < topology.world_size:
-        raise DataError(f"{len(held_out)} held-out prompts for {topology.world_size} processes; give at least one for each")
+        raise DataError(
+            f"{len(held_out)} held-out prompts for {topology.world_size} processes; give at least one for each"
+        )
     return Task(tokenizer, sampling, prompts, held_out, reward)
 
 
-def load_prompts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, source: str, split: str) -> tuple[Prompt, ...]:
+def load_prompts(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, source: str, split: str
+) -> tuple[Prompt, ...]:
     """The prompts of one source, and a line about what was dropped."""
     data = experiment.data
     found = tokenise_prompts(
@@ -179,7 +192,11 @@ def load_roles(experiment: Experiment, config: PretrainedConfig, topology: Topol
 
 def fingerprint_of(shared: SharedBase) -> str:
     """Identifies the frozen base, so that a checkpoint is never resumed on another one."""
-    frozen = [(name, p) for name, p in shared.named_parameters() if "lora_" not in name and not name.startswith("scalar_heads")]
+    frozen = [
+        (name, p)
+        for name, p in shared.named_parameters()
+        if "lora_" not in name and not name.startswith("scalar_heads")
+    ]
     with whole([p for _, p in frozen]):
         return base_fingerprint(shared.causal_lm.config.to_json_string(), frozen)
 
@@ -200,7 +217,9 @@ def make_trainer(experiment: Experiment, topology: Topology, task: Task, shared:
     """Collector, loss and Trainer arguments from the experiment, tied together."""
     ppo, update = experiment.ppo, experiment.update
     rates = {"policy": update.policy_lr, "value": update.value_lr, "value_head": update.value_head_lr}
-    progress = Progress(num_rollouts=ppo.num_rollouts, updates_per_rollout=experiment.updates_per_rollout, show=topology.is_main)
+    progress = Progress(
+        num_rollouts=ppo.num_rollouts, updates_per_rollout=experiment.updates_per_rollout, show=topology.is_main
+    )
     deepspeed = deepspeed_settings(
         topology,
         rows_per_rank=experiment.mini_batch_rows // topology.world_size,
