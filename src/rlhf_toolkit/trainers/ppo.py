@@ -190,6 +190,8 @@ class PPOTrainer(RoleTrainer):
             f"{metric_key_prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
         }
         self.log(dict(metrics))
+        # Callbacks hear of it, and Trainer learns that this step's evaluation has been done.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

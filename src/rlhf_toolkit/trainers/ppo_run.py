@@ -57,6 +57,7 @@ class PPORun:
     trainer: PPOTrainer
     checkpoint: Path | None
     mirror: WandbMirror | None
+    progress: Progress
 
     @property
     def folder(self) -> Path:
@@ -65,7 +66,10 @@ class PPORun:
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
         began = time.perf_counter()
-        self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        try:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
@@ -89,7 +93,12 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     fingerprint = fingerprint_of(shared)
     manifest = read_manifest(checkpoint, fingerprint=fingerprint, world_size=topology.world_size) if checkpoint else {}
     mirror = start_wandb(experiment, topology, manifest.get("wandb_id"))
-    trainer = make_trainer(experiment, topology, task, shared)
+    progress = Progress(
+        num_rollouts=experiment.ppo.num_rollouts,
+        updates_per_rollout=experiment.updates_per_rollout,
+        show=topology.is_main,
+    )
+    trainer = make_trainer(experiment, topology, task, shared, progress)
     control = trainer.collector.kl_control
     control.coefficient = manifest.get("kl_coefficient", control.coefficient)
 
@@ -106,7 +115,7 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     log = run_log(experiment, trainer, mirror)
     for callback in (EngineCheck(trainer, topology), log, EvaluationAtBothEnds(trainer), ManifestWriter(state)):
         trainer.add_callback(callback)
-    return PPORun(experiment, topology, trainer, checkpoint, mirror)
+    return PPORun(experiment, topology, trainer, checkpoint, mirror, progress)
 
 
 def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
@@ -213,13 +222,12 @@ def start_wandb(experiment: Experiment, topology: Topology, run_id: str | None) 
     )
 
 
-def make_trainer(experiment: Experiment, topology: Topology, task: Task, shared: SharedBase) -> PPOTrainer:
+def make_trainer(
+    experiment: Experiment, topology: Topology, task: Task, shared: SharedBase, progress: Progress
+) -> PPOTrainer:
     """Collector, loss and Trainer arguments from the experiment, tied together."""
     ppo, update = experiment.ppo, experiment.update
     rates = {"policy": update.policy_lr, "value": update.value_lr, "value_head": update.value_head_lr}
-    progress = Progress(
-        num_rollouts=ppo.num_rollouts, updates_per_rollout=experiment.updates_per_rollout, show=topology.is_main
-    )
     deepspeed = deepspeed_settings(
         topology,
         rows_per_rank=experiment.mini_batch_rows // topology.world_size,
