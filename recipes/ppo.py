@@ -1,4 +1,5 @@
-"""PPO on a shared base: `accelerate launch --config_file accelerate_configs/X.yaml recipes/ppo.py --config Y.yaml [section.key=value ...]`."""
+"""PPO on a shared base: `accelerate launch --config_file accelerate_configs/X.yaml recipes/ppo.py --config Y.yaml
+[section.key=value ...]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Start a recipe or a worker function on real ranks, with a hard time limit and a stack dump of every rank that hangs."""
+"""Start a recipe or a worker function on real ranks, with a hard time limit and a stack dump of every rank that
+hangs."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def launch(
     seconds: int = 150,
     launch_options: dict[str, Any] | None = None,
 ) -> Finished:
-    """Run ``python script`` on ``processes`` ranks under ZeRO ``stage`` (None: plain). Kills everything after ``seconds``.
+    """Run ``python script`` on ``processes`` ranks under ZeRO ``stage`` (None: plain). Kills everything after
+    ``seconds``.
 
     Every process dumps its stacks shortly before that, so that a hang is a failure with a reason.
     """

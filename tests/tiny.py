@@ -47,7 +47,8 @@ def tiny_llama(**options: Any) -> PreTrainedModel:
 def write_task(
     folder: Path, *, prompts: int = 24, model: PreTrainedModel | None = None, **tokenizer: Any
 ) -> dict[str, Any]:
-    """Write model, tokenizer, prompts of uneven lengths and reward to ``folder``; return the sections of an experiment on them."""
+    """Write model, tokenizer, prompts of uneven lengths and reward to ``folder``; return the sections of an experiment
+    on them."""
     (model or tiny_llama()).save_pretrained(folder / "model")
     tiny_tokenizer(words=WORDS, **{"pad": "</s>", "chat_template": None, **tokenizer}).save_pretrained(folder / "model")
     rows = [{"prompt": " ".join(f"w{(i * 7 + j) % 28}" for j in range(1 + i % 5))} for i in range(prompts)]
@@ -72,7 +73,8 @@ def write_task(
 
 
 def merged(experiment: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``experiment`` with dotted ``changes`` such as ``{"ppo.kl_coef": 0.1}``; the value None of a change removes the key."""
+    """A copy of ``experiment`` with dotted ``changes`` such as ``{"ppo.kl_coef": 0.1}``; the value None of a change
+    removes the key."""
     result = {section: dict(values) for section, values in experiment.items()}
     for name, value in changes.items():
         section, _, key = name.partition(".")

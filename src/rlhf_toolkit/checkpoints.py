@@ -1,8 +1,8 @@
 """The run folder and what makes a checkpoint whole.
 
-Trainer writes adapters, heads, optimizer, scheduler and random states; ``manifest.json`` is written last and holds the rest: the KL
-coefficient, the W&B run, the experiment, a fingerprint of the base and the number of ranks. A checkpoint without it was
-interrupted and does not count.
+Trainer writes adapters, heads, optimizer, scheduler and random states; ``manifest.json`` is written last and holds the
+rest: the KL coefficient, the W&B run, the experiment, a fingerprint of the base and the number of ranks. A checkpoint
+without it was interrupted and does not count.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ManifestWriter(TrainerCallback):
         """Written to a temporary name and renamed, after every rank has written its part."""
         barrier()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             write_json(folder / MANIFEST, {"step": state.global_step, **self.state()})
         barrier()
 
@@ -46,7 +46,8 @@ class ManifestWriter(TrainerCallback):
 def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """Make or reopen the run folder; return the checkpoint to resume from, or None for a fresh start.
 
-    Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, or holds nothing to resume.
+    Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, or holds nothing to
+    resume.
     """
     _require_room(folder)
     holds_run = (folder / RUN_FILE).exists()
@@ -61,7 +62,8 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
         return last_checkpoint(folder)
     if holds_run and not overwrite:
         raise CheckpointError(
-            f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, or choose another folder"
+            f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, "
+            f"or choose another folder"
         )
     shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -84,11 +86,13 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dic
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["base"] != fingerprint:
         raise CheckpointError(
-            f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use that one"
+            f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use "
+            f"that one"
         )
     if manifest["world_size"] != world_size:
         raise CheckpointError(
-            f"{checkpoint} was written by {manifest['world_size']} ranks and cannot be resumed on {world_size}: each rank holds a part of "
+            f"{checkpoint} was written by {manifest['world_size']} ranks and cannot be resumed on {world_size}: "
+            f"each rank holds a part of "
             f"the optimizer; start {manifest['world_size']} processes"
         )
     return manifest
@@ -117,9 +121,9 @@ def on_main(action: Callable[[], T]) -> T:
             outcome = (action(), None)
         except RLHFError as error:
             outcome = (None, error)
-    result, error = from_main(outcome)
-    if error is not None:
-        raise error
+    result, failure = from_main(outcome)
+    if failure is not None:
+        raise failure
     return cast(T, result)
 
 
@@ -136,7 +140,8 @@ def _require_room(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise CheckpointError(
-            f"run.output_dir={folder} has {free / 2**20:.0f} MiB of free space, a run needs at least {LEAST_FREE_BYTES // 2**20}; "
+            f"run.output_dir={folder} has {free / 2**20:.0f} MiB of free space, a run needs at least "
+            f"{LEAST_FREE_BYTES // 2**20}; "
             "make room or choose another disk"
         )
 

@@ -61,7 +61,8 @@ def _cut(text: str, length: int) -> str:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """For scripts: an RLHFError ends the process with status 1 and its message instead of a stack. Anything else passes."""
+    """For scripts: an RLHFError ends the process with status 1 and its message instead of a stack. Anything else
+    passes."""
     try:
         yield
     except RLHFError as error:

@@ -1,7 +1,7 @@
 """Seeds derived from names instead of carried in hidden state.
 
-A stream that is a function of ``(seed, rollout, prompt, sample)`` is the same whatever the number of ranks, the order of
-the work or the point at which a run was resumed. That is what makes results independent of how the work is cut.
+A stream that is a function of ``(seed, rollout, prompt, sample)`` is the same whatever the number of ranks, the order
+of the work or the point at which a run was resumed. That is what makes results independent of how the work is cut.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The nouns of a run. Each record is made in one place and frozen; shapes are checked where they are born and trusted inside.
+"""The nouns of a run. Each record is made in one place and frozen; shapes are checked where they are born and trusted
+inside.
 
-    PromptBatch --rollout/decoding--> Rollout --rollout/collect--> Experience --rollout/loader--> mini-batches --trainers/ppo
+    PromptBatch --rollout/decoding--> Rollout --rollout/collect--> Experience --rollout/loader--> mini-batches
+    --trainers/ppo
 
 Letters: B sequences, P prompt width, R response width, T = P + R.
 """
@@ -20,8 +22,8 @@ from rlhf_toolkit.errors import DataError
 class Prompt:
     """One row of the prompt dataset after tokenisation.
 
-    ``index`` is its position in the dataset, which names its random stream; ``columns`` are the dataset's other columns, which
-    rewards receive by name.
+    ``index`` is its position in the dataset, which names its random stream; ``columns`` are the dataset's other
+    columns, which rewards receive by name.
     """
 
     index: int
@@ -34,7 +36,8 @@ class Prompt:
 class PromptBatch:
     """The prompts of one rank's share of a rollout, each as often as it gets responses. Made by ``data/prompts.py``.
 
-    ``samples[i]`` counts the responses of one prompt from 0, so that ``(prompts[i].index, samples[i])`` is unique in a rollout.
+    ``samples[i]`` counts the responses of one prompt from 0, so that ``(prompts[i].index, samples[i])`` is unique in a
+    rollout.
     """
 
     prompts: tuple[Prompt, ...]
@@ -52,9 +55,9 @@ class PromptBatch:
 class Rollout:
     """What sampling gave: made by ``rollout/decoding.py``, consumed by rewards and by ``rollout/collect.py``.
 
-    ``responses`` (B, R) token ids, right-padded, the stop token included; ``lengths`` (B,); ``rollout_logprobs`` (B, R) fp32, the
-    policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string ended the response and
-    False where the token budget did.
+    ``responses`` (B, R) token ids, right-padded, the stop token included; ``lengths`` (B,); ``rollout_logprobs`` (B, R)
+    fp32, the policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string
+    ended the response and False where the token budget did.
     """
 
     responses: torch.Tensor
@@ -71,11 +74,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout, ready for the update: every field has one row for each sequence of the whole rollout, on every rank.
+    """A scored rollout, ready for the update: every field has one row for each sequence of the whole rollout, on every
+    rank.
 
-    ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the rest (B, R),
-    aligned so that column 0 is the first response token: ``response_mask`` bool, True where the token is trained on; log-probs
-    ``old_logprobs``, ``ref_logprobs`` and ``rollout_logprobs``; ``values``, ``advantages``, ``returns``; all fp32.
+    ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
+    rest (B, R), aligned so that column 0 is the first response token: ``response_mask`` bool, True where the token is
+    trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and ``rollout_logprobs``; ``values``, ``advantages``,
+    ``returns``; all fp32.
     """
 
     sequences: torch.Tensor
@@ -104,7 +109,8 @@ class Experience:
         return (self.prompt_lengths + self.response_lengths).tolist()  # type: ignore[no-any-return]
 
     def rows(self, index: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The rows ``index`` as a plain dict of tensors, which is what Trainer handles; ``Experience(**d)`` brings it back."""
+        """The rows ``index`` as a plain dict of tensors, which is what Trainer handles; ``Experience(**d)`` brings it
+        back."""
         index = torch.as_tensor(index)
         return {field.name: getattr(self, field.name)[index] for field in fields(self)}
 

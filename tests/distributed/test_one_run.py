@@ -1,4 +1,5 @@
-"""What one real two-rank run leaves behind: one W&B run, documented metrics, exact first ratios, adapters plain PEFT can load."""
+"""What one real two-rank run leaves behind: one W&B run, documented metrics, exact first ratios, adapters plain PEFT
+can load."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.launch import ROOT, Finished, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
-WATCH_WANDB = '''
+WATCH_WANDB = """
 import json, os
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def log(self, data, *args, **kwargs):
 
 
 wandb.init, wandb.sdk.wandb_run.Run.log = init, log
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,9 @@ def records(folder: Path) -> list[dict[str, float]]:
 def test_killed_and_resumed_equals_straight(tmp_path: Path, processes: int, stage: int | None) -> None:
     task = merged(write_task(tmp_path), CHANGES)
     (tmp_path / "reward.py").write_text(KILLER)
-    straight = write_experiment(tmp_path / "straight.yaml", merged(task, {"run.output_dir": str(tmp_path / "straight")}))
+    straight = write_experiment(
+        tmp_path / "straight.yaml", merged(task, {"run.output_dir": str(tmp_path / "straight")})
+    )
     run_recipe(straight, processes=processes, stage=stage).succeeded()
 
     broken = write_experiment(tmp_path / "broken.yaml", merged(task, {"run.output_dir": str(tmp_path / "broken")}))

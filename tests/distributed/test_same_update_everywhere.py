@@ -1,4 +1,5 @@
-"""Results do not depend on how the work is cut: the same three updates on every topology, budget and with checkpointing on or off."""
+"""Results do not depend on how the work is cut: the same three updates on every topology, budget and with checkpointing
+on or off."""
 
 from __future__ import annotations
 

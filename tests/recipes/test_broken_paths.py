@@ -22,7 +22,8 @@ from dataclasses import replace
 import rlhf_toolkit.rollout.collect as collect
 
 real = collect.decode
-collect.decode = lambda model, tokenizer, batch, sampling, **kw: real(model, tokenizer, batch, replace(sampling, temperature=2.0), **kw)
+collect.decode = lambda model, tokenizer, batch, sampling, **kw: real(model, tokenizer, batch, replace(sampling,
+temperature=2.0), **kw)
 """
 TEMPERATURE_IN_UPDATE = """
 from rlhf_toolkit.trainers.ppo import PPOTrainer

@@ -1,7 +1,7 @@
 """Between sequences (n, T), packed response positions (K,) and response rows (n, R). One place for every index.
 
-Sequences are prompt and response, right-padded. Response rows are aligned so that column 0 is the first response token. Packed
-means the response tokens of all rows end to end, row after row.
+Sequences are prompt and response, right-padded. Response rows are aligned so that column 0 is the first response token.
+Packed means the response tokens of all rows end to end, row after row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the rows of a rollout are cut: into mini-batches, among ranks, into micro-batches of bounded size.
 
-Every function here is a pure function of lengths and names, so all ranks make the same plan without talking. The same plan serves
-scoring and the first pass of the update: equal shapes are what makes the first ratio exactly 1.
+Every function here is a pure function of lengths and names, so all ranks make the same plan without talking. The same
+plan serves scoring and the first pass of the update: equal shapes are what makes the first ratio exactly 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def mini_batches(rows: int, count: int, *, seed: int, rollout: int, epoch: int) 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: int, budget: int) -> list[list[Rows]]:
     """Cut a mini-batch for each rank into the same number of micro-batches, ``[rank][micro-batch]`` to row numbers.
 
-    ``lengths[row]`` are tokens; ``budget`` bounds rows x longest row of a micro-batch. Ranks get equally many rows, dealt by length
-    in snake order so that their tokens balance; rows of similar length sit together so that little is padding.
+    ``lengths[row]`` are tokens; ``budget`` bounds rows x longest row of a micro-batch. Ranks get equally many rows,
+    dealt by length in snake order so that their tokens balance; rows of similar length sit together so that little is
+    padding.
     """
     shares = _deal(rows, lengths, ranks)
     cut = [_fill(share, lengths, budget) for share in shares]

@@ -1,4 +1,5 @@
-"""The few collectives the toolkit needs. With one process each is the identity, so callers never ask how many there are."""
+"""The few collectives the toolkit needs. With one process each is the identity, so callers never ask how many there
+are."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def rank() -> int:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every rank's ``value`` in rank order, on every rank. Any picklable object; tensors come back on their own device."""
+    """Every rank's ``value`` in rank order, on every rank. Any picklable object; tensors come back on their own
+    device."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -1,7 +1,9 @@
-"""DeepSpeed's compiled op for CPU collectives: built once, by one process at a time, never blocked by a build that was killed.
+"""DeepSpeed's compiled op for CPU collectives: built once, by one process at a time, never blocked by a build that was
+killed.
 
-PyTorch's build takes a lock file that a killed process leaves behind; the next start then waits for it for ever. The toolkit
-builds in a folder of its own under a lock that dies with its process, so a lock file found there is always stale.
+PyTorch's build takes a lock file that a killed process leaves behind; the next start then waits for it for ever. The
+toolkit builds in a folder of its own under a lock that dies with its process, so a lock file found there is always
+stale.
 """
 
 from __future__ import annotations

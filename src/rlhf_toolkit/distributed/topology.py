@@ -1,7 +1,8 @@
 """Start-up: which processes exist, on what device, under which ZeRO stage, and whether everybody agrees about it.
 
-accelerate's YAML says *where* a run happens (processes, machines, ZeRO stage, offload); the experiment's YAML says *what* happens.
-DeepSpeed's own settings are derived from the two here, and a contradiction between them is an error that names both.
+accelerate's YAML says *where* a run happens (processes, machines, ZeRO stage, offload); the experiment's YAML says
+*what* happens. DeepSpeed's own settings are derived from the two here, and a contradiction between them is an error
+that names both.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Launch:
         """Raise TopologyError where accelerate's settings contradict each other or the experiment's."""
         if self.processes > 1 and self.zero_stage is None:
             raise TopologyError(
-                f"{self.processes} processes without DeepSpeed: role slices need ZeRO; start with accelerate_configs/zero2_2gpu.yaml"
+                f"{self.processes} processes without DeepSpeed: role slices need ZeRO; start with "
+                f"accelerate_configs/zero2_2gpu.yaml"
             )
         if self.zero_stage is not None and self.zero_stage not in ZERO_STAGES:
             raise TopologyError(
@@ -69,12 +71,14 @@ class Launch:
             )
         if self.deepspeed_config_file is not None:
             raise TopologyError(
-                f"accelerate's config names deepspeed_config_file={self.deepspeed_config_file}, but DeepSpeed's settings are derived "
+                f"accelerate's config names deepspeed_config_file={self.deepspeed_config_file}, but DeepSpeed's "
+                f"settings are derived "
                 "from the experiment's YAML; remove it and set zero_stage and offload in accelerate's config"
             )
         if self.mixed_precision != "no":
             raise TopologyError(
-                f"mixed_precision={self.mixed_precision} in accelerate's config contradicts model.dtype: the base is loaded in that "
+                f"mixed_precision={self.mixed_precision} in accelerate's config contradicts model.dtype: the base is "
+                f"loaded in that "
                 "dtype and adapters stay in fp32; set mixed_precision: 'no'"
             )
         if self.gradient_accumulation_steps not in ("auto", "1"):
@@ -84,7 +88,8 @@ class Launch:
             )
         if self.gradient_clipping != "auto" and float(self.gradient_clipping) != max_grad_norm:
             raise TopologyError(
-                f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts update.max_grad_norm={max_grad_norm}; "
+                f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts "
+                f"update.max_grad_norm={max_grad_norm}; "
                 "remove it from accelerate's config"
             )
         if self.offload_parameters != "none" and self.zero_stage != 3:
@@ -104,14 +109,15 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
+        """The one process that prints, writes and tracks."""
         return self.rank == 0
 
 
 def start(*, max_grad_norm: float) -> Topology:
     """Check the launch, join the process group and return where this process stands.
 
-    On a machine without GPU accelerate would make every rank "0 of 1" unless the gloo backend is named before anything else
-    touches its state, so this must run first.
+    On a machine without GPU accelerate would make every rank "0 of 1" unless the gloo backend is named before anything
+    else touches its state, so this must run first.
     """
     launch = Launch.from_environment()
     launch.check(max_grad_norm=max_grad_norm)
@@ -120,7 +126,8 @@ def start(*, max_grad_norm: float) -> Topology:
     has_gpu = torch.cuda.is_available()
     if launch.zero_stage is not None and not has_gpu:
         build_cpu_collectives()
-    # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very fields.
+    # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very
+    # fields.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     state = PartialState(backend="gloo") if launch.zero_stage is not None and not has_gpu else PartialState()
     topology = Topology(launch, rank(), world_size(), state.device)
@@ -133,8 +140,8 @@ def deepspeed_settings(
 ) -> dict[str, Any] | None:
     """DeepSpeed's whole configuration, or None without DeepSpeed.
 
-    ``largest_adapter``: elements of the largest adapter matrix. Parameters up to that size stay whole on every rank, since
-    gathering some 900 tiny matrices one by one costs more than it saves.
+    ``largest_adapter``: elements of the largest adapter matrix. Parameters up to that size stay whole on every rank,
+    since gathering some 900 tiny matrices one by one costs more than it saves.
     """
     launch = topology.launch
     if launch.zero_stage is None:
@@ -179,7 +186,8 @@ def sharded_loading(topology: Topology, dtype: torch.dtype) -> Iterator[None]:
 
 
 def check_engine(topology: Topology, model: nn.Module) -> None:
-    """After the engine is built: the ZeRO stage is the one asked for, and under stage 3 every frozen parameter is really sharded."""
+    """After the engine is built: the ZeRO stage is the one asked for, and under stage 3 every frozen parameter is
+    really sharded."""
     stage = topology.launch.zero_stage
     if stage is None:
         return
@@ -198,7 +206,8 @@ def check_engine(topology: Topology, model: nn.Module) -> None:
 def _check_agreement(topology: Topology, state: PartialState) -> None:
     if (state.num_processes, state.process_index) != (topology.world_size, topology.rank):
         raise TopologyError(
-            f"accelerate believes this is process {state.process_index} of {state.num_processes}, torch.distributed rank "
+            f"accelerate believes this is process {state.process_index} of {state.num_processes}, "
+            f"torch.distributed rank "
             f"{topology.rank} of {topology.world_size}; start with accelerate launch and one of accelerate_configs/"
         )
     if topology.world_size != topology.launch.processes:
@@ -214,6 +223,7 @@ def _check_agreement(topology: Topology, state: PartialState) -> None:
     expected = topology.world_size * (topology.world_size + 1) / 2
     if not bool((total == expected).all()):
         raise TopologyError(
-            f"an all-reduce of known values gave {total.unique().tolist()} instead of {expected}: the cards' peer-to-peer path is "
+            f"an all-reduce of known values gave {total.unique().tolist()} instead of {expected}: the cards' "
+            f"peer-to-peer path is "
             "broken, as on RTX 40 cards; set NCCL_P2P_DISABLE=1"
         )

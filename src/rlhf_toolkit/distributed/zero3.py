@@ -1,8 +1,10 @@
 """ZeRO-3 in one place: how parameters get to where a forward pass needs them.
 
 Two facts shape this file (docs/zero3.md has the measurements):
-- ZeRO-3 fetches a module's *own* parameters when that module's ``forward`` is called. Role-sliced linears and the language-model
-  head use a parameter of another module inside their own forward, so it is registered with them as an external parameter.
+- ZeRO-3 fetches a module's *own* parameters when that module's ``forward`` is called. Role-sliced linears and the
+language-model
+  head use a parameter of another module inside their own forward, so it is registered with them as an external
+  parameter.
 - A forward pass with ZeRO's hooks on inside a gather frees the weights again, so the window takes the hooks off first.
 """
 
@@ -21,7 +23,8 @@ AVAILABLE = ZeroParamStatus.AVAILABLE
 
 
 def share_parameters(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Tell ZeRO-3 that ``module.forward`` uses ``parameters`` although other modules own them. Harmless without ZeRO-3."""
+    """Tell ZeRO-3 that ``module.forward`` uses ``parameters`` although other modules own them. Harmless without
+    ZeRO-3."""
     for parameter in parameters:
         register_external_parameter(module, parameter)
 
@@ -33,12 +36,12 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The parameter's shape as a whole, whatever part of it lies here."""
-    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def element_count(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, whatever part of it lies here."""
-    return int(parameter.ds_numel if is_partitioned(parameter) else parameter.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 @contextmanager
@@ -56,15 +59,15 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
 def gathered(model: nn.Module) -> Iterator[None]:
     """The window: inside, the engine's whole model lies gathered on every rank and its forward needs no other rank.
 
-    Ranks may run different numbers of forward passes inside. Hooks come off before the gather and go back on exactly once,
-    also after an exception. Without ZeRO-3 this does nothing. Memory: one full copy of the model on each rank.
+    Ranks may run different numbers of forward passes inside. Hooks come off before the gather and go back on exactly
+    once, also after an exception. Without ZeRO-3 this does nothing. Memory: one full copy of the model on each rank.
     """
     offload = _parameter_offload(model)
     if offload is None:
         yield
         return
-    # Persistent parameters (small ones, all adapters among them) are whole between steps; gathering them here would partition
-    # them on exit, and the next forward would fetch them back one by one.
+    # Persistent parameters (small ones, all adapters among them) are whole between steps; gathering them here would
+    # partition them on exit, and the next forward would fetch them back one by one.
     partitioned = [p for p in offload.module.parameters() if not (p.ds_persist and p.ds_status is AVAILABLE)]
     _take_hooks_off(offload)
     try:

@@ -1,7 +1,8 @@
 """Causal attention of short sequences on a CPU, as three products.
 
-PyTorch's CPU kernel is slow in bfloat16: forward and backward of 32 rows x 77 tokens of SmolLM2 take it 85 ms a layer on one thread, the
-three products here 19 ms (docs/performance.md). Everything else goes to transformers' own sdpa function.
+PyTorch's CPU kernel is slow in bfloat16: forward and backward of 32 rows x 77 tokens of SmolLM2 take it 85 ms a layer
+on one thread, the three products here 19 ms (docs/performance.md). Everything else goes to transformers' own sdpa
+function.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ def short_causal_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    *args: Any,
+    dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """``query`` (B, H, T, D), ``key`` and ``value`` (B, H / G, T, D) to (B, T, H, D), as transformers' attention functions return it."""
+    """``query`` (B, H, T, D), ``key`` and ``value`` (B, H / G, T, D) to (B, T, H, D), as transformers' attention
+    functions return it."""
     rows, heads, length, _ = query.shape
     is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     plain = attention_mask is None and is_causal and not special and length == key.shape[2] > 1
     fits = rows * heads * length * length <= LARGEST_SCORES
     if not (plain and fits and query.dtype == torch.bfloat16):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = heads // key.shape[1]
     # The heads that share a key sit under one another, so that keys and values need not be repeated.
     q = query.reshape(-1, groups * length, query.shape[-1])

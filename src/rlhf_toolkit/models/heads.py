@@ -1,6 +1,7 @@
 """What stands on top of the shared trunk: log-probs of the policy and reference, scalars of value and reward.
 
-Both heads get packed positions, (K, H) with one row for each response token, so that no head ever touches padding or prompts.
+Both heads get packed positions, (K, H) with one row for each response token, so that no head ever touches padding or
+prompts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ CHUNK_ELEMENTS = 2**24  # logits in flight: 64 MiB in fp32
 class LanguageModelHead(nn.Module):
     """Log-probs and entropy of the base's own output layer in fp32, a chunk of positions at a time.
 
-        z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) - sum softmax(z) z
+        z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) -
+        sum softmax(z) z
 
-    No tensor larger than ``CHUNK_ELEMENTS`` exists in either direction (``TokenScores``). The output layer stays the base's own module; it
-    is used here, not owned.
+    No tensor larger than ``CHUNK_ELEMENTS`` exists in either direction (``TokenScores``). The output layer stays the
+    base's own module; it is used here, not owned.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -40,7 +42,8 @@ class LanguageModelHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``hidden`` (K, H) and ``targets`` (K,) to log-probs (K,) and entropies (K,), both fp32.
 
-        Without ``entropy_gradient`` the entropies are numbers to look at: no gradient flows through them, and none is computed.
+        Without ``entropy_gradient`` the entropies are numbers to look at: no gradient flows through them, and none is
+        computed.
         """
         layer = self._output_layer[0]
         transform = LogitTransform(self.scale, self.softcap, temperature)
@@ -73,8 +76,8 @@ class TokenScores(torch.autograd.Function):
 
         d logprob / d h = ((onehot(target) - p) slope) W,    d entropy / d h = (-p (log p + entropy) slope) W
 
-    Forward computes these (K, H) vectors chunk by chunk and backward only scales them by the incoming numbers. Nothing of size V is kept
-    and no logits are computed twice.
+    Forward computes these (K, H) vectors chunk by chunk and backward only scales them by the incoming numbers. Nothing
+    of size V is kept and no logits are computed twice.
     """
 
     @staticmethod
@@ -87,6 +90,7 @@ class TokenScores(torch.autograd.Function):
         transform: LogitTransform,
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies (K,); the gradient's vectors are kept for backward."""
         wants_gradient = ctx.needs_input_grad[0]
         product = _fp32_product(weight)
         outputs: list[tuple[torch.Tensor, ...]] = []
@@ -112,6 +116,7 @@ class TokenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_logprobs: torch.Tensor, d_entropies: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Scale the kept vectors by what comes back for each position."""
         vectors = ctx.saved_tensors
         d_hidden = vectors[0] * d_logprobs[:, None].to(vectors[0].dtype)
         if len(vectors) > 1:
@@ -122,8 +127,8 @@ class TokenScores(torch.autograd.Function):
 def _fp32_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """``h -> h @ weight.T`` accumulated and returned in fp32, whatever the dtype of ``weight`` (V, H).
 
-    bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob; fp32 costs only this one product. A GPU
-    does it without a copy of the weight.
+    bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob; fp32 costs only this one
+    product. A GPU does it without a copy of the weight.
     """
     if weight.is_cuda and weight.dtype != torch.float32:
         return lambda hidden: torch.mm(hidden, weight.t(), out_dtype=torch.float32)
@@ -132,9 +137,11 @@ def _fp32_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
 
 
 class ScalarHead(nn.Module):
-    """One fp32 number for each position, w h + b: a value or a reward. Starts at zero, so that the first advantages are the rewards.
+    """One fp32 number for each position, w h + b: a value or a reward. Starts at zero, so that the first advantages are
+    the rewards.
 
-    Source: zero or small initialisation, "The N+ Implementation Details of RLHF with PPO" (2024), detail on value heads.
+    Source: zero or small initialisation, "The N+ Implementation Details of RLHF with PPO" (2024), detail on value
+        heads.
     """
 
     def __init__(self, hidden_size: int, *, initial_std: float = 0.0) -> None:

@@ -77,7 +77,8 @@ def lora_config(
 def build_ppo_roles(
     base: PreTrainedModel, adapter: LoraConfig, *, policy_adapter: str | None, **options: Any
 ) -> SharedBase:
-    """Policy and value on ``base``; with ``policy_adapter`` the policy starts from that LoRA folder and the reference is a frozen copy.
+    """Policy and value on ``base``; with ``policy_adapter`` the policy starts from that LoRA folder and the reference
+    is a frozen copy.
 
     ``options`` go to SharedBase.
     """

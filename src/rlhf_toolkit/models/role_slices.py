@@ -1,12 +1,12 @@
 """Role slices: one forward pass of the base serves several roles.
 
-The rows of a batch are laid out role after role, ``[policy rows | value rows | reference rows]``. Every adapted linear computes the
-base product once for all rows and then adds each role's low-rank delta to that role's own slice:
+The rows of a batch are laid out role after role, ``[policy rows | value rows | reference rows]``. Every adapted linear
+computes the base product once for all rows and then adds each role's low-rank delta to that role's own slice:
 
     y[rows of role] = x[rows of role] W^T + b + s_role (x[rows of role] A_role^T) B_role^T
 
-Nothing is ever switched, so ``requires_grad``, ZeRO's partitioning and gradient checkpointing never disagree about which adapter a
-number came from (docs/architecture.md, decision 1).
+Nothing is ever switched, so ``requires_grad``, ZeRO's partitioning and gradient checkpointing never disagree about
+which adapter a number came from (docs/architecture.md, decision 1).
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class RoleSlices:
             yield
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """``context_fn`` for ``torch.utils.checkpoint``: recomputation in backward runs under the layout of its forward."""
+        """``context_fn`` for ``torch.utils.checkpoint``: recomputation in backward runs under the layout of its
+        forward."""
         return nullcontext(), self._using(self._layout)
 
     def of(self, x: torch.Tensor) -> tuple[RoleRows, ...]:
-        """The layout in units of ``x.shape[0]``; a module that flattens (B, T, H) to (B T, H) row by row is understood."""
+        """The layout in units of ``x.shape[0]``; a module that flattens (B, T, H) to (B T, H) row by row is
+        understood."""
         if self._layout is None:
             raise ModelError(
                 "an adapted layer ran outside SharedBase.forward, so no role is known; call the model itself"
@@ -58,7 +60,8 @@ class RoleSlices:
         rows = self._layout[-1].stop
         if x.shape[0] % rows:
             raise ModelError(
-                f"an adapted layer got {x.shape[0]} rows for a batch of {rows}: it reorders or drops rows, as routed experts do, "
+                f"an adapted layer got {x.shape[0]} rows for a batch of {rows}: it reorders or drops rows, as routed "
+                f"experts do, "
                 "so role slices cannot reach it; name it in model.exclude_modules"
             )
         repeat = x.shape[0] // rows
@@ -74,11 +77,12 @@ class RoleSlices:
 
 
 class RoleLora(torch.autograd.Function):
-    """The adapted linear of several roles as one function: ``x`` (N, ..., in) to (N, ..., out); adapters A (r, in), B (out, r).
+    """The adapted linear of several roles as one function: ``x`` (N, ..., in) to (N, ..., out); adapters A (r, in), B
+    (out, r).
 
-    Products run in the base's dtype and are added in place; each adapter's gradient comes back in the adapter's dtype. The base
-    is frozen, so no weight gradient is computed. As separate autograd operations the same arithmetic costs twice the time and
-    keeps an fp32 copy of every activation (docs/performance.md).
+    Products run in the base's dtype and are added in place; each adapter's gradient comes back in the adapter's dtype.
+    The base is frozen, so no weight gradient is computed. As separate autograd operations the same arithmetic costs
+    twice the time and keeps an fp32 copy of every activation (docs/performance.md).
     """
 
     @staticmethod
@@ -91,6 +95,7 @@ class RoleLora(torch.autograd.Function):
         slices: Sequence[tuple[int, int, float]],
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
+        """The base product of all rows, and each role's delta added to its own."""
         y = linear(x, weight.t() if transposed else weight, bias)
         flat_x, flat_y = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(y.shape[0], -1, y.shape[-1])
         projections = []
@@ -98,13 +103,15 @@ class RoleLora(torch.autograd.Function):
             projection = linear(flat_x[start:stop].flatten(0, 1), a.to(x.dtype))
             flat_y[start:stop].flatten(0, 1).addmm_(projection, b.to(x.dtype).t(), alpha=scale)
             projections.append(projection)
-        # The parameter itself is saved, never a view of it: ZeRO-3 frees its data after forward and brings it back for backward.
+        # The parameter itself is saved, never a view of it: ZeRO-3 frees its data after forward and brings it back for
+        # backward.
         ctx.save_for_backward(x, weight, *adapters, *projections)
         ctx.slices, ctx.transposed = slices, transposed
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of ``x`` and of every adapter."""
         x, weight, *rest = ctx.saved_tensors
         pairs = 2 * len(ctx.slices)
         adapters, projections = rest[:pairs], rest[pairs:]
@@ -125,7 +132,8 @@ class RoleLora(torch.autograd.Function):
 
 
 def route_roles(model: nn.Module, slices: RoleSlices) -> None:
-    """Make every LoRA linear of ``model`` add each role's delta to that role's rows, as ``slices`` says at the time of the call."""
+    """Make every LoRA linear of ``model`` add each role's delta to that role's rows, as ``slices`` says at the time of
+    the call."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             _refuse_variants(name, module)
@@ -157,7 +165,7 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
 
 
 def _adapter_weights(module: LoraLinear) -> list[nn.Parameter]:
-    return [layer.weight for layers in (module.lora_A, module.lora_B) for layer in layers.values()]
+    return [next(layer.parameters()) for layers in (module.lora_A, module.lora_B) for layer in layers.values()]
 
 
 def _refuse_variants(name: str, module: LoraLinear) -> None:

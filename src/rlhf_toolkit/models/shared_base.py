@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,13 +28,13 @@ TRAINED_ROLES = (POLICY, VALUE)
 class SharedBase(PeftModel):
     """A PeftModel whose adapters are roles, used side by side and never switched.
 
-    It *is* a PeftModel because Trainer asks that before it leaves the frozen base out of checkpoints and loads them non-strictly, and
-    so that what it saves loads with plain ``PeftModel.from_pretrained``.
+    It *is* a PeftModel because Trainer asks that before it leaves the frozen base out of checkpoints and loads them
+    non-strictly, and so that what it saves loads with plain ``PeftModel.from_pretrained``.
 
     Args:
         base: a decoder-only model with a language-model head. Every parameter of it is frozen.
-        adapters: LoRA settings for each role that has an adapter; ``policy`` is required. ``reference`` without an entry is the bare
-            base; with one it is a frozen adapter (a copy of the policy's start).
+        adapters: LoRA settings for each role that has an adapter; ``policy`` is required. ``reference`` without an
+            entry is the bare base; with one it is a frozen adapter (a copy of the policy's start).
         gradient_checkpointing: recompute layers in backward; each recomputation runs under the roles of its forward.
         value_head_std: standard deviation of the value head's start; 0 starts it at zero.
 
@@ -70,7 +70,7 @@ class SharedBase(PeftModel):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model underneath, with its adapted layers."""
-        return self.base_model.model
+        return cast(PreTrainedModel, self.base_model.model)
 
     def forward(  # type: ignore[override]
         self,
@@ -84,17 +84,18 @@ class SharedBase(PeftModel):
         """Run ``roles`` over the same sequences and return what each says about the response tokens.
 
         Args:
-            sequences: (N, T) token ids, prompt then response, right-padded. Right padding needs no attention mask: attention is
-                causal, and nothing is read at a padded position.
-            response_mask: (N, T) bool, True at response tokens. K = its sum. Packed results are in row-major order of it.
+            sequences: (N, T) token ids, prompt then response, right-padded. Right padding needs no attention mask:
+                attention is causal, and nothing is read at a padded position.
+            response_mask: (N, T) bool, True at response tokens. K = its sum. Packed results are in row-major order of
+                it.
             roles: any of policy, reference, value, reward.
             temperature: divides the logits of policy and reference alike.
             entropy_gradient: whether the policy's entropies are part of a loss; without, they carry no gradient.
 
         Returns:
-            ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's output on the
-            prefix *before* each response token, and ``final_values`` (N,), after the last one; ``reward_scores`` (N,), read at the
-            last response token. All fp32.
+            ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's
+            output on the prefix *before* each response token, and ``final_values`` (N,), after the last one;
+            ``reward_scores`` (N,), read at the last response token. All fp32.
         """
         rows = sequences.shape[0]
         with self.slices.layout(roles, rows):
@@ -118,7 +119,8 @@ class SharedBase(PeftModel):
     def next_token_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``. Window only."""
+        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``. Window
+        only."""
         with self.slices.layout((POLICY,), input_ids.shape[0]):
             output = self.causal_lm(
                 input_ids=input_ids,
@@ -141,9 +143,11 @@ class SharedBase(PeftModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Write each trained role to its own folder: a plain PEFT adapter, and ``value_head.safetensors`` beside the value's.
+        """Write each trained role to its own folder: a plain PEFT adapter, and ``value_head.safetensors`` beside the
+        value's.
 
-        ``state_dict`` holds whole tensors (under ZeRO-3 the caller has gathered them); every shape is checked before it is written.
+        ``state_dict`` holds whole tensors (under ZeRO-3 the caller has gathered them); every shape is checked before it
+        is written.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         trained = [role for role in TRAINED_ROLES if role in self.peft_config]
@@ -186,7 +190,8 @@ class SharedBase(PeftModel):
             head.load_state_dict(load_file(path))
 
     def _decide_what_trains(self) -> None:
-        """Set ``requires_grad`` once and for all: sharding, optimizer and checkpoints read it, nothing may change it later."""
+        """Set ``requires_grad`` once and for all: sharding, optimizer and checkpoints read it, nothing may change it
+        later."""
         for name, parameter in self.named_parameters():
             in_head = name.startswith(f"scalar_heads.{VALUE}.")
             parameter.requires_grad_(in_head or ("lora_" in name and _role_of(name) in TRAINED_ROLES))

@@ -1,4 +1,5 @@
-"""What a finished run shows on the terminal: a small table, samples from before and after, and where everything lies."""
+"""What a finished run shows on the terminal: a small table, samples from before and after, and where everything
+lies."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The primary record of a run: JSON lines in the run folder, a line a rollout on the terminal, and the summary at the end.
+"""The primary record of a run: JSON lines in the run folder, a line a rollout on the terminal, and the summary at the
+end.
 
-``log.jsonl`` has one object for each rollout (``kind`` train) and each evaluation (``kind`` eval); ``samples.jsonl`` has sample responses;
-``summary.json`` is written when training ends. Only the true rank 0 writes.
+``log.jsonl`` has one object for each rollout (``kind`` train) and each evaluation (``kind`` eval); ``samples.jsonl``
+has sample responses; ``summary.json`` is written when training ends. Only the true rank 0 writes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class RunLog(TrainerCallback):
         folder: Path,
         *,
         updates_per_rollout: int,
-        samples: Callable[[str], list[Record]],
+        samples: Callable[[str], Sequence[Record]],
         sinks: tuple[Sink, ...] = (),
     ) -> None:
         self.folder, self.updates_per_rollout, self.samples, self.sinks = folder, updates_per_rollout, samples, sinks
@@ -119,7 +120,8 @@ class Progress(TrainerCallback):
 
 
 def read_records(folder: Path, kind: str) -> list[Record]:
-    """The records of one kind in ``log.jsonl``, a later one of the same rollout (after a resume) replacing the earlier."""
+    """The records of one kind in ``log.jsonl``, a later one of the same rollout (after a resume) replacing the
+    earlier."""
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [record for record in map(json.loads, lines) if record["kind"] == kind]

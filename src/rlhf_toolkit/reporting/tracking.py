@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 
@@ -15,12 +15,19 @@ START_TIMEOUT_SECONDS = 60
 class WandbMirror:
     """A sink for RunLog. Made on rank 0 only, after the process group, so that a run of many ranks is one run in W&B.
 
-    ``mode`` is online or offline. Where W&B cannot be reached or knows no key the run goes offline and says so. ``run_id`` continues
-    an earlier run.
+    ``mode`` is online or offline. Where W&B cannot be reached or knows no key the run goes offline and says so.
+    ``run_id`` continues an earlier run.
     """
 
     def __init__(
-        self, *, mode: str, project: str, name: str, folder: Path, config: dict[str, Any], run_id: str | None = None
+        self,
+        *,
+        mode: Literal["online", "offline"],
+        project: str,
+        name: str,
+        folder: Path,
+        config: dict[str, Any],
+        run_id: str | None = None,
     ) -> None:
         options: dict[str, Any] = {
             "project": project,
@@ -35,7 +42,8 @@ class WandbMirror:
         except (wandb.errors.Error, OSError) as error:
             first = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"W&B could not be started online ({first}); this run is logged offline in {folder}/wandb, send it later with wandb sync",
+                f"W&B could not be started online ({first}); this run is logged offline in {folder}/wandb, "
+                "send it later with wandb sync",
                 stacklevel=2,
             )
             self.run = wandb.init(mode="offline", settings=_settings(), **options)
@@ -48,7 +56,8 @@ class WandbMirror:
         return str(self.run.id)
 
     def __call__(self, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        """Log one record and a table of its samples. No ``step`` is passed: W&B would drop points that come out of order."""
+        """Log one record and a table of its samples. No ``step`` is passed: W&B would drop points that come out of
+        order."""
         values = {name: value for name, value in record.items() if name != "kind"}
         rows = [[sample[column] for column in SAMPLE_COLUMNS] for sample in samples]
         table = {f"samples/{record['kind']}": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}

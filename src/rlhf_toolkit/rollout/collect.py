@@ -2,8 +2,9 @@
 
     prompts -> rollout -> scores -> passes of policy, value and reference -> rewards -> advantages -> Experience
 
-Everything up to the passes happens inside one gather of the base. Each rank samples and scores its share; then all ranks hold the
-whole rollout, so every statistic below is over all of it and needs no collective. Arithmetic: docs/ppo_details.md.
+Everything up to the passes happens inside one gather of the base. Each rank samples and scores its share; then all
+ranks hold the whole rollout, so every statistic below is over all of it and needs no collective. Arithmetic:
+docs/ppo_details.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,8 @@ class Cutting:
 
 
 class Collector:
-    """Collects rollouts with the model that ``model`` gives, which its trainer sets: the engine exists only once training begins."""
+    """Collects rollouts with the model that ``model`` gives, which its trainer sets: the engine exists only once
+    training begins."""
 
     model: Callable[[], nn.Module]
 
@@ -193,7 +196,8 @@ class Collector:
         trained = tokens & sampled.finished[:, None] if shaping.truncated == "mask" else tokens
         if not bool(trained.any()):
             raise DataError(
-                "every response of the rollout was cut off by rollout.max_new_tokens and ppo.truncated=mask leaves nothing to train "
+                "every response of the rollout was cut off by rollout.max_new_tokens and ppo.truncated=mask leaves "
+                "nothing to train "
                 "on; raise max_new_tokens or use truncated: bootstrap"
             )
         if shaping.whiten_advantages:
@@ -243,8 +247,10 @@ class Collector:
         kl = (passes.old_logprobs - passes.ref_logprobs)[mask].abs().max().item()
         if kl > self.tolerance:
             raise TrainingPathError(
-                f"before the first update policy and reference differ by {kl:.3g} in a log-prob, more than {self.tolerance:g}: the "
-                "reference must be what the policy starts from; set model.policy_adapter to the adapter it was loaded with"
+                f"before the first update policy and reference differ by {kl:.3g} in a log-prob, more than "
+                f"{self.tolerance:g}: the "
+                "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
+                "loaded with"
             )
 
 
@@ -257,7 +263,7 @@ def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
 @contextmanager
 def inference(model: nn.Module) -> Iterator[SharedBase]:
     """The bare SharedBase of ``model`` in eval mode without autograd; the mode it had comes back afterwards."""
-    shared = getattr(model, "module", model)
+    shared = cast(SharedBase, getattr(model, "module", model))
     was_training = shared.training
     shared.eval()
     try:
@@ -272,26 +278,26 @@ def gather_rollout(
 ) -> Sampled:
     """Put the ranks' shares together, in rank order, on every rank."""
     ids = [prompt.token_ids for prompt in batch.prompts]
-    mine = (
-        join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
-        torch.tensor([len(i) for i in ids]),
-        rollout.lengths,
-        rollout.rollout_logprobs,
-        rollout.finished,
-        torch.tensor(scores, dtype=torch.float32),
-    )
+    mine = {
+        "sequences": join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
+        "prompt_lengths": torch.tensor([len(i) for i in ids]),
+        "response_lengths": rollout.lengths,
+        "rollout_logprobs": rollout.rollout_logprobs,
+        "finished": rollout.finished,
+        "raw_scores": torch.tensor(scores, dtype=torch.float32),
+    }
     shares = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
-    fills = (pad_id, 0, 0, 0.0, False, 0.0)
-    columns = [
-        stack_rows(blocks, fill=fill)
-        for blocks, fill in zip(zip(*(s[0] for s in shares), strict=True), fills, strict=True)
-    ]
-    prompts, responses = ([text for share in shares for text in share[i]] for i in (1, 2))
-    return Sampled(*columns, prompts=prompts, responses=responses)
+    fills = {"sequences": pad_id}
+    return Sampled(
+        **{name: stack_rows([share[name] for share, _, _ in shares], fill=fills.get(name, 0)) for name in mine},
+        prompts=[text for _, prompts, _ in shares for text in prompts],
+        responses=[text for _, _, responses in shares for text in responses],
+    )
 
 
 def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) -> Passes:
-    """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every rank."""
+    """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every
+    rank."""
     width = sampled.rollout_logprobs.shape[1]
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
     done = [(rows, _score_rows(shared, sampled, rows, width, temperature)) for rows in mine]

@@ -1,7 +1,7 @@
 """The decode loop: prompts in, responses with log-probs and a finished flag out.
 
-It runs inside the gathered window, where a forward pass needs no other rank, so ranks may finish at different times. Rows that
-have finished leave the batch as soon as a quarter of it is idle.
+It runs inside the gathered window, where a forward pass needs no other rank, so ranks may finish at different times.
+Rows that have finished leave the batch as soon as a quarter of it is idle.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def decode(
 ) -> Rollout:
     """Sample one response for each row of ``batch`` with the policy.
 
-    ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index and its sample
-    number. ``on_tokens`` hears of the tokens made in each step.
+    ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
+    and its sample number. ``on_tokens`` hears of the tokens made in each step.
     """
     state = _Decoding(model, tokenizer, batch, sampling, stream)
     while state.active.numel():
@@ -55,7 +55,8 @@ def decode(
 
 
 class _Decoding:
-    """A batch in flight. ``active`` (A,) are the rows of the results that the model's batch still holds, in its order."""
+    """A batch in flight. ``active`` (A,) are the rows of the results that the model's batch still holds, in its
+    order."""
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """RolloutLoader: what Trainer sees as the train dataloader.
 
-PPO is a data source, not a loop: iterating the loader collects a rollout when the last one's experience is used up, then yields
-mini-batches. Trainer's own loop stays as it is, with its callbacks, schedulers and checkpoints. The loader must never go through
-``accelerator.prepare``: its look-ahead of one batch would collect the next rollout before the last update of this one.
+PPO is a data source, not a loop: iterating the loader collects a rollout when the last one's experience is used up,
+then yields mini-batches. Trainer's own loop stays as it is, with its callbacks, schedulers and checkpoints. The loader
+must never go through ``accelerator.prepare``: its look-ahead of one batch would collect the next rollout before the
+last update of this one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ MiniBatch = dict[str, torch.Tensor]
 class RolloutLoader:
     """Yields this rank's share of each mini-batch as a plain dict of tensors.
 
-    Besides the fields of ``Experience`` it holds ``micro_batch`` (n,), the number of the micro-batch each row belongs to, and
-    ``token_count`` and ``sequence_count`` of the whole mini-batch over all ranks, which losses are divided by; ``fresh`` is True
-    when no update has happened since the rollout.
+    Besides the fields of ``Experience`` it holds ``micro_batch`` (n,), the number of the micro-batch each row belongs
+    to, and ``token_count`` and ``sequence_count`` of the whole mini-batch over all ranks, which losses are divided by;
+    ``fresh`` is True when no update has happened since the rollout.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class RolloutLoader:
         mini_batches: int,
         steps_done: Callable[[], int],
     ) -> None:
-        """``steps_done`` tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed from."""
+        """``steps_done`` tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed
+        from."""
         self.collector, self.steps_done = collector, steps_done
         self.num_rollouts, self.num_ppo_epochs, self.mini_batches = num_rollouts, num_ppo_epochs, mini_batches
 
@@ -56,7 +58,8 @@ class RolloutLoader:
 
 
 def share_of_mini_batch(experience: Experience, shares: list[list[Rows]], number: int, *, fresh: bool) -> MiniBatch:
-    """Rank ``number``'s rows of a mini-batch. ``fresh``: no update has happened since the rollout, so ratios must be 1."""
+    """Rank ``number``'s rows of a mini-batch. ``fresh``: no update has happened since the rollout, so ratios must be
+    1."""
     everyone = [row for share in shares for rows in share for row in rows]
     mask = experience.response_mask[everyone]
     mine = shares[number]

@@ -1,7 +1,7 @@
 """Choosing the next token, in fp32, from uniform numbers that the caller derived.
 
-Inverse-CDF sampling with one uniform number for each (sequence, position) makes a row's tokens a function of its own logits and its
-own random stream: neither the batch it sits in nor the rank it runs on matters.
+Inverse-CDF sampling with one uniform number for each (sequence, position) makes a row's tokens a function of its own
+logits and its own random stream: neither the batch it sits in nor the rank it runs on matters.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 def choose_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor | None, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one token for each row: ``logits`` (B, V), ``uniforms`` (B,) in [0, 1) to tokens (B,) and log-probs (B,) fp32.
+    """Sample one token for each row: ``logits`` (B, V), ``uniforms`` (B,) in [0, 1) to tokens (B,) and log-probs (B,)
+    fp32.
 
-    ``uniforms`` None takes the most likely token. The log-prob is that of the whole tempered distribution, log softmax(logits /
-    temperature), which the training path computes too; top-k and top-p only restrict what can be drawn.
+    ``uniforms`` None takes the most likely token. The log-prob is that of the whole tempered distribution, log
+    softmax(logits / temperature), which the training path computes too; top-k and top-p only restrict what can be
+    drawn.
     """
     logprobs = (logits.float() / temperature).log_softmax(-1)
     if uniforms is None:
@@ -29,7 +31,8 @@ def choose_tokens(
 
 
 def _restricted(probabilities: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
-    """Zero what top-k and top-p exclude. Top-p keeps the smallest set of likeliest tokens with mass ``top_p``, at least one."""
+    """Zero what top-k and top-p exclude. Top-p keeps the smallest set of likeliest tokens with mass ``top_p``, at least
+    one."""
     if top_k and top_k < probabilities.shape[-1]:
         smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest, 0.0)

@@ -14,7 +14,8 @@ from rlhf_toolkit.reporting.meters import Meter, combined
 
 
 class RoleTrainer(Trainer):
-    """A Trainer over a SharedBase: one AdamW with named groups, tensors moved but never cast, metrics met before they are logged.
+    """A Trainer over a SharedBase: one AdamW with named groups, tensors moved but never cast, metrics met before they
+    are logged.
 
     ``learning_rates`` maps the names of ``SharedBase.parameter_groups`` to their rates; one schedule scales them all.
     """
@@ -50,7 +51,8 @@ class RoleTrainer(Trainer):
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else data
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over all ranks of what was metered since the last record. Every rank comes here at the same step."""
+        """Add the means over all ranks of what was metered since the last record. Every rank comes here at the same
+        step."""
         logs.update(combined(all_gather(self.meter.take())))
         super().log(logs, start_time)
 

@@ -50,8 +50,8 @@ class PPOLoss:
 class PPOTrainer(RoleTrainer):
     """Trains policy and value of a SharedBase by PPO on prompts and a reward.
 
-    A training step is one mini-batch and one optimizer step, cut into micro-batches by a token budget. Data comes from a
-    ``RolloutLoader``; the loop, callbacks, scheduler, checkpoints and resume are Trainer's.
+    A training step is one mini-batch and one optimizer step, cut into micro-batches by a token budget. Data comes from
+    a ``RolloutLoader``; the loop, callbacks, scheduler, checkpoints and resume are Trainer's.
 
     Args:
         collector: makes experience; it is told here which model to use.
@@ -93,7 +93,8 @@ class PPOTrainer(RoleTrainer):
         return ([] if samples is None else [samples]), None
 
     def training_step(self, model: nn.Module, inputs: MiniBatch, num_items_in_batch: object = None) -> Tensor:
-        """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the ranks."""
+        """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
+        ranks."""
         model.train()
         micro = cut(self._prepare_input(inputs))
         total = torch.zeros((), device=self.args.device)
@@ -117,8 +118,8 @@ class PPOTrainer(RoleTrainer):
 
         policy loss + value_coef value loss - entropy_coef entropy + kl_coef KL (when it is in the loss)
 
-        each aggregated with the counts of the whole mini-batch over all ranks. During value warm-up the policy's part is
-        multiplied by 0: it keeps its place in the graph, so that ZeRO-3 sees a gradient, and moves nothing.
+        each aggregated with the counts of the whole mini-batch over all ranks. During value warm-up the policy's part
+        is multiplied by 0: it keeps its place in the graph, so that ZeRO-3 sees a gradient, and moves nothing.
         """
         counts = {"tokens": int(inputs["token_count"]), "sequences": int(inputs["sequence_count"])}
         batch = Experience(**{field.name: inputs[field.name] for field in fields(Experience)})
@@ -168,7 +169,8 @@ class PPOTrainer(RoleTrainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Sequence[Prompt] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut off."""
+        """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut
+        off."""
         prompts = list(eval_dataset or self.held_out)
         mine = tuple(prompts[rank() :: world_size()])  # inside the window ranks need not hold equally many
         greedy = replace(self.collector.sampling, greedy=True)
@@ -215,13 +217,15 @@ class PPOTrainer(RoleTrainer):
         }
 
     def _check_first_ratio(self, logprobs: Tensor, batch: Experience) -> None:
-        """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise together."""
+        """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise
+        together."""
         mine = (logprobs.detach() - batch.old_logprobs)[batch.response_mask]
         worst = max(all_gather(mine.abs().max().item() if mine.numel() else 0.0))
         self.meter.add("actor/first_ratio_deviation", worst, 1)
         if worst > self.loss.tolerance:
             raise TrainingPathError(
-                f"before any update a log-prob differs by {worst:.3g} from the one at rollout, more than {self.loss.tolerance:g}: "
+                f"before any update a log-prob differs by {worst:.3g} from the one at rollout, more than "
+                f"{self.loss.tolerance:g}: "
                 "the ratio would not be 1; dropout is on, or a temperature is applied on one side only"
             )
 
@@ -256,7 +260,7 @@ class PPOTrainer(RoleTrainer):
 
     def _meter_rates(self) -> None:
         names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
-        for name, group in zip(self.model.parameter_groups(), self.optimizer.param_groups, strict=True):
+        for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
             self.meter.add(names[name], group["lr"], 1)
 
 

@@ -1,6 +1,7 @@
 """A PPO run from one experiment: everything a recipe needs, in the order in which it must happen.
 
-What can be wrong is looked for from cheap to dear: settings, launch, run folder, reward, tokenizer, prompts, and only then the model.
+What can be wrong is looked for from cheap to dear: settings, launch, run folder, reward, tokenizer, prompts, and only
+then the model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
@@ -61,6 +62,7 @@ class PPORun:
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.experiment.run.output_dir)
 
     def train(self) -> dict[str, Any]:
@@ -218,7 +220,12 @@ def start_wandb(experiment: Experiment, topology: Topology, run_id: str | None) 
     name = run.name or Path(run.output_dir).name
     config = experiment.as_dict()
     return WandbMirror(
-        mode=run.wandb, project=run.wandb_project, name=name, folder=Path(run.output_dir), config=config, run_id=run_id
+        mode=cast(Literal["online", "offline"], run.wandb),
+        project=run.wandb_project,
+        name=name,
+        folder=Path(run.output_dir),
+        config=config,
+        run_id=run_id,
     )
 
 
