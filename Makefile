@@ -16,12 +16,12 @@ endif
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test lint check format clean
 
 help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (10 minutes on 2 CPU cores); results in $(RUN)"
 	@echo "make test    all tests, two ranks under real ZeRO-3 among them"
-	@echo "make check   formatting, lint, types and all tests"
+	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
 
 install: $(VENV)/.installed
@@ -39,11 +39,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-check: install
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test
 
 format: install
 	$(BIN)/ruff format .

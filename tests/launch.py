@@ -3,6 +3,7 @@ hangs."""
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import subprocess
@@ -57,6 +58,7 @@ def launch(
         "use_cpu": False,
     }
     if stage is not None:
+        build_op()
         settings["deepspeed_config"] = {"zero_stage": stage, "zero3_init_flag": stage == 3}
     settings["deepspeed_config"] = {**settings.get("deepspeed_config", {}), **(launch_options or {})}
     if not settings["deepspeed_config"]:
@@ -67,6 +69,13 @@ def launch(
     (folder / "sitecustomize.py").write_text(dump)
     command = [str(ACCELERATE), "launch", "--config_file", str(config), *script]
     return run(command, seconds=seconds, PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
+
+
+@functools.cache
+def build_op() -> None:
+    """Compile DeepSpeed's op before the first launch, so that no launch's time limit has to allow for it."""
+    build = "from rlhf_toolkit.distributed.extensions import build_cpu_collectives; build_cpu_collectives()"
+    run([sys.executable, "-c", build], seconds=600).succeeded()
 
 
 def run(command: list[str], *, seconds: int, **environment: str) -> Finished:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,12 +62,23 @@ def _cut(text: str, length: int) -> str:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """For scripts: an RLHFError ends the process with status 1 and its message instead of a stack. Anything else
-    passes."""
+    """For scripts: an RLHFError ends the process with status 1 and its message, one line, instead of a stack.
+
+    What a reward raised follows in full, since that is the user's code; so does, on rank 0, what another rank raised.
+    Anything else passes.
+    """
     try:
         yield
     except RLHFError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        lines = [f"{prefix}{type(error).__name__}: {error}", *_appended(error, on_main=rank == "0")]
+        print("\n".join(lines), file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _appended(error: RLHFError, *, on_main: bool) -> list[str]:
+    """The traceback of a reward, and the notes of ``collectives.agreement``: they hold that of another rank."""
+    if isinstance(error, RewardError) and error.__cause__ is not None:
+        return ["".join(traceback.format_exception(error.__cause__)).rstrip()]
+    return getattr(error, "__notes__", []) if on_main else []

@@ -291,7 +291,8 @@ def test_the_wrong_number_of_scores(scores: Any) -> None:
     with pytest.raises(RewardError) as caught:
         returning(scores)(PROMPTS, RESPONSES)
     assert message_of(caught) == (
-        f"reward file.py:f returned {len(scores)} scores; return one number for each of the 2 responses"
+        f"reward file.py:f returned {len(scores)} scores; return one number for each of the 2 responses; "
+        "the first of its 2 prompts was 'one\\nline'"
     )
 
 
@@ -310,7 +311,10 @@ def test_the_wrong_number_of_scores(scores: Any) -> None:
 def test_something_else_than_a_list(scores: Any, shown: str) -> None:
     with pytest.raises(RewardError) as caught:
         returning(scores)(PROMPTS, RESPONSES)
-    assert message_of(caught) == (f"reward file.py:f returned {shown}; return one number for each of the 2 responses")
+    assert message_of(caught) == (
+        f"reward file.py:f returned {shown}; return one number for each of the 2 responses; "
+        "the first of its 2 prompts was 'one\\nline'"
+    )
 
 
 # ---- raising ---------------------------------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ def test_a_function_that_raises() -> None:
     with pytest.raises(RewardError) as caught:
         reward_of(function)(PROMPTS, RESPONSES)
     assert message_of(caught) == (
-        "reward file.py:f raised ZeroDivisionError: by zero; repair the function (its traceback is above); "
+        "reward file.py:f raised ZeroDivisionError: by zero; repair the function (see its traceback); "
         "the first of its 2 prompts was 'one\\nline'"
     )
     assert caught.value.__cause__ is original

@@ -65,7 +65,9 @@ def agreement(phase: str) -> Iterator[None]:
         if failure is not None:
             kind, message, trace = failure
             raised = kind if issubclass(kind, RLHFError) else RLHFError
-            raise raised(f"rank {other} failed in {phase}: {message}\n--- traceback of rank {other} ---\n{trace}")
+            told = raised(f"rank {other} failed in {phase}: {message}")
+            told.add_note(f"--- traceback of rank {other} ---\n{trace.rstrip()}")
+            raise told
 
 
 def _traceback_of(error: Exception) -> str:

@@ -69,22 +69,22 @@ class FunctionReward:
         except Exception as error:  # a reward may raise whatever it likes
             raise RewardError(
                 f"reward {self.name} raised {described(error)}; {_way_out(error)}; "
-                f"the first of its {len(prompts)} prompts was {shortened(prompts[0].text) if prompts else 'missing'}"
+                f"{_first_of(prompts)}"
             ) from error
-        return [self._checked(score, i, prompts[i]) for i, score in enumerate(self._listed(scores, len(responses)))]
+        return [self._checked(score, i, prompts[i]) for i, score in enumerate(self._listed(scores, prompts))]
 
     def _check_kwargs(self, taken: Sequence[str] | Mapping[str, Any], what: str) -> None:
         for name in self.kwargs:
             if name in taken:
                 raise ConfigError(f"reward.kwargs.{name} of {self.name} is also {what}; rename one of the two")
 
-    def _listed(self, scores: Any, count: int) -> Sequence[Any]:
-        """``scores`` as a sequence of ``count`` items."""
+    def _listed(self, scores: Any, prompts: Sequence[Prompt]) -> Sequence[Any]:
+        """``scores`` as a sequence of as many items as there are prompts, each of which has one response."""
         plain = scores.tolist() if isinstance(scores, _Array) else scores
-        wanted = f"return one number for each of the {count} responses"
+        wanted = f"return one number for each of the {len(prompts)} responses; {_first_of(prompts)}"
         if not isinstance(plain, Sequence) or isinstance(plain, (str, bytes)):
             raise RewardError(f"reward {self.name} returned {shortened(scores)} ({type(scores).__name__}); {wanted}")
-        if len(plain) != count:
+        if len(plain) != len(prompts):
             raise RewardError(f"reward {self.name} returned {len(plain)} scores; {wanted}")
         return plain
 
@@ -176,4 +176,8 @@ def _where(error: BaseException) -> str:
 def _way_out(error: Exception) -> str:
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return "columns and reward.kwargs arrive by name, so let it take **columns"
-    return "repair the function (its traceback is above)"
+    return "repair the function (see its traceback)"
+
+
+def _first_of(prompts: Sequence[Prompt]) -> str:
+    return f"the first of its {len(prompts)} prompts was {shortened(prompts[0].text) if prompts else 'missing'}"

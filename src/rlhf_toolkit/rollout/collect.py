@@ -181,27 +181,11 @@ class Collector:
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
-        """Shape rewards, estimate advantages, whiten them over the whole rollout, and write down the metrics."""
-        shaping, tokens = self.shaping, sampled.token_mask
-        scores = self.penalised(sampled)
-        kl = kl_penalty(passes.old_logprobs, passes.ref_logprobs, tokens, estimator=shaping.kl_estimator)
-        kl_coef = self.kl_control.coefficient
-        rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef if shaping.kl_in_reward else 0.0)
-        bootstrap = (
-            torch.where(sampled.finished, 0.0, passes.final_values) if shaping.truncated == "bootstrap" else None
-        )
-        advantages, returns = gae(
-            rewards, passes.values, tokens, gamma=shaping.gamma, gae_lambda=shaping.gae_lambda, bootstrap=bootstrap
-        )
-        trained = tokens & sampled.finished[:, None] if shaping.truncated == "mask" else tokens
-        if not bool(trained.any()):
-            raise DataError(
-                "every response of the rollout was cut off by rollout.max_new_tokens and ppo.truncated=mask leaves "
-                "nothing to train "
-                "on; raise max_new_tokens or use truncated: bootstrap"
-            )
-        if shaping.whiten_advantages:
-            advantages = centre_and_scale(advantages, trained)
+        """Rewards, advantages and the record of both, over the whole rollout."""
+        scores, tokens, kl_coef = self.penalised(sampled), sampled.token_mask, self.kl_control.coefficient
+        kl = kl_penalty(passes.old_logprobs, passes.ref_logprobs, tokens, estimator=self.shaping.kl_estimator)
+        rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef if self.shaping.kl_in_reward else 0.0)
+        trained, advantages, returns = self._advantages(rewards, sampled, passes)
         experience = Experience(
             sequences=sampled.sequences,
             prompt_lengths=sampled.prompt_lengths,
@@ -215,6 +199,8 @@ class Collector:
             returns=returns,
         )
         mean_kl = (kl.sum(1) / sampled.response_lengths).mean().item()  # verl: over tokens first, then over responses
+        self.kl_control.update(mean_kl, len(experience))
+        self.samples = as_samples(sampled, scores)
         self.metrics = {
             **rollout_metrics(
                 experience,
@@ -229,9 +215,31 @@ class Collector:
             "actor/reward_kl_penalty_coeff": kl_coef,
             "perf/total_num_tokens": float(sum(sampled.lengths())),
         }
-        self.samples = as_samples(sampled, scores)
-        self.kl_control.update(mean_kl, len(experience))
         return experience
+
+    def _advantages(self, rewards: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask of trained tokens, advantages whitened over them, and returns; each (B, R).
+
+        A response cut by the budget ends as if it were finished (terminal), goes on with the value of its last state
+        (bootstrap), or is left out of the loss and of the whitening (mask).
+        """
+        shaping, tokens = self.shaping, sampled.token_mask
+        cut_off_value = passes.final_values if shaping.truncated == "bootstrap" else torch.zeros_like(rewards[:, 0])
+        advantages, returns = gae(
+            rewards,
+            passes.values,
+            tokens,
+            gamma=shaping.gamma,
+            gae_lambda=shaping.gae_lambda,
+            bootstrap=torch.where(sampled.finished, 0.0, cut_off_value),
+        )
+        trained = tokens & sampled.finished[:, None] if shaping.truncated == "mask" else tokens
+        if not bool(trained.any()):
+            raise DataError(
+                "rollout.max_new_tokens cut off every response of a rollout, and ppo.truncated=mask leaves nothing to "
+                "train on; raise max_new_tokens or use truncated: bootstrap"
+            )
+        return trained, centre_and_scale(advantages, trained) if shaping.whiten_advantages else advantages, returns
 
     def _check_paths(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
         """Sampling and training must see one policy; before the first update the policy must be the reference."""
