@@ -29,6 +29,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+ifeq ($(GPUS),0)
+	$(BIN)/python -m rlhf_toolkit.distributed.extensions
+endif
 	touch $@
 
 demo: install

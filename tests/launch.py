@@ -74,23 +74,15 @@ def launch(
 @functools.cache
 def build_op() -> None:
     """Compile DeepSpeed's op before the first launch, so that no launch's time limit has to allow for it."""
-    build = "from rlhf_toolkit.distributed.extensions import build_cpu_collectives; build_cpu_collectives()"
-    run([sys.executable, "-c", build], seconds=600).succeeded()
+    run([sys.executable, "-m", "rlhf_toolkit.distributed.extensions"], seconds=600).succeeded()
 
 
 def run(command: list[str], *, seconds: int, **environment: str) -> Finished:
     """Run a command in a process group of its own; kill the whole group at the time limit."""
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**variables, **environment},
+        env={**environment_of_tests(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -103,6 +95,17 @@ def run(command: list[str], *, seconds: int, **environment: str) -> Finished:
         os.killpg(process.pid, 9)
         output, _ = process.communicate()
         return Finished(-9, f"{output}\n--- killed after {seconds} s ---")
+
+
+def environment_of_tests() -> dict[str, str]:
+    """No network, no GPU, one thread."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def run_recipe(

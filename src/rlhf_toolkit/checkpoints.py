@@ -19,8 +19,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rlhf_toolkit.distributed.collectives import barrier, from_main, rank
-from rlhf_toolkit.errors import CheckpointError, RLHFError
+from rlhf_toolkit.distributed.collectives import agreement, barrier, from_main, rank
+from rlhf_toolkit.errors import CheckpointError
 
 T = TypeVar("T")
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
@@ -44,8 +44,9 @@ class ManifestWriter(TrainerCallback):
 
 
 def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """Make or reopen the run folder; return the checkpoint to resume from, or None for a fresh start.
+    """Look whether a run may use the folder; return the checkpoint to resume from, or None for a fresh start.
 
+    What the folder holds stays until ``claim_run_folder``, so that a mistake found in between costs nobody a run.
     Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, or holds nothing to
     resume.
     """
@@ -63,12 +64,19 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     if holds_run and not overwrite:
         raise CheckpointError(
             f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, "
-            f"or choose another folder"
+            "or choose another folder"
         )
-    shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_json(folder / RUN_FILE, experiment)
     return None
+
+
+def claim_run_folder(folder: Path, experiment: dict[str, Any]) -> None:
+    """Clear the folder for a fresh start and write down whose it is. The folder itself stays: it may be a mount."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    write_json(folder / RUN_FILE, experiment)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -115,16 +123,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def on_main(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 only and hand its result, or its error, to every rank."""
-    outcome: tuple[Any, RLHFError | None] = (None, None)
-    if rank() == 0:
-        try:
-            outcome = (action(), None)
-        except RLHFError as error:
-            outcome = (None, error)
-    result, failure = from_main(outcome)
-    if failure is not None:
-        raise failure
-    return cast(T, result)
+    result: T | None = None
+    with agreement("the work that only it does"):
+        if rank() == 0:
+            result = action()
+    return cast(T, from_main(result))
 
 
 def _require_room(folder: Path) -> None:

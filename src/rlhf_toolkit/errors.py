@@ -73,7 +73,7 @@ def reported() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
         lines = [f"{prefix}{type(error).__name__}: {error}", *_appended(error, on_main=rank == "0")]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        sys.stderr.write("\n".join([*lines, ""]))  # at once: ranks share the terminal
         sys.exit(1)
 
 

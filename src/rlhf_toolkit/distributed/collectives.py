@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from rlhf_toolkit.errors import RLHFError
+from rlhf_toolkit.errors import RLHFError, described
 
 T = TypeVar("T")
 
@@ -58,17 +58,18 @@ def agreement(phase: str) -> Iterator[None]:
         yield
     except Exception as caught:  # handed on below, on every rank
         error = caught
-    failures = all_gather(None if error is None else (type(error), str(error), _traceback_of(error)))
+    failures = all_gather(None if error is None else _failure(error))
     if error is not None:
         raise error
     for other, failure in enumerate(failures):
         if failure is not None:
             kind, message, trace = failure
-            raised = kind if issubclass(kind, RLHFError) else RLHFError
-            told = raised(f"rank {other} failed in {phase}: {message}")
+            told = kind(f"rank {other} failed in {phase}: {message}")
             told.add_note(f"--- traceback of rank {other} ---\n{trace.rstrip()}")
             raise told
 
 
-def _traceback_of(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
+def _failure(error: Exception) -> tuple[type[RLHFError], str, str]:
+    """Class, message and traceback for the other ranks. A class that is not ours might not be known there."""
+    trace = "".join(traceback.format_exception(error))
+    return (type(error), str(error), trace) if isinstance(error, RLHFError) else (RLHFError, described(error), trace)

@@ -43,6 +43,11 @@ def _folder() -> Path:
     """A folder for this Python and this torch; the user's TORCH_EXTENSIONS_DIR is its parent where it is set."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_toolkit" / "torch_extensions"
     parent = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))
-    folder = parent / f"rlhf_toolkit_py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
+    name = f"rlhf_toolkit_py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
+    folder = parent if parent.name == name else parent / name  # a child process inherits what is set below
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder
+
+
+if __name__ == "__main__":
+    build_cpu_collectives()

@@ -86,7 +86,7 @@ class Launch:
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} in accelerate's config contradicts "
                 "update.micro_batch_tokens, which decides the micro-batches; set it to 1"
             )
-        if self.gradient_clipping != "auto" and float(self.gradient_clipping) != max_grad_norm:
+        if self.gradient_clipping != "auto" and not _equals(self.gradient_clipping, max_grad_norm):
             raise TopologyError(
                 f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts "
                 f"update.max_grad_norm={max_grad_norm}; "
@@ -201,6 +201,14 @@ def check_engine(topology: Topology, model: nn.Module) -> None:
             raise TopologyError(
                 f"ZeRO-3 does not shard {len(whole)} frozen parameters, first {whole[0]}; check the launch config"
             )
+
+
+def _equals(text: str, number: float) -> bool:
+    """Whether ``text``, which may be any word, is ``number``."""
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
 
 
 def _check_agreement(topology: Topology, state: PartialState) -> None:

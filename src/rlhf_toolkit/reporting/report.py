@@ -63,7 +63,7 @@ def places(folder: Path) -> list[str]:
         f"  log         {folder / 'log.jsonl'}",
         f"  adapters    {folder / 'policy'}, {folder / 'value'}",
     ]
-    runs = sorted((folder / "wandb").glob("*run-*"))
+    runs = sorted((folder / "wandb").glob("*run-*"), key=lambda run: run.name.partition("run-")[2])  # by time
     return [*lines, f"  W&B         {runs[-1]}"] if runs else lines
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import wandb
 
+from rlhf_toolkit.errors import described
+
 SAMPLE_COLUMNS = ("rollout", "kind", "prompt", "response", "score")
 START_TIMEOUT_SECONDS = 60
+"""W&B tries for so long before the run goes offline; the environment's WANDB_INIT_TIMEOUT replaces it."""
+FINISH_TIMEOUT_SECONDS = 300
+"""At the end of a run W&B sends for so long; what is left then lies in the run folder for ``wandb sync``."""
 
 
 class WandbMirror:
@@ -40,9 +46,8 @@ class WandbMirror:
         try:
             self.run = wandb.init(mode=mode, settings=_settings(), **options)
         except (wandb.errors.Error, OSError) as error:
-            first = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"W&B could not be started online ({first}); this run is logged offline in {folder}/wandb, "
+                f"W&B could not be started online ({described(error)}); this run is logged offline in {folder}/wandb, "
                 "send it later with wandb sync",
                 stacklevel=2,
             )
@@ -69,4 +74,9 @@ class WandbMirror:
 
 
 def _settings() -> wandb.Settings:
-    return wandb.Settings(init_timeout=START_TIMEOUT_SECONDS, silent=True, console="off")
+    return wandb.Settings(
+        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", START_TIMEOUT_SECONDS)),
+        finish_timeout=FINISH_TIMEOUT_SECONDS,
+        silent=True,
+        console="off",
+    )

@@ -68,8 +68,7 @@ class FunctionReward:
             scores = self.function([prompt.text for prompt in prompts], list(responses), **columns, **self.kwargs)
         except Exception as error:  # a reward may raise whatever it likes
             raise RewardError(
-                f"reward {self.name} raised {described(error)}; {_way_out(error)}; "
-                f"{_first_of(prompts)}"
+                f"reward {self.name} raised {described(error)}; {_way_out(error)}; {_first_of(prompts)}"
             ) from error
         return [self._checked(score, i, prompts[i]) for i, score in enumerate(self._listed(scores, prompts))]
 

@@ -16,8 +16,15 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
-from rlhf_toolkit.checkpoints import ManifestWriter, base_fingerprint, on_main, open_run_folder, read_manifest
-from rlhf_toolkit.configs import Experiment
+from rlhf_toolkit.checkpoints import (
+    ManifestWriter,
+    base_fingerprint,
+    claim_run_folder,
+    on_main,
+    open_run_folder,
+    read_manifest,
+)
+from rlhf_toolkit.configs import DataConfig, Experiment
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.topology import Topology, check_engine, deepspeed_settings, start
@@ -46,6 +53,7 @@ class Task:
     sampling: Sampling
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
+    schedule: PromptSchedule
     reward: FunctionReward
 
 
@@ -75,12 +83,13 @@ class PPORun:
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
-        if self.mirror is not None:
-            self.mirror.finish()
         seconds = time.perf_counter() - began
-        return write_summary(
+        summary = write_summary(
             self.folder, seconds=seconds, world_size=self.topology.world_size, device=str(self.topology.device)
         )
+        if self.mirror is not None:
+            self.mirror.finish()
+        return summary
 
 
 def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> PPORun:
@@ -91,6 +100,8 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     task = load_task(experiment, config, topology)
+    if checkpoint is None:
+        on_main(lambda: claim_run_folder(folder, settings))
     shared = load_roles(experiment, config, topology)
     fingerprint = fingerprint_of(shared)
     manifest = read_manifest(checkpoint, fingerprint=fingerprint, world_size=topology.world_size) if checkpoint else {}
@@ -127,21 +138,19 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     )
     tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     sampling = make_sampling(experiment, tokenizer, config)
-    data = experiment.data
-    prompts = load_prompts(experiment, tokenizer, data.train, data.train_split)
-    held_out = load_prompts(experiment, tokenizer, data.evaluation, data.evaluation_split) if data.evaluation else ()
-    if data.evaluation and len(held_out) < topology.world_size:
-        raise DataError(
-            f"{len(held_out)} held-out prompts for {topology.world_size} processes; give at least one for each"
-        )
-    return Task(tokenizer, sampling, prompts, held_out, reward)
+    data, processes = experiment.data, topology.world_size
+    prompts = load_prompts(data, tokenizer, data.train, data.train_split, processes)
+    held_out: tuple[Prompt, ...] = ()
+    if data.evaluation:
+        held_out = load_prompts(data, tokenizer, data.evaluation, data.evaluation_split, processes)
+    schedule = PromptSchedule(len(prompts), experiment.rollout.prompts_per_rollout, experiment.run.seed)
+    return Task(tokenizer, sampling, prompts, held_out, schedule, reward)
 
 
 def load_prompts(
-    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, source: str, split: str
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, processes: int
 ) -> tuple[Prompt, ...]:
-    """The prompts of one source, and a line about what was dropped."""
-    data = experiment.data
+    """The prompts of one source, at least one for each process, and a line about what was dropped."""
     found = tokenise_prompts(
         load_rows(source, split),
         tokenizer,
@@ -150,7 +159,12 @@ def load_prompts(
         system_prompt=data.system_prompt,
         max_prompt_tokens=data.max_prompt_tokens,
     )
-    on_main(lambda: print(f"{source}: {found.summary()}"))
+    on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
+    if len(found.prompts) < processes:
+        raise DataError(
+            f"{source} gives {len(found.prompts)} prompts for {processes} processes, each of which needs one; add "
+            f"prompts or start at most {len(found.prompts)} processes"
+        )
     return found.prompts
 
 
@@ -260,7 +274,7 @@ def make_collector(experiment: Experiment, task: Task, progress: Progress) -> Co
     return Collector(
         task.tokenizer,
         task.prompts,
-        PromptSchedule(len(task.prompts), rollout.prompts_per_rollout, experiment.run.seed),
+        task.schedule,
         task.reward,
         task.sampling,
         Shaping(

@@ -1,0 +1,126 @@
+"""What the documents name exists: links, files, settings, the examples of the README, and the messages of errors."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_toolkit.config_loading import experiment_from_dict
+from rlhf_toolkit.configs import Experiment
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
+FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")
+SETTING = re.compile(r"`(?:\w+\.yaml )?((?:model|data|reward|rollout|ppo|update|run)\.[a-z_]+)")
+MESSAGE = re.compile(r"`(\w+Error): ([^`]+)`")
+README = PAGES[0].read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@BY_PAGE
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
+
+
+@BY_PAGE
+def test_every_file_named_exists(page: Path) -> None:
+    missing = [file for file in FILE.findall(page.read_text()) if not (ROOT / file).is_file()]
+    assert not missing
+
+
+@BY_PAGE
+def test_every_setting_named_exists(page: Path) -> None:
+    known = {f"{section}.{key}" for section, values in settings().items() for key in values}
+    named = set(SETTING.findall(page.read_text())) - {"reward.py", "run.json"}
+    unknown = {name for name in named if name not in known and not any(key.startswith(name) for key in known)}
+    assert not unknown
+
+
+def test_documents_that_the_code_names_exist() -> None:
+    named = {name for file in (ROOT / "src").rglob("*.py") for name in re.findall(r"docs/\w+\.md", file.read_text())}
+    assert named and all((ROOT / name).is_file() for name in named), sorted(named)
+
+
+# ---- the README's own examples ---------------------------------------------------------------------------------------
+
+
+def test_the_experiment_of_the_readme_is_valid_on_four_gpus() -> None:
+    (text,) = blocks("yaml")
+    experiment_from_dict(yaml.safe_load(text)).check_processes(4)
+
+
+def test_the_reward_of_the_readme_works() -> None:
+    text, _ = blocks("python")
+    names: dict[str, object] = {}
+    exec(text, names)
+    responses = ["24, so 72 in all", "1,072", "none"]
+    assert names["score"](["p"] * 3, responses, answer=["72"] * 3, other=[0] * 3) == [1.0, 0.0, 0.0]  # type: ignore[operator]
+
+
+@cache
+def launch_configs() -> set[str]:
+    return {file.name for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+
+
+def test_every_launch_config_is_in_the_readme_and_only_those() -> None:
+    table = README.partition("### Launch configs")[2].partition("###")[0]
+    assert set(re.findall(r"`(\w+\.yaml)`", table)) == launch_configs()
+
+
+def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"`?make (\w+)", README)) <= targets
+
+
+# ---- messages of errors ----------------------------------------------------------------------------------------------
+
+
+def written(node: ast.AST) -> str:
+    """A message as the documents write it, with ``…`` for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(written(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return ""
+
+
+@cache
+def raised() -> dict[str, list[str]]:
+    """Every message the code raises, by the name of its error."""
+    messages: dict[str, list[str]] = {}
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                messages.setdefault(node.exc.func.id, []).extend(written(part) for part in node.exc.args)
+    return messages
+
+
+QUOTED = MESSAGE.findall((ROOT / "docs/troubleshooting.md").read_text())
+
+
+def test_enough_messages_are_explained() -> None:
+    assert len(QUOTED) >= 25
+
+
+@pytest.mark.parametrize(("kind", "message"), QUOTED, ids=[message[:50] for _, message in QUOTED])
+def test_a_message_that_is_explained_is_one_the_code_raises(kind: str, message: str) -> None:
+    assert any(text.startswith(message.rstrip(" …")) for text in raised().get(kind, [])), f"no {kind} says {message!r}"
+
+
+def settings() -> dict[str, dict[str, object]]:
+    """Section -> its settings, with their defaults."""
+    required = {"model": {"name": "m"}, "data": {"train": "d"}, "reward": {"function": "f:f"}}
+    experiment: Experiment = experiment_from_dict(required)
+    return experiment.as_dict()
