@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +69,27 @@ def serve() -> dict[str, Any] | None:
 
 
 def become(job: dict[str, Any]) -> None:
-    """Turn this process into the recipe; how it ends is how Python ends it."""
+    """Turn this process into the recipe. It ends as Python would end it, without taking down what the parent built."""
     os.setsid()
     for target, path, mode in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
         os.dup2(os.open(path, mode, 0o600), target)
     os.dup2(1, 2)
     os.environ.update(job["environment"])
     sys.argv = [str(RECIPE), *job["arguments"]]
-    exec(job["before"], {})
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    status = 0
+    try:
+        exec(job["before"], {})
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _wait(child: int, seconds: float) -> int:

@@ -11,7 +11,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+
+DISK_FULL = "No space left on device"
+"""What the operating system says, in the text of OSError as in that of safetensors' error."""
 
 
 class RLHFError(Exception):
@@ -65,16 +68,23 @@ def reported() -> Iterator[None]:
     """For scripts: an RLHFError ends the process with status 1 and its message, one line, instead of a stack.
 
     What a reward raised follows in full, since that is the user's code; so does, on rank 0, what another rank raised.
-    Anything else passes.
+    A disk that is full ends it in the same way, whoever wrote. Anything else passes.
     """
     try:
         yield
     except RLHFError as error:
-        rank = os.environ.get("RANK", "0")
-        prefix = "" if rank == "0" else f"[rank {rank}] "
-        lines = [f"{prefix}{type(error).__name__}: {error}", *_appended(error, on_main=rank == "0")]
-        sys.stderr.write("\n".join([*lines, ""]))  # at once: ranks share the terminal
-        sys.exit(1)
+        _end(f"{type(error).__name__}: {error}", *_appended(error, on_main=os.environ.get("RANK", "0") == "0"))
+    except Exception as error:
+        if DISK_FULL not in str(error):
+            raise
+        _end(f"{described(error)}; make room on that disk, then continue with --resume")
+
+
+def _end(line: str, *more: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    sys.stderr.write("\n".join([prefix + line, *more, ""]))  # at once: ranks share the terminal
+    sys.exit(1)
 
 
 def _appended(error: RLHFError, *, on_main: bool) -> list[str]:

@@ -29,7 +29,7 @@ BY_NUMBER = pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 
 
 @cache
-def tests_of(path: str) -> frozenset[str]:
+def defined_in(path: str) -> frozenset[str]:
     """The test functions a file defines, without importing it."""
     tree = ast.parse((ROOT / path).read_text())
     return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
@@ -58,4 +58,4 @@ def test_the_tests_exist(row: list[str]) -> None:
     found = TEST.findall(row[4])
     assert found, f"no test in {row[4]!r}"
     for path, name in found:
-        assert name in tests_of(path), f"{path} has no {name}"
+        assert name in defined_in(path), f"{path} has no {name}"

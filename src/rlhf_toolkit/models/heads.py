@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 
@@ -34,7 +34,7 @@ class LanguageModelHead(nn.Module):
         self._output_layer = [output_layer]  # in a list: nn.Module must not register it a second time
         share_parameters(self, output_layer.parameters(recurse=False))
         config = base.config.get_text_config()
-        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.scale = _logit_scale(config)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(
@@ -122,6 +122,15 @@ class TokenScores(torch.autograd.Function):
         if len(vectors) > 1:
             d_hidden = d_hidden + vectors[1] * d_entropies[:, None].to(vectors[1].dtype)
         return d_hidden, None, None, None, None, None
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    """What a model multiplies its raw logits by. Cohere's ``logit_scale`` multiplies and Granite's ``logits_scaling`` divides."""
+    if config.model_type == "hyperclovax":  # multiplies by the name that divides elsewhere
+        return float(config.logits_scaling)
+    if config.model_type == "mpt":  # names a logit_scale that transformers' model does not apply
+        return 1.0
+    return float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
 
 
 def _fp32_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

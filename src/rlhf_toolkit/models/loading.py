@@ -30,12 +30,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config with every dropout off: under PPO old and new log-probs must come from one function."""
+    """The model's config with dropout and router noise off: under PPO old and new log-probs must come from one function."""
     with _explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
-            if "drop" in key and isinstance(value, float):
+            if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
 
@@ -61,7 +61,7 @@ def load_base(
 def lora_config(
     *, rank: int, alpha: int, rslora: bool, target_modules: str | Sequence[str], exclude_modules: Sequence[str]
 ) -> LoraConfig:
-    """PEFT's settings for one role. ``all-linear`` is every linear layer but the output layer."""
+    """PEFT's settings for one role. ``all-linear`` is spelt out by ``targets.spelt_out``."""
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,

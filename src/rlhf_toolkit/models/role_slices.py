@@ -82,7 +82,7 @@ class RoleLora(torch.autograd.Function):
 
     Products run in the base's dtype and are added in place; each adapter's gradient comes back in the adapter's dtype.
     The base is frozen, so no weight gradient is computed. As separate autograd operations the same arithmetic costs
-    twice the time and keeps an fp32 copy of every activation (docs/performance.md).
+    1.5 to 1.8 times as much time (bench/role_lora.py) and keeps an fp32 copy of every activation.
     """
 
     @staticmethod
@@ -134,9 +134,8 @@ class RoleLora(torch.autograd.Function):
 def route_roles(model: nn.Module, slices: RoleSlices) -> None:
     """Make every LoRA linear of ``model`` add each role's delta to that role's rows, as ``slices`` says at the time of
     the call."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, LoraLinear):
-            _refuse_variants(name, module)
             module.forward = _role_forward(module, slices)  # type: ignore[method-assign]
             base = module.get_base_layer()
             share_parameters(module, (*base.parameters(recurse=False), *_adapter_weights(module)))
@@ -166,19 +165,3 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
 
 def _adapter_weights(module: LoraLinear) -> list[nn.Parameter]:
     return [next(layer.parameters()) for layers in (module.lora_A, module.lora_B) for layer in layers.values()]
-
-
-def _refuse_variants(name: str, module: LoraLinear) -> None:
-    if module.lora_variant or any(module.lora_bias.values()):
-        raise ModelError(
-            f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
-        )
-    if any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values()):
-        raise ModelError(
-            f"{name}: LoRA dropout makes old and new log-probs differ before any update; set lora_dropout=0"
-        )
-    if not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
-        kind = type(module.get_base_layer()).__name__
-        raise ModelError(
-            f"{name}: role slices adapt nn.Linear and Conv1D, not {kind}; name it in model.exclude_modules"
-        )

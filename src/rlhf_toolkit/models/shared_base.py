@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +16,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from rlhf_toolkit.distributed.zero3 import whole
+from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
 LANGUAGE_ROLES = (POLICY, REFERENCE)
 SCALAR_ROLES = (VALUE, REWARD)
 TRAINED_ROLES = (POLICY, VALUE)
+CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
+UNFIT = {
+    "cpmant": "puts prompt tokens of its own before every sequence",
+    "inkling_text": "drops part of its logits",
+    "minimax": "decodes with a cache of its own kind",
+}
 
 
 class SharedBase(PeftModel):
@@ -51,10 +60,16 @@ class SharedBase(PeftModel):
         value_head_std: float = 0.0,
     ) -> None:
         refuse_architecture(base)
+        for role, config in adapters.items():
+            refuse_settings(role, config)
+        adapters = {role: spelt_out(config, base) for role, config in adapters.items()}
         super().__init__(base, adapters[POLICY], adapter_name=POLICY)
         for role in sorted(set(adapters) - {POLICY}):
             self.add_adapter(role, adapters[role])
-        hidden_size = base.config.get_text_config().hidden_size
+        refuse_layers(base)
+        hidden_size = full_shape(base.get_output_embeddings().weight)[
+            1
+        ]  # OPT-350m's trunk ends narrower than its hidden_size
         self.policy_head = LanguageModelHead(base)
         self.scalar_heads = nn.ModuleDict(
             {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in SCALAR_ROLES if role in adapters}
@@ -177,17 +192,23 @@ class SharedBase(PeftModel):
         weights = load_peft_weights(str(folder), device="cpu")
         mine = [p for name, p in self.named_parameters() if f".{role}." in name]
         with whole(mine, write=True):
-            expected = set(get_peft_model_state_dict(self, adapter_name=role, save_embedding_layers=False))
-            if expected != set(weights):
-                odd = sorted(expected ^ set(weights))[0]
-                raise CheckpointError(f"the adapter in {folder} does not fit role {role}: {odd} is only on one side")
+            _require_same_shapes(
+                get_peft_model_state_dict(self, adapter_name=role, save_embedding_layers=False),
+                weights,
+                f"the adapter in {folder} does not fit role {role}",
+            )
             set_peft_model_state_dict(self, weights, adapter_name=role)
 
     def load_head(self, role: str, path: str | os.PathLike[str]) -> None:
         """Load a scalar head's weight and bias from a safetensors file."""
-        head = self.scalar_heads[role]
+        if not Path(path).is_file():
+            raise CheckpointError(
+                f"there is no file {path}; it should hold the {role} head that save_pretrained writes"
+            )
+        head, weights = self.scalar_heads[role], load_file(path)
         with whole(head.parameters(), write=True):
-            head.load_state_dict(load_file(path))
+            _require_same_shapes(head.state_dict(), weights, f"{path} does not fit the {role} head")
+            head.load_state_dict(weights)
 
     def _decide_what_trains(self) -> None:
         """Set ``requires_grad`` once and for all: sharding, optimizer and checkpoints read it, nothing may change it
@@ -206,6 +227,22 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(base, "_is_stateful", False):
         raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
+    if "past_key_values" not in signature(base.forward).parameters:
+        raise ModelError(f"{kind} has no key-value cache to decode with; use a newer model")
+    if base.config.model_type in UNFIT:
+        raise ModelError(f"{kind} {UNFIT[base.config.model_type]}; use another model")
+    torn = [name for name, _ in base.named_modules() if CROSS_ATTENTION.search(name)]
+    if torn:
+        raise ModelError(f"{kind} has cross-attention ({torn[0]}), so it needs an encoder; use a decoder-only model")
+    known = {base.base_model, base.get_output_embeddings()}
+    extra = [
+        name for name, child in base.named_children() if child not in known and any(True for _ in child.parameters())
+    ]
+    if extra:
+        raise ModelError(
+            f"{kind} has layers ({extra[0]}) besides its trunk and output layer, which the log-probs of role slices would leave out; use a "
+            "model whose trunk feeds its output layer directly"
+        )
 
 
 def _role_of(name: str) -> str:
@@ -217,6 +254,13 @@ def _last(mask: torch.Tensor) -> torch.Tensor:
     """(N, T) bool that keeps only the last True of each row."""
     following = mask.flip(1).cumsum(1).flip(1)
     return mask & (following == 1)
+
+
+def _require_same_shapes(mine: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], misfit: str) -> None:
+    for name in sorted({*mine, *found}):
+        here, there = (tuple(side[name].shape) if name in side else None for side in (mine, found))
+        if here != there:
+            raise CheckpointError(f"{misfit}: {name} has shape {there}, expected {here}; None means that it is missing")
 
 
 def _refuse_empty(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -125,7 +125,9 @@ class _Decoding:
         strings = self.sampling.stop_strings
         if not strings:
             return torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        reach = max(map(len, strings)) + 4  # a token may be part of one character, so this many hold the longest string
+        reach = (
+            max(len(s.encode()) for s in strings) + 4
+        )  # a token may be a single byte, so this many hold the longest string
         tails = self.responses[rows, max(0, self.now + 1 - reach) : self.now + 1]
         texts = self.tokenizer.batch_decode(tails)
         return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool, device=self.device)
