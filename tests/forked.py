@@ -71,6 +71,7 @@ def serve() -> dict[str, Any] | None:
 def become(job: dict[str, Any]) -> None:
     """Turn this process into the recipe. It ends as Python would end it, without taking down what the parent built."""
     os.setsid()
+    atexit._clear()  # what the parent has registered, such as removing wandb's temporary folder, is the parent's to do
     for target, path, mode in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
         os.dup2(os.open(path, mode, 0o600), target)
     os.dup2(1, 2)

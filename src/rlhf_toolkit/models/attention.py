@@ -1,6 +1,6 @@
 """Causal attention of short sequences on a CPU, as three products.
 
-PyTorch's CPU kernel is slow in bfloat16: forward and backward of 32 rows x 77 tokens of SmolLM2 take it about five times
+PyTorch's CPU kernel is slow in bfloat16: forward and backward of 32 rows x 77 tokens of SmolLM2 take it some five times
 as long as the three products here (bench/cpu_attention.py). Everything else goes to transformers' own sdpa function.
 """
 

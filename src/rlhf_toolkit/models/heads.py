@@ -125,7 +125,7 @@ class TokenScores(torch.autograd.Function):
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
-    """What a model multiplies its raw logits by. Cohere's ``logit_scale`` multiplies and Granite's ``logits_scaling`` divides."""
+    """What a model multiplies its raw logits by: Cohere's ``logit_scale``, or one over Granite's ``logits_scaling``."""
     if config.model_type == "hyperclovax":  # multiplies by the name that divides elsewhere
         return float(config.logits_scaling)
     if config.model_type == "mpt":  # names a logit_scale that transformers' model does not apply

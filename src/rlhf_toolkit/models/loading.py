@@ -30,7 +30,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config with dropout and router noise off: under PPO old and new log-probs must come from one function."""
+    """The model's config without dropout and router noise: in PPO old and new log-probs must come from one function."""
     with _explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():

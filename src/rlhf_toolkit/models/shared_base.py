@@ -240,8 +240,8 @@ def refuse_architecture(base: PreTrainedModel) -> None:
     ]
     if extra:
         raise ModelError(
-            f"{kind} has layers ({extra[0]}) besides its trunk and output layer, which the log-probs of role slices would leave out; use a "
-            "model whose trunk feeds its output layer directly"
+            f"{kind} has layers ({extra[0]}) besides its trunk and output layer, which the roles' log-probs would "
+            "leave out; use a model whose trunk feeds its output layer directly"
         )
 
 

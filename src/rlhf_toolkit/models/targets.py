@@ -1,4 +1,4 @@
-"""Which layers a role's adapter may adapt: ``all-linear`` spelt out, and what role slices cannot route refused by name."""
+"""Which layers an adapter may adapt: ``all-linear`` spelt out, and what role slices cannot route refused by name."""
 
 from __future__ import annotations
 
@@ -25,69 +25,62 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
     """A copy of ``config`` in which ``all-linear`` is the names of the decoder's plain linear layers.
 
-    PEFT's own reading also takes vision towers, routers that return more than a product and, in models whose experts transformers 5 has
-    fused, those experts: no role slice can reach them. A linear layer whose name PEFT would take for such an expert's is left out too.
+    PEFT's own reading also takes vision towers, routers that return more than a product and, in models whose experts
+    transformers 5 has fused, those experts: no role slice can reach them. A linear layer whose name PEFT would take for
+    such an expert's is left out too.
     """
     config = deepcopy(config)
     if str(config.target_modules).lower() != ALL_LINEAR:
         return config
     inside, output = set(base.get_decoder().modules()), base.get_output_embeddings()
-    config.target_modules = {
+    config.target_modules = [
         name
         for name, module in base.named_modules()
         if module in inside and module is not output and _is_plain(module) and not ROUTED_EXPERT.search(f".{name}.")
-    }
+    ]
     reread = deepcopy(config)
     convert_peft_config_for_transformers(reread, base, None)
-    config.target_modules = reread.target_modules
+    config.target_modules = sorted(reread.target_modules or ())
     if not config.target_modules:
-        raise ModelError(
-            f"{type(base).__name__} has no plain linear layer to adapt; a quantised base cannot play roles"
-        )
+        raise ModelError(f"{type(base).__name__} has no plain linear layer to adapt; load it without quantisation")
     return config
 
 
 def refuse_settings(role: str, config: LoraConfig) -> None:
     """Raise ModelError for LoRA settings that would change what all roles share. Called before PEFT acts on them."""
     if config.bias != "none":
-        raise ModelError(
-            f"the {role} adapter has bias={config.bias!r}, which trains the base's own biases; use bias='none'"
-        )
+        raise ModelError(f"the {role} adapter has bias={config.bias!r}, but roles share the biases; set bias='none'")
     if config.modules_to_save or config.trainable_token_indices:
         raise ModelError(
-            f"the {role} adapter trains layers of the base (modules_to_save or trainable_token_indices), which all roles share; use an "
-            "adapter of LoRA matrices alone"
+            f"the {role} adapter trains layers of the base (modules_to_save or trainable_token_indices), which all "
+            "roles share; use an adapter of LoRA matrices alone"
         )
     if config.init_lora_weights not in PLAIN_STARTS:
         raise ModelError(
-            f"the {role} adapter has init_lora_weights={config.init_lora_weights!r}, which changes the base's weights; convert it to a plain "
-            "LoRA adapter first"
+            f"the {role} adapter has init_lora_weights={config.init_lora_weights!r}, which changes the base's weights; "
+            "convert it to a plain LoRA adapter first"
         )
 
 
 def refuse_layers(base: PreTrainedModel) -> None:
-    """Raise ModelError for adapters that PEFT has put where role slices cannot route them, naming the first one."""
+    """Raise ModelError where PEFT has put an adapter that role slices cannot route, naming the first one."""
     output = base.get_output_embeddings()
     for name, module in base.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ModelError(
-                f"{name}: a trained copy of a base layer would serve all roles at once; adapt it with LoRA"
-            )
-        if isinstance(module, BaseTunerLayer):
-            if module is output:
-                raise ModelError(
-                    f"{name}: the output layer is shared by policy and reference; leave it out of the targets"
-                )
+        if module is output and isinstance(module, BaseTunerLayer):
+            raise ModelError(f"{name}: policy and reference share the output layer; leave it out of the targets")
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             _refuse_kind(name, module)
+        if isinstance(module, LoraLinear):
             _refuse_variants(name, module)
 
 
-def _refuse_kind(name: str, module: nn.Module) -> None:
-    layer = module.get_base_layer()
+def _refuse_kind(name: str, module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> None:
+    """Everything but LoRA on a plain linear layer that sees every row."""
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if not isinstance(module, LoraLinear) or not _is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
         raise ModelError(
-            f"{name}: role slices adapt nn.Linear and Conv1D that see every row, not {type(layer).__name__}; choose "
-            "model.target_modules without it, or name it in model.exclude_modules"
+            f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts, not {type(layer).__name__}; "
+            "choose model.target_modules without it, or name it in model.exclude_modules"
         )
 
 

@@ -31,8 +31,11 @@ def choose_tokens(
 
 
 def _restricted(probabilities: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
-    """Zero what top-k and top-p exclude. Top-p keeps the smallest set of likeliest tokens with mass ``top_p``, at least
-    one."""
+    """Zero what top-k and top-p exclude, top-k first.
+
+    Top-k keeps the k likeliest tokens and those as likely as the k-th. Top-p keeps the smallest set of likeliest tokens
+    with mass ``top_p``, at least one.
+    """
     if top_k and top_k < probabilities.shape[-1]:
         smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest, 0.0)

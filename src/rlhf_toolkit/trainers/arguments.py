@@ -16,7 +16,7 @@ def training_arguments(
     """Trainer's arguments for a PPO run. Trainer counts optimizer steps; the experiment counts rollouts."""
     run, update = experiment.run, experiment.update
     steps = experiment.updates_per_rollout
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=run.output_dir,
         seed=run.seed,
         per_device_train_batch_size=experiment.mini_batch_rows // topology.world_size,
@@ -45,3 +45,6 @@ def training_arguments(
         deepspeed=deepspeed,
         accelerator_config={"use_configured_state": True},
     )
+    # One process is one device: with several GPUs in sight Trainer would wrap the model in DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

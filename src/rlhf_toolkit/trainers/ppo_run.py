@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.checkpoints import (
@@ -27,7 +27,7 @@ from rlhf_toolkit.checkpoints import (
 from rlhf_toolkit.configs import DataConfig, Experiment
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
-from rlhf_toolkit.distributed.topology import Topology, check_engine, deepspeed_settings, start
+from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
 from rlhf_toolkit.distributed.zero3 import element_count, whole
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, load_tokenizer, lora_config
@@ -39,6 +39,7 @@ from rlhf_toolkit.rollout.collect import Collector, Cutting, Shaping
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.arguments import training_arguments
+from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
 from rlhf_toolkit.trainers.ppo import PPOLoss, PPOTrainer
 from rlhf_toolkit.types import Prompt
 
@@ -126,7 +127,7 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
         }
 
     log = run_log(experiment, trainer, mirror)
-    for callback in (EngineCheck(trainer, topology), log, EvaluationAtBothEnds(trainer), ManifestWriter(state)):
+    for callback in (StartCheck(trainer, topology), log, EvaluationAtBothEnds(trainer), ManifestWriter(state)):
         trainer.add_callback(callback)
     return PPORun(experiment, topology, trainer, checkpoint, mirror, progress)
 
@@ -331,32 +332,3 @@ def run_log(experiment: Experiment, trainer: PPOTrainer, mirror: WandbMirror | N
     sinks = () if mirror is None else (mirror,)
     folder = Path(experiment.run.output_dir)
     return RunLog(folder, updates_per_rollout=experiment.updates_per_rollout, samples=samples, sinks=sinks)
-
-
-class EngineCheck(TrainerCallback):
-    """Looks at the engine once it exists: is it the ZeRO stage that was asked for, and is the base really sharded?"""
-
-    def __init__(self, trainer: PPOTrainer, topology: Topology) -> None:
-        self.trainer, self.topology = trainer, topology
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises TopologyError."""
-        check_engine(self.topology, self.trainer.model_wrapped)
-
-
-class EvaluationAtBothEnds(TrainerCallback):
-    """Evaluates on held-out prompts before the first update and after the last."""
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Not when a run is resumed: that has been done."""
-        if self.trainer.held_out and state.global_step == 0:
-            self.trainer.evaluate()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Not when Trainer itself has just evaluated at the last step."""
-        just_done = args.eval_strategy != "no" and state.global_step % state.eval_steps == 0
-        if self.trainer.held_out and not just_done:
-            self.trainer.evaluate()

@@ -1,0 +1,54 @@
+"""What happens around Trainer's loop: a look at the engine before the first step, evaluation at both ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rlhf_toolkit.distributed.topology import Topology, check_engine
+from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.trainers.ppo import PPOTrainer
+
+
+class StartCheck(TrainerCallback):
+    """Looks at the engine once it exists, and says on rank 0 what runs where."""
+
+    def __init__(self, trainer: PPOTrainer, topology: Topology) -> None:
+        self.trainer, self.topology = trainer, topology
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises TopologyError where the engine is not what was asked for."""
+        check_engine(self.topology, self.trainer.model_wrapped)
+        if self.topology.is_main:
+            print(self.description(), flush=True)
+
+    def description(self) -> str:
+        """One line: processes, sharding, sizes and cuts."""
+        topology, cutting = self.topology, self.trainer.collector.cutting
+        stage = topology.launch.zero_stage
+        trained = sum(element_count(p) for group in self.trainer.model.parameter_groups().values() for p in group)
+        total = sum(element_count(p) for p in self.trainer.model.parameters())
+        return (
+            f"{topology.world_size} process(es) on {topology.device.type}, {f'ZeRO-{stage}' if stage else 'no DeepSpeed'}; "
+            f"{total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained; {cutting.mini_batches} mini-batch(es) a pass, "
+            f"micro-batches of at most {cutting.micro_batch_tokens} tokens a role"
+        )
+
+
+class EvaluationAtBothEnds(TrainerCallback):
+    """Evaluates on held-out prompts before the first update and after the last."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Not when a run is resumed: that has been done."""
+        if self.trainer.held_out and state.global_step == 0:
+            self.trainer.evaluate()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Not when Trainer itself has just evaluated at the last step."""
+        just_done = args.eval_strategy != "no" and state.global_step % state.eval_steps == 0
+        if self.trainer.held_out and not just_done:
+            self.trainer.evaluate()
