@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN_SAMPLES = 3
+SHOWN_CHARACTERS = 120
 
 
 def print_report(folder: Path, summary: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def before_and_after(folder: Path) -> list[str]:
     for first in evaluated[: min(SHOWN_SAMPLES, len(last))]:
         after = last[first["prompt"]]
         lines += [
-            _quoted("prompt", first["prompt"].strip()),
+            _quoted("prompt", _end_of(first["prompt"])),
             _quoted(f"before {first['score']:+.2f}", first["response"]),
         ]
         lines += [_quoted(f"after  {after['score']:+.2f}", after["response"]), ""]
@@ -69,6 +70,12 @@ def places(folder: Path) -> list[str]:
 
 def _quoted(label: str, text: str) -> str:
     return f"  {label:<12}  {textwrap.shorten(' '.join(text.split()), 160)}"
+
+
+def _end_of(prompt: str) -> str:
+    """The last words of a prompt: a chat template puts its system message before what was asked."""
+    text = " ".join(prompt.split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"[...] {text[-SHOWN_CHARACTERS:].partition(' ')[2]}"
 
 
 def _mean(values: list[float]) -> float:
