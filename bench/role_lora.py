@@ -1,4 +1,5 @@
-"""One adapted layer of two roles: the hand-written function (models/role_slices.py) against separate autograd operations.
+"""One adapted layer of two roles: the hand-written function (models/role_slices.py) against separate autograd
+operations.
 
     python bench/role_lora.py        # result in bench/results/role_lora.json
 

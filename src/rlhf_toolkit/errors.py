@@ -82,7 +82,7 @@ def reported() -> Iterator[None]:
 
 def _end(line: str, *more: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    prefix = "" if rank == "0" else f"[rank {rank}] "
+    prefix = "" if rank == "0" else f"\n[rank {rank}] "  # not at the end of rank 0's progress bar
     sys.stderr.write("\n".join([prefix + line, *more, ""]))  # at once: ranks share the terminal
     sys.exit(1)
 

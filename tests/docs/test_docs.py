@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
-FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")
+FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs|bench)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")
 SETTING = re.compile(r"`(?:\w+\.yaml )?((?:model|data|reward|rollout|ppo|update|run)\.[a-z_]+)")
 MESSAGE = re.compile(r"`(\w+Error): ([^`]+)`")
 README = PAGES[0].read_text()

@@ -1,4 +1,5 @@
-"""Bad input to the PPO recipe: what each mistake costs, which is one line that names the value, the rule and the way out.
+"""Bad input to the PPO recipe: what each mistake costs, which is one line that names the value, the rule and the way
+out.
 
 Three tables, from cheap to dear: the experiment's file alone, one process that must refuse before it loads the model's
 weights (they are deleted, so that loading them would be another error), and one rank of two that goes wrong.
@@ -34,10 +35,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecipeProcesses
     processes.close()
 
 
-def experiment_of(folder: Path, changes: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> Path:
+def experiment_of(folder: Path, changes: dict[str, Any], **tokenizer: Any) -> Path:
     """A task of the folder's own, with ``changes`` in which ``{here}`` is the folder."""
     here = {name: v.format(here=folder) if isinstance(v, str) else v for name, v in changes.items()}
-    task = merged(write_task(folder, **(tokenizer or {})), {"ppo.num_rollouts": 1, **here})
+    task = merged(write_task(folder, **tokenizer), {"ppo.num_rollouts": 1, **here})
     return write_experiment(folder / "experiment.yaml", task)
 
 
@@ -145,10 +146,12 @@ def wrote(name: str, text: str) -> Callable[[Path], None]:
     return write
 
 
-def run_file_of_another_seed(folder: Path) -> None:
-    """What a run with another seed has left behind."""
+def another_run(folder: Path) -> None:
+    """What a run with smaller adapters has left behind."""
     settings = load_experiment(folder / "experiment.yaml").as_dict()
-    wrote("run/run.json", json.dumps({**settings, "run": {**settings["run"]}, "model": {"lora_rank": 2}}))(folder)
+    settings["model"]["lora_rank"] = 2
+    wrote("run/run.json", json.dumps(settings))(folder)
+    wrote("run/log.jsonl", "{}\n")(folder)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,6 @@ class Refused:
     changes: dict[str, Any] = field(default_factory=dict)
     spoil: Callable[[Path], None] = nothing
     arguments: tuple[str, ...] = ()
-    tokenizer: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     before: str = ""
 
@@ -244,7 +246,7 @@ REFUSED = {
     "output folder of another run": Refused(
         "CheckpointError: run.output_dir={here}/run holds another run; continue it with --resume, replace it with "
         "--overwrite, or choose another folder",
-        spoil=run_file_of_another_seed,
+        spoil=another_run,
     ),
     "output folder of something else": Refused(
         "CheckpointError: run.output_dir={here}/run holds files but no run.json, so it is not a run folder; choose "
@@ -253,9 +255,9 @@ REFUSED = {
         arguments=("--overwrite",),
     ),
     "resume of another experiment": Refused(
-        "CheckpointError: {here}/run was started with model.name=None, now model.name='{here}/model'; resume with the "
-        "same settings",
-        spoil=run_file_of_another_seed,
+        "CheckpointError: {here}/run was started with model.lora_rank=2, now model.lora_rank=4; resume with the same "
+        "settings",
+        spoil=another_run,
         arguments=("--resume",),
     ),
     "resume of nothing": Refused(
@@ -283,7 +285,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_the_weights_are_loaded(name: str, tmp_path: Path, recipe: RecipeProcesses) -> None:
     case = REFUSED[name]
-    path = experiment_of(tmp_path, case.changes, case.tokenizer)
+    path = experiment_of(tmp_path, case.changes)
     case.spoil(tmp_path)
     (tmp_path / "model/model.safetensors").unlink()
     finished = recipe.run(
@@ -294,8 +296,7 @@ def test_refused_before_the_weights_are_loaded(name: str, tmp_path: Path, recipe
 
 def test_a_mistake_costs_nobody_the_run_that_is_to_be_replaced(tmp_path: Path, recipe: RecipeProcesses) -> None:
     path = experiment_of(tmp_path, {"data.prompt_column": "question"})
-    run_file_of_another_seed(tmp_path)
-    wrote("run/log.jsonl", "{}\n")(tmp_path)
+    another_run(tmp_path)
     assert recipe.run("--config", str(path), "--overwrite").status == 1
     assert (tmp_path / "run/log.jsonl").read_text() == "{}\n"
 
@@ -380,12 +381,12 @@ def observed(recipe: RecipeProcesses, path: Path) -> str:
 
 
 def test_pad_is_eos(tmp_path: Path, recipe: RecipeProcesses) -> None:
-    path = experiment_of(tmp_path, {}, {"pad": "</s>"})
+    path = experiment_of(tmp_path, {}, pad="</s>")
     assert observed(recipe, path) == "pad 1, stop (1,), rows 32"
 
 
 def test_no_pad_token(tmp_path: Path, recipe: RecipeProcesses) -> None:
-    path = experiment_of(tmp_path, {}, {"pad": None})
+    path = experiment_of(tmp_path, {}, pad=None)
     assert observed(recipe, path) == "pad 0, stop (1,), rows 32"
 
 

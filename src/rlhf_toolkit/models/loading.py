@@ -18,9 +18,11 @@ from transformers import (
 )
 
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
-from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import CPU_ATTENTION
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+
+OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -50,12 +52,19 @@ def load_base(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
-    if attention == "sdpa" and topology.device.type == "cpu":
-        attention = CPU_ATTENTION
-    with _explained(name), sharded_loading(topology, dtype):
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
+    on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
+    kind = CPU_ATTENTION if attention == "sdpa" and on_cpu else attention
+    try:
+        with _explained(name), sharded_loading(topology, dtype):
+            return AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, attn_implementation=kind, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        if "attention" not in str(error):
+            raise
+        raise ModelError(
+            f"{config.model_type} does not run with model.attention={attention} ({described(error)}); set it to eager"
+        ) from error
 
 
 def lora_config(

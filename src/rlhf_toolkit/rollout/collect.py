@@ -234,10 +234,10 @@ class Collector:
             bootstrap=torch.where(sampled.finished, 0.0, cut_off_value),
         )
         trained = tokens & sampled.finished[:, None] if shaping.truncated == "mask" else tokens
-        if not bool(trained.any()):
+        if int(trained.sum()) < 2:  # the whitening needs two
             raise DataError(
-                "rollout.max_new_tokens cut off every response of a rollout, and ppo.truncated=mask leaves nothing to "
-                "train on; raise max_new_tokens or use truncated: bootstrap"
+                "rollout.max_new_tokens cut off the responses of a rollout, and ppo.truncated=mask leaves "
+                f"{int(trained.sum())} tokens to train on; raise max_new_tokens or use truncated: bootstrap"
             )
         return trained, centre_and_scale(advantages, trained) if shaping.whiten_advantages else advantages, returns
 

@@ -1,0 +1,63 @@
+"""DeepSpeed's compiled op: a build that was killed leaves a lock file behind, and the next start must not wait for
+it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_toolkit.distributed import extensions
+from rlhf_toolkit.errors import TopologyError
+from tests.launch import build_op, run
+
+BUILD = [sys.executable, "-m", "rlhf_toolkit.distributed.extensions"]
+OP = "deepspeed_shm_comm"
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``_folder`` tells PyTorch by an environment variable."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", ""))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A copy of the folder with the op, as a start that was killed while building would leave it."""
+    build_op()
+    source = extensions._folder()
+    copy = tmp_path / source.name
+    shutil.copytree(source, copy)
+    (copy / OP / "lock").touch()
+    return copy
+
+
+def test_a_stale_lock_is_removed_and_nobody_waits(built: Path) -> None:
+    began = time.monotonic()
+    run(BUILD, seconds=120, TORCH_EXTENSIONS_DIR=str(built.parent)).succeeded()
+    assert not (built / OP / "lock").exists()
+    assert (built / OP / f"{OP}.so").exists()
+    assert time.monotonic() - began < 100
+    assert sorted(path.name for path in built.parent.iterdir()) == [built.name]
+
+
+def test_a_child_process_finds_the_same_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    first = extensions._folder()
+    assert first.parent == tmp_path
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(first)
+    assert extensions._folder() == first
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TopologyError) as caught:
+        extensions.build_cpu_collectives()
+    assert str(caught.value) == (
+        "DeepSpeed on a CPU builds a small C++ op at first start, but there is no c++ compiler; install g++"
+    )

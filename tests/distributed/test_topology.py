@@ -1,0 +1,218 @@
+"""What ``accelerate launch`` may ask for, read from the environment that accelerate itself makes of its YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
+from torch import nn
+
+from rlhf_toolkit.distributed import topology as module
+from rlhf_toolkit.distributed.topology import Launch, Topology, check_engine, deepspeed_settings
+from rlhf_toolkit.errors import TopologyError
+from tests.launch import ROOT
+
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+def launch_of(config: Path) -> Launch:
+    """The launch each process sees that ``accelerate launch --config_file config`` starts."""
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "x.py"]))
+    args.deepspeed_fields_from_accelerate_config = []
+    _, environment = (prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_simple_launcher_cmd_env)(args)
+    return Launch.from_environment({**environment, "WORLD_SIZE": str(args.num_processes)})
+
+
+def config_with(folder: Path, deepspeed: dict[str, Any], **settings: Any) -> Path:
+    """``cpu_zero3.yaml`` with changes, in its DeepSpeed section and beside it."""
+    config = yaml.safe_load((ROOT / "accelerate_configs/cpu_zero3.yaml").read_text())
+    section = {**config["deepspeed_config"], **deepspeed}
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump({**config, **settings, "deepspeed_config": section}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_launch_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate hands on what stands in the environment of the tests."""
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_launch_config_we_ship(config: Path) -> None:
+    launch = launch_of(config)
+    launch.check(max_grad_norm=1.0)
+    launch.check(max_grad_norm=0.5)
+    assert launch.zero_stage == next((stage for stage in (2, 3) if f"zero{stage}" in config.stem), None)
+    assert launch.shard_while_loading or launch.zero_stage != 3
+    offloaded = "cpu" if "offload" in config.stem else "none"
+    assert (launch.offload_optimizer, launch.offload_parameters) == (offloaded, offloaded)
+
+
+def test_a_plain_process() -> None:
+    launch = Launch.from_environment({})
+    launch.check(max_grad_norm=1.0)
+    assert (launch.processes, launch.zero_stage) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "settings", "message"),
+    [
+        ({"zero_stage": 1}, {}, "zero_stage=1 in accelerate's config; the toolkit runs ZeRO stage 2 or 3"),
+        ({"zero_stage": 0}, {}, "zero_stage=0 in accelerate's config; the toolkit runs ZeRO stage 2 or 3"),
+        (
+            {"deepspeed_config_file": "ds.json"},
+            {},
+            "accelerate's config names deepspeed_config_file=ds.json, but DeepSpeed's settings are derived from the "
+            "experiment's YAML; remove it and set zero_stage and offload in accelerate's config",
+        ),
+        (
+            {},
+            {"mixed_precision": "bf16"},
+            "mixed_precision=bf16 in accelerate's config contradicts model.dtype: the base is loaded in that dtype and "
+            "adapters stay in fp32; set mixed_precision: 'no'",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            {},
+            "gradient_accumulation_steps=4 in accelerate's config contradicts update.micro_batch_tokens, which decides "
+            "the micro-batches; set it to 1",
+        ),
+        (
+            {"gradient_clipping": 0.5},
+            {},
+            "gradient_clipping=0.5 in accelerate's config contradicts update.max_grad_norm=1.0; remove it from "
+            "accelerate's config",
+        ),
+        (
+            {"gradient_clipping": "none"},
+            {},
+            "gradient_clipping=none in accelerate's config contradicts update.max_grad_norm=1.0; remove it from "
+            "accelerate's config",
+        ),
+        (
+            {"zero_stage": 2, "offload_param_device": "cpu"},
+            {},
+            "offload_param_device=cpu needs zero_stage 3, not 2",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_contradictions(deepspeed: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TopologyError) as caught:
+        launch_of(config_with(tmp_path, deepspeed, **settings)).check(max_grad_norm=1.0)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "deepspeed",
+    [
+        {"gradient_accumulation_steps": 1},
+        {"gradient_accumulation_steps": "auto"},
+        {"gradient_clipping": 1},
+        {"gradient_clipping": 1.0},
+        {"gradient_clipping": "auto"},
+        {"offload_param_device": "cpu", "offload_optimizer_device": "cpu"},
+        {"zero3_init_flag": False},
+    ],
+    ids=str,
+)
+def test_what_agrees(deepspeed: dict[str, Any], tmp_path: Path) -> None:
+    launch_of(config_with(tmp_path, deepspeed)).check(max_grad_norm=1.0)
+
+
+def test_several_processes_need_deepspeed() -> None:
+    with pytest.raises(TopologyError) as caught:
+        Launch.from_environment({"WORLD_SIZE": "2"}).check(max_grad_norm=1.0)
+    assert str(caught.value) == (
+        "2 processes without DeepSpeed: role slices need ZeRO; start with accelerate_configs/zero2_2gpu.yaml"
+    )
+
+
+# ---- what is made of a launch ----------------------------------------------------------------------------------------
+
+
+def topology_of(deepspeed: dict[str, Any], folder: Path) -> Topology:
+    return Topology(launch_of(config_with(folder, deepspeed)), rank=0, world_size=2, device=torch.device("cpu"))
+
+
+def test_deepspeed_settings_of_zero3(tmp_path: Path) -> None:
+    topology = topology_of({"offload_param_device": "cpu", "offload_optimizer_device": "cpu"}, tmp_path)
+    assert deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=100) == {
+        "zero_optimization": {
+            "stage": 3,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": 100,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "offload_optimizer": {"device": "cpu", "pin_memory": False},
+            "offload_param": {"device": "cpu", "pin_memory": False},
+        },
+        "train_micro_batch_size_per_gpu": 4,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def test_without_deepspeed_there_are_no_settings_and_nothing_to_check() -> None:
+    topology = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
+    assert deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=100) is None
+    check_engine(topology, nn.Linear(2, 2))
+
+
+def test_a_model_that_is_no_engine_although_zero_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(TopologyError) as caught:
+        check_engine(topology_of({}, tmp_path), nn.Linear(2, 2))
+    assert str(caught.value) == "asked for ZeRO stage 3, but the model runs as Linear; check the launch config"
+
+
+# ---- what everybody must agree about ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("believed", "launched", "ranks", "message"),
+    [
+        (
+            (0, 1),
+            2,
+            [0, 1],
+            "accelerate believes this is process 0 of 1, torch.distributed rank 0 of 2; start with accelerate launch and "
+            "one of accelerate_configs/",
+        ),
+        ((0, 2), 4, [0, 1], "4 processes were launched, but the group has 2"),
+        ((0, 2), 2, [0, 0], "ranks in the process group are [0, 0], expected 0 to 1"),
+    ],
+)
+def test_disagreement(
+    believed: tuple[int, int], launched: int, ranks: list[int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launch.from_environment({"WORLD_SIZE": str(launched)})
+    topology = Topology(launch, rank=0, world_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(module, "all_gather", lambda value: ranks)
+    with pytest.raises(TopologyError) as caught:
+        module._check_agreement(topology, SimpleNamespace(process_index=believed[0], num_processes=believed[1]))
+    assert str(caught.value) == message
+
+
+def test_cards_that_add_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As RTX 40 cards do whose peer-to-peer path is switched on although it does not work."""
+    launch = Launch.from_environment({"WORLD_SIZE": "2"})
+    topology = Topology(launch, rank=0, world_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(module, "all_gather", lambda value: [0, 1])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.zero_())
+    with pytest.raises(TopologyError) as caught:
+        module._check_agreement(topology, SimpleNamespace(process_index=0, num_processes=2))
+    assert str(caught.value) == (
+        "an all-reduce of known values gave [0.0] instead of 3.0: the cards' peer-to-peer path is broken, as on RTX 40 "
+        "cards; set NCCL_P2P_DISABLE=1"
+    )

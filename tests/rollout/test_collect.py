@@ -1,0 +1,119 @@
+"""Shaping a rollout: scores to rewards to advantages, against plain loops over rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_toolkit.algorithms.kl_control import FixedKL
+from rlhf_toolkit.data.prompts import PromptSchedule
+from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.rollout.collect import Collector, Cutting, Passes, Sampled, Shaping
+from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.types import Experience, Prompt
+
+LENGTHS, FINISHED = [3, 1, 4, 4], [True, True, False, False]
+KL_COEF, PENALTY, GAMMA, LAMBDA = 0.3, 0.5, 0.9, 0.8
+
+
+def shaped(finished: list[bool] = FINISHED, **changes: Any) -> tuple[Experience, Sampled, Passes, Collector]:
+    """A rollout of four rows with random passes, shaped under ``changes``."""
+    settings = {
+        "gamma": GAMMA,
+        "gae_lambda": LAMBDA,
+        "whiten_advantages": False,
+        "kl_in_reward": True,
+        "kl_estimator": "k1",
+        "missing_eos_penalty": PENALTY,
+        "truncated": "terminal",
+    }
+    collector = Collector(
+        None,  # type: ignore[arg-type]
+        [Prompt(0, "p", (1,), {})],
+        PromptSchedule(1, 1, 0),
+        lambda prompts, responses: [0.0] * len(responses),
+        Sampling(max_new_tokens=4, stop_ids=(1,), pad_id=0),
+        Shaping(**{**settings, **changes}),  # type: ignore[arg-type]
+        Cutting(1, 100),
+        FixedKL(KL_COEF),
+        responses_per_prompt=1,
+        seed=0,
+    )
+    g = torch.Generator().manual_seed(3)
+    old, ref, entropies, values = (torch.randn(4, 4, generator=g) for _ in range(4))
+    sampled = Sampled(
+        sequences=torch.zeros(4, 6, dtype=torch.long),
+        prompt_lengths=torch.full((4,), 2),
+        response_lengths=torch.tensor(LENGTHS),
+        rollout_logprobs=old.clone(),
+        finished=torch.tensor(finished),
+        raw_scores=torch.randn(4, generator=g),
+        prompts=["p"] * 4,
+        responses=["r"] * 4,
+    )
+    passes = Passes(old, entropies, ref, values, torch.randn(4, generator=g))
+    return collector._experience(sampled, passes), sampled, passes, collector
+
+
+def loop_gae(sampled: Sampled, passes: Passes, *, kl: bool, bootstrap: bool) -> list[list[float]]:
+    """Advantages of each row's real tokens, by the definition."""
+    rows = []
+    for b, length in enumerate(LENGTHS):
+        score = sampled.raw_scores[b].item() - (0 if sampled.finished[b] else PENALTY)
+        difference = (passes.old_logprobs[b] - passes.ref_logprobs[b]).tolist()
+        rewards = [-(KL_COEF * difference[t] if kl else 0.0) for t in range(length)]
+        rewards[-1] += score
+        last = passes.final_values[b].item() if bootstrap and not sampled.finished[b] else 0.0
+        values = [*passes.values[b, :length].tolist(), last]
+        deltas = [rewards[t] + GAMMA * values[t + 1] - values[t] for t in range(length)]
+        rows.append([sum((GAMMA * LAMBDA) ** (i - t) * deltas[i] for i in range(t, length)) for t in range(length)])
+    return rows
+
+
+@pytest.mark.parametrize("truncated", ["terminal", "bootstrap", "mask"])
+@pytest.mark.parametrize("kl_in_reward", [True, False])
+def test_advantages_and_returns_agree_with_plain_loops(truncated: str, kl_in_reward: bool) -> None:
+    experience, sampled, passes, _ = shaped(truncated=truncated, kl_in_reward=kl_in_reward)
+    expected = loop_gae(sampled, passes, kl=kl_in_reward, bootstrap=truncated == "bootstrap")
+    for b, row in enumerate(expected):
+        torch.testing.assert_close(experience.advantages[b, : len(row)], torch.tensor(row), rtol=1e-5, atol=1e-5)
+        returns = torch.tensor(row) + passes.values[b, : len(row)]
+        torch.testing.assert_close(experience.returns[b, : len(row)], returns, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_leaves_out_the_responses_that_were_cut_off() -> None:
+    experience, *_ = shaped(truncated="mask")
+    assert experience.response_mask.sum(1).tolist() == [3, 1, 0, 0]
+    everything, *_ = shaped(truncated="terminal")
+    assert everything.response_mask.sum(1).tolist() == LENGTHS
+
+
+def test_whitening_is_over_the_trained_tokens_only() -> None:
+    experience, *_ = shaped(truncated="mask", whiten_advantages=True)
+    trained = experience.advantages[experience.response_mask]
+    assert trained.mean().abs().item() < 1e-6
+    assert trained.std().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_mask_with_nothing_left_is_an_error_with_a_way_out() -> None:
+    with pytest.raises(DataError, match=r"max_new_tokens.*truncated: bootstrap"):
+        shaped(finished=[False] * 4, truncated="mask")
+
+
+def test_the_record_says_what_happened() -> None:
+    _, sampled, passes, collector = shaped()
+    metrics = collector.metrics
+    raw = sampled.raw_scores.tolist()
+    assert metrics["critic/raw_score/mean"] == pytest.approx(sum(raw) / 4)
+    assert metrics["critic/score/mean"] == pytest.approx((sum(raw) - 2 * PENALTY) / 4)
+    differences = [(passes.old_logprobs - passes.ref_logprobs)[b, :n].tolist() for b, n in enumerate(LENGTHS)]
+    assert metrics["actor/ref_kl"] == pytest.approx(sum(map(sum, differences)) / 4, rel=1e-5)
+    per_token = [sum(row) / len(row) for row in differences]
+    assert metrics["actor/reward_kl_penalty"] == pytest.approx(sum(per_token) / 4, rel=1e-5)
+    k3 = [math.exp(-d) - 1 + d for row in differences for d in row]
+    assert metrics["actor/ref_kl_k3"] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
+    assert metrics["response_length/mean"] == 3.0 and metrics["response_length/clip_ratio"] == 0.5
+    assert metrics["perf/total_num_tokens"] == sum(LENGTHS) + 8

@@ -1,0 +1,281 @@
+"""The run folder: who may use it, what it takes to resume, and when a checkpoint counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_toolkit import checkpoints
+from rlhf_toolkit.checkpoints import (
+    LEAST_FREE_BYTES,
+    MANIFEST,
+    RUN_FILE,
+    ManifestWriter,
+    base_fingerprint,
+    claim_run_folder,
+    last_checkpoint,
+    on_main,
+    open_run_folder,
+    read_manifest,
+    write_json,
+)
+from rlhf_toolkit.errors import CheckpointError
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {"name": "m", "lora_rank": 4},
+    "data": {"train": "a.jsonl", "evaluation": None, "evaluation_split": "train"},
+    "ppo": {"num_rollouts": 3, "kl_coef": 0.05},
+    "run": {"output_dir": "out", "seed": 0, "wandb": "off"},
+}
+
+
+def started(folder: Path) -> Path:
+    """A folder in which a run has been started with ``SETTINGS``."""
+    open_run_folder(folder, SETTINGS, resume=False, overwrite=False)
+    claim_run_folder(folder, SETTINGS)
+    return folder
+
+
+def checkpoint(folder: Path, number: int, /, **manifest: Any) -> Path:
+    """A checkpoint, complete if it has a ``manifest``."""
+    path = folder / f"checkpoint-{number}"
+    path.mkdir()
+    (path / "optimizer.pt").touch()
+    if manifest:
+        write_json(path / MANIFEST, manifest)
+    return path
+
+
+def refusal(folder: Path, settings: dict[str, Any] = SETTINGS, *, resume: bool = False, overwrite: bool = False) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_run_folder(folder, settings, resume=resume, overwrite=overwrite)
+    return str(caught.value)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """``SETTINGS`` with ``ppo__kl_coef=1`` for ``ppo.kl_coef=1``."""
+    settings = {section: dict(values) for section, values in SETTINGS.items()}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        settings[section][key] = value
+    return settings
+
+
+# ---- a fresh start ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    assert open_run_folder(folder, SETTINGS, resume=False, overwrite=False) is None
+    assert list(folder.iterdir()) == []
+    claim_run_folder(folder, SETTINGS)
+    assert json.loads((folder / RUN_FILE).read_text()) == SETTINGS
+    assert [path.name for path in folder.iterdir()] == [RUN_FILE]
+
+
+def test_a_folder_of_another_run(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    assert refusal(folder) == (
+        f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, or choose "
+        "another folder"
+    )
+
+
+def test_overwriting_a_run_keeps_it_until_the_folder_is_claimed(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 4, step=4)
+    (folder / "log.jsonl").write_text("{}\n")
+    assert open_run_folder(folder, SETTINGS, resume=False, overwrite=True) is None
+    assert (folder / "log.jsonl").exists()
+    claim_run_folder(folder, changed(run__seed=1))
+    assert [path.name for path in folder.iterdir()] == [RUN_FILE]
+    assert json.loads((folder / RUN_FILE).read_text())["run"]["seed"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_files_that_are_no_run_are_never_touched(tmp_path: Path, resume: bool, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert refusal(tmp_path, resume=resume, overwrite=overwrite) == (
+        f"run.output_dir={tmp_path} holds files but no run.json, so it is not a run folder; choose another"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_behind_a_link_stays_where_it_is(tmp_path: Path) -> None:
+    real, link = started(tmp_path / "disk"), tmp_path / "run"
+    link.symlink_to(real)
+    (tmp_path / "kept").mkdir()
+    (real / "link").symlink_to(tmp_path / "kept")
+    open_run_folder(link, SETTINGS, resume=False, overwrite=True)
+    claim_run_folder(link, SETTINGS)
+    assert link.is_symlink()
+    assert (tmp_path / "kept").exists()
+    assert [path.name for path in real.iterdir()] == [RUN_FILE]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for folder, reason in [(tmp_path / "file" / "run", "Not a directory"), (tmp_path / "file", "File exists")]:
+        assert refusal(folder) == (
+            f"run.output_dir={folder} cannot be written: {reason}; choose a folder you may write to"
+        )
+
+    def read_only(self: Path, text: str) -> int:
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    assert f"run.output_dir={tmp_path} cannot be written: Read-only file system; " in refusal(tmp_path)
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, LEAST_FREE_BYTES - 2**20))
+    assert refusal(tmp_path) == (
+        f"run.output_dir={tmp_path} has 255 MiB of free space, a run needs at least 256; make room or choose another "
+        "disk"
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, LEAST_FREE_BYTES))
+    open_run_folder(tmp_path, SETTINGS, resume=False, overwrite=False)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_resume_where_no_run_is(tmp_path: Path) -> None:
+    assert refusal(tmp_path, resume=True) == (
+        f"--resume, but run.output_dir={tmp_path} holds no run; start without --resume"
+    )
+
+
+def test_resume_before_the_first_checkpoint(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 4)
+    assert refusal(folder, resume=True) == (
+        f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite"
+    )
+
+
+def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    for step in (8, 100, 20):
+        checkpoint(folder, step, step=step)
+    checkpoint(folder, 104)
+    (checkpoint(folder, 108) / "manifest.tmp").write_text("{")
+    assert last_checkpoint(folder) == folder / "checkpoint-100"
+    assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-100"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"), [("ppo.kl_coef", 0.05, 0.1), ("model.lora_rank", 4, 8), ("data.train", "'a.jsonl'", 7)]
+)
+def test_resume_with_another_setting(tmp_path: Path, name: str, before: object, now: object) -> None:
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 4, step=4)
+    assert refusal(folder, changed(**{name.replace(".", "__"): now}), resume=True) == (
+        f"{folder} was started with {name}={before}, now {name}={now}; resume with the same settings"
+    )
+
+
+def test_resume_may_change_how_long_a_run_is_and_how_it_is_watched(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 4, step=4)
+    settings = changed(ppo__num_rollouts=9, run__wandb="online", data__evaluation="b.jsonl", data__evaluation_split="x")
+    assert open_run_folder(folder, settings, resume=True, overwrite=False) == folder / "checkpoint-4"
+
+
+# ---- manifests -------------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_that_fits(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4, base="abc", world_size=2, kl_coefficient=0.1)
+    assert read_manifest(path, fingerprint="abc", world_size=2)["kl_coefficient"] == 0.1
+
+
+def test_a_manifest_of_another_base(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4, base="abc", world_size=2)
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(path, fingerprint="def", world_size=2)
+    assert str(caught.value) == f"{path} was trained on another base (fingerprint abc, now def); use that one"
+
+
+def test_a_manifest_of_another_number_of_ranks(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4, base="abc", world_size=2)
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(path, fingerprint="abc", world_size=4)
+    assert str(caught.value) == (
+        f"{path} was written by 2 ranks and cannot be resumed on 4: each rank holds a part of the optimizer; start 2 "
+        "processes"
+    )
+
+
+def test_the_manifest_completes_a_checkpoint_of_trainer(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 6)
+    state = TrainerState(global_step=6, is_world_process_zero=True)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    ManifestWriter(lambda: {"kl_coefficient": 0.2}).on_save(arguments, state, TrainerControl())
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert json.loads((tmp_path / "checkpoint-6" / MANIFEST).read_text()) == {"step": 6, "kl_coefficient": 0.2}
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def frozen(dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Parameter]]:
+    weights = torch.arange(12, dtype=dtype).reshape(3, 4) / 7
+    return [("a", nn.Parameter(weights)), ("b", nn.Parameter(weights.clone()))]
+
+
+def test_a_fingerprint_says_the_same_of_the_same() -> None:
+    assert base_fingerprint("config", frozen()) == base_fingerprint("config", frozen())
+    assert len(base_fingerprint("config", frozen())) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_changes_with_a_weight(dtype: torch.dtype) -> None:
+    before, parameters = base_fingerprint("config", frozen(dtype)), frozen(dtype)
+    weight = parameters[1][1].data[2, 3]
+    weight.copy_(torch.nextafter(weight, torch.tensor(9.0, dtype=dtype)))
+    assert base_fingerprint("config", parameters) != before
+
+
+def test_a_fingerprint_changes_with_names_and_config() -> None:
+    before = base_fingerprint("config", frozen())
+    assert base_fingerprint("other", frozen()) != before
+    assert base_fingerprint("config", [(f"x.{name}", p) for name, p in frozen()]) != before
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+
+    def interrupted(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert json.loads(path.read_text()) == {"a": 3}
+    assert [other.name for other in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_only_rank_0_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_main(lambda: 7) == 7
+    with pytest.raises(CheckpointError, match=r"^no$"):
+        on_main(lambda: (_ for _ in ()).throw(CheckpointError("no")))
+    monkeypatch.setattr(checkpoints, "rank", lambda: 1)
+    assert on_main(lambda: pytest.fail("rank 1 is not to do it")) is None
