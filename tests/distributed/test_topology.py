@@ -186,8 +186,8 @@ def test_a_model_that_is_no_engine_although_zero_was_asked_for(tmp_path: Path) -
             (0, 1),
             2,
             [0, 1],
-            "accelerate believes this is process 0 of 1, torch.distributed rank 0 of 2; start with accelerate launch and "
-            "one of accelerate_configs/",
+            "accelerate believes this is process 0 of 1, torch.distributed rank 0 of 2; start with accelerate launch "
+            "and one of accelerate_configs/",
         ),
         ((0, 2), 4, [0, 1], "4 processes were launched, but the group has 2"),
         ((0, 2), 2, [0, 0], "ranks in the process group are [0, 0], expected 0 to 1"),

@@ -205,7 +205,8 @@ REFUSED = {
         {"data.chat_template": True},
     ),
     "missing model": Refused(
-        "ModelError: cannot load the model '/nowhere/model': there is no such folder; give a hub name or a local folder",
+        "ModelError: cannot load the model '/nowhere/model': there is no such folder; give a hub name or a local "
+        "folder",
         {"model.name": "/nowhere/model"},
     ),
     "reward file missing": Refused(
@@ -234,8 +235,8 @@ REFUSED = {
         {"run.output_dir": "/proc/run"},
     ),
     "output folder is a file": Refused(
-        "CheckpointError: run.output_dir={here}/reward.py cannot be written: File exists; choose a folder you may write "
-        "to",
+        "CheckpointError: run.output_dir={here}/reward.py cannot be written: File exists; choose a folder you may "
+        "write to",
         {"run.output_dir": "{here}/reward.py"},
     ),
     "no space left": Refused(
@@ -270,8 +271,8 @@ REFUSED = {
         environment={"WORLD_SIZE": "2"},
     ),
     "mixed precision of accelerate": Refused(
-        "TopologyError: mixed_precision=bf16 in accelerate's config contradicts model.dtype: the base is loaded in that "
-        "dtype and adapters stay in fp32; set mixed_precision: 'no'",
+        "TopologyError: mixed_precision=bf16 in accelerate's config contradicts model.dtype: the base is loaded in "
+        "that dtype and adapters stay in fp32; set mixed_precision: 'no'",
         environment={**DEEPSPEED, "ACCELERATE_MIXED_PRECISION": "bf16"},
     ),
     "gradient clipping in both": Refused(
@@ -486,8 +487,8 @@ LAUNCHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "more processes than prompts": (
         {"rollout.prompts_per_rollout": 2, "data.train_split": "train[:1]"},
-        "DataError: {here}/prompts.jsonl gives 1 prompts for 2 processes, each of which needs one; add prompts or start "
-        "at most 1 processes",
+        "DataError: {here}/prompts.jsonl gives 1 prompts for 2 processes, each of which needs one; add prompts or "
+        "start at most 1 processes",
     ),
 }
 

@@ -1,0 +1,43 @@
+"""Means over micro-batches and ranks, weighted by what they are means of."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from rlhf_toolkit.reporting.meters import Clock, Meter, combined
+
+
+def test_the_mean_is_weighted_by_counts_over_all_ranks() -> None:
+    first, second = Meter(), Meter()
+    first.add("a", 3.0, 2)
+    first.add("a", 1.0, 1)
+    second.add("a", 20.0, 5)
+    second.add("only here", 8.0, 4)
+    assert combined([first.take(), second.take()]) == {"a": 24.0 / 8, "only here": 2.0}
+
+
+def test_taking_empties_the_meter() -> None:
+    meter = Meter()
+    meter.add("a", 1.0, 1)
+    meter.take()
+    assert combined([meter.take()]) == {}
+
+
+def test_a_count_of_zero_is_not_divided_by() -> None:
+    meter = Meter()
+    meter.add("a", 0.0, 0)
+    assert combined([meter.take()]) == {"a": 0.0}
+
+
+def test_the_clock_adds_up_phases_and_starts_anew() -> None:
+    clock = Clock()
+    for _ in range(2):
+        with clock.phase("work"):
+            time.sleep(0.02)
+    with pytest.raises(ValueError), clock.phase("failed"):
+        raise ValueError
+    seconds = clock.take()
+    assert seconds["work"] >= 0.04 and seconds["step"] >= seconds["work"] and "failed" in seconds
+    assert set(clock.take()) == {"step"}

@@ -1,0 +1,90 @@
+"""The import law and the size of the house, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
+LAYERS = (
+    {"errors", "types", "seeding"},
+    {"algorithms", "data", "distributed", "rewards"},
+    {"configs", "config_loading", "checkpoints", "reporting", "models"},
+    {"rollout"},
+    {"trainers"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SIBLINGS = {("config_loading", "configs"), ("types", "errors")}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_lower_layers_never_import_higher_ones(path: Path) -> None:
+    me = part_of(path)
+    if me == "__init__":
+        return
+    assert me in LEVEL, f"{me} has no layer; give it one in LAYERS"
+    for name in imports(path):
+        if not name.startswith("rlhf_toolkit."):
+            continue
+        other = name.split(".")[1]
+        allowed = other == me or LEVEL[other] < LEVEL[me] or (me, other) in SIBLINGS
+        assert allowed, f"{me} must not import {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_distributed_knows_about_ranks(path: Path) -> None:
+    if part_of(path) == "distributed":
+        return
+    foreign = [name for name in imports(path) if re.match(r"deepspeed|accelerate|torch\.distributed", name)]
+    assert not foreign, f"{path.name} imports {foreign}"
+    assert "dist.init_process_group" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_trainers_subclass_trainer_and_see_configs(path: Path) -> None:
+    if part_of(path) in ("trainers", "configs", "config_loading"):
+        return
+    tree = ast.parse(path.read_text())
+    bases = [ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases]
+    assert not any(base.endswith("Trainer") for base in bases)
+    assert not any(name.startswith("rlhf_toolkit.config") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small_and_finished(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    assert not re.search(r"TODO|FIXME|NotImplementedError|except:\s*$", text, flags=re.MULTILINE)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_the_recipe_is_prose() -> None:
+    """No branch but the script guard, no loop, no rank and no dtype."""
+    recipe = (PACKAGE.parents[1] / "recipes" / "ppo.py").read_text()
+    tree = ast.parse(recipe)
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    assert [ast.unparse(node.test) for node in guards] == ["__name__ == '__main__'"]
+    assert not any(isinstance(node, (ast.For, ast.While)) for node in ast.walk(tree))
+    assert not re.search(r"rank|dtype|cuda", recipe)
