@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -40,10 +41,13 @@ def build_cpu_collectives() -> None:
 
 
 def _folder() -> Path:
-    """A folder for this Python and this torch; the user's TORCH_EXTENSIONS_DIR is its parent where it is set."""
+    """A folder for this environment and this torch; the user's TORCH_EXTENSIONS_DIR is its parent where it is set.
+
+    The build refers to headers of its environment, so another environment in the same folder would build it anew.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_toolkit" / "torch_extensions"
     parent = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))
-    name = f"rlhf_toolkit_py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
+    name = f"rlhf_toolkit_torch{torch.__version__}_{zlib.crc32(sys.prefix.encode()):08x}"
     folder = parent if parent.name == name else parent / name  # a child process inherits what is set below
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder

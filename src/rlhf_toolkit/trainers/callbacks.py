@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rlhf_toolkit.distributed.topology import Topology, check_engine
@@ -21,7 +22,7 @@ class StartCheck(TrainerCallback):
         """Raises TopologyError where the engine is not what was asked for."""
         check_engine(self.topology, self.trainer.model_wrapped)
         if self.topology.is_main:
-            print(self.description(), flush=True)
+            tqdm.write(self.description())  # above the progress bar
 
     def description(self) -> str:
         """One line: processes, sharding, sizes and cuts."""
