@@ -67,9 +67,7 @@ class SharedBase(PeftModel):
         for role in sorted(set(adapters) - {POLICY}):
             self.add_adapter(role, adapters[role])
         refuse_layers(base)
-        hidden_size = full_shape(base.get_output_embeddings().weight)[
-            1
-        ]  # OPT-350m's trunk ends narrower than its hidden_size
+        _, hidden_size = full_shape(base.get_output_embeddings().weight)  # OPT-350m's config names a wider one
         self.policy_head = LanguageModelHead(base)
         self.scalar_heads = nn.ModuleDict(
             {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in SCALAR_ROLES if role in adapters}

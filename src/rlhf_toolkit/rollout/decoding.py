@@ -116,7 +116,7 @@ class _Decoding:
             self.active = self.active[:0]
         elif int((~going).sum()) >= IDLE_SHARE * len(going):
             keep = going.nonzero().squeeze(1)
-            self.cache.batch_select_indices(keep)
+            self.cache.reorder_cache(keep)  # batch_select_indices, its twin, is missing where a layer convolves
             self.active, self.inputs = self.active[keep], self.inputs[keep]
             self.mask, self.positions = self.mask[keep], self.positions[keep]
 

@@ -89,8 +89,8 @@ class PPOTrainer(RoleTrainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[MiniBatch], None]:
         """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
-        samples, _ = next(epoch_iterator, None), num_batches
-        return ([] if samples is None else [samples]), None
+        mini_batch = next(epoch_iterator, None)
+        return ([] if mini_batch is None else [mini_batch]), None
 
     def training_step(self, model: nn.Module, inputs: MiniBatch, num_items_in_batch: object = None) -> Tensor:
         """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the

@@ -1,0 +1,303 @@
+"""Architecture by architecture: the roles say what the model itself would say, and decoding is greedy argmax of it.
+
+The oracle is transformers' own forward pass of a plain PEFT model on whole sequences: no cache, no padding, no slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from rlhf_toolkit.data.layout import join, response_positions, unpack
+from rlhf_toolkit.distributed.topology import Launch, Topology
+from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.loading import load_base, load_model_config
+from rlhf_toolkit.models.shared_base import SharedBase, refuse_architecture
+from rlhf_toolkit.rollout.decoding import Sampling, decode
+from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
+from tests.builders import tiny_tokenizer
+from tests.roles import plain_peft, sequences_and_mask, tiny_shared
+
+Sizes = dict[str, Any]
+TOKENS: Sizes = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TINY: Sizes = {
+    **TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GPT: Sizes = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+EXPERTS: Sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT: Sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+VISION: Sizes = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def without(sizes: Sizes, *names: str) -> Sizes:
+    return {name: value for name, value in sizes.items() if name not in names}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config type of transformers, its sizes, and the attention it can run with."""
+
+    model_type: str
+    sizes: Sizes
+    attention: str = "sdpa"
+
+
+GEMMA2 = {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.9, "attn_logit_softcapping": 1.0}
+WORKS = {
+    "llama": Case("llama", TINY),
+    "llama tied": Case("llama", {**TINY, "tie_word_embeddings": True}),
+    "qwen2": Case("qwen2", TINY),
+    "qwen3": Case("qwen3", {**TINY, "head_dim": 8}),
+    "mistral, window 4": Case("mistral", {**TINY, "sliding_window": 4}),
+    "gemma2": Case("gemma2", {**TINY, **GEMMA2}, "eager"),
+    "gemma3 text": Case("gemma3_text", {**TINY, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2}),
+    "gemma3 with vision": Case(
+        "gemma3",
+        {
+            "text_config": {**TINY, "head_dim": 8, "sliding_window": 4},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 39,
+        },
+    ),
+    "gpt2": Case("gpt2", GPT),
+    "gpt_neox": Case("gpt_neox", {**without(TINY, "num_key_value_heads"), "rotary_pct": 0.5, "hidden_dropout": 0.3}),
+    "gptj": Case("gptj", {**GPT, "rotary_dim": 4}, "eager"),
+    "opt": Case("opt", {**TINY, "ffn_dim": 48, "dropout": 0.3}),
+    "opt, projected": Case("opt", {**TINY, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "bloom": Case("bloom", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "eager"),
+    "falcon, rotary": Case("falcon", {**TINY, "multi_query": True}),
+    "falcon, alibi": Case("falcon", {**TINY, "alibi": True, "multi_query": False}, "eager"),
+    "mpt": Case("mpt", {**TOKENS, "d_model": 32, "n_layers": 2, "n_heads": 4, "logit_scale": 3.0}, "eager"),
+    "phi": Case("phi", {**TINY, "partial_rotary_factor": 0.5, "resid_pdrop": 0.3}),
+    "phi3": Case("phi3", {**TINY, "sliding_window": 4}),
+    "stablelm": Case("stablelm", {**TINY, "use_qkv_bias": True}),
+    "starcoder2": Case("starcoder2", {**TINY, "sliding_window": 4}),
+    "olmo2": Case("olmo2", TINY),
+    "smollm3": Case("smollm3", {**TINY, "no_rope_layers": [1, 0]}),
+    "glm4": Case("glm4", {**TINY, "head_dim": 8}),
+    "cohere": Case("cohere", {**TINY, "logit_scale": 3.0}),
+    "cohere2": Case("cohere2", {**TINY, "logit_scale": 3.0, "sliding_window": 4}),
+    "granite": Case("granite", {**TINY, "logits_scaling": 0.3, "residual_multiplier": 0.5}),
+    "hyperclovax": Case("hyperclovax", {**TINY, "logits_scaling": 3.0}),
+    "lfm2": Case("lfm2", {**TINY, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "mixtral": Case("mixtral", {**TINY, "num_local_experts": 4, "router_jitter_noise": 0.3}),
+    "qwen2_moe": Case("qwen2_moe", {**TINY, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": Case("qwen3_moe", {**TINY, **EXPERTS, "head_dim": 8, "num_experts": 4, "mlp_only_layers": [0]}),
+    "olmoe": Case("olmoe", {**TINY, "num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": Case("phimoe", {**TINY, "num_local_experts": 4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3}),
+    "granitemoe": Case("granitemoe", {**TINY, "num_local_experts": 4, "logits_scaling": 0.3}),
+    "gpt_oss": Case("gpt_oss", {**TINY, "head_dim": 8, "num_local_experts": 4, "sliding_window": 4}, "eager"),
+    "deepseek_v3": Case(
+        "deepseek_v3",
+        {
+            **without(TINY, "num_key_value_heads"),
+            **EXPERTS,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+}
+HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
+PROMPT_LENGTHS = (2, 7, 4, 3, 1)
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Built:
+    """One architecture: the roles on it, and the oracle that plain PEFT is."""
+
+    shared: SharedBase
+    policy: PeftModel
+    reference: PreTrainedModel
+
+
+def build(case: Case, folder: Path) -> Built:
+    """Save a model as a hub would serve it and load it as a run does, dropout and noise in its config included."""
+    config: PretrainedConfig = CONFIG_MAPPING[case.model_type](**case.sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(3)  # larger than a fresh model's: attention and routing that matter
+    model.save_pretrained(folder)
+    bases = [
+        load_base(str(folder), load_model_config(str(folder)), HERE, dtype=torch.float32, attention=case.attention)
+        for _ in range(3)
+    ]
+    shared = tiny_shared(bases[0])
+    return Built(shared, plain_peft(shared, "policy", bases[1]), bases[2].eval())
+
+
+@pytest.fixture(scope="module", params=WORKS.values(), ids=WORKS.keys())
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(request.param, tmp_path_factory.mktemp("model"))
+
+
+def own_logprobs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of the response tokens, from the model's own logits of each sequence without its padding."""
+    parts = []
+    for row, positions in zip(ids, mask, strict=True):
+        end = int(positions.nonzero().max()) + 1
+        with torch.no_grad():
+            logp = model(input_ids=row[None, :end], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        parts.append(logp[torch.arange(end - 1), row[1:end]][positions[1:end]])
+    return torch.cat(parts)
+
+
+def close(found: Tensor, right: Tensor) -> None:
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+def test_every_role_says_what_its_model_says(built: Built) -> None:
+    ids, mask = sequences_and_mask(PROMPT_LENGTHS, (6, 2, 4, 5, 3), vocabulary=36, pad_id=0)
+    policy, reference = own_logprobs(built.policy, ids, mask), own_logprobs(built.reference, ids, mask)
+    assert (policy - reference).abs().mean() > 1e-3
+    for mode in (False, True):
+        with torch.no_grad():
+            out = built.shared.train(mode)(ids, mask, roles=("value", "reference", "policy"))
+        close(out["policy_logprobs"], policy)
+        close(out["reference_logprobs"], reference)
+
+
+def test_every_trained_parameter_gets_a_gradient(built: Built) -> None:
+    ids, mask = sequences_and_mask(PROMPT_LENGTHS, (6, 2, 4, 5, 3), vocabulary=36, pad_id=0)
+    out = built.shared.train()(ids, mask, roles=("policy", "value"))
+    (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
+    trained = [(name, p.grad) for name, p in built.shared.named_parameters() if p.requires_grad]
+    built.shared.zero_grad()
+    assert [name for name, gradient in trained if gradient is None or not bool(gradient.any())] == []
+
+
+def prompts() -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(2)
+    return [tuple(torch.randint(3, 36, (n,), generator=generator).tolist()) for n in PROMPT_LENGTHS]
+
+
+def argmax_decode(model: Any, prompt: tuple[int, ...], stop_id: int | None) -> tuple[list[int], list[float]]:
+    """Token by token from whole forward passes of one sequence."""
+    response: list[int] = []
+    logprobs: list[float] = []
+    while len(response) < NEW_TOKENS and stop_id not in response:
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *response]])
+            logp = model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+        response.append(int(logp.argmax()))
+        logprobs.append(logp.max().item())
+    return response, logprobs
+
+
+def rolled_out(shared: SharedBase, stop_ids: tuple[int, ...]) -> Rollout:
+    batch = PromptBatch(tuple(Prompt(i, "", ids, {}) for i, ids in enumerate(prompts())), (0,) * len(PROMPT_LENGTHS))
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, pad_id=0, greedy=True)
+    with torch.no_grad():
+        return decode(shared.eval(), tiny_tokenizer(), batch, sampling, stream=())
+
+
+def test_decoding_left_padded_prompts_is_argmax_of_each_alone(built: Built) -> None:
+    """The stop token is one that some rows reach early, so that rows leave the batch and its cache on the way."""
+    straight = [argmax_decode(built.policy, prompt, None)[0] for prompt in prompts()]
+    tokens = [token for response in straight for token in response]
+    stop = next(token for token in tokens if any(token not in response for response in straight))
+    rollout = rolled_out(built.shared, (stop,))
+    for row, prompt in enumerate(prompts()):
+        response, logprobs = argmax_decode(built.policy, prompt, stop)
+        assert rollout.responses[row, : len(response)].tolist() == response
+        assert int(rollout.lengths[row]) == len(response)
+        close(rollout.rollout_logprobs[row, : len(response)], torch.tensor(logprobs))
+        assert bool(rollout.finished[row]) == (stop in response)
+
+
+def test_the_training_path_agrees_with_the_rollout(built: Built) -> None:
+    rollout = rolled_out(built.shared, (5, 6, 7))
+    ids = join(prompts(), rollout.responses, rollout.lengths, pad_id=0)
+    positions = response_positions(torch.tensor(PROMPT_LENGTHS), rollout.lengths, ids.shape[1])
+    with torch.no_grad():
+        out = built.shared.train()(ids, positions, roles=("policy", "value"))
+    width = rollout.responses.shape[1]
+    close(unpack(out["policy_logprobs"], rollout.lengths, width), rollout.rollout_logprobs)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "t5": "is an encoder-decoder",
+    "bart": r"cross-attention \(model\.decoder\.layers\.0\.encoder_attn\)",
+    "whisper": "cross-attention",
+    "bert": r"layers \(cls\) besides",
+    "roberta": r"layers \(lm_head\) besides",
+    "modernbert-decoder": r"layers \(lm_head\) besides",
+    "electra": r"layers \(generator_predictions\) besides",
+    "llama4_text": r"layers \(model\) besides",
+    "mamba": "recurrent state",
+    "mamba2": "recurrent state",
+    "rwkv": "recurrent state",
+    "recurrent_gemma": "recurrent state",
+    "jamba": "recurrent state",
+    "falcon_h1": "recurrent state",
+    "qwen3_next": "recurrent state",
+    "openai-gpt": "no key-value cache",
+    "xlnet": "no key-value cache",
+    "minimax": "a cache of its own kind",
+    "cpmant": "prompt tokens of its own",
+    "inkling_text": "drops part of its logits",
+}
+
+
+def on_paper(model_type: str) -> PreTrainedModel:
+    """A model of the architecture's default size, without weights."""
+    kind = CONFIG_MAPPING[model_type]
+    few = {name: 2 for name in ("num_hidden_layers", "n_layer", "decoder_layers", "num_layers") if hasattr(kind, name)}
+    config = kind() if model_type in ("jamba", "qwen3_next", "recurrent_gemma") else kind(**few)
+    with torch.device("meta"):
+        if config.is_encoder_decoder and model_type == "t5":
+            from transformers import T5ForConditionalGeneration
+
+            return T5ForConditionalGeneration(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(("model_type", "reason"), REFUSED.items(), ids=REFUSED.keys())
+def test_what_cannot_play_roles_is_refused_by_name(model_type: str, reason: str) -> None:
+    model = on_paper(model_type)
+    with pytest.raises(ModelError, match=f"^{type(model).__name__} .*{reason}"):
+        refuse_architecture(model)
+
+
+def test_a_model_without_a_language_model_head_is_refused() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    with pytest.raises(ModelError, match="LlamaModel has no language-model head; load it with AutoModelForCausalLM"):
+        refuse_architecture(LlamaModel(LlamaConfig(**TINY)))
+
+
+def test_attention_that_a_model_cannot_run_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    case = WORKS["gemma2"]
+    config = CONFIG_MAPPING[case.model_type](**case.sizes)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"gemma2 does not run with model\.attention=sdpa .*; set it to eager"):
+        load_base(str(tmp_path), load_model_config(str(tmp_path)), HERE, dtype=torch.float32, attention="sdpa")
