@@ -20,6 +20,7 @@ LAYERS = (
     {"trainers"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
 SIBLINGS = {("config_loading", "configs"), ("types", "errors")}
 
 
@@ -28,12 +29,22 @@ def part_of(path: Path) -> str:
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(source: str) -> Iterator[str]:
+    """The dotted names a module imports, those inside its functions too; a relative import begins with a dot."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            yield from ("." * node.level + f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def foreign(source: str) -> list[str]:
+    """What only ``distributed`` may import."""
+    return [
+        name
+        for name in imports(source)
+        if re.match(r"deepspeed|accelerate|torch\.distributed|transformers.*deepspeed", name)
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -42,7 +53,8 @@ def test_lower_layers_never_import_higher_ones(path: Path) -> None:
     if me == "__init__":
         return
     assert me in LEVEL, f"{me} has no layer; give it one in LAYERS"
-    for name in imports(path):
+    for name in imports(path.read_text()):
+        assert not name.startswith("."), f"{name} is relative; write rlhf_toolkit...."
         if not name.startswith("rlhf_toolkit."):
             continue
         other = name.split(".")[1]
@@ -54,9 +66,8 @@ def test_lower_layers_never_import_higher_ones(path: Path) -> None:
 def test_only_distributed_knows_about_ranks(path: Path) -> None:
     if part_of(path) == "distributed":
         return
-    foreign = [name for name in imports(path) if re.match(r"deepspeed|accelerate|torch\.distributed", name)]
-    assert not foreign, f"{path.name} imports {foreign}"
-    assert "dist.init_process_group" not in path.read_text()
+    assert foreign(path.read_text()) == []
+    assert not re.search(r"torch\.distributed\.\w|init_process_group", path.read_text())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -66,7 +77,11 @@ def test_only_trainers_subclass_trainer_and_see_configs(path: Path) -> None:
     tree = ast.parse(path.read_text())
     bases = [ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases]
     assert not any(base.endswith("Trainer") for base in bases)
-    assert not any(name.startswith("rlhf_toolkit.config") for name in imports(path))
+    assert not any(name.startswith("rlhf_toolkit.config") for name in imports(path.read_text()))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    arguments = [a for f in functions for a in (*f.args.args, *f.args.kwonlyargs) if a.annotation is not None]
+    configs = [ast.unparse(a) for a in arguments if OUR_CONFIG.search(ast.unparse(a.annotation))]
+    assert configs == [], "take the numbers that are needed"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -78,6 +93,14 @@ def test_files_and_functions_stay_small_and_finished(path: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_these_rules_can_fail() -> None:
+    source = "import deepspeed\nfrom torch import distributed\ndef f():\n    import torch.distributed as d"
+    source += "\nfrom transformers.integrations.deepspeed import x\nfrom .errors import y"
+    names = ["deepspeed", "torch.distributed", "torch.distributed", "transformers.integrations.deepspeed.x"]
+    assert sorted(foreign(source)) == names and ".errors.y" in imports(source)
+    assert OUR_CONFIG.search("PPOConfig | None") and not OUR_CONFIG.search("LoraConfig")
 
 
 def test_the_recipe_is_prose() -> None:

@@ -25,7 +25,8 @@ from rlhf_toolkit.errors import CheckpointError
 T = TypeVar("T")
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LEAST_FREE_BYTES = 256 * 2**20
-FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")
+FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")  # prefixes: how long a run is and who watches it
+NEVER_FREE = ("run.seed",)
 
 
 class ManifestWriter(TrainerCallback):
@@ -154,7 +155,8 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     for section, settings in now.items():
         for key, value in settings.items():
             name, old = f"{section}.{key}", before.get(section, {}).get(key)
-            if old != value and not name.startswith(FREE_TO_CHANGE):
+            free = name.startswith(FREE_TO_CHANGE) and name not in NEVER_FREE
+            if old != value and not free:
                 raise CheckpointError(
                     f"{folder} was started with {name}={old!r}, now {name}={value!r}; resume with the same settings"
                 )

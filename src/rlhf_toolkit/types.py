@@ -96,6 +96,7 @@ class Experience:
 
     def __post_init__(self) -> None:
         rows, width = self.response_mask.shape
+        _expect("sequences", self.sequences, (rows, self.sequences.shape[-1]))
         for name in ("prompt_lengths", "response_lengths"):
             _expect(name, getattr(self, name), (rows,))
         for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns"):

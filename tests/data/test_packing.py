@@ -51,5 +51,22 @@ def test_a_rank_with_short_rows_is_split_further_to_keep_step() -> None:
     assert [len(share) for share in cut] == [2, 2]
 
 
+def test_a_row_longer_than_the_budget_goes_alone() -> None:
+    cut = micro_batches([0, 1, 2, 3], [90, 3, 3, 3], ranks=1, budget=10)
+    assert cut == [[[0], [1, 2, 3]]]
+
+
+def test_rows_of_similar_length_sit_together() -> None:
+    cut = micro_batches(range(48), LENGTHS, ranks=2, budget=200)
+    for share in cut:
+        order = [LENGTHS[row] for batch in share for row in batch]
+        assert order == sorted(order, reverse=True)
+
+
+def test_the_order_of_equal_rows_does_not_depend_on_how_they_come() -> None:
+    rows = [*range(20)]
+    assert micro_batches(rows, [5] * 20, ranks=4, budget=20) == micro_batches(rows[::-1], [5] * 20, ranks=4, budget=20)
+
+
 def test_ranks_with_one_row_each() -> None:
     assert micro_batches([5, 7], {5: 3, 7: 9}, ranks=2, budget=9) == [[[7]], [[5]]]  # type: ignore[arg-type]

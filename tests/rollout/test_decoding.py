@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,13 +185,6 @@ class Chain(nn.Module):
 COUNTING = {token: token + 1 for token in range(255)}
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def batch_decode(self, rows: Tensor) -> list[str]:
-        return [bytes(row).decode(errors="replace") for row in rows.tolist()]
-
-
 def follow(
     links: dict[int, int], prompts: Sequence[tuple[int, ...]], *, tokenizer: Any = None, **sampling: Any
 ) -> Rollout:
@@ -235,7 +229,7 @@ def test_a_response_is_cut_where_the_longest_ends() -> None:
 def test_stop_strings_of_one_token_and_of_several() -> None:
     tokenizer = tiny_tokenizer(words=WORDS)
     ids = tokenizer.convert_tokens_to_ids(["w3", "w4", "w5", "w6", "w7"])
-    links = dict(zip(ids, ids[1:], strict=False)) | {ids[-1]: ids[0]}
+    links = dict(pairwise([*ids, ids[0]]))
     rollout = follow(links, [(ids[0],), (ids[2],)], tokenizer=tokenizer, stop_strings=("w5 w6",))
     assert responses(rollout) == [ids[1:4], [*ids[3:], *ids[:3]]]
     assert rollout.finished.tolist() == [True, False]
@@ -251,21 +245,23 @@ def test_a_stop_string_in_the_prompt_stops_nothing() -> None:
     assert rollout.finished.tolist() == [False]
 
 
+class Bytes:
+    """A tokenizer of bytes, in which token n stands for byte n of ``text``: a chain's tokens never repeat."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+
+    def batch_decode(self, rows: Tensor) -> list[str]:
+        return [bytes(self.text[token] for token in row).decode(errors="replace") for row in rows.tolist()]
+
+
 @pytest.mark.parametrize("string", ["🙂🙂🙂", "日本語です", "end."])
 def test_a_stop_string_of_byte_tokens_is_seen(string: str) -> None:
     """Each character of the first is four tokens of a byte-level vocabulary."""
-    text = list(f"..{string}~~".encode())
-    positions = [250, *range(len(text) - 1)]
-    # A chain knows tokens, not positions, so the text is written in code tokens that this tokenizer reads as bytes.
-    codes = {code: byte for code, byte in zip(range(len(text)), text, strict=True)}
-
-    class Coded:
-        def batch_decode(self, rows: Tensor) -> list[str]:
-            return [bytes(codes[t] for t in row).decode(errors="replace") for row in rows.tolist()]
-
-    links = dict(zip(positions, range(len(text)), strict=True)) | {len(text) - 1: len(text) - 1}
-    rollout = follow(links, [(250,)], tokenizer=Coded(), stop_strings=(string,), max_new_tokens=40)
-    assert rollout.lengths.tolist() == [len(f"..{string}".encode())] and rollout.finished.tolist() == [True]
+    before = f"..{string}"
+    text = Bytes(f"?{before}~~~~".encode())
+    rollout = follow(COUNTING, [(0,)], tokenizer=text, stop_strings=(string,), max_new_tokens=len(text.text) - 1)
+    assert rollout.lengths.tolist() == [len(before.encode())] and rollout.finished.tolist() == [True]
 
 
 def test_on_tokens_hears_of_every_token_once() -> None:

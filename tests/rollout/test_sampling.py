@@ -94,7 +94,8 @@ def test_a_row_is_a_function_of_its_own_logits_and_number() -> None:
 def test_the_smallest_and_the_largest_number(options: dict[str, Any], first: int, last: int) -> None:
     """They must not fall on a token that is left out, nor beyond the end."""
     logits = torch.tensor([0.05, 0.2, 0.5, 0.2, 0.05]).log()
-    tokens, _ = choose_tokens(logits.expand(2, -1), torch.tensor([0.0, LAST]).double(), temperature=1.0, **options)
+    uniforms = torch.tensor([0.0, LAST], dtype=torch.float64)
+    tokens, _ = choose_tokens(logits.expand(2, -1), uniforms, temperature=1.0, **options)
     assert tokens.tolist() == [first, last]
 
 
@@ -191,8 +192,7 @@ def test_top_p_keeps_at_least_one_and_one_keeps_all() -> None:
 
 def test_top_p_is_a_share_of_what_top_k_left() -> None:
     """0.4 is 2/3 of the 0.6 that the first two hold, but less than half of the whole."""
-    logits = torch.tensor([0.4, 0.2, 0.2, 0.1, 0.1]).log()
-    assert support(logits, top_p=0.5) == {0, 1} or support(logits, top_p=0.5) == {0, 2}
     logits = torch.tensor([0.4, 0.2, 0.15, 0.15, 0.1]).log()
+    assert support(logits, top_p=0.5) == {0, 1}
     assert support(logits, top_k=2, top_p=0.5) == {0}
     assert support(logits, top_k=2, top_p=0.7) == {0, 1}

@@ -151,9 +151,9 @@ def deepspeed_settings(
     if launch.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = largest_adapter
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    for key, device in (("offload_optimizer", launch.offload_optimizer), ("offload_param", launch.offload_parameters)):
-        if device != "none":
-            zero[key] = {"device": device, "pin_memory": on_gpu}
+    zero |= _offload(topology)
+    if launch.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": launch.offload_optimizer, "pin_memory": on_gpu}
     return {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": rows_per_rank,
@@ -176,13 +176,21 @@ def sharded_loading(topology: Topology, dtype: torch.dtype) -> Iterator[None]:
         return
     sections = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     config = HfDeepSpeedConfig(  # transformers keeps only a weak reference: this name keeps it alive
-        {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, **sections}
+        {"zero_optimization": {"stage": 3, **_offload(topology)}, "train_micro_batch_size_per_gpu": 1, **sections}
     )
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
         del config
+
+
+def _offload(topology: Topology) -> dict[str, Any]:
+    """Where ZeRO-3 keeps the shards: while loading and afterwards it must be told the same."""
+    device = topology.launch.offload_parameters
+    return (
+        {} if device == "none" else {"offload_param": {"device": device, "pin_memory": topology.device.type == "cuda"}}
+    )
 
 
 def check_engine(topology: Topology, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -116,7 +117,9 @@ class _Decoding:
             self.active = self.active[:0]
         elif int((~going).sum()) >= IDLE_SHARE * len(going):
             keep = going.nonzero().squeeze(1)
-            self.cache.reorder_cache(keep)  # batch_select_indices, its twin, is missing where a layer convolves
+            self.cache.reorder_cache(
+                cast(torch.LongTensor, keep)
+            )  # batch_select_indices, its twin, is missing where a layer convolves
             self.active, self.inputs = self.active[keep], self.inputs[keep]
             self.mask, self.positions = self.mask[keep], self.positions[keep]
 
