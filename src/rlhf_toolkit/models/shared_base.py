@@ -139,7 +139,7 @@ class SharedBase(PeftModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
+                **{cache_argument(self.causal_lm): cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -225,7 +225,7 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(base, "_is_stateful", False):
         raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
-    if "past_key_values" not in signature(base.forward).parameters:
+    if cache_argument(base) is None:
         raise ModelError(f"{kind} has no key-value cache to decode with; use a newer model")
     if base.config.model_type in UNFIT:
         raise ModelError(f"{kind} {UNFIT[base.config.model_type]}; use another model")
@@ -241,6 +241,13 @@ def refuse_architecture(base: PreTrainedModel) -> None:
             f"{kind} has layers ({extra[0]}) besides its trunk and output layer, which the roles' log-probs would "
             "leave out; use a model whose trunk feeds its output layer directly"
         )
+
+
+def cache_argument(base: PreTrainedModel) -> str | None:
+    """What ``base.forward`` calls its key-value cache: ``cache`` since transformers 5.24, ``past_key_values`` before;
+    None for a model without."""
+    known = signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 def _role_of(name: str) -> str:
