@@ -132,18 +132,20 @@ class SharedBase(PeftModel):
     def next_token_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``. Window
-        only."""
+        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``.
+
+        ``attention_mask`` (B, columns of the cache + S). Without autograd; the whole base lies here, or ZeRO's hooks
+        bring it layer by layer.
+        """
         with self.slices.layout((POLICY,), input_ids.shape[0]):
-            output = self.causal_lm(
+            hidden = self.causal_lm.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{cache_argument(self.causal_lm): cache},
+                cache=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].float()
+            ).last_hidden_state
+        return self.policy_head.next_token_logits(hidden[:, -1])
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by name of their group: ``policy``, ``value`` and ``value_head``."""
@@ -225,7 +227,7 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(base, "_is_stateful", False):
         raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
-    if cache_argument(base) is None:
+    if "cache" not in signature(base.forward).parameters:
         raise ModelError(f"{kind} has no key-value cache to decode with; use a newer model")
     if base.config.model_type in UNFIT:
         raise ModelError(f"{kind} {UNFIT[base.config.model_type]}; use another model")
@@ -241,13 +243,6 @@ def refuse_architecture(base: PreTrainedModel) -> None:
             f"{kind} has layers ({extra[0]}) besides its trunk and output layer, which the roles' log-probs would "
             "leave out; use a model whose trunk feeds its output layer directly"
         )
-
-
-def cache_argument(base: PreTrainedModel) -> str | None:
-    """What ``base.forward`` calls its key-value cache: ``cache`` since transformers 5.24, ``past_key_values`` before;
-    None for a model without."""
-    known = signature(base.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 def _role_of(name: str) -> str:
