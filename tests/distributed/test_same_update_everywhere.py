@@ -18,6 +18,7 @@ RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {
     "one process": (1, None, {}),
     "one process, half the micro-batch budget": (1, None, {"update.micro_batch_tokens": 32}),
     "one process, gradient checkpointing": (1, None, {"model.gradient_checkpointing": True}),
+    "one process, three slots": (1, None, {"rollout.slots": 3}),
     "two ranks, ZeRO-2": (2, 2, {}),
     "two ranks, ZeRO-3": (2, 3, {}),
     "two ranks, ZeRO-3, checkpointing, half the budget": (
@@ -25,6 +26,7 @@ RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {
         3,
         {"model.gradient_checkpointing": True, "update.micro_batch_tokens": 32},
     ),
+    "two ranks, ZeRO-3, streamed through two slots": (2, 3, {"rollout.mode": "stream", "rollout.slots": 2}),
 }
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout import decoding
-from rlhf_toolkit.rollout.decoding import Sampling, decode, left_padded
+from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.builders import tiny_tokenizer
@@ -98,6 +98,79 @@ def test_when_idle_rows_leave_does_not_matter(monkeypatch: pytest.MonkeyPatch, s
         assert widths[1:] == [len(ROWS)] * (len(widths) - 1)
     else:
         assert widths[1:] != going[1:] and min(widths) < len(ROWS)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("entry", [0.01, 0.6])
+def test_the_number_of_slots_does_not_matter(monkeypatch: pytest.MonkeyPatch, slots: int, entry: float) -> None:
+    """Nor when prompts enter, nor that columns move left all the time for want of spare ones."""
+    expected = run()
+    widths: list[tuple[int, int]] = []
+    own = SharedBase.next_token_logits
+
+    def watched(self: SharedBase, input_ids: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+        widths.append((len(input_ids), mask.shape[1]))
+        return own(self, input_ids, mask, *rest)
+
+    monkeypatch.setattr(SharedBase, "next_token_logits", watched)
+    monkeypatch.setattr(decoding, "ENTRY_SHARE", entry)
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
+    with torch.no_grad():
+        found = decode(model(), tiny_tokenizer(words=WORDS), batch_of(ROWS), SAMPLING, stream=STREAM, slots=slots)
+    assert responses(found) == responses(expected)
+    torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.finished, expected.finished)
+    longest = max(map(len, PROMPTS)) + SAMPLING.max_new_tokens
+    assert max(rows for rows, _ in widths) <= slots and max(columns for _, columns in widths) <= longest + 1
+
+
+def test_expected_lengths_order_the_beginning_and_nothing_else() -> None:
+    assert longest_first(batch_of(ROWS), lambda prompt: 0.0) == list(range(len(ROWS)))
+    order = longest_first(batch_of(ROWS), lambda prompt: float(prompt.index))
+    assert [ROWS[row] for row in order] == [(4, 0), (4, 1), (3, 0), (2, 0), (2, 5), (1, 0), (0, 0), (0, 1)]
+    with torch.no_grad():
+        found = decode(
+            model(),
+            tiny_tokenizer(words=WORDS),
+            batch_of(ROWS),
+            SAMPLING,
+            stream=STREAM,
+            slots=2,
+            expected=lambda prompt: float(prompt.index),
+        )
+    assert responses(found) == responses(run())
+
+
+def test_what_prompts_have_in_common_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = tuple(range(6, 16))
+    prompts = tuple(Prompt(i, "", (*template, *tail), {}) for i, tail in enumerate([(7,), (8, 9, 10), (7, 11)]))
+    batch, seen = PromptBatch(prompts, (0, 0, 0)), list[tuple[int, ...]]()
+    own = SharedBase.next_token_logits
+
+    def watched(self: SharedBase, input_ids: Tensor, *rest: Any) -> Tensor:
+        seen.append(tuple(input_ids.shape))
+        return own(self, input_ids, *rest)
+
+    monkeypatch.setattr(SharedBase, "next_token_logits", watched)
+    found = {}
+    for threshold in (8, 100):
+        monkeypatch.setattr(decoding, "SHARED_PREFIX", threshold)
+        with torch.no_grad():
+            found[threshold] = decode(model(), tiny_tokenizer(words=WORDS), batch, SAMPLING, stream=STREAM)
+    assert seen[:2] == [(1, 10), (3, 3)] and (3, 13) in seen
+    assert responses(found[8]) == responses(found[100])
+    torch.testing.assert_close(found[8].rollout_logprobs, found[100].rollout_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tails", "shared"),
+    [([(1,), (2,)], 9), ([(1,), (1,)], 9), ([(), (1, 2)], 8), ([(1, 2)], 0)],
+)
+def test_a_common_prefix_leaves_every_prompt_a_token(tails: list[tuple[int, ...]], shared: int) -> None:
+    template = tuple(range(6, 15))
+    assert common_prefix([Prompt(i, "", (*template, *tail), {}) for i, tail in enumerate(tails)]) == shared
+    short = [Prompt(i, "", (*template[:5], *tail), {}) for i, tail in enumerate(tails)]
+    assert common_prefix(short) == 0
 
 
 def test_what_pads_does_not_matter() -> None:

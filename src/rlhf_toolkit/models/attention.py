@@ -52,8 +52,9 @@ def short_causal_attention(
 def step_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """One decoded token a row: ``query`` (B, H, 1, D), ``key`` and ``value`` (B, H / G, T, D), ``mask`` (B, 1, 1, T) bool
-    to (B, 1, H, D). Two products over the key heads; PyTorch's kernel takes four times as long for such a short query."""
+    """One decoded token a row: ``query`` (B, H, 1, D), ``key`` and ``value`` (B, H / G, T, D), ``mask`` (B, 1, 1, T)
+    bool to (B, 1, H, D). Two products over the key heads; PyTorch's kernel takes four times as long for so short a
+    query."""
     rows, heads, _, width = query.shape
     grouped = query.view(rows, key.shape[1], -1, width)
     scores = (grouped @ key.transpose(2, 3)).mul_(scaling or width**-0.5).masked_fill_(~mask, -torch.inf)

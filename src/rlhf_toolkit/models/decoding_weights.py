@@ -4,15 +4,16 @@
     merged   y = x M^T + b with M = W + s B A, summed in fp32 and rounded once to the base's dtype
 
 ``exact`` saves the casts and the bookkeeping of some thousand small operations a token. ``merged`` also saves the
-low-rank products, at the price of one more copy of the adapted weights and of rounding: an update smaller than the spacing
-of the base's dtype is lost, so that the responses come from a slightly older policy (docs/performance.md). The base is
-never written to, so there is nothing to restore.
+low-rank products, at the price of one more copy of the adapted weights and of rounding: an update smaller than the
+spacing of the base's dtype is lost, so that responses come from a slightly older policy (docs/performance.md). The base
+is never written to, so there is nothing to restore.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -38,7 +39,7 @@ def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
     try:
         with torch.no_grad(), whole(p for layer in layers for p in _adapter(layer, role)):
             for layer in layers:
-                layer.forward = make(layer, role) if role in layer.lora_A else _plain(layer)  # type: ignore[method-assign]
+                layer.forward = make(layer, role) if role in layer.lora_A else _plain(layer)  # type: ignore
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
@@ -46,8 +47,8 @@ def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
 
 
 def _exact(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
-    base, scale = _plain(layer), layer.scaling[role]
-    a, b = (parameter.to(layer.get_base_layer().weight.dtype) for parameter in _adapter(layer, role))
+    base, scale, dtype = _plain(layer), layer.scaling[role], _weight(layer.get_base_layer()).dtype
+    a, b = (parameter.to(dtype) for parameter in _adapter(layer, role))
     b = b.t().contiguous()
 
     def forward(x: Tensor) -> Tensor:
@@ -59,22 +60,24 @@ def _exact(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
 
 
 def _merged(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     a, b = _adapter(layer, role)
     delta = layer.scaling[role] * (b.float() @ a.float())
-    weight = (_weight(base).float() + delta).to(base.weight.dtype)
+    weight = (_weight(base).float() + delta).to(_weight(base).dtype)
     return lambda x: linear(x, weight, base.bias)
 
 
 def _plain(layer: LoraLinear) -> Callable[[Tensor], Tensor]:
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     return lambda x: linear(x, _weight(base), base.bias)
 
 
-def _weight(base: nn.Module) -> Tensor:
+def _weight(base: Any) -> Tensor:
     """(out, in); GPT-2 keeps its weight as (in, out)."""
-    return base.weight.t() if isinstance(base, Conv1D) else base.weight  # type: ignore[operator,return-value]
+    return base.weight.t() if isinstance(base, Conv1D) else base.weight
 
 
 def _adapter(layer: LoraLinear, role: str) -> list[nn.Parameter]:
-    return [layer.lora_A[role].weight, layer.lora_B[role].weight] if role in layer.lora_A else []
+    if role not in layer.lora_A:
+        return []
+    return [parameter for part in (layer.lora_A, layer.lora_B) for parameter in part[role].parameters()]

@@ -14,7 +14,7 @@ moves left by the columns that no living slot needs any more.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
@@ -43,6 +43,8 @@ class SlotLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: Any
+    values: Any
 
     def __init__(self, slots: int, columns: Columns, *, is_sliding: bool) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class SlotCache(Cache):
         self.mask = torch.zeros(slots, capacity, dtype=torch.long, device=device)
         self.starts = [width] * slots
 
-    def _slot_layer(self, layer: CacheLayerMixin, slots: int) -> CacheLayerMixin:
+    def _slot_layer(self, layer: Any, slots: int) -> Any:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             return SlotLayer(slots, self.columns, is_sliding=isinstance(layer, DynamicSlidingWindowLayer))
         if type(layer) is LinearAttentionLayer:
@@ -181,9 +183,7 @@ def full_attention_only(config: PretrainedConfig) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
-def _admit_state(
-    mine: LinearAttentionLayer, layer: LinearAttentionLayer, rows: torch.Tensor, slots: torch.Tensor, count: int
-) -> None:
+def _admit_state(mine: Any, layer: Any, rows: torch.Tensor, slots: torch.Tensor, count: int) -> None:
     """Copy the states of a short convolution, which has no columns."""
     for index, state in layer.conv_states.items():
         if state is None:
@@ -192,3 +192,10 @@ def _admit_state(
             mine.lazy_initialization(conv_states=state.new_zeros(count, *state.shape[1:]), state_idx=index)
             mine.has_previous_state[index] = True
         mine.conv_states[index][slots] = state[rows]
+
+
+def column_bytes(cache: DynamicCache) -> int:
+    """Bytes of keys and values that one token of one sequence takes, read from a cache that has seen one token. States
+    without columns (short convolutions) are a few kilobytes and left out."""
+    kept = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return sum(buffer.nbytes for layer in kept for buffer in (layer.keys, layer.values) if buffer is not None)

@@ -9,14 +9,11 @@ docs/ppo_details.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.algorithms.advantages import gae
 from rlhf_toolkit.algorithms.kl import kl_penalty
@@ -25,14 +22,15 @@ from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, respo
 from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
 from rlhf_toolkit.data.layout import join, response_positions, stack_rows, unpack
 from rlhf_toolkit.data.packing import Rows, micro_batches, mini_batches
-from rlhf_toolkit.data.prompts import PromptSchedule, batch_for_rank
+from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
-from rlhf_toolkit.distributed.zero3 import gathered
 from rlhf_toolkit.errors import DataError, TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import rollout_metrics
-from rlhf_toolkit.rollout.decoding import Sampling, decode
+from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.sampler import Sampler
+from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, rollout_rows
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
 
 Sample = dict[str, str | float]
@@ -113,7 +111,7 @@ class Collector:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        sampler: Sampler,
         prompts: Sequence[Prompt],
         schedule: PromptSchedule,
         scorer: Scorer,
@@ -125,13 +123,11 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
         tolerance: float | None = None,
-        on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.sampler, self.expected = sampler, ExpectedLengths()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
-        self.on_tokens = on_tokens
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
@@ -139,25 +135,34 @@ class Collector:
     def collect(self, rollout: int) -> Experience:
         """Sample, score and shape rollout number ``rollout``; leaves its metrics and samples behind for the log."""
         chosen = [self.prompts[i] for i in self.schedule.indices(rollout)]
-        batch = batch_for_rank(chosen, self.responses_per_prompt, rank(), world_size())
-        model = self.model()
-        with gathered(model), inference(model) as shared:
-            sampled = self.sample(shared, batch, self.sampling, stream=(self.seed, "sample", rollout))
+        rows = rollout_rows(chosen, self.responses_per_prompt)
+        shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
+        with self.sampler.opened(self.model()) as shared:
+            sampled = self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
             with self.clock.phase("old_log_prob"):
                 passes = score(shared, sampled, self.plan(sampled, rollout, epoch=0), self.sampling.temperature)
         self._check_paths(sampled, passes, rollout)
+        self.expected.update(rows.prompts, sampled.response_lengths.tolist())
         return self._experience(sampled, passes)
 
     def sample(
-        self, shared: SharedBase, batch: PromptBatch, sampling: Sampling, *, stream: Sequence[int | str]
+        self,
+        shared: SharedBase,
+        rows: PromptBatch,
+        shares: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        stream: Sequence[int | str],
     ) -> Sampled:
-        """Sample this rank's ``batch``, have it scored, and return the whole rollout of all ranks."""
+        """Sample this rank's share of ``rows`` (``shares[rank]`` are row numbers), have it scored, and return all rows
+        of all ranks in the order of ``rows``."""
+        batch = rows.subset(shares[rank()])
         with self.clock.phase("gen"):
-            rollout = decode(shared, self.tokenizer, batch, sampling, stream=stream, on_tokens=self.on_tokens)
+            rollout = self.sampler.decode(shared, batch, sampling, stream=stream, expected=self.expected)
         texts = self._texts(rollout)
         with self.clock.phase("reward"), agreement("the reward"):
             scores = self.scorer(batch.prompts, texts)
-        return gather_rollout(batch, rollout, texts, scores, pad_id=sampling.pad_id)
+        return gather_rollout(batch, rollout, texts, scores, shares, pad_id=sampling.pad_id)
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
         """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
@@ -178,7 +183,7 @@ class Collector:
 
     def _texts(self, rollout: Rollout) -> list[str]:
         rows = [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return list(self.sampler.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
         """Rewards, advantages and the record of both, over the whole rollout."""
@@ -268,23 +273,16 @@ def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
     return [{"prompt": prompt, "response": response, "score": value} for prompt, response, value in rows]
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[SharedBase]:
-    """The bare SharedBase of ``model`` in eval mode without autograd; the mode it had comes back afterwards."""
-    shared = cast(SharedBase, getattr(model, "module", model))
-    was_training = shared.training
-    shared.eval()
-    try:
-        with torch.no_grad():
-            yield shared
-    finally:
-        shared.train(was_training)
-
-
 def gather_rollout(
-    batch: PromptBatch, rollout: Rollout, texts: list[str], scores: list[float], *, pad_id: int
+    batch: PromptBatch,
+    rollout: Rollout,
+    texts: list[str],
+    scores: list[float],
+    shares: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
 ) -> Sampled:
-    """Put the ranks' shares together, in rank order, on every rank."""
+    """Put the ranks' shares together on every rank, rows in their own order whichever rank has sampled them."""
     ids = [prompt.token_ids for prompt in batch.prompts]
     mine = {
         "sequences": join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
@@ -294,12 +292,16 @@ def gather_rollout(
         "finished": rollout.finished,
         "raw_scores": torch.tensor(scores, dtype=torch.float32),
     }
-    shares = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
+    everyone = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
+    place = torch.tensor([row for share in shares for row in share]).argsort()
     fills = {"sequences": pad_id}
+    columns = {name: stack_rows([part[name] for part, _, _ in everyone], fill=fills.get(name, 0)) for name in mine}
+    prompts = [text for _, texts, _ in everyone for text in texts]
+    responses = [text for _, _, texts in everyone for text in texts]
     return Sampled(
-        **{name: stack_rows([share[name] for share, _, _ in shares], fill=fills.get(name, 0)) for name in mine},
-        prompts=[text for _, prompts, _ in shares for text in prompts],
-        responses=[text for _, _, responses in shares for text in responses],
+        **{name: column[place] for name, column in columns.items()},
+        prompts=[prompts[i] for i in place.tolist()],
+        responses=[responses[i] for i in place.tolist()],
     )
 
 

@@ -1,9 +1,9 @@
 """The decode loop: prompts in, responses with log-probs and a finished flag out.
 
-A fixed number of sequences, the slots, is in flight. A sequence that has finished leaves, the next prompt enters, so that
-nobody decodes padding; memory for keys and values is slots x (longest prompt + token budget) whatever the number of
-prompts. What a row's tokens are follows from its own logits and its own random stream: order, slots and company do not
-matter.
+A fixed number of sequences, the slots, is in flight. A sequence that has finished leaves, the next prompt enters, so
+that nobody decodes padding; memory for keys and values is slots x (longest prompt + token budget) whatever the number
+of prompts. What a row's tokens are follows from its own logits and its own random stream: order, slots and company do
+not matter.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _Decoding:
         if self.living:
             self.cache.make_room(self.living)
         rows, prompts = self._next_rows()
-        ids, mask, cache, logits = self._prefill(prompts)
+        mask, cache, logits = self._prefill(prompts)
         number = {prompt.index: i for i, prompt in enumerate(prompts)}
         source = torch.tensor([number[self.batch.prompts[row].index] for row in rows], device=self.device)
         slots = [self.free.pop(0) for _ in rows]
@@ -183,9 +183,9 @@ class _Decoding:
             rows.append(self.waiting.pop(0))
         return rows, list(prompts.values())
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache, torch.Tensor]:
-        """Ids, mask (n, width), cache and next-token logits (n, V) of prompts; what all have in common is computed
-        once, for one row."""
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Mask (n, width), cache and next-token logits (n, V) of prompts; what all have in common is computed once, for
+        one row."""
         cache = DynamicCache(config=self.model.causal_lm.config)
         shared = common_prefix(prompts) if self.shares_prefix else 0
         ids, mask = left_padded(prompts, pad_id=self.sampling.pad_id, skip=shared)
@@ -196,7 +196,7 @@ class _Decoding:
             cache.batch_repeat_interleave(len(prompts))
             mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        return ids, mask, cache, self._forward(ids, mask, positions, cache)
+        return mask, cache, self._forward(ids, mask, positions, cache)
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | SlotCache
