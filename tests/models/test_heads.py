@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
+from tests.allocations import Allocations
 
 HIDDEN, VOCABULARY, POSITIONS = 4, 50, 64
 
@@ -171,71 +170,90 @@ def test_the_output_layer_stays_the_bases_own() -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-class Sizes(TorchDispatchMode):
-    """Elements of every tensor that an operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.seen += [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        return result
+BOUND = 96
 
 
-CHUNK = 8  # rows; more than HIDDEN, so that the weight and its transpose are smaller than a chunk of logits
-
-
-@pytest.mark.parametrize("rows", [CHUNK, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_nothing_is_larger_than_a_chunk_of_logits(
-    monkeypatch: pytest.MonkeyPatch, rows: int, entropy_gradient: bool
+def test_nothing_is_larger_than_a_tile(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, entropy_gradient: bool
 ) -> None:
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)  # what is over a row is not a row
+    """But what is as large as ``hidden`` itself, which is smaller here than any two columns of logits."""
+    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", BOUND)
     config = {"final_logit_softcapping": 3.0, "logit_scale": 2.5}
-    head, (hidden, targets) = head_of(output_layer(bias=True), config), states()
-    kept: list[int] = []
+    layer, (hidden, targets) = output_layer(bias=True, dtype=dtype), states(dtype, BOUND // HIDDEN)
+    head, kept = head_of(layer, config), list[Tensor]()
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        kept.append(tensor)
         return tensor
 
-    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Allocations() as allocations, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logprobs, entropies = head(hidden, targets, 0.7, entropy_gradient)
-        loss = weighted(logprobs, entropies if entropy_gradient else None)
-        loss.backward()
-    weight_and_results = max(VOCABULARY * HIDDEN, POSITIONS * HIDDEN)
-    assert max(sizes.seen) == max(rows * VOCABULARY, weight_and_results)
-    assert max(kept) == POSITIONS * HIDDEN and kept.count(max(kept)) == 1 + entropy_gradient
+        weighted(logprobs, entropies if entropy_gradient else None).backward()
+    assert allocations.largest == BOUND < len(hidden) * VOCABULARY
+    matrices = [tensor for tensor in kept if tensor.dim() == 2]
+    assert [tuple(tensor.shape) for tensor in matrices] == [tuple(hidden.shape)] * (1 + entropy_gradient)
+    of_the_layer = {tensor.untyped_storage().data_ptr() for tensor in layer.parameters()}
+    assert not any(tensor.untyped_storage().data_ptr() in of_the_layer for tensor in kept)
 
 
-def test_the_only_larger_tensor_is_the_fp32_copy_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", VOCABULARY)
-    head, (hidden, targets) = head_of(output_layer(dtype=torch.bfloat16), {}), states(torch.bfloat16)
-    with Sizes() as sizes:
-        head(hidden, targets, 1.0, True)[0].sum().backward()
-    larger = {size for size in sizes.seen if size > POSITIONS * HIDDEN}
-    assert larger <= {VOCABULARY * HIDDEN}
+TILES = [1, HIDDEN, 3 * HIDDEN, BOUND, POSITIONS * VOCABULARY - 1, POSITIONS * VOCABULARY, 2**20]
 
 
-@pytest.mark.parametrize("rows", [1, 3, POSITIONS - 1, POSITIONS, POSITIONS + 1])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    head, (hidden, targets) = head_of(output_layer(bias=True), {"final_logit_softcapping": 3.0}), states()
-    expected = head(hidden, targets, 0.7, True)
+@MODELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Rows and tokens are cut where it falls, the target lies in any tile, and the largest logit moves along."""
+    layer, (hidden, targets) = output_layer(bias=True, dtype=dtype), states(dtype)
+    expected = head_of(layer, config)(hidden, targets, 0.7, True)
     (right,) = torch.autograd.grad(weighted(*expected), hidden)
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", rows * VOCABULARY)
-    outputs = head(hidden, targets, 0.7, True)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for tile in TILES:
+        monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", tile)
+        outputs = head_of(layer, config)(hidden, targets, 0.7, True)
+        torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(weighted(*outputs), hidden)
+        assert (gradient - right).norm() <= tolerance * right.norm()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_the_running_maximum_may_move_in_every_tile_or_never(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Logits from -600 to 600: without the rescaling one of the two would overflow, or lose the sum."""
+    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", 2)
+    layer = nn.Linear(1, VOCABULARY, bias=False).requires_grad_(False)
+    ramp = torch.linspace(-600, 600, VOCABULARY)[:, None]
+    layer.weight.copy_(ramp if order == "rising" else ramp.flip(0))
+    hidden = torch.linspace(-1, 1, 9)[:, None].requires_grad_()
+    targets = torch.arange(9) * 5
+    exact = hidden.detach().double().requires_grad_()
+    outputs, expected = head_of(layer, {})(hidden, targets, 1.0, True), naive(exact, targets, layer, {}, 1.0)
+    for found, right in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=1e-4)
     (gradient,) = torch.autograd.grad(weighted(*outputs), hidden)
-    torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-5)
+    (right,) = torch.autograd.grad(weighted(*expected), exact)
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=1e-3)
 
 
-def test_a_vocabulary_larger_than_a_chunk_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", VOCABULARY // 2)
-    head, (hidden, targets) = head_of(output_layer(), {}), states()
-    expected = naive(hidden.double(), targets, output_layer(), {}, 1.0)
-    torch.testing.assert_close(head(hidden, targets, 1.0, True)[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", 3 * HIDDEN)
+    head = head_of(output_layer(bias=True, dtype=torch.float64), SETTINGS[-1])
+    hidden, targets = states(torch.float64, 5)
+    assert torch.autograd.gradcheck(lambda h: head(h, targets, 0.8, True), hidden)
+
+
+def test_the_gradient_of_a_nearly_certain_token_is_right_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = 0.9999: as the difference of the target's row and the expected row it would be rounding error alone."""
+    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", BOUND)
+    layer, (hidden, _) = output_layer(dtype=torch.bfloat16), states(torch.bfloat16)
+    layer.weight.mul_(4)
+    targets = (hidden @ layer.weight.t()).argmax(-1)
+    exact = hidden.detach().double().requires_grad_()
+    (right,) = torch.autograd.grad(naive(exact, targets, layer, {}, 1.0)[0].sum(), exact)
+    (gradient,) = torch.autograd.grad(head_of(layer, {})(hidden, targets, 1.0, False)[0].sum(), hidden)
+    sure = (naive(exact, targets, layer, {}, 1.0)[0] > -1e-2) & (right.norm(dim=-1) > 1e-9)
+    assert sure.sum() > 5
+    assert ((gradient.double() - right).norm(dim=-1) < 0.02 * right.norm(dim=-1))[sure].all()
 
 
 # ---- scalar head -----------------------------------------------------------------------------------------------------

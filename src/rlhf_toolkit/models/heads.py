@@ -6,7 +6,6 @@ prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +14,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 
-CHUNK_ELEMENTS = 2**24  # logits in flight: 64 MiB in fp32
+TILE_ELEMENTS_CPU = 2**20  # 4 MiB in fp32, so that what is worked on stays in the caches (bench/head.py)
+TILE_ELEMENTS_GPU = 2**24  # 64 MiB in fp32: few, large kernels
+TILE_POSITIONS = 512  # the products gain nothing from more
+LOWEST = torch.finfo(torch.float32).min
 
 
 class LanguageModelHead(nn.Module):
-    """Log-probs and entropy of the base's own output layer in fp32, a chunk of positions at a time.
+    """Log-probs and entropy of the base's own output layer in fp32, a tile of positions and vocabulary at a time.
 
         z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) -
         sum softmax(z) z
 
-    No tensor larger than ``CHUNK_ELEMENTS`` exists in either direction (``TokenScores``). The output layer stays the
-    base's own module; it is used here, not owned.
+    Beside (K, H) matrices such as ``hidden`` itself, no tensor larger than ``TILE_ELEMENTS_CPU`` (on other devices
+    ``TILE_ELEMENTS_GPU``) exists in either direction (``TokenScores``). The output layer stays the base's own module;
+    it is used here, not owned.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -67,16 +70,18 @@ class LogitTransform(NamedTuple):
     softcap: float | None
     temperature: float
 
-    def apply_(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Transform ``raw`` in place; also return dz/draw, a number where that is constant."""
-        raw = raw.mul_(self.scale) if self.scale != 1.0 else raw
+    def apply_(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Transform ``raw`` in place; also return softcap's dz/draw up to the factor ``slope``, None for 1."""
         if self.softcap is None:
-            slope: torch.Tensor | float = self.scale / self.temperature
-        else:
-            raw = raw.div_(self.softcap).tanh_()
-            slope = (1 - raw.square()) * (self.scale / self.temperature)
-            raw = raw.mul_(self.softcap)
-        return (raw.div_(self.temperature) if self.temperature != 1.0 else raw), slope
+            return (raw.mul_(self.slope) if self.slope != 1.0 else raw), None
+        raw = raw.mul_(self.scale / self.softcap).tanh_()
+        bend = 1 - raw.square()
+        return raw.mul_(self.softcap / self.temperature), bend
+
+    @property
+    def slope(self) -> float:
+        """dz/draw where no softcap bends it."""
+        return self.scale / self.temperature
 
 
 class TokenScores(torch.autograd.Function):
@@ -86,8 +91,8 @@ class TokenScores(torch.autograd.Function):
 
         d logprob / d h = ((onehot(target) - p) slope) W,    d entropy / d h = (-p (log p + entropy) slope) W
 
-    Forward computes these (K, H) vectors chunk by chunk and backward only scales them by the incoming numbers. Nothing
-    of size V is kept and no logits are computed twice.
+    Forward computes these (K, H) vectors tile by tile (``RunningScores``) and backward only scales them by the incoming
+    numbers. Nothing of size V and nothing of the output layer is kept, and no logits are computed twice.
     """
 
     @staticmethod
@@ -101,25 +106,17 @@ class TokenScores(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies (K,); the gradient's vectors are kept for backward."""
-        wants_gradient = ctx.needs_input_grad[0]
-        product = _fp32_product(weight)
+        vectors = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
+        positions, width = _tile_shape(hidden)
         outputs: list[tuple[torch.Tensor, ...]] = []
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            raw = product(h)
-            logits, slope = transform.apply_(raw if bias is None else raw.add_(bias))
-            logp = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            p = logp.exp()
-            logprobs, entropies = logp.gather(-1, t[:, None]).squeeze(-1), -torch.linalg.vecdot(p, logp)
-            vectors: list[torch.Tensor] = []
-            if wants_gradient and entropy_gradient:
-                vectors.append((logp.add_(entropies[:, None]).mul_(p).neg_() * slope).to(weight.dtype) @ weight)
-            if wants_gradient:
-                d_logits = p.neg_().scatter_add_(-1, t[:, None], torch.ones_like(logprobs)[:, None]).mul_(slope)
-                vectors.insert(0, d_logits.to(weight.dtype) @ weight)
-            outputs.append((logprobs, entropies, *vectors))
-        logprobs, entropies, *vectors = (torch.cat(column) for column in zip(*outputs, strict=True))
-        ctx.save_for_backward(*vectors)
+        for h, t in zip(hidden.split(positions), targets.split(positions), strict=True):
+            running = RunningScores(h, t, transform, vectors=vectors)
+            for start in range(0, weight.shape[0], width):
+                part = None if bias is None else bias[start : start + width]
+                running.add(weight[start : start + width], part, start)
+            outputs.append((*running.scores(), *running.gradients(weight)))
+        logprobs, entropies, *kept = (torch.cat(column) for column in zip(*outputs, strict=True))
+        ctx.save_for_backward(*kept)
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -128,10 +125,114 @@ class TokenScores(torch.autograd.Function):
     def backward(ctx: Any, d_logprobs: torch.Tensor, d_entropies: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """Scale the kept vectors by what comes back for each position."""
         vectors = ctx.saved_tensors
-        d_hidden = vectors[0] * d_logprobs[:, None].to(vectors[0].dtype)
+        d_hidden = vectors[0] * d_logprobs[:, None]
         if len(vectors) > 1:
-            d_hidden = d_hidden + vectors[1] * d_entropies[:, None].to(vectors[1].dtype)
-        return d_hidden, None, None, None, None, None
+            d_hidden = d_hidden.addcmul_(vectors[1], d_entropies[:, None])
+        return d_hidden.to(vectors[0].dtype), None, None, None, None, None
+
+
+class RunningScores:
+    """One pass over the vocabulary for a chunk of positions: online softmax, and its products with the output layer.
+
+    With m the largest logit so far, e = exp(z - m) and sums over the tokens so far *without the target*, it keeps
+
+        sum e,    sum e (z - m),    sum e bend W,    sum e (z - m) bend W
+
+    and rescales them when m grows. The target is added at the end: 1 - p[target] is then a sum of its own and not a
+    difference of nearly equal numbers, however certain the target is.
+
+    Source: online softmax, Milakov & Gimelshein (2018), arXiv:1805.02867, algorithm 3.
+
+    Args:
+        hidden: (C, H).
+        targets: (C,).
+        vectors: how many gradients are wanted: 0, 1 (log-prob) or 2 (also entropy).
+    """
+
+    def __init__(self, hidden: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, *, vectors: int) -> None:
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden = hidden if hidden.is_cuda else hidden.to(self.dtype)
+        self.out_dtype, self.targets, self.transform = hidden.dtype, targets, transform
+        zeros = torch.zeros(len(targets), dtype=self.dtype, device=hidden.device)
+        self.largest = torch.full_like(zeros, LOWEST)  # not -inf: the first step would subtract it from itself
+        self.sum, self.sum_z, self.target_z, self.target_bend = zeros, zeros, zeros, torch.ones_like(zeros)
+        self.products = [zeros.new_zeros(hidden.shape) for _ in range(vectors)]
+
+    def add(self, weight: torch.Tensor, bias: torch.Tensor | None, start: int) -> None:
+        """Take in the tokens ``start`` and following, whose rows of the output layer are ``weight`` and ``bias``."""
+        weight_in_full = weight if weight.is_cuda else weight.to(self.dtype)
+        raw = self._product(self.hidden, weight_in_full.t())
+        z, bend = self.transform.apply_(raw if bias is None else raw.add_(bias))
+        index = self.targets - start
+        here, index = (index >= 0) & (index < len(weight)), index.clamp(0, len(weight) - 1)[:, None]
+        self.target_z = torch.where(here, z.gather(-1, index).squeeze(-1), self.target_z)
+        self._rescale(torch.maximum(self.largest, z.amax(-1)))
+        z.sub_(self.largest[:, None])
+        e = z.exp()
+        e.scatter_(-1, index, e.gather(-1, index).masked_fill_(here[:, None], 0))
+        self.sum = self.sum + e.sum(-1)
+        self.sum_z = self.sum_z + torch.linalg.vecdot(e, z)
+        if not self.products:
+            return
+        if bend is not None:
+            self.target_bend = torch.where(here, bend.gather(-1, index).squeeze(-1), self.target_bend)
+            e.mul_(bend)
+        factors = [e, z.mul_(e)] if len(self.products) > 1 else [e]
+        for product, factor in zip(self.products, factors, strict=True):
+            if weight.dtype == self.dtype:
+                product.addmm_(factor, weight)
+            else:
+                product.add_(self._product(factor.to(weight.dtype), weight))
+
+    def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. A GPU gives products of
+        bf16 factors in fp32; for a CPU the caller casts them."""
+        if left.is_cuda and left.dtype != self.dtype:
+            return torch.mm(left, right, out_dtype=self.dtype)
+        return left @ right
+
+    def _rescale(self, largest: torch.Tensor) -> None:
+        growth = largest - self.largest
+        factor = (-growth).exp()
+        self.sum_z = (self.sum_z - growth * self.sum) * factor
+        self.sum = self.sum * factor
+        if len(self.products) > 1:
+            self.products[1].addcmul_(self.products[0], growth[:, None], value=-1).mul_(factor[:, None])
+        if self.products:
+            self.products[0].mul_(factor[:, None])
+        self.largest = largest
+
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies (C,), after the last tile."""
+        z, e, total = self._with_target()
+        return z - total.log(), total.log() - (self.sum_z + e * z) / total
+
+    def gradients(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients' vectors (C, H) in the dtype of ``hidden``; ``weight`` is the whole output layer (V, H)."""
+        if not self.products:
+            return []
+        z, e, total = self._with_target()
+        target_rows, scale = weight[self.targets], (self.transform.slope / total)[:, None]
+        vectors = [(self.sum * self.target_bend)[:, None] * target_rows - self.products[0]]
+        if len(self.products) > 1:
+            offset = self.scores()[1] - total.log()
+            of_target = (e * (z + offset) * self.target_bend)[:, None] * target_rows
+            vectors.append(-(self.products[1] + offset[:, None] * self.products[0] + of_target))
+        return [vector.mul_(scale).to(self.out_dtype) for vector in vectors]
+
+    def _with_target(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The target's z - m and e, and the sum with it."""
+        z = self.target_z - self.largest
+        e = z.exp()
+        return z, e, self.sum + e
+
+
+def _tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
+    """How many positions and tokens a tile has: logits, fp32 rows of the output layer and the running (positions, H)
+    products all stay within the bound."""
+    bound = TILE_ELEMENTS_CPU if hidden.device.type == "cpu" else TILE_ELEMENTS_GPU
+    positions = max(1, min(len(hidden), TILE_POSITIONS, bound // hidden.shape[1]))
+    return positions, max(1, bound // max(positions, hidden.shape[1]))
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
@@ -141,18 +242,6 @@ def _logit_scale(config: PretrainedConfig) -> float:
     if config.model_type == "mpt":  # names a logit_scale that transformers' model does not apply
         return 1.0
     return float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
-
-
-def _fp32_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``h -> h @ weight.T`` accumulated and returned in fp32, whatever the dtype of ``weight`` (V, H).
-
-    bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob; fp32 costs only this one
-    product. A GPU does it without a copy of the weight.
-    """
-    if weight.is_cuda and weight.dtype != torch.float32:
-        return lambda hidden: torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    whole = weight.float()
-    return lambda hidden: hidden.to(whole.dtype) @ whole.t()
 
 
 class ScalarHead(nn.Module):
