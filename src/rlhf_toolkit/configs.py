@@ -236,7 +236,12 @@ class PPOConfig(Section):
 class UpdateConfig(Section):
     """The optimizer: one AdamW, three named parameter groups, one schedule."""
 
-    micro_batch_tokens: int = knob(4096, "padded tokens of one forward pass, a role's rows times their width", ABOVE_0)
+    micro_batch_tokens: int = knob(4096, "a role's tokens of one forward pass: those it computes, padding too", ABOVE_0)
+    packing: str = knob(
+        "auto",
+        "sequences end to end, shared prefixes once: on, off (padded rows) or auto (on where the model can)",
+        choices=("auto", "on", "off"),
+    )
     policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
     value_lr: float = knob(1e-4, "learning rate of the value's adapter", NOT_NEGATIVE)
     value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)

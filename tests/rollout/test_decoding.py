@@ -20,7 +20,7 @@ from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.builders import tiny_tokenizer
-from tests.roles import plain_peft, tiny_shared
+from tests.roles import plain_peft, rows_of, tiny_shared
 from tests.tiny import WORDS, tiny_llama
 
 EOS = 1
@@ -228,7 +228,7 @@ def test_log_probs_are_those_of_one_forward_pass() -> None:
         ids = torch.tensor([[*PROMPTS[index], *response]])
         mask = torch.arange(ids.shape[1])[None] >= len(PROMPTS[index])
         with torch.no_grad():
-            out = model()(ids, mask, roles=("policy",), temperature=SAMPLING.temperature)
+            out = model()(rows_of(ids, mask), roles=("policy",), temperature=SAMPLING.temperature)
         torch.testing.assert_close(logprobs[: len(response)], out["policy_logprobs"], rtol=1e-4, atol=1e-4)
 
 

@@ -53,7 +53,7 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
     Parameters that ZeRO-3 does not manage are whole anyway: then every rank must write the same. To read, what lies
     here already (in the window, or because it is persistent) is left alone: gathers must not overlap.
     """
-    managed = [p for p in parameters if is_partitioned(p) and (write or p.ds_status is not AVAILABLE)]
+    managed = [p for p in parameters if is_partitioned(p) and (write or vars(p)["ds_status"] is not AVAILABLE)]
     with GatheredParameters(managed, modifier_rank=0 if write else None, enabled=bool(managed)):
         yield
 

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
+from rlhf_toolkit.models.attention import no_mask
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
@@ -87,8 +90,7 @@ class SharedBase(PeftModel):
 
     def forward(  # type: ignore[override]
         self,
-        sequences: torch.Tensor,
-        response_mask: torch.Tensor,
+        layout: TokenLayout,
         *,
         roles: Sequence[str],
         temperature: float = 1.0,
@@ -97,37 +99,41 @@ class SharedBase(PeftModel):
         """Run ``roles`` over the same sequences and return what each says about the response tokens.
 
         Args:
-            sequences: (N, T) token ids, prompt then response, right-padded. Right padding needs no attention mask:
-                attention is causal, and nothing is read at a padded position.
-            response_mask: (N, T) bool, True at response tokens. K = its sum. Packed results are in row-major order of
-                it.
+            layout: B sequences with K response tokens, padded or packed. A packed one needs a base without
+                ``packing_obstacle``.
             roles: any of policy, reference, value, reward.
             temperature: divides the logits of policy and reference alike.
             entropy_gradient: whether the policy's entropies are part of a loss; without, they carry no gradient.
 
         Returns:
             ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's
-            output on the prefix *before* each response token, and ``final_values`` (N,), after the last one;
-            ``reward_scores`` (N,), read at the last response token. All fp32.
+            output on the prefix *before* each response token, and ``final_values`` (B,), after the last one;
+            ``reward_scores`` (B,), read at the last response token. All fp32, in row-major order of the sequences.
         """
-        rows = sequences.shape[0]
-        with self.slices.layout(roles, rows):
-            hidden = self.causal_lm.base_model(sequences.repeat(len(roles), 1), use_cache=False).last_hidden_state
-        before = response_mask.roll(
-            -1, dims=1
-        )  # the state in which each response token is chosen; column 0 is never a response
-        targets = sequences[response_mask]
         outputs: dict[str, torch.Tensor] = {}
-        for role, states in zip(roles, hidden.split(rows), strict=True):
+        for role, states in zip(roles, self._states(layout, roles), strict=True):
             if role in LANGUAGE_ROLES:
-                logprobs, entropies = self.policy_head(states[before], targets, temperature, entropy_gradient)
+                logprobs, entropies = self.policy_head(
+                    states.index_select(0, layout.before), layout.targets, temperature, entropy_gradient
+                )
                 outputs[f"{role}_logprobs"], outputs[f"{role}_entropies"] = logprobs, entropies
             elif role == VALUE:
-                outputs["values"] = self.scalar_heads[VALUE](states[before])
-                outputs["final_values"] = self.scalar_heads[VALUE](states[_last(response_mask)])
+                outputs["values"] = self.scalar_heads[VALUE](states.index_select(0, layout.before))
+                outputs["final_values"] = self.scalar_heads[VALUE](states.index_select(0, layout.last))
             else:
-                outputs["reward_scores"] = self.scalar_heads[REWARD](states[_last(response_mask)])
+                outputs["reward_scores"] = self.scalar_heads[REWARD](states.index_select(0, layout.last))
         return outputs
+
+    def _states(self, layout: TokenLayout, roles: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """The trunk's last states (n N, H) of each role."""
+        inputs: dict[str, Any] = {"input_ids": layout.tokens.repeat(len(roles), 1), "use_cache": False}
+        if layout.positions is not None:
+            inputs["position_ids"] = layout.positions.repeat(len(roles), 1)
+            inputs["attention_mask"] = no_mask(layout.tokens.device)
+            inputs["segments"] = SegmentAttention(layout)
+        with self.slices.layout(roles, layout.tokens.shape[0]):
+            hidden = self.causal_lm.base_model(**inputs).last_hidden_state
+        return cast(tuple[torch.Tensor, ...], hidden.view(len(roles), -1, hidden.shape[-1]).unbind(0))
 
     def next_token_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
@@ -248,12 +254,6 @@ def refuse_architecture(base: PreTrainedModel) -> None:
 def _role_of(name: str) -> str:
     """``...lora_A.policy.weight`` -> ``policy``."""
     return name.rsplit(".", 2)[1]
-
-
-def _last(mask: torch.Tensor) -> torch.Tensor:
-    """(N, T) bool that keeps only the last True of each row."""
-    following = mask.flip(1).cumsum(1).flip(1)
-    return mask & (following == 1)
 
 
 def _require_same_shapes(mine: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], misfit: str) -> None:

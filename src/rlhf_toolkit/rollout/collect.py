@@ -20,8 +20,8 @@ from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, response_mask
 from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
-from rlhf_toolkit.data.layout import join, response_positions, stack_rows, unpack
-from rlhf_toolkit.data.packing import Rows, micro_batches, mini_batches
+from rlhf_toolkit.data.layout import TokenLayout, join, packed, padded, stack_rows, unpack
+from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
 from rlhf_toolkit.errors import DataError, TrainingPathError
@@ -35,6 +35,7 @@ from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
 
 Sample = dict[str, str | float]
 Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
+Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,21 @@ class Cutting:
 
     mini_batches: int
     micro_batch_tokens: int
+    packing: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Sequences (n, T) and both lengths (n,) to the layout of a forward pass."""
+        return packed if self.packing else padded
+
+    def among_ranks(self, rows: Sequence[int], sampled: Sampled | Experience) -> list[list[Rows]]:
+        """``[rank][micro-batch]`` to row numbers, for a mini-batch of ``rows``."""
+        cut = {"ranks": world_size(), "budget": self.micro_batch_tokens}
+        lengths = sampled.lengths()
+        if not self.packing:
+            return padded_micro_batches(rows, lengths, **cut)
+        both = zip(sampled.sequences.tolist(), sampled.prompt_lengths.tolist(), strict=True)
+        return packed_micro_batches(rows, lengths, [tuple(row[:length]) for row, length in both], **cut)
 
 
 class Collector:
@@ -140,7 +156,8 @@ class Collector:
         with self.sampler.opened(self.model()) as shared:
             sampled = self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
             with self.clock.phase("old_log_prob"):
-                passes = score(shared, sampled, self.plan(sampled, rollout, epoch=0), self.sampling.temperature)
+                plan = self.plan(sampled, rollout, epoch=0)
+                passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature)
         self._check_paths(sampled, passes, rollout)
         self.expected.update(rows.prompts, sampled.response_lengths.tolist())
         return self._experience(sampled, passes)
@@ -166,16 +183,13 @@ class Collector:
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
         """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
-        lengths = sampled.lengths()
-        parts = mini_batches(len(lengths), self.cutting.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
-        budget = self.cutting.micro_batch_tokens
-        return Plan([micro_batches(part, lengths, ranks=world_size(), budget=budget) for part in parts])
+        rows = len(sampled.sequences)
+        parts = mini_batches(rows, self.cutting.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
+        return Plan([self.cutting.among_ranks(part, sampled) for part in parts])
 
     def evaluation_plan(self, sampled: Sampled) -> Plan:
         """One pass over a rollout in its own order; nothing is trained on it."""
-        lengths = sampled.lengths()
-        budget = self.cutting.micro_batch_tokens
-        return Plan([micro_batches(range(len(lengths)), lengths, ranks=world_size(), budget=budget)])
+        return Plan([self.cutting.among_ranks(range(len(sampled.sequences)), sampled)])
 
     def penalised(self, sampled: Sampled) -> Tensor:
         """(B,) scores after the penalty for responses that were cut off."""
@@ -305,12 +319,12 @@ def gather_rollout(
     )
 
 
-def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) -> Passes:
+def score(shared: SharedBase, sampled: Sampled, plan: Plan, layout: Layout, temperature: float) -> Passes:
     """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every
     rank."""
     width = sampled.rollout_logprobs.shape[1]
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
-    done = [(rows, _score_rows(shared, sampled, rows, width, temperature)) for rows in mine]
+    done = [(rows, _score_rows(shared, sampled, rows, layout, temperature)) for rows in mine]
     columns: list[Tensor] = [torch.zeros(len(sampled.finished), width) for _ in range(4)]
     columns.append(torch.zeros(len(sampled.finished)))
     for rows, results in (item for share in all_gather(done) for item in share):
@@ -319,12 +333,10 @@ def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) 
     return Passes(*columns)
 
 
-def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, width: int, temperature: float) -> list[Tensor]:
-    device = next(shared.parameters()).device
-    prompt_lengths, lengths = sampled.prompt_lengths[rows].to(device), sampled.response_lengths[rows].to(device)
-    total = int((prompt_lengths + lengths).max())
-    sequences = sampled.sequences[rows, :total].to(device)
-    positions = response_positions(prompt_lengths, lengths, total)
-    out = shared(sequences, positions, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
-    packed = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
-    return [unpack(p, lengths, width).cpu() for p in packed] + [out["final_values"].cpu()]
+def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, layout: Layout, temperature: float) -> list[Tensor]:
+    lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
+    laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
+    on_device = laid_out.to(next(shared.parameters()).device)
+    out = shared(on_device, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
+    results = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
+    return [unpack(result.cpu(), lengths, width) for result in results] + [out["final_values"].cpu()]
