@@ -10,8 +10,9 @@ language-model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
@@ -20,6 +21,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 AVAILABLE = ZeroParamStatus.AVAILABLE
+Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
+"""A module's hooks of one kind, a number in it, and the hook of that number."""
 
 
 def share_parameters(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -69,12 +72,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
     # Persistent parameters (small ones, all adapters among them) are whole between steps; gathering them here would
     # partition them on exit, and the next forward would fetch them back one by one.
     partitioned = [p for p in offload.module.parameters() if not (p.ds_persist and p.ds_status is AVAILABLE)]
-    _take_hooks_off(offload)
+    hooks = _take_hooks_off(offload)
     try:
         with whole(partitioned):
             yield
     finally:
-        _put_hooks_on(offload)
+        _put_hooks_on(hooks)
 
 
 def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
@@ -83,15 +86,18 @@ def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
     return model.optimizer.parameter_offload
 
 
-def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> None:
-    offload._remove_module_hooks()
-    offload.forward_hooks.clear()
-    offload.backward_hooks.clear()
+def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> list[Hook]:
+    """Remove every hook ZeRO-3 has on a module; what is returned puts the very same ones back.
+
+    Registering new ones instead would make ZeRO-3 forget the order in which modules run. It would learn the order again
+    in the next micro-batch, and while it learns it frees persistent parameters too and keeps nothing for backward: all
+    adapters would be gathered once more, one by one, and the output layer as well (bench/traffic.py).
+    """
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    places = [(handle.hooks_dict_ref(), handle.id) for handle in handles]
+    return [(hooks, number, hooks.pop(number)) for hooks, number in places]
 
 
-def _put_hooks_on(offload: DeepSpeedZeRoOffload) -> None:
-    def start_of_forward(module: nn.Module, *args: object) -> None:
-        offload.get_param_coordinator().reset_step()
-
-    offload.fwd_pre_hook = offload.module.register_forward_pre_hook(start_of_forward)
-    offload._register_deepspeed_module(offload.module)
+def _put_hooks_on(taken: list[Hook]) -> None:
+    for hooks, number, hook in taken:
+        hooks[number] = hook
