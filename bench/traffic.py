@@ -6,6 +6,9 @@ Two ranks under real ZeRO-3. Every all-gather that DeepSpeed starts is counted b
 put down to the rollout (everything while experience is collected), to a micro-batch of the update, or to what lies
 between. The least is one base for each rollout and two for each micro-batch (forward and backward), the base counted in
 its own dtype and a tied output layer once. The first iteration also holds what happens once; it is shown apart.
+
+ZeRO-3 keeps, between forward and backward, what it will need again within 1e9 elements (2 GB in bfloat16): the whole of
+a small model, a seventh of a 7B one. ``--like-7b`` scales that down, so that the share kept is a 7B model's.
 """
 
 from __future__ import annotations
@@ -35,10 +38,7 @@ CHANGES = {
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
-    parser.add_argument(
-        "--reuse-distance", type=int, help="elements within which ZeRO-3 keeps what it will need again; none: as the "
-        "toolkit has it; 0: keep nothing, as for a model much larger than that"
-    )
+    parser.add_argument("--like-7b", action="store_true", help="keep as small a share of the model as of a 7B one")
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
@@ -46,10 +46,11 @@ def main() -> None:
         return
     figures = []
     for model in models(options.set):
-        job = {"model": model, "reuse_distance": options.reuse_distance, "changes": {**CHANGES, "model.gradient_checkpointing": options.checkpointing}}
+        job = {"model": model, "like_7b": options.like_7b, "changes": {**CHANGES, "model.gradient_checkpointing": options.checkpointing}}
         counted = on_ranks(__file__, job, ranks=RANKS)
         figures.append(rounded({"model": model, "gradient_checkpointing": options.checkpointing, **figure(counted)}))
-    keep("traffic" + ("_checkpointing" if options.checkpointing else ""), figures, ranks=RANKS)
+    endings = ("_checkpointing" if options.checkpointing else "") + ("_like_7b" if options.like_7b else "")
+    keep(f"traffic{endings}", figures, ranks=RANKS)
 
 
 def figure(counted: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def figure(counted: dict[str, Any]) -> dict[str, Any]:
     # Each role on its own: a gather for sampling, three scoring passes of each micro-batch, and two updates.
     separate = 1 + 3 * micro_batches + 2 * 2 * micro_batches
     return {
-        "reuse_distance": counted["reuse_distance"],
+        "kept_elements": counted["kept_elements"],
         "base_mb": base / 1e6,
         "micro_batches": micro_batches,
         "least_bases": least,
@@ -134,9 +135,11 @@ def worker(job: dict[str, Any]) -> None:
     count, iterations = Count(), []
     run = prepared(experiment(job["model"], Path(job["folder"]), job["changes"]))
     trainer = run.trainer
-    if job["reuse_distance"] is not None:
+    if job["like_7b"]:
+        share = sum(p.ds_numel for p in trainer.model.parameters()) / 7.6e9
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero["stage3_max_reuse_distance"] = job["reuse_distance"]
+        zero["stage3_prefetch_bucket_size"] = int(5e7 * share)
+        zero["stage3_max_reuse_distance"] = zero["stage3_max_live_parameters"] = int(1e9 * share)
 
     class Iterations(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -157,7 +160,7 @@ def worker(job: dict[str, Any]) -> None:
         base = [p for name, p in trainer.model.named_parameters() if "lora_" not in name and "scalar_heads" not in name]
         persistent = [p for p in trainer.model.parameters() if p.ds_persist]
         found = {
-            "reuse_distance": trainer.model_wrapped.zero_max_reuse_distance(),
+            "kept_elements": trainer.model_wrapped.zero_max_reuse_distance(),
             "iterations": iterations,
             "base_bytes": sum(p.ds_numel * p.element_size() for p in base),
             "persistent_bytes": sum(p.ds_numel * p.element_size() for p in persistent),
