@@ -46,7 +46,11 @@ def main() -> None:
         return
     figures = []
     for model in models(options.set):
-        job = {"model": model, "like_7b": options.like_7b, "changes": {**CHANGES, "model.gradient_checkpointing": options.checkpointing}}
+        job = {
+            "model": model,
+            "like_7b": options.like_7b,
+            "changes": {**CHANGES, "model.gradient_checkpointing": options.checkpointing},
+        }
         counted = on_ranks(__file__, job, ranks=RANKS)
         figures.append(rounded({"model": model, "gradient_checkpointing": options.checkpointing, **figure(counted)}))
     endings = ("_checkpointing" if options.checkpointing else "") + ("_like_7b" if options.like_7b else "")
@@ -136,7 +140,9 @@ def worker(job: dict[str, Any]) -> None:
     run = prepared(experiment(job["model"], Path(job["folder"]), job["changes"]))
     trainer = run.trainer
     if job["like_7b"]:
-        share = sum(p.ds_numel for p in trainer.model.parameters()) / 7.6e9
+        from rlhf_toolkit.distributed.zero3 import element_count
+
+        share = sum(map(element_count, trainer.model.parameters())) / 7.6e9
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_prefetch_bucket_size"] = int(5e7 * share)
         zero["stage3_max_reuse_distance"] = zero["stage3_max_live_parameters"] = int(1e9 * share)

@@ -51,7 +51,7 @@ MANY = 1000  # steps: more than anyone asks for
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
 
 
-# ---- a reward function as the "sequence classification model" that PPOTrainer insists on ------------------------------
+# ---- a reward function as the "sequence classification model" that PPOTrainer insists on ----------------------------
 
 
 class Backbone(torch.nn.Module):
