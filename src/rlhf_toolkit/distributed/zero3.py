@@ -10,8 +10,9 @@ language-model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
@@ -22,6 +23,8 @@ from torch import nn
 from rlhf_toolkit.distributed.collectives import any_rank
 
 AVAILABLE = ZeroParamStatus.AVAILABLE
+Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
+"""A module's hooks of one kind, a number in it, and the hook of that number."""
 
 
 def share_parameters(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -53,7 +56,7 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
     Parameters that ZeRO-3 does not manage are whole anyway: then every rank must write the same. To read, what lies
     here already (in the window, or because it is persistent) is left alone: gathers must not overlap.
     """
-    managed = [p for p in parameters if is_partitioned(p) and (write or vars(p)["ds_status"] is not AVAILABLE)]
+    managed = [p for p in parameters if is_partitioned(p) and (write or not _is_here(p))]
     with GatheredParameters(managed, modifier_rank=0 if write else None, enabled=bool(managed)):
         yield
 
@@ -69,12 +72,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if offload is None:
         yield
         return
-    _take_hooks_off(offload)
+    hooks = _take_hooks_off(offload)
     try:
         with whole(_partitioned(offload)):
             yield
     finally:
-        _put_hooks_on(offload)
+        _put_hooks_on(hooks)
 
 
 class InStep:
@@ -124,7 +127,12 @@ def is_sharded(model: nn.Module) -> bool:
 def _partitioned(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:
     """All but the persistent parameters (small ones, all adapters among them), which are whole between steps: gathering
     them would partition them on exit, and the next forward would fetch them back one by one."""
-    return [p for p in offload.module.parameters() if not (p.ds_persist and p.ds_status is AVAILABLE)]
+    return [p for p in offload.module.parameters() if not (p.ds_persist and _is_here(p))]
+
+
+def _is_here(parameter: nn.Parameter) -> bool:
+    """Whether a parameter that ZeRO-3 manages lies whole on this rank right now."""
+    return parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
 
 
 def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
@@ -133,15 +141,18 @@ def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
     return model.optimizer.parameter_offload
 
 
-def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> None:
-    offload._remove_module_hooks()
-    offload.forward_hooks.clear()
-    offload.backward_hooks.clear()
+def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> list[Hook]:
+    """Remove every hook ZeRO-3 has on a module; what is returned puts the very same ones back.
+
+    Registering new ones instead would make ZeRO-3 forget the order in which modules run. It would learn the order again
+    in the next micro-batch, and while it learns it frees persistent parameters too and keeps nothing for backward: all
+    adapters would be gathered once more, one by one, and the output layer as well (bench/traffic.py).
+    """
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    places = [(handle.hooks_dict_ref(), handle.id) for handle in handles]
+    return [(hooks, number, hooks.pop(number)) for hooks, number in places]
 
 
-def _put_hooks_on(offload: DeepSpeedZeRoOffload) -> None:
-    def start_of_forward(module: nn.Module, *args: object) -> None:
-        offload.get_param_coordinator().reset_step()
-
-    offload.fwd_pre_hook = offload.module.register_forward_pre_hook(start_of_forward)
-    offload._register_deepspeed_module(offload.module)
+def _put_hooks_on(taken: list[Hook]) -> None:
+    for hooks, number, hook in taken:
+        hooks[number] = hook
