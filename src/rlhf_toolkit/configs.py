@@ -31,6 +31,7 @@ class Rule:
 
 
 ABOVE_0 = Rule("be above 0", lambda value: value > 0)
+AT_LEAST_1 = Rule("be at least 1", lambda value: value >= 1)
 ABOVE_1 = Rule("be above 1", lambda value: value > 1)
 NOT_NEGATIVE = Rule("not be negative", lambda value: value >= 0)
 WITHIN_0_AND_1 = Rule("be above 0 and below 1", lambda value: 0 < value < 1)
@@ -90,6 +91,8 @@ def _check(name: str, value: Any, setting: Field[Any], or_none: str) -> None:
 # ---- the sections ----------------------------------------------------------------------------------------------------
 
 DTYPES = ("bfloat16", "float16", "float32")
+VALUE_SITES = ("adapter", "policy_trunk")
+CORRECTIONS = ("none", "token", "sequence")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 SCHEDULES = (
@@ -119,6 +122,11 @@ class ModelConfig(Section):
     target_modules: str | list[str] = knob("all-linear", "layers to adapt: all-linear or a list of name endings")
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
     policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
+    value_on: str = knob(
+        "adapter",
+        "the value head reads an adapter of its own, or, cheaper, the policy's states without moving them",
+        choices=VALUE_SITES,
+    )
     value_head_std: float = knob(0.0, "standard deviation of the value head's start; 0 starts it at zero", NOT_NEGATIVE)
     gradient_checkpointing: bool = knob(False, "recompute layers in backward: less memory, about a third more time")
 
@@ -189,6 +197,12 @@ class PPOConfig(Section):
     value_clip_range: float | None = knob(0.2, "bound of a value's move in the clipped loss; none: off", ABOVE_0)
     value_coef: float = knob(1.0, "weight of the value loss", NOT_NEGATIVE)
     entropy_coef: float = knob(0.0, "weight of the entropy bonus", NOT_NEGATIVE)
+    importance_correction: str = knob(
+        "none",
+        "weigh the policy's loss by training over sampling probability, a token or a sequence",
+        choices=CORRECTIONS,
+    )
+    importance_cap: float = knob(2.0, "these weights are cut to at most this", AT_LEAST_1)
     loss_aggregation: str = knob("token-mean", "how tokens become one loss", choices=AGGREGATIONS)
     kl_in: str = knob("reward", "reward: shapes each token's; loss: a term of the loss", choices=("reward", "loss"))
     kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=ESTIMATORS)
@@ -220,7 +234,9 @@ class UpdateConfig(Section):
 
     micro_batch_tokens: int = knob(4096, "padded tokens of one forward pass, a role's rows times their width", ABOVE_0)
     policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
-    value_lr: float = knob(1e-4, "learning rate of the value's adapter", NOT_NEGATIVE)
+    value_lr: float = knob(
+        1e-4, "learning rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE
+    )
     value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
     schedule: str = knob("constant", "transformers' scheduler type, of all groups", choices=SCHEDULES)
     warmup_steps: int = knob(0, "optimizer steps of linear warm-up, for schedules that have one", NOT_NEGATIVE)
@@ -324,6 +340,11 @@ class Experiment:
                 f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
                 f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
             )
+
+    @property
+    def kl_asked(self) -> bool:
+        """Whether reward or loss needs the KL to the reference: a coefficient that is not 0, or one that may move."""
+        return self.ppo.kl_coef != 0 or self.ppo.kl_target is not None
 
     @property
     def updates_per_rollout(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.algorithms.advantages import gae
+from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, response_mask
@@ -31,12 +32,13 @@ from rlhf_toolkit.distributed.zero3 import gathered
 from rlhf_toolkit.errors import DataError, TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import Clock
-from rlhf_toolkit.reporting.metrics import rollout_metrics
+from rlhf_toolkit.reporting.metrics import policy_metrics, rollout_metrics
 from rlhf_toolkit.rollout.decoding import Sampling, decode
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
 
 Sample = dict[str, str | float]
 Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
+SCORED_ROLES = (POLICY, VALUE, REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,16 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Passes:
-    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token."""
+    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token.
 
-    old_logprobs: Tensor
-    entropies: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    final_values: Tensor
+    None: the role did not run.
+    """
+
+    old_logprobs: Tensor | None = None
+    entropies: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    final_values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +130,15 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
         tolerance: float | None = None,
+        roles: Sequence[str] = SCORED_ROLES,
+        correction: Correction = Correction(),  # noqa: B008  frozen
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.tokenizer = tokenizer
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
+        self.roles, self.correction = tuple(roles), correction
         self.on_tokens = on_tokens
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
@@ -144,7 +152,8 @@ class Collector:
         with gathered(model), inference(model) as shared:
             sampled = self.sample(shared, batch, self.sampling, stream=(self.seed, "sample", rollout))
             with self.clock.phase("old_log_prob"):
-                passes = score(shared, sampled, self.plan(sampled, rollout, epoch=0), self.sampling.temperature)
+                plan, roles = self.plan(sampled, rollout, epoch=0), self.roles_of(rollout)
+                passes = score(shared, sampled, plan, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
         return self._experience(sampled, passes)
 
@@ -172,6 +181,11 @@ class Collector:
         budget = self.cutting.micro_batch_tokens
         return Plan([micro_batches(range(len(lengths)), lengths, ranks=world_size(), budget=budget)])
 
+    def roles_of(self, rollout: int) -> tuple[str, ...]:
+        """The roles that score rollout number ``rollout``: all of them in the first, which ``_check_paths`` looks at,
+        and then those whose numbers something needs."""
+        return SCORED_ROLES if rollout == 0 else self.roles
+
     def penalised(self, sampled: Sampled) -> Tensor:
         """(B,) scores after the penalty for responses that were cut off."""
         return missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.shaping.missing_eos_penalty)
@@ -183,8 +197,7 @@ class Collector:
     def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
         """Rewards, advantages and the record of both, over the whole rollout."""
         scores, tokens, kl_coef = self.penalised(sampled), sampled.token_mask, self.kl_control.coefficient
-        kl = kl_penalty(passes.old_logprobs, passes.ref_logprobs, tokens, estimator=self.shaping.kl_estimator)
-        rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef if self.shaping.kl_in_reward else 0.0)
+        rewards = self._rewards(scores, sampled, passes)
         trained, advantages, returns = self._advantages(rewards, sampled, passes)
         experience = Experience(
             sequences=sampled.sequences,
@@ -194,12 +207,10 @@ class Collector:
             old_logprobs=passes.old_logprobs,
             ref_logprobs=passes.ref_logprobs,
             rollout_logprobs=sampled.rollout_logprobs,
-            values=passes.values,
+            values=present(passes.values),
             advantages=advantages,
             returns=returns,
         )
-        mean_kl = (kl.sum(1) / sampled.response_lengths).mean().item()  # verl: over tokens first, then over responses
-        self.kl_control.update(mean_kl, len(experience))
         self.samples = as_samples(sampled, scores)
         self.metrics = {
             **rollout_metrics(
@@ -207,15 +218,39 @@ class Collector:
                 scores=scores,
                 raw_scores=sampled.raw_scores,
                 rewards=rewards,
-                entropies=passes.entropies,
                 finished=sampled.finished,
-                token_mask=tokens,
             ),
-            "actor/reward_kl_penalty": mean_kl,
             "actor/reward_kl_penalty_coeff": kl_coef,
             "perf/total_num_tokens": float(sum(sampled.lengths())),
         }
+        told = {"old_logprobs": passes.old_logprobs, "entropies": passes.entropies, "ref_logprobs": passes.ref_logprobs}
+        if passes.old_logprobs is not None:
+            self.record_policy(
+                **{name: column for name, column in told.items() if column is not None},
+                rollout_logprobs=sampled.rollout_logprobs,
+                token_mask=tokens,
+                trained=trained,
+            )
+        if "actor/reward_kl_penalty" in self.metrics:
+            self.kl_control.update(self.metrics["actor/reward_kl_penalty"], len(experience))
         return experience
+
+    def record_policy(self, **columns: Tensor) -> None:
+        """Add what the policy's pass says to the rollout's metrics; ``columns`` are those of ``policy_metrics``.
+
+        Called from here, or by the trainer after the update whose pass stands in for scoring's.
+        """
+        kl_estimator, correction = self.shaping.kl_estimator, self.correction
+        self.metrics |= policy_metrics(**columns, kl_estimator=kl_estimator, correction=correction)
+
+    def _rewards(self, scores: Tensor, sampled: Sampled, passes: Passes) -> Tensor:
+        """(B, R): the scores on the last tokens, less the KL where it is in the reward."""
+        tokens, kl, kl_coef = sampled.token_mask, torch.zeros_like(sampled.rollout_logprobs), 0.0
+        if self.shaping.kl_in_reward and REFERENCE in self.roles:
+            old, ref = present(passes.old_logprobs), present(passes.ref_logprobs)
+            kl = kl_penalty(old, ref, tokens, estimator=self.shaping.kl_estimator)
+            kl_coef = self.kl_control.coefficient
+        return shape_rewards(scores, kl, tokens, kl_coef=kl_coef)
 
     def _advantages(self, rewards: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
         """The mask of trained tokens, advantages whitened over them, and returns; each (B, R).
@@ -224,10 +259,11 @@ class Collector:
         (bootstrap), or is left out of the loss and of the whitening (mask).
         """
         shaping, tokens = self.shaping, sampled.token_mask
-        cut_off_value = passes.final_values if shaping.truncated == "bootstrap" else torch.zeros_like(rewards[:, 0])
+        final_values = present(passes.final_values)
+        cut_off_value = final_values if shaping.truncated == "bootstrap" else torch.zeros_like(final_values)
         advantages, returns = gae(
             rewards,
-            passes.values,
+            present(passes.values),
             tokens,
             gamma=shaping.gamma,
             gae_lambda=shaping.gae_lambda,
@@ -245,14 +281,14 @@ class Collector:
         """Sampling and training must see one policy; before the first update the policy must be the reference."""
         if self.tolerance is None or rollout > 0:
             return
-        mask = sampled.token_mask
-        gap = masked_mean((sampled.rollout_logprobs - passes.old_logprobs).abs(), mask).item()
+        mask, old, ref = sampled.token_mask, present(passes.old_logprobs), present(passes.ref_logprobs)
+        gap = masked_mean((sampled.rollout_logprobs - old).abs(), mask).item()
         if gap > self.tolerance:
             raise TrainingPathError(
                 f"the policy's log-probs differ by {gap:.3g} a token between sampling and the training pass, more than "
                 f"{self.tolerance:g}: dropout, a temperature on one side, or an output layer the toolkit does not know"
             )
-        kl = (passes.old_logprobs - passes.ref_logprobs)[mask].abs().max().item()
+        kl = (old - ref)[mask].abs().max().item()
         if kl > self.tolerance:
             raise TrainingPathError(
                 f"before the first update policy and reference differ by {kl:.3g} in a log-prob, more than "
@@ -260,6 +296,24 @@ class Collector:
                 "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
                 "loaded with"
             )
+
+
+def needed_roles(*, updates_per_rollout: int, kl_in_reward: bool, kl_asked: bool) -> tuple[str, ...]:
+    """The roles that must score a rollout: value always; reference where a KL is asked for; policy unless its first
+    update is its only one and no reward needs its KL: then the update's own log-probs, detached, are the old ones.
+
+    ``kl_asked``: the coefficient is not 0, or a controller may move it.
+    """
+    policy = updates_per_rollout > 1 or (kl_in_reward and kl_asked)
+    needed = {POLICY: policy, VALUE: True, REFERENCE: kl_asked}
+    return tuple(role for role in SCORED_ROLES if needed[role])
+
+
+def present(result: Tensor | None) -> Tensor:
+    """What a role said that was asked for. Raises RuntimeError, a defect, where it did not run."""
+    if result is None:
+        raise RuntimeError("a pass is needed that the collector's roles leave out")
+    return result
 
 
 def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
@@ -303,26 +357,41 @@ def gather_rollout(
     )
 
 
-def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) -> Passes:
-    """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every
-    rank."""
+def score(
+    shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float, *, roles: Sequence[str] = SCORED_ROLES
+) -> Passes:
+    """One pass of ``roles`` over the rollout, each rank its share of ``plan``, gathered on every rank; without roles
+    none runs."""
+    if not roles:
+        return Passes()
     width = sampled.rollout_logprobs.shape[1]
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
-    done = [(rows, _score_rows(shared, sampled, rows, width, temperature)) for rows in mine]
-    columns: list[Tensor] = [torch.zeros(len(sampled.finished), width) for _ in range(4)]
-    columns.append(torch.zeros(len(sampled.finished)))
+    done = [(rows, _score_rows(shared, sampled, rows, width, temperature, roles)) for rows in mine]
+    columns: dict[str, Tensor] = {}
     for rows, results in (item for share in all_gather(done) for item in share):
-        for column, result in zip(columns, results, strict=True):
+        for name, result in results.items():
+            column = columns.setdefault(name, torch.zeros(len(sampled.finished), *result.shape[1:]))
             column[rows] = result
-    return Passes(*columns)
+    return Passes(**columns)
 
 
-def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, width: int, temperature: float) -> list[Tensor]:
+PACKED_RESULTS = {
+    "policy_logprobs": "old_logprobs",
+    "policy_entropies": "entropies",
+    "reference_logprobs": "ref_logprobs",
+    "values": "values",
+}
+"""What ``SharedBase.forward`` calls a result, and ``Passes``."""
+
+
+def _score_rows(
+    shared: SharedBase, sampled: Sampled, rows: Rows, width: int, temperature: float, roles: Sequence[str]
+) -> dict[str, Tensor]:
     device = next(shared.parameters()).device
     prompt_lengths, lengths = sampled.prompt_lengths[rows].to(device), sampled.response_lengths[rows].to(device)
     total = int((prompt_lengths + lengths).max())
     sequences = sampled.sequences[rows, :total].to(device)
     positions = response_positions(prompt_lengths, lengths, total)
-    out = shared(sequences, positions, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
-    packed = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
-    return [unpack(p, lengths, width).cpu() for p in packed] + [out["final_values"].cpu()]
+    out = shared(sequences, positions, roles=roles, temperature=temperature)
+    results = {ours: unpack(out[name], lengths, width).cpu() for name, ours in PACKED_RESULTS.items() if name in out}
+    return results | {name: out[name].cpu() for name in ("final_values",) if name in out}
