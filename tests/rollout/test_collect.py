@@ -13,8 +13,9 @@ from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import FixedKL
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.rollout.collect import Collector, Cutting, Passes, Plan, Sampled, Shaping, needed_roles, score
+from rlhf_toolkit.rollout.collect import Collector, Cutting, Plan, Sampled, Shaping, score
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.passes import Passes, needed_roles
 from rlhf_toolkit.types import Experience, Prompt
 from tests.roles import tiny_shared
 

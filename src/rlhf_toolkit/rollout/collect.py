@@ -30,15 +30,15 @@ from rlhf_toolkit.data.prompts import PromptSchedule, batch_for_rank
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
 from rlhf_toolkit.distributed.zero3 import gathered
 from rlhf_toolkit.errors import DataError, TrainingPathError
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.models.shared_base import REFERENCE, SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import policy_metrics, rollout_metrics
 from rlhf_toolkit.rollout.decoding import Sampling, decode
+from rlhf_toolkit.rollout.passes import SCORED_ROLES, Passes, present
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
 
 Sample = dict[str, str | float]
 Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
-SCORED_ROLES = (POLICY, VALUE, REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,6 @@ class Sampled:
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token.
-
-    None: the role did not run.
-    """
-
-    old_logprobs: Tensor | None = None
-    entropies: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    values: Tensor | None = None
-    final_values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -296,24 +282,6 @@ class Collector:
                 "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
                 "loaded with"
             )
-
-
-def needed_roles(*, updates_per_rollout: int, kl_in_reward: bool, kl_asked: bool) -> tuple[str, ...]:
-    """The roles that must score a rollout: value always; reference where a KL is asked for; policy unless its first
-    update is its only one and no reward needs its KL: then the update's own log-probs, detached, are the old ones.
-
-    ``kl_asked``: the coefficient is not 0, or a controller may move it.
-    """
-    policy = updates_per_rollout > 1 or (kl_in_reward and kl_asked)
-    needed = {POLICY: policy, VALUE: True, REFERENCE: kl_asked}
-    return tuple(role for role in SCORED_ROLES if needed[role])
-
-
-def present(result: Tensor | None) -> Tensor:
-    """What a role said that was asked for. Raises RuntimeError, a defect, where it did not run."""
-    if result is None:
-        raise RuntimeError("a pass is needed that the collector's roles leave out")
-    return result
 
 
 def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:

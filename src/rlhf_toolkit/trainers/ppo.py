@@ -13,7 +13,7 @@ from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_sum, response_mask
-from rlhf_toolkit.algorithms.policy_losses import vanilla
+from rlhf_toolkit.algorithms.policy_losses import PolicyLossTerms, vanilla
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
 from rlhf_toolkit.data.layout import response_positions, stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
@@ -23,8 +23,9 @@ from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
-from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, inference, present, score
+from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, inference, score
 from rlhf_toolkit.rollout.loader import MiniBatch, RolloutLoader
+from rlhf_toolkit.rollout.passes import present
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch
 
@@ -132,12 +133,7 @@ class PPOTrainer(RoleTrainer):
         counts = {"tokens": int(inputs["token_count"]), "sequences": int(inputs["sequence_count"])}
         batch = Experience.of(inputs)
         logprobs, entropies, values = self._passes(model, batch)
-        old_logprobs = batch.old_logprobs
-        if old_logprobs is None:
-            old_logprobs = logprobs.detach()
-            self._keep_unscored(old_logprobs, entropies.detach(), batch)
-        elif first and bool(inputs["fresh"]):
-            self._check_first_ratio(logprobs, old_logprobs, batch.response_mask)
+        old_logprobs = self._old_logprobs(batch, logprobs, entropies, check=first and bool(inputs["fresh"]))
 
         def reduce(per_token: Tensor) -> Tensor:
             return aggregate(
@@ -145,16 +141,7 @@ class PPOTrainer(RoleTrainer):
             )
 
         mask = batch.response_mask
-        policy = vanilla(
-            logprobs,
-            old_logprobs,
-            batch.advantages,
-            mask,
-            clip_range_low=self.loss.clip_range_low,
-            clip_range_high=self.loss.clip_range_high,
-            dual_clip=self.loss.dual_clip,
-            weights=self.loss.correction.weights(old_logprobs, batch.rollout_logprobs, mask),
-        )
+        policy = self._policy_terms(logprobs, old_logprobs, batch)
         value = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip_range=self.loss.value_clip_range
         )
@@ -229,6 +216,28 @@ class PPOTrainer(RoleTrainer):
             "perf/throughput": tokens / seconds["step"] / world_size(),
             "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
         }
+
+    def _policy_terms(self, logprobs: Tensor, old_logprobs: Tensor, batch: Experience) -> PolicyLossTerms:
+        """The clipped loss of each token, weighed where the sampler is corrected for."""
+        return vanilla(
+            logprobs,
+            old_logprobs,
+            batch.advantages,
+            batch.response_mask,
+            clip_range_low=self.loss.clip_range_low,
+            clip_range_high=self.loss.clip_range_high,
+            dual_clip=self.loss.dual_clip,
+            weights=self.loss.correction.weights(old_logprobs, batch.rollout_logprobs, batch.response_mask),
+        )
+
+    def _old_logprobs(self, batch: Experience, logprobs: Tensor, entropies: Tensor, *, check: bool) -> Tensor:
+        """Those that scoring gave, with ``check`` compared to ``logprobs``; else ``logprobs`` themselves, detached."""
+        if batch.old_logprobs is None:
+            self._keep_unscored(logprobs.detach(), entropies.detach(), batch)
+            return logprobs.detach()
+        if check:
+            self._check_first_ratio(logprobs, batch.old_logprobs, batch.response_mask)
+        return batch.old_logprobs
 
     def _check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise

@@ -36,8 +36,9 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.rewards.functions import FunctionReward, load_function
-from rlhf_toolkit.rollout.collect import Collector, Cutting, Shaping, needed_roles
+from rlhf_toolkit.rollout.collect import Collector, Cutting, Shaping
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.passes import needed_roles
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.arguments import training_arguments
 from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
