@@ -15,13 +15,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors", "types", "seeding"},
     {"algorithms", "data", "distributed", "planning", "rewards"},
-    {"configs", "config_loading", "checkpoints", "reporting", "models"},
+    {"knobs", "configs", "config_loading", "checkpoints", "reporting", "models"},
     {"rollout"},
     {"trainers"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
-SIBLINGS = {("config_loading", "configs"), ("types", "errors")}
+SIBLINGS = {("config_loading", "configs"), ("config_loading", "knobs"), ("configs", "knobs"), ("types", "errors")}
 
 
 def part_of(path: Path) -> str:

@@ -10,11 +10,13 @@ import torch
 from transformers import SchedulerType, get_scheduler
 
 from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
+from rlhf_toolkit.algorithms.importance import NO_CORRECTION, WEIGHTS
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL
 from rlhf_toolkit.config_loading import experiment_from_dict, load_experiment, parse_overrides
 from rlhf_toolkit.configs import (
     AGGREGATIONS,
+    CORRECTIONS,
     ESTIMATORS,
     SCHEDULES,
     DataConfig,
@@ -68,6 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "target_modules": "all-linear",
         "exclude_modules": [],
         "policy_adapter": None,
+        "value_on": "adapter",
         "value_head_std": 0.0,
         "gradient_checkpointing": False,
     },
@@ -108,6 +111,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "clip_range_low": 0.2,
         "clip_range_high": 0.2,
         "dual_clip": None,
+        "importance_correction": "none",
+        "importance_cap": 2.0,
         "value_clip_range": 0.2,
         "value_coef": 1.0,
         "entropy_coef": 0.0,
@@ -123,6 +128,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "update": {
         "micro_batch_tokens": 4096,
+        "packing": "auto",
         "policy_lr": 0.0001,
         "value_lr": 0.0001,
         "value_head_lr": 0.001,
@@ -381,6 +387,8 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
         ("model", "dtype", "float23", "float32", ("bfloat16", "float16", "float32")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
         ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3")),
+        ("model", "value_on", "policy_trunks", "policy_trunk", ("adapter", "policy_trunk")),
+        ("ppo", "importance_correction", "tokens", "token", ("none", "token", "sequence")),
         ("ppo", "truncated", "terminate", "terminal", ("terminal", "bootstrap", "mask")),
         (
             "ppo",
@@ -401,9 +409,29 @@ def test_one_of(section: str, name: str, close: str, nearest: str, known: tuple[
         experiment(**{section: {name: choice}})
 
 
+def test_an_importance_cap_is_at_least_the_weight_of_equal_samplers() -> None:
+    assert error_of("ppo", importance_cap=0.9) == "ppo.importance_cap=0.9 must be at least 1; the default is 2.0"
+    experiment(ppo={"importance_cap": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, True),
+        ({"kl_coef": 0.0}, False),
+        ({"kl_coef": 0.0, "kl_target": 0.1}, True),
+        ({"kl_in": "loss"}, True),
+        ({"kl_in": "loss", "kl_coef": 0.0}, False),
+    ],
+)
+def test_whether_a_kl_is_asked_for(settings: dict[str, Any], asked: bool) -> None:
+    assert experiment(ppo=settings).kl_asked is asked
+
+
 def test_choices_are_what_the_arithmetic_knows() -> None:
     assert set(ESTIMATORS) == set(KL_ESTIMATORS)
     assert set(AGGREGATIONS) == set(AGGREGATION_MODES)
+    assert set(CORRECTIONS) == {NO_CORRECTION, *WEIGHTS}
 
 
 WITH_ARGUMENTS = {

@@ -72,10 +72,17 @@ def test_length_and_lengths() -> None:
 @pytest.mark.parametrize("index", [[2, 0], torch.tensor([2, 0])])
 def test_rows_come_back_in_the_order_asked_for(index: Any) -> None:
     whole = experience()
-    part = Experience(**whole.rows(index))
+    part = Experience.of({**whole.rows(index), "micro_batch": torch.zeros(2)})
     for field in fields(Experience):
         expected = torch.stack([getattr(whole, field.name)[2], getattr(whole, field.name)[0]])
         assert torch.equal(getattr(part, field.name), expected), field.name
+
+
+def test_what_scoring_left_out_is_no_column_and_comes_back_as_none() -> None:
+    part = replace(experience(), old_logprobs=None, ref_logprobs=None)
+    columns = part.rows([1])
+    assert not {"old_logprobs", "ref_logprobs"} & columns.keys()
+    assert Experience.of(columns).old_logprobs is None and Experience.of(columns).ref_logprobs is None
 
 
 def test_records_are_frozen() -> None:

@@ -9,89 +9,33 @@ below the trainers receives a config object: trainers unpack them into plain arg
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
 from rlhf_toolkit.errors import ConfigError
-
-# ---- what a knob is --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value must do: in words that follow "must", and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-ABOVE_0 = Rule("be above 0", lambda value: value > 0)
-ABOVE_1 = Rule("be above 1", lambda value: value > 1)
-NOT_NEGATIVE = Rule("not be negative", lambda value: value >= 0)
-WITHIN_0_AND_1 = Rule("be above 0 and below 1", lambda value: 0 < value < 1)
-FROM_0_TO_1 = Rule("be in [0, 1]", lambda value: 0 <= value <= 1)
-FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
-ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1)
-NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
-
-
-def knob(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field with a default, one line of help, and what it may be; lists and dicts are copied for each instance."""
-    metadata = {"help": help, "rule": rule, "choices": choices}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def default_of(setting: Field[Any]) -> str:
-    """The default of a knob as the end of a message, in YAML's words."""
-    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-    if default == "":
-        return "it has no default, so give it a value"
-    words = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
-    return f"the default is {words}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?``, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """The settings under one name of the YAML file. Raises ConfigError where one breaks the rule of its knob."""
-
-    def __post_init__(self) -> None:
-        """``PPOConfig`` is the section ``ppo``, and so on."""
-        section, hints = type(self).__name__.removesuffix("Config").lower(), get_type_hints(type(self))
-        for setting in fields(self):
-            optional = NoneType in get_args(hints[setting.name])
-            _check(f"{section}.{setting.name}", getattr(self, setting.name), setting, " or none" if optional else "")
-
-
-def _check(name: str, value: Any, setting: Field[Any], or_none: str) -> None:
-    if value is None:
-        return
-    rule, choices = setting.metadata["rule"], setting.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name}={value!r}{nearest(value, choices)}; known are {', '.join(choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
-    if rule is not None and not rule.holds(value):
-        raise ConfigError(f"{name}={value} must {rule.words}{or_none}; {default_of(setting)}")
-
+from rlhf_toolkit.knobs import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    ABOVE_1,
+    AT_LEAST_1,
+    FROM_0_TO_1,
+    FROM_0_TO_BELOW_1,
+    NO_DROPOUT,
+    NOT_NEGATIVE,
+    WITHIN_0_AND_1,
+    Section,
+    knob,
+)
 
 # ---- the sections ----------------------------------------------------------------------------------------------------
 
 MODES = ("auto", "window", "stream")
 KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
+VALUE_SITES = ("adapter", "policy_trunk")
+CORRECTIONS = ("none", "token", "sequence")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 SCHEDULES = (
@@ -121,6 +65,11 @@ class ModelConfig(Section):
     target_modules: str | list[str] = knob("all-linear", "layers to adapt: all-linear or a list of name endings")
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
     policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
+    value_on: str = knob(
+        "adapter",
+        "the value head reads an adapter of its own, or, cheaper, the policy's states without moving them",
+        choices=VALUE_SITES,
+    )
     value_head_std: float = knob(0.0, "standard deviation of the value head's start; 0 starts it at zero", NOT_NEGATIVE)
     gradient_checkpointing: bool = knob(False, "recompute layers in backward: less memory, about a third more time")
 
@@ -207,6 +156,12 @@ class PPOConfig(Section):
     value_clip_range: float | None = knob(0.2, "bound of a value's move in the clipped loss; none: off", ABOVE_0)
     value_coef: float = knob(1.0, "weight of the value loss", NOT_NEGATIVE)
     entropy_coef: float = knob(0.0, "weight of the entropy bonus", NOT_NEGATIVE)
+    importance_correction: str = knob(
+        "none",
+        "weigh the policy's loss by training over sampling probability, a token or a sequence",
+        choices=CORRECTIONS,
+    )
+    importance_cap: float = knob(2.0, "these weights are cut to at most this", AT_LEAST_1)
     loss_aggregation: str = knob("token-mean", "how tokens become one loss", choices=AGGREGATIONS)
     kl_in: str = knob("reward", "reward: shapes each token's; loss: a term of the loss", choices=("reward", "loss"))
     kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=ESTIMATORS)
@@ -243,7 +198,9 @@ class UpdateConfig(Section):
         choices=("auto", "on", "off"),
     )
     policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
-    value_lr: float = knob(1e-4, "learning rate of the value's adapter", NOT_NEGATIVE)
+    value_lr: float = knob(
+        1e-4, "learning rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE
+    )
     value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
     schedule: str = knob("constant", "transformers' scheduler type, of all groups", choices=SCHEDULES)
     warmup_steps: int = knob(0, "optimizer steps of linear warm-up, for schedules that have one", NOT_NEGATIVE)
@@ -347,6 +304,11 @@ class Experiment:
                 f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
                 f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
             )
+
+    @property
+    def kl_asked(self) -> bool:
+        """Whether reward or loss needs the KL to the reference: a coefficient that is not 0, or one that may move."""
+        return self.ppo.kl_coef != 0 or self.ppo.kl_target is not None
 
     @property
     def updates_per_rollout(self) -> int:

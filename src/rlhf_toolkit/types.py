@@ -9,7 +9,7 @@ Letters: B sequences, P prompt width, R response width, T = P + R.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -77,7 +77,7 @@ class Rollout:
         _expect("finished", self.finished, (rows,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experience:
     """A scored rollout, ready for the update: every field has one row for each sequence of the whole rollout, on every
     rank.
@@ -85,15 +85,16 @@ class Experience:
     ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
     rest (B, R), aligned so that column 0 is the first response token: ``response_mask`` bool, True where the token is
     trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and ``rollout_logprobs``; ``values``, ``advantages``,
-    ``returns``; all fp32.
+    ``returns``; all fp32. ``old_logprobs`` are None where the only update on the rollout makes its own, and
+    ``ref_logprobs`` where no KL is asked for.
     """
 
     sequences: torch.Tensor
     prompt_lengths: torch.Tensor
     response_lengths: torch.Tensor
     response_mask: torch.Tensor
-    old_logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
     rollout_logprobs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
@@ -105,7 +106,8 @@ class Experience:
         for name in ("prompt_lengths", "response_lengths"):
             _expect(name, getattr(self, name), (rows,))
         for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns"):
-            _expect(name, getattr(self, name), (rows, width))
+            if getattr(self, name) is not None:
+                _expect(name, getattr(self, name), (rows, width))
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -115,10 +117,15 @@ class Experience:
         return (self.prompt_lengths + self.response_lengths).tolist()  # type: ignore[no-any-return]
 
     def rows(self, index: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The rows ``index`` as a plain dict of tensors, which is what Trainer handles; ``Experience(**d)`` brings it
-        back."""
-        index = torch.as_tensor(index)
-        return {field.name: getattr(self, field.name)[index] for field in fields(self)}
+        """The rows ``index`` as a plain dict of tensors, which is what Trainer handles, without the fields that are
+        None; ``Experience.of(d)`` brings it back."""
+        index, columns = torch.as_tensor(index), {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column[index] for name, column in columns.items() if column is not None}
+
+    @classmethod
+    def of(cls, columns: Mapping[str, torch.Tensor]) -> Experience:
+        """An Experience from the columns of ``rows``; others among them are left alone."""
+        return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.importance import truncated_sequence_weights, truncated_token_weights
+from rlhf_toolkit.algorithms.importance import (
+    Correction,
+    capped_share,
+    effective_sample_share,
+    mean_weight,
+    truncated_sequence_weights,
+    truncated_token_weights,
+)
+from rlhf_toolkit.errors import ConfigError
 from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real
 
 BOTH = pytest.mark.parametrize("weigh", [truncated_token_weights, truncated_sequence_weights])
@@ -66,3 +75,41 @@ def test_log_ratios_are_bounded_by_twenty(weigh: Callable[..., Tensor]) -> None:
     old, mask = torch.tensor([[200.0], [-200.0]]), torch.ones(2, 1, dtype=torch.bool)
     weights = weigh(old, torch.zeros(2, 1), mask, threshold=1e30)
     torch.testing.assert_close(weights, torch.tensor([[math.exp(20)], [math.exp(-20)]]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "weigh"), [("token", truncated_token_weights), ("sequence", truncated_sequence_weights)]
+)
+def test_a_correction_by_name_has_its_cap(kind: str, weigh: Callable[..., Tensor]) -> None:
+    old, rollout = like_mask(5), like_mask(6)
+    found = Correction(kind, 1.5).weights(old, rollout, MASK)
+    assert found is not None and torch.equal(found, weigh(old, rollout, MASK, threshold=1.5))
+
+
+def test_no_correction_has_no_weights() -> None:
+    assert Correction().weights(like_mask(5), like_mask(6), MASK) is None
+
+
+@pytest.mark.parametrize("settings", [{"kind": "tokens"}, {"kind": "token", "cap": 0.9}])
+def test_a_correction_that_cannot_work(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"choose none, token or sequence|cap=0\.9 must be at least 1"):
+        Correction(**settings)
+
+
+def test_statistics_of_weights_by_hand_with_poison_outside() -> None:
+    # Weights 2.1 (the cap, not exact in binary), 1, 0.5 and, masked, poison.
+    old, rollout = torch.tensor([[3.0, 1.0, 0.5, 1.0]]).log(), torch.zeros(1, 4)
+    mask = torch.tensor([[True, True, True, False]])
+    weights = truncated_token_weights(old, rollout, mask, threshold=2.1)
+    seen = poisoned(weights, mask)
+    assert mean_weight(seen, mask).item() == pytest.approx(3.6 / 3)
+    assert capped_share(seen, mask, threshold=2.1).item() == pytest.approx(1 / 3)
+    assert effective_sample_share(seen, mask).item() == pytest.approx(3.6**2 / (3 * (2.1**2 + 1 + 0.25)))
+
+
+def test_the_effective_sample_share_of_equal_weights_is_one_and_of_a_single_one_its_share() -> None:
+    assert effective_sample_share(3 * MASK.float(), MASK).item() == pytest.approx(1)
+    alone = torch.zeros(MASK.shape)
+    alone[0, 0] = 5.0
+    assert effective_sample_share(alone, MASK).item() == pytest.approx(1 / len(real()))
+    assert effective_sample_share(torch.zeros(MASK.shape), MASK).item() == 0

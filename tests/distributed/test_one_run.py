@@ -59,6 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ppo.value_warmup_rollouts": 1,
         "reward.missing_eos_penalty": 0.1,
         "rollout.temperature": 0.8,
+        "ppo.importance_correction": "token",
     }
     task = merged(write_task(folder), changes)
     (folder / "reward.py").write_text(WATCH_WANDB)

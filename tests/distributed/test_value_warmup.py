@@ -13,8 +13,10 @@ from tests.tiny import merged, write_experiment, write_task
 
 
 @pytest.mark.timeout(300)
-def test_the_policy_adapter_is_bit_identical_after_warmup_on_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value_on", ["adapter", "policy_trunk"])
+def test_the_policy_adapter_is_bit_identical_after_warmup_on_two_ranks(tmp_path: Path, value_on: str) -> None:
     changes = {
+        "model.value_on": value_on,
         "ppo.num_rollouts": 3,
         "ppo.num_ppo_epochs": 2,
         "ppo.mini_batches": 2,
@@ -27,7 +29,8 @@ def test_the_policy_adapter_is_bit_identical_after_warmup_on_two_ranks(tmp_path:
     task = merged(write_task(tmp_path), changes)
     run_recipe(write_experiment(tmp_path / "run.yaml", task), processes=2, stage=3).succeeded()
     steps = [load_file(tmp_path / f"run/checkpoint-{step}/policy/adapter_model.safetensors") for step in (4, 8, 12)]
-    values = [load_file(tmp_path / f"run/checkpoint-{step}/value/adapter_model.safetensors") for step in (4, 8)]
+    file = "adapter_model" if value_on == "adapter" else "value_head"
+    values = [load_file(tmp_path / f"run/checkpoint-{step}/value/{file}.safetensors") for step in (4, 8)]
     for name, start in steps[0].items():
         assert torch.equal(start, steps[1][name]), f"{name} moved during warm-up"
         if "lora_B" in name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,78 @@ def test_without_entropy_gradient_entropies_carry_none() -> None:
     shared, (ids, mask) = tiny_shared(), sequences_and_mask(*LENGTHS)
     assert not shared(rows_of(ids, mask), roles=("policy",))["policy_entropies"].requires_grad
     assert shared(rows_of(ids, mask), roles=("policy",), entropy_gradient=True)["policy_entropies"].requires_grad
+
+
+# ---- a value on the policy's trunk -----------------------------------------------------------------------------------
+
+
+def borrowing(**options: Any) -> SharedBase:
+    return tiny_shared(roles=("policy",), value_on="policy_trunk", **options)
+
+
+@pytest.mark.parametrize("roles", [("policy", "value"), ("value",), ("value", "reference", "policy")], ids="-".join)
+def test_a_borrowing_value_reads_the_policys_states(roles: tuple[str, ...]) -> None:
+    """In plain PEFT: the policy's trunk, cut off, under one linear layer."""
+    shared, (ids, mask) = borrowing(), sequences_and_mask(*LENGTHS)
+    model, head = plain_peft(shared, "policy", tiny_llama()), shared.scalar_heads["value"]
+    with torch.no_grad():
+        out = shared(rows_of(ids, mask), roles=roles)
+        values, final = [], []
+        for row, prompt, response in zip(ids, *LENGTHS, strict=True):
+            states = model.base_model.model.model(input_ids=row[None, : prompt + response]).last_hidden_state[0]
+            said = (states @ head.weight + head.bias).tolist()
+            values += said[prompt - 1 : -1]
+            final.append(said[-1])
+    assert out.keys() == of_roles(*roles)
+    close(out["values"], values)
+    close(out["final_values"], final)
+
+
+def test_a_borrowing_value_costs_no_rows() -> None:
+    shared, (ids, mask) = borrowing(), sequences_and_mask(*LENGTHS)
+    seen: list[int] = []
+    shared.causal_lm.base_model.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    for roles, rows in ((("policy", "value"), 3), (("value",), 3), (("policy", "value", "reference"), 6)):
+        shared(rows_of(ids, mask), roles=roles)
+        assert seen.pop() == rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_of_a_borrowing_value_moves_its_head_alone(checkpointing: bool) -> None:
+    """Not nearly: the policy's gradient has the same bits with the value's loss and without, and the head's is that of
+    a linear layer on constant states."""
+    (ids, mask), gradients = sequences_and_mask(*LENGTHS), []
+    for value_coef in (0.0, 100.0):
+        shared = borrowing(gradient_checkpointing=checkpointing).train()
+        out = shared(rows_of(ids, mask), roles=("policy", "value"))
+        (out["policy_logprobs"].sum() + value_coef * out["values"].square().sum()).backward()
+        gradients.append({name: p.grad for name, p in shared.named_parameters() if p.requires_grad})
+    without, with_value = gradients
+    for name, gradient in with_value.items():
+        assert gradient is not None and bool(gradient.any()), name
+        assert torch.equal(gradient, without[name]) == name.startswith("base_model"), name
+    states = []
+    shared.scalar_heads["value"].register_forward_hook(lambda module, args, out: states.append(args[0]))
+    values = shared(rows_of(ids, mask), roles=("value",))["values"]
+    assert not any(state.requires_grad for state in states)
+    close(with_value["scalar_heads.value.weight"], 200 * values.detach() @ states[0])
+    close(with_value["scalar_heads.value.bias"], 200 * values.detach().sum()[None])
+
+
+def test_a_borrowing_value_has_no_adapter_on_disk_nor_in_the_optimizer(tmp_path: Path) -> None:
+    saved, fresh = borrowing(seed=1), borrowing(seed=2)
+    assert list(saved.parameter_groups()) == ["policy", "value_head"]
+    saved.save_pretrained(tmp_path)
+    assert [path.name for path in (tmp_path / "value").iterdir()] == ["value_head.safetensors"]
+    fresh.load_trained(tmp_path)
+    for name, p in saved.named_parameters():
+        assert not p.requires_grad or torch.equal(p, fresh.get_parameter(name)), name
+
+
+def test_it_may_start_from_an_adapter_too(tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), lora()).save_pretrained(tmp_path)
+    shared = build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path), value_on="policy_trunk")
+    assert set(shared.peft_config) == {"policy", "reference"} and set(shared.scalar_heads) == {"value"}
 
 
 # ---- disk ------------------------------------------------------------------------------------------------------------

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import FixedKL
+from rlhf_toolkit.data.layout import padded
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.rollout.collect import Collector, Cutting, Passes, Sampled, Shaping
+from rlhf_toolkit.rollout.collect import Collector, Cutting, Plan, Sampled, Shaping, score
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.passes import Passes, needed_roles
 from rlhf_toolkit.types import Experience, Prompt
+from tests.roles import tiny_shared
 
 LENGTHS, FINISHED = [3, 1, 4, 4], [True, True, False, False]
 KL_COEF, PENALTY, GAMMA, LAMBDA = 0.3, 0.5, 0.9, 0.8
@@ -117,3 +122,91 @@ def test_the_record_says_what_happened() -> None:
     assert metrics["actor/ref_kl_k3"] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
     assert metrics["response_length/mean"] == 3.0 and metrics["response_length/clip_ratio"] == 0.5
     assert metrics["perf/total_num_tokens"] == sum(LENGTHS) + 8
+
+
+# ---- which roles score ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("kl_in_reward", [True, False])
+@pytest.mark.parametrize("kl_asked", [True, False])
+def test_a_role_scores_where_something_needs_it(updates: int, kl_in_reward: bool, kl_asked: bool) -> None:
+    roles = needed_roles(updates_per_rollout=updates, kl_in_reward=kl_in_reward, kl_asked=kl_asked)
+    assert "value" in roles, "advantages need it"
+    assert ("reference" in roles) == kl_asked
+    assert ("policy" not in roles) == (updates == 1 and (not kl_in_reward or not kl_asked))
+
+
+def test_the_first_rollout_is_scored_by_all_for_the_checks() -> None:
+    *_, collector = shaped()
+    collector.roles = ("value",)
+    assert collector.roles_of(0) == ("policy", "value", "reference") and collector.roles_of(1) == ("value",)
+
+
+SAID_BY = {
+    "policy": {"old_logprobs", "entropies"},
+    "value": {"values", "final_values"},
+    "reference": {"ref_logprobs"},
+}
+
+
+@pytest.mark.parametrize("value_on", ["adapter", "policy_trunk"])
+@pytest.mark.parametrize("roles", [("value",), ("policy", "reference"), ("value", "reference"), ()], ids="-".join)
+def test_roles_say_what_all_of_them_say_and_the_others_nothing(roles: tuple[str, ...], value_on: str) -> None:
+    _, sampled, *_ = shaped()
+    sampled = replace(sampled, sequences=torch.randint(3, 32, (4, 6), generator=torch.Generator().manual_seed(1)))
+    adapters = ("policy",) if value_on == "policy_trunk" else ("policy", "value")
+    shared, plan = tiny_shared(roles=adapters, value_on=value_on).eval(), Plan([[[[2, 0], [1, 3]]]])
+    with torch.no_grad():
+        everything = score(shared, sampled, plan, padded, 0.7)
+        found = score(shared, sampled, plan, padded, 0.7, roles=roles)
+    for name in set().union(*SAID_BY.values()):
+        expected, result = getattr(everything, name), getattr(found, name)
+        if name in set().union(*(SAID_BY[role] for role in roles)):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert result is None
+
+
+def test_without_roles_no_pass_runs() -> None:
+    _, sampled, *_ = shaped()
+    shared = tiny_shared()
+    shared.forward = None  # type: ignore[assignment,method-assign]  not callable
+    assert score(shared, sampled, Plan([[[[0, 1, 2, 3]]]]), padded, 1.0, roles=()) == Passes()
+
+
+# ---- what the policy's pass tells -----------------------------------------------------------------------------------
+
+
+def test_importance_metrics_by_a_plain_loop() -> None:
+    _, sampled, passes, collector = shaped()
+    g = torch.Generator().manual_seed(8)
+    rollout_logprobs = passes.old_logprobs + 0.5 * torch.randn(4, 4, generator=g)
+    collector.correction = Correction("token", 1.2)
+    collector._experience(replace(sampled, rollout_logprobs=rollout_logprobs), passes)
+    ratios = [
+        min(math.exp((passes.old_logprobs - rollout_logprobs)[b, t].item()), 1.2)
+        for b, length in enumerate(LENGTHS)
+        for t in range(length)
+    ]
+    n, metrics = len(ratios), collector.metrics
+    assert metrics["rollout/importance_mean"] == pytest.approx(sum(ratios) / n)
+    capped = sum(w == 1.2 for w in ratios) / n
+    assert 0 < capped < 1 and metrics["rollout/importance_capped"] == pytest.approx(capped)
+    ess = sum(ratios) ** 2 / (n * sum(w * w for w in ratios))
+    assert metrics["rollout/importance_ess"] == pytest.approx(ess, rel=1e-5)
+
+
+def test_without_a_policy_pass_its_metrics_are_not_there() -> None:
+    _, sampled, passes, collector = shaped()
+    collector.roles = ("value",)
+    experience = collector._experience(sampled, Passes(values=passes.values, final_values=passes.final_values))
+    assert experience.old_logprobs is None and experience.ref_logprobs is None
+    told = {name for name in collector.metrics if name.startswith(("actor/", "rollout/"))}
+    assert told == {"actor/reward_kl_penalty_coeff"}
+
+
+def test_a_reward_with_a_kl_needs_its_passes() -> None:
+    _, sampled, passes, collector = shaped()
+    with pytest.raises(RuntimeError, match="roles leave out"):
+        collector._experience(sampled, Passes(values=passes.values, final_values=passes.final_values))

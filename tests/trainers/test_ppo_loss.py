@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.data.layout import padded
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout.loader import share_of_mini_batch
 from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
 from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.types import Experience
 from tests.tiny import merged, write_task
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,6 +36,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ppo.truncated": "mask",
         "rollout.temperature": 0.7,
     },
+    "token weights": {"ppo.importance_correction": "token", "ppo.importance_cap": 1.1, "ppo.dual_clip": 1.5},
+    "sequence weights": {
+        "ppo.importance_correction": "sequence",
+        "ppo.importance_cap": 1.3,
+        "ppo.truncated": "mask",
+        "ppo.entropy_coef": 0.2,
+    },
+    "value on the policy's trunk": {"model.value_on": "policy_trunk", "ppo.value_coef": 0.7},
     "sums": {"ppo.loss_aggregation": "seq-mean-token-sum-norm", "ppo.value_clip_range": None},
 }
 
@@ -48,6 +59,12 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> PPOTrainer:
     return run.trainer
 
 
+def with_gap(experience: Experience) -> Experience:
+    """As if the sampler had been another model: log-probs that differ by about 0.3 a token."""
+    noise = torch.randn(experience.rollout_logprobs.shape, generator=torch.Generator().manual_seed(5))
+    return replace(experience, rollout_logprobs=experience.rollout_logprobs + 0.3 * noise)
+
+
 def moved(shared: SharedBase) -> None:
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -59,7 +76,7 @@ def moved(shared: SharedBase) -> None:
 def test_loss_and_gradient_equal_ppo_written_out(trainer: PPOTrainer) -> None:
     shared = trainer.model
     collector = trainer.collector
-    experience = collector.collect(0)
+    experience = with_gap(collector.collect(0))
     plan = collector.plan(experience, 0, epoch=0)
     mini_batch = share_of_mini_batch(experience, plan.batches[0], 0, fresh=False)
     moved(shared)
@@ -91,6 +108,7 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
     split = [out[name].split(lengths) for name in ("policy_logprobs", "policy_entropies", "values")]
     rows = [b for b, mask in enumerate(batch["response_mask"].tolist()) if any(mask)]
     tokens = sum(lengths[b] for b in rows)
+    importance = weights_written_out(batch, lengths, knobs.correction)
     total = torch.zeros(())
     for b in rows:
         weight = {
@@ -101,13 +119,22 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
         for t in range(lengths[b]):
             logprob, entropy, value = (column[b][t] for column in split)
             old, ref, advantage = (batch[name][b, t].item() for name in ("old_logprobs", "ref_logprobs", "advantages"))
-            total = total + weight * policy_term(logprob, old, advantage, knobs)
+            total = total + weight * importance[b][t] * policy_term(logprob, old, advantage, knobs)
             total = total + weight * knobs.value_coef * value_term(value, batch, b, t, knobs.value_clip_range)
             total = total - weight * knobs.entropy_coef * entropy
             if knobs.kl_in_loss:
                 y = ref - logprob
                 total = total + weight * trainer.collector.kl_control.coefficient * (torch.exp(y) - 1 - y)
     return total
+
+
+def weights_written_out(batch: dict[str, Tensor], lengths: list[int], correction: Correction) -> list[list[float]]:
+    gaps = [(batch["old_logprobs"][b, :n] - batch["rollout_logprobs"][b, :n]).tolist() for b, n in enumerate(lengths)]
+    if correction.kind == "token":
+        return [[min(math.exp(x), correction.cap) for x in row] for row in gaps]
+    if correction.kind == "sequence":
+        return [[min(math.exp(math.fsum(row)), correction.cap)] * len(row) for row in gaps]
+    return [[1.0] * len(row) for row in gaps]
 
 
 def policy_term(logprob: Tensor, old: float, advantage: float, knobs: Any) -> Tensor:

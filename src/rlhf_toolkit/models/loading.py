@@ -20,7 +20,7 @@ from transformers import (
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, VALUE, SharedBase
 
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
@@ -85,17 +85,23 @@ def lora_config(
 
 
 def build_ppo_roles(
-    base: PreTrainedModel, adapter: LoraConfig, *, policy_adapter: str | None, **options: Any
+    base: PreTrainedModel,
+    adapter: LoraConfig,
+    *,
+    policy_adapter: str | None,
+    value_on: str = ON_ADAPTER,
+    **options: Any,
 ) -> SharedBase:
     """Policy and value on ``base``; with ``policy_adapter`` the policy starts from that LoRA folder and the reference
     is a frozen copy.
 
     ``options`` go to SharedBase.
     """
+    value = {VALUE: adapter} if value_on == ON_ADAPTER else {}
     if policy_adapter is None:
-        return SharedBase(base, {POLICY: adapter, VALUE: adapter}, **options)
+        return SharedBase(base, {POLICY: adapter, **value}, value_on=value_on, **options)
     start = start_adapter_config(policy_adapter)
-    shared = SharedBase(base, {POLICY: start, VALUE: adapter, REFERENCE: start}, **options)
+    shared = SharedBase(base, {POLICY: start, **value, REFERENCE: start}, value_on=value_on, **options)
     for role in (POLICY, REFERENCE):
         shared.load_role(role, policy_adapter)
     return shared

@@ -29,6 +29,7 @@ POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
 LANGUAGE_ROLES = (POLICY, REFERENCE)
 SCALAR_ROLES = (VALUE, REWARD)
 TRAINED_ROLES = (POLICY, VALUE)
+ON_ADAPTER, ON_POLICY_TRUNK = "adapter", "policy_trunk"
 CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
 UNFIT = {
     "cpmant": "puts prompt tokens of its own before every sequence",
@@ -49,6 +50,8 @@ class SharedBase(PeftModel):
             entry is the bare base; with one it is a frozen adapter (a copy of the policy's start).
         gradient_checkpointing: recompute layers in backward; each recomputation runs under the roles of its forward.
         value_head_std: standard deviation of the value head's start; 0 starts it at zero.
+        value_on: ``adapter``: the value has an entry in ``adapters``; ``policy_trunk``: it has none, and its head reads
+            the policy's states, detached, so that its loss moves nothing but the head.
 
     Raises:
         ModelError: the architecture or an adapter cannot work, by name.
@@ -61,6 +64,7 @@ class SharedBase(PeftModel):
         *,
         gradient_checkpointing: bool = False,
         value_head_std: float = 0.0,
+        value_on: str = ON_ADAPTER,
     ) -> None:
         refuse_architecture(base)
         for role, config in adapters.items():
@@ -72,8 +76,10 @@ class SharedBase(PeftModel):
         refuse_layers(base)
         _, hidden_size = full_shape(base.get_output_embeddings().weight)  # OPT-350m's config names a wider one
         self.policy_head = LanguageModelHead(base)
+        self.value_borrows = value_on == ON_POLICY_TRUNK
+        with_head = [role for role in SCALAR_ROLES if role in adapters or (role == VALUE and self.value_borrows)]
         self.scalar_heads = nn.ModuleDict(
-            {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in SCALAR_ROLES if role in adapters}
+            {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in with_head}
         )
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
@@ -110,8 +116,11 @@ class SharedBase(PeftModel):
             output on the prefix *before* each response token, and ``final_values`` (B,), after the last one;
             ``reward_scores`` (B,), read at the last response token. All fp32, in row-major order of the sequences.
         """
+        trunks = self.trunks(roles)
+        states_of = dict(zip(trunks, self._states(layout, trunks), strict=True))
         outputs: dict[str, torch.Tensor] = {}
-        for role, states in zip(roles, self._states(layout, roles), strict=True):
+        for role in roles:
+            states = states_of[POLICY].detach() if self._borrows(role) else states_of[role]
             if role in LANGUAGE_ROLES:
                 logprobs, entropies = self.policy_head(
                     states.index_select(0, layout.before), layout.targets, temperature, entropy_gradient
@@ -134,6 +143,14 @@ class SharedBase(PeftModel):
         with self.slices.layout(roles, layout.tokens.shape[0]):
             hidden = self.causal_lm.base_model(**inputs).last_hidden_state
         return cast(tuple[torch.Tensor, ...], hidden.view(len(roles), -1, hidden.shape[-1]).unbind(0))
+
+    def trunks(self, roles: Sequence[str]) -> tuple[str, ...]:
+        """The roles whose rows the trunk must compute so that ``roles`` can say theirs: a value without an adapter
+        reads the policy's."""
+        return tuple(dict.fromkeys(POLICY if self._borrows(role) else role for role in roles))
+
+    def _borrows(self, role: str) -> bool:
+        return role == VALUE and self.value_borrows
 
     def next_token_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
@@ -165,7 +182,7 @@ class SharedBase(PeftModel):
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Write each trained role to its own folder: a plain PEFT adapter, and ``value_head.safetensors`` beside the
-        value's.
+        value's, or alone in its folder where the value has no adapter.
 
         ``state_dict`` holds whole tensors (under ZeRO-3 the caller has gathered them); every shape is checked before it
         is written.
@@ -177,7 +194,8 @@ class SharedBase(PeftModel):
         )
         kwargs["save_embedding_layers"] = False
         super().save_pretrained(str(save_directory), selected_adapters=trained, state_dict=state_dict, **kwargs)
-        if kwargs.get("is_main_process", True) and VALUE in trained:
+        if kwargs.get("is_main_process", True) and VALUE in self.scalar_heads:
+            (Path(save_directory) / VALUE).mkdir(exist_ok=True)
             prefix = f"scalar_heads.{VALUE}."
             head = {k.removeprefix(prefix): v.contiguous().cpu() for k, v in state_dict.items() if k.startswith(prefix)}
             save_file(head, Path(save_directory) / VALUE / "value_head.safetensors")

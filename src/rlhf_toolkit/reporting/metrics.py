@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_toolkit.algorithms.importance import Correction, capped_share, effective_sample_share, mean_weight
+from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_mean, masked_sum
 from rlhf_toolkit.types import Experience
 
@@ -25,13 +27,10 @@ def rollout_metrics(
     scores: Tensor,
     raw_scores: Tensor,
     rewards: Tensor,
-    entropies: Tensor,
     finished: Tensor,
-    token_mask: Tensor,
 ) -> dict[str, float]:
     """What sampling and scoring gave. ``scores`` (B,) after penalties, ``rewards`` (B, R) after KL shaping."""
     mask = experience.response_mask
-    gap = (experience.rollout_logprobs - experience.old_logprobs).abs()
     return {
         **spread("critic/score", scores),
         **spread("critic/raw_score", raw_scores),
@@ -43,11 +42,42 @@ def rollout_metrics(
         **spread("response_length", experience.response_lengths),
         "response_length/clip_ratio": (~finished).float().mean().item(),
         **spread("prompt_length", experience.prompt_lengths),
+    }
+
+
+def policy_metrics(
+    *,
+    old_logprobs: Tensor,
+    entropies: Tensor,
+    rollout_logprobs: Tensor,
+    token_mask: Tensor,
+    trained: Tensor,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str,
+    correction: Correction,
+) -> dict[str, float]:
+    """What the policy's pass over a whole rollout says, before any update; all (B, R).
+
+    The pass is scoring's, or the update's own where scoring left it out. ``trained`` marks the tokens of the loss.
+    Without ``ref_logprobs`` the distances to the reference are not there, nor the weights without a correction.
+    """
+    gap = (rollout_logprobs - old_logprobs).abs()
+    metrics = {
         "actor/entropy": masked_mean(entropies, token_mask).item(),
-        **reference_kl(experience.old_logprobs, experience.ref_logprobs, token_mask),
         "rollout/logprob_gap_mean": masked_mean(gap, token_mask).item(),
         "rollout/logprob_gap_max": gap[token_mask].max().item(),
     }
+    if ref_logprobs is not None:
+        kl = kl_penalty(old_logprobs, ref_logprobs, token_mask, estimator=kl_estimator)
+        # As in verl: over tokens first, then over responses.
+        metrics["actor/reward_kl_penalty"] = (kl.sum(1) / token_mask.sum(1)).mean().item()
+        metrics |= reference_kl(old_logprobs, ref_logprobs, token_mask)
+    weights = correction.weights(old_logprobs, rollout_logprobs, trained)
+    if weights is not None:
+        metrics["rollout/importance_mean"] = mean_weight(weights, trained).item()
+        metrics["rollout/importance_capped"] = capped_share(weights, trained, threshold=correction.cap).item()
+        metrics["rollout/importance_ess"] = effective_sample_share(weights, trained).item()
+    return metrics
 
 
 def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, float]:

@@ -30,8 +30,9 @@ def table(summary: dict[str, Any]) -> list[str]:
             ("held-out score, before", evaluations[0]["eval/score/mean"]),
             ("held-out score, after", evaluations[-1]["eval/score/mean"]),
         ]
+    if summary["ref_kl"][-1] is not None:
+        rows.append(("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]))
     rows += [
-        ("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]),
         ("minutes", summary["seconds"] / 60),
         ("tokens per second", summary["tokens_per_second"]),
         ("peak memory of rank 0 (GiB)", summary["peak_memory_gib"]),

@@ -108,7 +108,7 @@ class Progress(TrainerCallback):
         """One line for each rollout, above the bar."""
         if _kind(logs or {}) == "train" and logs is not None:
             self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
-            shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items())
+            shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items() if name in logs)
             if not self.bar.disable:
                 self.bar.write(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s")
 
@@ -134,7 +134,7 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
     summary = {
         "mean_scores": [record["critic/score/mean"] for record in records],
         "mean_raw_scores": [record["critic/raw_score/mean"] for record in records],
-        "ref_kl": [record["actor/ref_kl"] for record in records],
+        "ref_kl": [record.get("actor/ref_kl") for record in records],
         "seconds_per_rollout": [record["timing_s/step"] for record in records],
         "seconds": seconds,
         "tokens_per_second": sum(r["perf/total_num_tokens"] for r in records)

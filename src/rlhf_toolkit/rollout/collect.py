@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.advantages import gae
+from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, response_mask
@@ -25,10 +26,11 @@ from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, 
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
 from rlhf_toolkit.errors import DataError, TrainingPathError
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.models.shared_base import REFERENCE, SharedBase
 from rlhf_toolkit.reporting.meters import Clock
-from rlhf_toolkit.reporting.metrics import rollout_metrics
+from rlhf_toolkit.reporting.metrics import policy_metrics, rollout_metrics
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.passes import SCORED_ROLES, Passes, present
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, rollout_rows
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
@@ -70,17 +72,6 @@ class Sampled:
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token."""
-
-    old_logprobs: Tensor
-    entropies: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    final_values: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,11 +130,14 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
         tolerance: float | None = None,
+        roles: Sequence[str] = SCORED_ROLES,
+        correction: Correction = Correction(),  # noqa: B008  frozen
     ) -> None:
         self.sampler, self.expected = sampler, ExpectedLengths()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
+        self.roles, self.correction = tuple(roles), correction
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
@@ -156,8 +150,8 @@ class Collector:
         with self.sampler.opened(self.model()) as shared:
             sampled = self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
             with self.clock.phase("old_log_prob"):
-                plan = self.plan(sampled, rollout, epoch=0)
-                passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature)
+                plan, roles = self.plan(sampled, rollout, epoch=0), self.roles_of(rollout)
+                passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
         self.expected.update(rows.prompts, sampled.response_lengths.tolist())
         return self._experience(sampled, passes)
@@ -191,6 +185,11 @@ class Collector:
         """One pass over a rollout in its own order; nothing is trained on it."""
         return Plan([self.cutting.among_ranks(range(len(sampled.sequences)), sampled)])
 
+    def roles_of(self, rollout: int) -> tuple[str, ...]:
+        """The roles that score rollout number ``rollout``: all of them in the first, which ``_check_paths`` looks at,
+        and then those whose numbers something needs."""
+        return SCORED_ROLES if rollout == 0 else self.roles
+
     def penalised(self, sampled: Sampled) -> Tensor:
         """(B,) scores after the penalty for responses that were cut off."""
         return missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.shaping.missing_eos_penalty)
@@ -202,8 +201,7 @@ class Collector:
     def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
         """Rewards, advantages and the record of both, over the whole rollout."""
         scores, tokens, kl_coef = self.penalised(sampled), sampled.token_mask, self.kl_control.coefficient
-        kl = kl_penalty(passes.old_logprobs, passes.ref_logprobs, tokens, estimator=self.shaping.kl_estimator)
-        rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef if self.shaping.kl_in_reward else 0.0)
+        rewards = self._rewards(scores, sampled, passes)
         trained, advantages, returns = self._advantages(rewards, sampled, passes)
         experience = Experience(
             sequences=sampled.sequences,
@@ -213,12 +211,10 @@ class Collector:
             old_logprobs=passes.old_logprobs,
             ref_logprobs=passes.ref_logprobs,
             rollout_logprobs=sampled.rollout_logprobs,
-            values=passes.values,
+            values=present(passes.values),
             advantages=advantages,
             returns=returns,
         )
-        mean_kl = (kl.sum(1) / sampled.response_lengths).mean().item()  # verl: over tokens first, then over responses
-        self.kl_control.update(mean_kl, len(experience))
         self.samples = as_samples(sampled, scores)
         self.metrics = {
             **rollout_metrics(
@@ -226,15 +222,39 @@ class Collector:
                 scores=scores,
                 raw_scores=sampled.raw_scores,
                 rewards=rewards,
-                entropies=passes.entropies,
                 finished=sampled.finished,
-                token_mask=tokens,
             ),
-            "actor/reward_kl_penalty": mean_kl,
             "actor/reward_kl_penalty_coeff": kl_coef,
             "perf/total_num_tokens": float(sum(sampled.lengths())),
         }
+        told = {"old_logprobs": passes.old_logprobs, "entropies": passes.entropies, "ref_logprobs": passes.ref_logprobs}
+        if passes.old_logprobs is not None:
+            self.record_policy(
+                **{name: column for name, column in told.items() if column is not None},
+                rollout_logprobs=sampled.rollout_logprobs,
+                token_mask=tokens,
+                trained=trained,
+            )
+        if "actor/reward_kl_penalty" in self.metrics:
+            self.kl_control.update(self.metrics["actor/reward_kl_penalty"], len(experience))
         return experience
+
+    def record_policy(self, **columns: Tensor) -> None:
+        """Add what the policy's pass says to the rollout's metrics; ``columns`` are those of ``policy_metrics``.
+
+        Called from here, or by the trainer after the update whose pass stands in for scoring's.
+        """
+        kl_estimator, correction = self.shaping.kl_estimator, self.correction
+        self.metrics |= policy_metrics(**columns, kl_estimator=kl_estimator, correction=correction)
+
+    def _rewards(self, scores: Tensor, sampled: Sampled, passes: Passes) -> Tensor:
+        """(B, R): the scores on the last tokens, less the KL where it is in the reward."""
+        tokens, kl, kl_coef = sampled.token_mask, torch.zeros_like(sampled.rollout_logprobs), 0.0
+        if self.shaping.kl_in_reward and REFERENCE in self.roles:
+            old, ref = present(passes.old_logprobs), present(passes.ref_logprobs)
+            kl = kl_penalty(old, ref, tokens, estimator=self.shaping.kl_estimator)
+            kl_coef = self.kl_control.coefficient
+        return shape_rewards(scores, kl, tokens, kl_coef=kl_coef)
 
     def _advantages(self, rewards: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
         """The mask of trained tokens, advantages whitened over them, and returns; each (B, R).
@@ -243,10 +263,11 @@ class Collector:
         (bootstrap), or is left out of the loss and of the whitening (mask).
         """
         shaping, tokens = self.shaping, sampled.token_mask
-        cut_off_value = passes.final_values if shaping.truncated == "bootstrap" else torch.zeros_like(rewards[:, 0])
+        final_values = present(passes.final_values)
+        cut_off_value = final_values if shaping.truncated == "bootstrap" else torch.zeros_like(final_values)
         advantages, returns = gae(
             rewards,
-            passes.values,
+            present(passes.values),
             tokens,
             gamma=shaping.gamma,
             gae_lambda=shaping.gae_lambda,
@@ -264,14 +285,14 @@ class Collector:
         """Sampling and training must see one policy; before the first update the policy must be the reference."""
         if self.tolerance is None or rollout > 0:
             return
-        mask = sampled.token_mask
-        gap = masked_mean((sampled.rollout_logprobs - passes.old_logprobs).abs(), mask).item()
+        mask, old, ref = sampled.token_mask, present(passes.old_logprobs), present(passes.ref_logprobs)
+        gap = masked_mean((sampled.rollout_logprobs - old).abs(), mask).item()
         if gap > self.tolerance:
             raise TrainingPathError(
                 f"the policy's log-probs differ by {gap:.3g} a token between sampling and the training pass, more than "
                 f"{self.tolerance:g}: dropout, a temperature on one side, or an output layer the toolkit does not know"
             )
-        kl = (passes.old_logprobs - passes.ref_logprobs)[mask].abs().max().item()
+        kl = (old - ref)[mask].abs().max().item()
         if kl > self.tolerance:
             raise TrainingPathError(
                 f"before the first update policy and reference differ by {kl:.3g} in a log-prob, more than "
@@ -319,24 +340,43 @@ def gather_rollout(
     )
 
 
-def score(shared: SharedBase, sampled: Sampled, plan: Plan, layout: Layout, temperature: float) -> Passes:
-    """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every
-    rank."""
-    width = sampled.rollout_logprobs.shape[1]
+def score(
+    shared: SharedBase,
+    sampled: Sampled,
+    plan: Plan,
+    layout: Layout,
+    temperature: float,
+    *,
+    roles: Sequence[str] = SCORED_ROLES,
+) -> Passes:
+    """One pass of ``roles`` over the rollout, each rank its share of ``plan``, gathered on every rank; without roles
+    none runs."""
+    if not roles:
+        return Passes()
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
-    done = [(rows, _score_rows(shared, sampled, rows, layout, temperature)) for rows in mine]
-    columns: list[Tensor] = [torch.zeros(len(sampled.finished), width) for _ in range(4)]
-    columns.append(torch.zeros(len(sampled.finished)))
+    done = [(rows, _score_rows(shared, sampled, rows, layout, temperature, roles)) for rows in mine]
+    columns: dict[str, Tensor] = {}
     for rows, results in (item for share in all_gather(done) for item in share):
-        for column, result in zip(columns, results, strict=True):
+        for name, result in results.items():
+            column = columns.setdefault(name, torch.zeros(len(sampled.finished), *result.shape[1:]))
             column[rows] = result
-    return Passes(*columns)
+    return Passes(**columns)
 
 
-def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, layout: Layout, temperature: float) -> list[Tensor]:
+PACKED_RESULTS = {
+    "policy_logprobs": "old_logprobs",
+    "policy_entropies": "entropies",
+    "reference_logprobs": "ref_logprobs",
+    "values": "values",
+}
+"""What ``SharedBase.forward`` calls a result, and ``Passes``."""
+
+
+def _score_rows(
+    shared: SharedBase, sampled: Sampled, rows: Rows, layout: Layout, temperature: float, roles: Sequence[str]
+) -> dict[str, Tensor]:
     lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
     laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
-    on_device = laid_out.to(next(shared.parameters()).device)
-    out = shared(on_device, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
-    results = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
-    return [unpack(result.cpu(), lengths, width) for result in results] + [out["final_values"].cpu()]
+    out = shared(laid_out.to(next(shared.parameters()).device), roles=roles, temperature=temperature)
+    results = {ours: unpack(out[name].cpu(), lengths, width) for name, ours in PACKED_RESULTS.items() if name in out}
+    return results | {name: out[name].cpu() for name in ("final_values",) if name in out}

@@ -32,11 +32,14 @@ class StartCheck(TrainerCallback):
         trained = sum(element_count(p) for group in self.trainer.model.parameter_groups().values() for p in group)
         total = sum(element_count(p) for p in self.trainer.model.parameters())
         sharding = f"ZeRO-{stage}" if stage else "no DeepSpeed"
+        collector, shared = self.trainer.collector, self.trainer.model
+        value = "the value head reads the policy's states; " if shared.value_borrows else ""
         return (
             f"{topology.world_size} process(es) on {topology.device.type}, {sharding}; "
             f"{total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained; "
             f"{cutting.mini_batches} mini-batch(es) a pass, "
-            f"micro-batches of at most {cutting.micro_batch_tokens} tokens a role"
+            f"micro-batches of at most {cutting.micro_batch_tokens} tokens a role; {value}"
+            f"scoring asks {', '.join(collector.roles)}"
         )
 
 

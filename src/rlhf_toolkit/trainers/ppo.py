@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.aggregation import aggregate
+from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl import kl_penalty
-from rlhf_toolkit.algorithms.masking import masked_sum
-from rlhf_toolkit.algorithms.policy_losses import vanilla
+from rlhf_toolkit.algorithms.masking import masked_sum, response_mask
+from rlhf_toolkit.algorithms.policy_losses import PolicyLossTerms, vanilla
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
-from rlhf_toolkit.data.layout import unpack
+from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.errors import TrainingPathError
-from rlhf_toolkit.models.shared_base import POLICY, VALUE
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
 from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, score
 from rlhf_toolkit.rollout.loader import MiniBatch, RolloutLoader
+from rlhf_toolkit.rollout.passes import present
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch
 
@@ -44,6 +46,7 @@ class PPOLoss:
     width: int
     temperature: float
     tolerance: float
+    correction: Correction
 
 
 class PPOTrainer(RoleTrainer):
@@ -71,6 +74,7 @@ class PPOTrainer(RoleTrainer):
         super().__init__(*args, train_dataset=list(collector.prompts), eval_dataset=list(held_out) or None, **kwargs)
         self.collector, self.loss, self.schedule, self.held_out = collector, loss, schedule, held_out
         self.evaluation_samples: list[Sample] = []
+        self._unscored: list[dict[str, Tensor]] = []
         collector.model = lambda: self.model_wrapped
 
     def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
@@ -102,6 +106,8 @@ class PPOTrainer(RoleTrainer):
                 loss = self.compute_loss(model, part, first=number == 0)
                 backward(model, loss, last=number == len(micro) - 1)
                 total += loss.detach()
+        if self._unscored:
+            self._record_unscored()
         self._meter_rates()
         return total * world_size()
 
@@ -119,12 +125,14 @@ class PPOTrainer(RoleTrainer):
 
         each aggregated with the counts of the whole mini-batch over all ranks. During value warm-up the policy's part
         is multiplied by 0: it keeps its place in the graph, so that ZeRO-3 sees a gradient, and moves nothing.
+
+        Where scoring left the policy out, this is the rollout's only update, and its own log-probs, detached, are the
+        old ones.
         """
         counts = {"tokens": int(inputs["token_count"]), "sequences": int(inputs["sequence_count"])}
-        batch = Experience(**{field.name: inputs[field.name] for field in fields(Experience)})
+        batch = Experience.of(inputs)
         logprobs, entropies, values = self._passes(model, batch)
-        if first and bool(inputs["fresh"]):
-            self._check_first_ratio(logprobs, batch)
+        old_logprobs = self._old_logprobs(batch, logprobs, entropies, check=first and bool(inputs["fresh"]))
 
         def reduce(per_token: Tensor) -> Tensor:
             return aggregate(
@@ -132,22 +140,14 @@ class PPOTrainer(RoleTrainer):
             )
 
         mask = batch.response_mask
-        policy = vanilla(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            mask,
-            clip_range_low=self.loss.clip_range_low,
-            clip_range_high=self.loss.clip_range_high,
-            dual_clip=self.loss.dual_clip,
-        )
+        policy = self._policy_terms(logprobs, old_logprobs, batch)
         value = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip_range=self.loss.value_clip_range
         )
         policy_loss, value_loss, entropy = reduce(policy.per_token), reduce(value.per_token), reduce(entropies)
         policy_part = policy_loss - self.loss.entropy_coef * entropy
         kl_loss = torch.zeros_like(policy_loss)
-        if self.loss.kl_in_loss:
+        if self.loss.kl_in_loss and batch.ref_logprobs is not None:
             kl_loss = reduce(kl_penalty(logprobs, batch.ref_logprobs, mask, estimator=self.loss.kl_estimator))
             policy_part = policy_part + self.collector.kl_control.coefficient * kl_loss
         self._meter_shares(
@@ -158,7 +158,7 @@ class PPOTrainer(RoleTrainer):
             {
                 "actor/pg_clipfrac": policy.clipped,
                 "actor/pg_clipfrac_lower": policy.dual_clipped,
-                "actor/ppo_kl": batch.old_logprobs - logprobs.detach(),
+                "actor/ppo_kl": old_logprobs - logprobs.detach(),
                 "critic/vf_clipfrac": value.clipped,
                 "critic/vpred_mean": values.detach(),
             },
@@ -177,10 +177,10 @@ class PPOTrainer(RoleTrainer):
         with self.collector.clock.phase("testing"), self.collector.sampler.opened(self.model_wrapped) as shared:
             sampled = self.collector.sample(shared, rows, shares, greedy, stream=())
             plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
-            passes = score(shared, sampled, plan, layout, greedy.temperature)
+            passes = score(shared, sampled, plan, layout, greedy.temperature, roles=(POLICY, REFERENCE))
         scores = self.collector.penalised(sampled)
         self.evaluation_samples = as_samples(sampled, scores)
-        kl = reference_kl(passes.old_logprobs, passes.ref_logprobs, sampled.token_mask)
+        kl = reference_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
         metrics = {
             **spread(f"{metric_key_prefix}/score", scores),
             f"{metric_key_prefix}/ref_kl": kl["actor/ref_kl"],
@@ -212,10 +212,32 @@ class PPOTrainer(RoleTrainer):
             "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
         }
 
-    def _check_first_ratio(self, logprobs: Tensor, batch: Experience) -> None:
+    def _policy_terms(self, logprobs: Tensor, old_logprobs: Tensor, batch: Experience) -> PolicyLossTerms:
+        """The clipped loss of each token, weighed where the sampler is corrected for."""
+        return vanilla(
+            logprobs,
+            old_logprobs,
+            batch.advantages,
+            batch.response_mask,
+            clip_range_low=self.loss.clip_range_low,
+            clip_range_high=self.loss.clip_range_high,
+            dual_clip=self.loss.dual_clip,
+            weights=self.loss.correction.weights(old_logprobs, batch.rollout_logprobs, batch.response_mask),
+        )
+
+    def _old_logprobs(self, batch: Experience, logprobs: Tensor, entropies: Tensor, *, check: bool) -> Tensor:
+        """Those that scoring gave, with ``check`` compared to ``logprobs``; else ``logprobs`` themselves, detached."""
+        if batch.old_logprobs is None:
+            self._keep_unscored(logprobs.detach(), entropies.detach(), batch)
+            return logprobs.detach()
+        if check:
+            self._check_first_ratio(logprobs, batch.old_logprobs, batch.response_mask)
+        return batch.old_logprobs
+
+    def _check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise
         together."""
-        mine = (logprobs.detach() - batch.old_logprobs)[batch.response_mask]
+        mine = (logprobs.detach() - old_logprobs)[mask]
         worst = max(all_gather(mine.abs().max().item() if mine.numel() else 0.0))
         self.meter.add("actor/first_ratio_deviation", worst, 1)
         if worst > self.loss.tolerance:
@@ -224,6 +246,26 @@ class PPOTrainer(RoleTrainer):
                 f"{self.loss.tolerance:g}: "
                 "the ratio would not be 1; dropout is on, or a temperature is applied on one side only"
             )
+
+    def _keep_unscored(self, logprobs: Tensor, entropies: Tensor, batch: Experience) -> None:
+        """Keep what this micro-batch's pass says about a rollout that scoring did not ask the policy about."""
+        width = batch.response_mask.shape[1]
+        kept = {
+            "old_logprobs": logprobs,
+            "entropies": entropies,
+            "ref_logprobs": batch.ref_logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+            "token_mask": response_mask(batch.response_lengths, width),
+            "trained": batch.response_mask,
+        }
+        self._unscored.append({name: column.cpu() for name, column in kept.items() if column is not None})
+
+    def _record_unscored(self) -> None:
+        """Put the micro-batches of all ranks together, which is the whole rollout, and have its metrics recorded."""
+        parts = [part for share in all_gather(self._unscored) for part in share]
+        self._unscored = []
+        whole = {name: stack_rows([part[name] for part in parts], fill=0) for name in parts[0]}
+        self.collector.record_policy(**whole)
 
     def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropies and values (n, R) of the response tokens, policy and value in one forward."""
@@ -266,7 +308,8 @@ def cut(mini_batch: MiniBatch) -> list[MiniBatch]:
     """A mini-batch's micro-batches; the counts of the whole go with every one."""
     number = mini_batch["micro_batch"]
     parts = []
+    columns = [field.name for field in fields(Experience) if field.name in mini_batch]
     for i in range(int(number.max()) + 1):
-        part = {field.name: mini_batch[field.name][number == i] for field in fields(Experience)}
+        part = {name: mini_batch[name][number == i] for name in columns}
         parts.append({**part, **{name: mini_batch[name] for name in COUNTS}})
     return parts

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.checkpoints import (
     ManifestWriter,
@@ -39,6 +40,7 @@ from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.rewards.functions import FunctionReward, load_function
 from rlhf_toolkit.rollout.collect import Collector, Cutting, Shaping
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.passes import needed_roles
 from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
 from rlhf_toolkit.rollout.schedule import ExpectedLengths
 from rlhf_toolkit.seeding import derive_seed
@@ -217,6 +219,7 @@ def load_roles(experiment: Experiment, config: PretrainedConfig, topology: Topol
         base,
         adapter,
         policy_adapter=model.policy_adapter,
+        value_on=model.value_on,
         gradient_checkpointing=model.gradient_checkpointing,
         value_head_std=model.value_head_std,
     )
@@ -313,6 +316,12 @@ def make_collector(experiment: Experiment, task: Task, progress: Progress, *, pa
         responses_per_prompt=rollout.responses_per_prompt,
         seed=experiment.run.seed,
         tolerance=tolerance(experiment),
+        roles=needed_roles(
+            updates_per_rollout=experiment.updates_per_rollout,
+            kl_in_reward=ppo.kl_in == "reward",
+            kl_asked=experiment.kl_asked,
+        ),
+        correction=Correction(ppo.importance_correction, ppo.importance_cap),
     )
 
 
@@ -351,6 +360,7 @@ def make_loss(experiment: Experiment) -> PPOLoss:
         width=experiment.rollout.max_new_tokens,
         temperature=experiment.rollout.temperature,
         tolerance=tolerance(experiment),
+        correction=Correction(ppo.importance_correction, ppo.importance_cap),
     )
 
 

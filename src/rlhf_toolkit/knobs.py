@@ -1,0 +1,78 @@
+"""What a knob is: a setting with a default, one line of help and a rule, checked when its section is built."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from rlhf_toolkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must do: in words that follow "must", and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+ABOVE_0 = Rule("be above 0", lambda value: value > 0)
+AT_LEAST_1 = Rule("be at least 1", lambda value: value >= 1)
+ABOVE_1 = Rule("be above 1", lambda value: value > 1)
+NOT_NEGATIVE = Rule("not be negative", lambda value: value >= 0)
+WITHIN_0_AND_1 = Rule("be above 0 and below 1", lambda value: 0 < value < 1)
+FROM_0_TO_1 = Rule("be in [0, 1]", lambda value: 0 <= value <= 1)
+FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
+ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1)
+NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
+
+
+def knob(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field with a default, one line of help, and what it may be; lists and dicts are copied for each instance."""
+    metadata = {"help": help, "rule": rule, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def default_of(setting: Field[Any]) -> str:
+    """The default of a knob as the end of a message, in YAML's words."""
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    if default == "":
+        return "it has no default, so give it a value"
+    words = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
+    return f"the default is {words}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?``, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The settings under one name of the YAML file. Raises ConfigError where one breaks the rule of its knob."""
+
+    def __post_init__(self) -> None:
+        """``PPOConfig`` is the section ``ppo``, and so on."""
+        section, hints = type(self).__name__.removesuffix("Config").lower(), get_type_hints(type(self))
+        for setting in fields(self):
+            optional = NoneType in get_args(hints[setting.name])
+            _check(f"{section}.{setting.name}", getattr(self, setting.name), setting, " or none" if optional else "")
+
+
+def _check(name: str, value: Any, setting: Field[Any], or_none: str) -> None:
+    if value is None:
+        return
+    rule, choices = setting.metadata["rule"], setting.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name}={value!r}{nearest(value, choices)}; known are {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
+    if rule is not None and not rule.holds(value):
+        raise ConfigError(f"{name}={value} must {rule.words}{or_none}; {default_of(setting)}")
