@@ -6,6 +6,7 @@ prompts.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 
-TILE_ELEMENTS_CPU = 2**20  # 4 MiB in fp32, so that what is worked on stays in the caches (bench/head.py)
-TILE_ELEMENTS_GPU = 2**24  # 64 MiB in fp32: few, large kernels
-TILE_POSITIONS = 512  # the products gain nothing from more
 LOWEST = torch.finfo(torch.float32).min
+
+
+class Tile(NamedTuple):
+    """Bounds of what is worked on at a time: ``elements`` of any of its matrices, ``positions``, and ``tokens`` of the
+    vocabulary."""
+
+    elements: int
+    positions: int
+    tokens: int
+
+
+CPU_TILE = Tile(2**20, 512, 1024)  # 2 MiB of fp32 logits stay in the caches (bench/head.py)
+GPU_TILE = Tile(2**24, 2048, 8192)  # 64 MiB of fp32 logits: few, large kernels
 
 
 class LanguageModelHead(nn.Module):
@@ -26,9 +37,9 @@ class LanguageModelHead(nn.Module):
         z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) -
         sum softmax(z) z
 
-    Beside (K, H) matrices such as ``hidden`` itself, no tensor larger than ``TILE_ELEMENTS_CPU`` (on other devices
-    ``TILE_ELEMENTS_GPU``) exists in either direction (``TokenScores``). The output layer stays the base's own module;
-    it is used here, not owned.
+    Beside (K, H) matrices such as ``hidden`` itself, no tensor has more than ``CPU_TILE.elements`` (on other devices
+    ``GPU_TILE.elements``) in either direction (``TokenScores``). The output layer stays the base's own module; it is
+    used here, not owned.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -218,11 +229,12 @@ class RunningScores:
 
 
 def _tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
-    """How many positions and tokens a tile has: logits, fp32 rows of the output layer and the running (positions, H)
-    products all stay within the bound."""
-    bound = TILE_ELEMENTS_CPU if hidden.device.type == "cpu" else TILE_ELEMENTS_GPU
-    positions = max(1, min(len(hidden), TILE_POSITIONS, bound // hidden.shape[1]))
-    return positions, max(1, bound // max(positions, hidden.shape[1]))
+    """How many positions and tokens to take at a time: logits, fp32 rows of the output layer and the running
+    (positions, H) products all stay within the bound, and the chunks of positions are of equal size."""
+    (count, size), tile = hidden.shape, CPU_TILE if hidden.device.type == "cpu" else GPU_TILE
+    most = max(1, min(tile.positions, tile.elements // size))
+    positions = max(1, ceil(count / max(1, ceil(count / most))))
+    return positions, max(1, min(tile.tokens, tile.elements // max(positions, size)))
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
