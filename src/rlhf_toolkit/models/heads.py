@@ -108,10 +108,10 @@ class TokenScores(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies (K,); the gradient's vectors are kept for backward."""
         vectors = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
-        positions, width = _tile_shape(hidden)
+        (positions, width), space = _tile_shape(hidden), Workspace(hidden.device)
         outputs: list[tuple[torch.Tensor, ...]] = []
         for h, t in zip(hidden.split(positions), targets.split(positions), strict=True):
-            running = RunningScores(h, t, transform, vectors=vectors)
+            running = RunningScores(h, t, transform, space, vectors=vectors)
             for start in range(0, weight.shape[0], width):
                 part = None if bias is None else bias[start : start + width]
                 running.add(weight[start : start + width], part, start)
@@ -147,13 +147,22 @@ class RunningScores:
     Args:
         hidden: (C, H).
         targets: (C,).
+        space: where matrices lie that are needed for one tile only.
         vectors: how many gradients are wanted: 0, 1 (log-prob) or 2 (also entropy).
     """
 
-    def __init__(self, hidden: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, *, vectors: int) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        space: Workspace,
+        *,
+        vectors: int,
+    ) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden = hidden if hidden.is_cuda else hidden.to(self.dtype)
-        self.out_dtype, self.targets, self.transform = hidden.dtype, targets, transform
+        self.out_dtype, self.targets, self.transform, self.space = hidden.dtype, targets, transform, space
         zeros = torch.zeros(len(targets), dtype=self.dtype, device=hidden.device)
         self.largest = torch.full_like(zeros, LOWEST)  # not -inf: the first step would subtract it from itself
         self.sum, self.sum_z, self.target_z, self.target_bend = zeros, zeros, zeros, torch.ones_like(zeros)
@@ -161,36 +170,42 @@ class RunningScores:
 
     def add(self, weight: torch.Tensor, bias: torch.Tensor | None, start: int) -> None:
         """Take in the tokens ``start`` and following, whose rows of the output layer are ``weight`` and ``bias``."""
-        weight_in_full = weight if weight.is_cuda else weight.to(self.dtype)
-        raw = self._product(self.hidden, weight_in_full.t())
+        raw = self._logits(weight)
         z, bend = self.transform.apply_(raw if bias is None else raw.add_(bias))
         index = self.targets - start
         here, index = (index >= 0) & (index < len(weight)), index.clamp(0, len(weight) - 1)[:, None]
         self.target_z = torch.where(here, z.gather(-1, index).squeeze(-1), self.target_z)
         self._rescale(torch.maximum(self.largest, z.amax(-1)))
         z.sub_(self.largest[:, None])
-        e = z.exp()
+        e = torch.exp(z, out=self.space.matrix("e", z.shape, z.dtype))
         e.scatter_(-1, index, e.gather(-1, index).masked_fill_(here[:, None], 0))
-        self.sum = self.sum + e.sum(-1)
-        self.sum_z = self.sum_z + torch.linalg.vecdot(e, z)
-        if not self.products:
-            return
-        if bend is not None:
+        z.mul_(e)
+        self.sum, self.sum_z = self.sum + e.sum(-1), self.sum_z + z.sum(-1)
+        if self.products and bend is not None:
             self.target_bend = torch.where(here, bend.gather(-1, index).squeeze(-1), self.target_bend)
-            e.mul_(bend)
-        factors = [e, z.mul_(e)] if len(self.products) > 1 else [e]
-        for product, factor in zip(self.products, factors, strict=True):
-            if weight.dtype == self.dtype:
-                product.addmm_(factor, weight)
-            else:
-                product.add_(self._product(factor.to(weight.dtype), weight))
+            e, z = e.mul_(bend), z.mul_(bend)
+        for product, factor in zip(self.products, (e, z), strict=False):
+            self._add_product(product, factor, weight)
 
-    def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def _logits(self, weight: torch.Tensor) -> torch.Tensor:
         """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. A GPU gives products of
-        bf16 factors in fp32; for a CPU the caller casts them."""
-        if left.is_cuda and left.dtype != self.dtype:
-            return torch.mm(left, right, out_dtype=self.dtype)
-        return left @ right
+        bf16 factors in fp32; a CPU needs the factors in fp32."""
+        if weight.is_cuda and weight.dtype != self.dtype:
+            return torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
+        if weight.dtype != self.dtype:
+            weight = self.space.matrix("weight", weight.shape, self.dtype).copy_(weight)
+        shape = torch.Size((len(self.hidden), len(weight)))
+        return torch.mm(self.hidden, weight.t(), out=self.space.matrix("z", shape, self.dtype))
+
+    def _add_product(self, product: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> None:
+        if weight.dtype == self.dtype:
+            product.addmm_(factor, weight)
+            return
+        rounded = self.space.matrix("factor", factor.shape, weight.dtype).copy_(factor)
+        if weight.is_cuda:
+            product.add_(torch.mm(rounded, weight, out_dtype=self.dtype))
+        else:
+            product.add_(torch.mm(rounded, weight, out=self.space.matrix("product", product.shape, weight.dtype)))
 
     def _rescale(self, largest: torch.Tensor) -> None:
         growth = largest - self.largest
@@ -226,6 +241,21 @@ class RunningScores:
         z = self.target_z - self.largest
         e = z.exp()
         return z, e, self.sum + e
+
+
+class Workspace:
+    """Matrices that tile after tile uses again: on a CPU the page faults of new ones take a quarter of the time
+    (bench/head.py)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def matrix(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix ``name``, with whatever it held; the first shape asked for is the largest."""
+        if name not in self._flat:
+            self._flat[name] = torch.empty(shape.numel(), dtype=dtype, device=self.device)
+        return self._flat[name][: shape.numel()].view(shape)
 
 
 def _tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
