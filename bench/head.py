@@ -14,10 +14,11 @@ import torch
 from common import keep, paired_medians
 
 from rlhf_toolkit.models import heads
-from rlhf_toolkit.models.heads import LogitTransform, TokenScores
+from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
 
 POSITIONS, VOCABULARY, HIDDEN = 768, 49152, 576
 ROWS = 2**24 // VOCABULARY
+SIDES = ((128, 512), (256, 1024), (384, 512), (384, 2048), (384, 4096), (768, 1024))
 PLAIN = LogitTransform(1.0, None, 1.0)
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     weight = (torch.randn(VOCABULARY, HIDDEN) / 20).bfloat16()
     targets = torch.randint(VOCABULARY, (POSITIONS,))
     figures = [compare(hidden, weight, targets, gradient=gradient) for gradient in (False, True)]
-    keep("head", [*figures, *(tile(hidden, weight, targets, 2**power) for power in range(16, 24, 2))])
+    keep("head", [*figures, *(other_tile(hidden, weight, targets, *sides) for sides in SIDES)])
 
 
 def compare(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> dict[str, Any]:
@@ -48,17 +49,19 @@ def compare(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *
     return {"gradient": gradient, "whole_rows_ms": before, "tiles_ms": after, "ratio": after / before}
 
 
-def tile(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, elements: int) -> dict[str, Any]:
-    """Milliseconds with gradient when a tile has ``elements`` instead of the default, and their ratio."""
-    h, default = hidden.clone().requires_grad_(), heads.TILE_ELEMENTS_CPU
+def other_tile(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, positions: int, tokens: int
+) -> dict[str, Any]:
+    """Milliseconds with gradient in tiles of ``positions`` x ``tokens`` instead of the default, and their ratio."""
+    h, default = hidden.clone().requires_grad_(), heads.CPU_TILE
 
-    def run(size: int) -> None:
-        heads.TILE_ELEMENTS_CPU = size
+    def run(tile: Tile) -> None:
+        heads.CPU_TILE = tile
         TokenScores.apply(h, weight, None, targets, PLAIN, False)[0].sum().backward()
 
-    usual, other = paired_medians(lambda: run(default), lambda: run(elements), repeats=5)
-    heads.TILE_ELEMENTS_CPU = default
-    return {"tile_elements": elements, "default_ms": usual, "tile_ms": other, "ratio": other / usual}
+    usual, other = paired_medians(lambda: run(default), lambda: run(Tile(2**24, positions, tokens)), repeats=5)
+    heads.CPU_TILE = default
+    return {"tile": [positions, tokens], "default_ms": usual, "tile_ms": other, "ratio": other / usual}
 
 
 def whole_rows(

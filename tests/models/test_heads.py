@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.models import heads
-from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
+from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead, Tile
 from tests.allocations import Allocations
 
 HIDDEN, VOCABULARY, POSITIONS = 4, 50, 64
@@ -179,7 +179,7 @@ def test_nothing_is_larger_than_a_tile(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, entropy_gradient: bool
 ) -> None:
     """But what is as large as ``hidden`` itself, which is smaller here than any two columns of logits."""
-    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", BOUND)
+    monkeypatch.setattr(heads, "CPU_TILE", Tile(BOUND, 512, 1024))
     config = {"final_logit_softcapping": 3.0, "logit_scale": 2.5}
     layer, (hidden, targets) = output_layer(bias=True, dtype=dtype), states(dtype, BOUND // HIDDEN)
     head, kept = head_of(layer, config), list[Tensor]()
@@ -210,7 +210,7 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, config: dict[str,
     (right,) = torch.autograd.grad(weighted(*expected), hidden)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for tile in TILES:
-        monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", tile)
+        monkeypatch.setattr(heads, "CPU_TILE", Tile(tile, 512, 1024))
         outputs = head_of(layer, config)(hidden, targets, 0.7, True)
         torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
         (gradient,) = torch.autograd.grad(weighted(*outputs), hidden)
@@ -220,7 +220,7 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, config: dict[str,
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_the_running_maximum_may_move_in_every_tile_or_never(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """Logits from -600 to 600: without the rescaling one of the two would overflow, or lose the sum."""
-    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", 2)
+    monkeypatch.setattr(heads, "CPU_TILE", Tile(2, 512, 1024))
     layer = nn.Linear(1, VOCABULARY, bias=False).requires_grad_(False)
     ramp = torch.linspace(-600, 600, VOCABULARY)[:, None]
     layer.weight.copy_(ramp if order == "rising" else ramp.flip(0))
@@ -236,7 +236,7 @@ def test_the_running_maximum_may_move_in_every_tile_or_never(monkeypatch: pytest
 
 
 def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", 3 * HIDDEN)
+    monkeypatch.setattr(heads, "CPU_TILE", Tile(3 * HIDDEN, 512, 1024))
     head = head_of(output_layer(bias=True, dtype=torch.float64), SETTINGS[-1])
     hidden, targets = states(torch.float64, 5)
     assert torch.autograd.gradcheck(lambda h: head(h, targets, 0.8, True), hidden)
@@ -244,7 +244,7 @@ def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_gradient_of_a_nearly_certain_token_is_right_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """p = 0.9999: as the difference of the target's row and the expected row it would be rounding error alone."""
-    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", BOUND)
+    monkeypatch.setattr(heads, "CPU_TILE", Tile(BOUND, 512, 1024))
     layer, (hidden, _) = output_layer(dtype=torch.bfloat16), states(torch.bfloat16)
     layer.weight.mul_(4)
     targets = (hidden @ layer.weight.t()).argmax(-1)

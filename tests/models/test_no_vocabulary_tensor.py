@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.attention import ROLE_ATTENTION
-from rlhf_toolkit.models.heads import LogitTransform, TokenScores
+from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
 from rlhf_toolkit.models.shared_base import SharedBase
 from tests.allocations import Allocations
 from tests.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
@@ -77,7 +77,7 @@ def expands_in_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Ten
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "TILE_ELEMENTS_CPU", TILE)
+    monkeypatch.setattr(heads, "CPU_TILE", Tile(TILE, 512, 1024))
 
 
 def with_head(monkeypatch: pytest.MonkeyPatch, head: Head) -> None:

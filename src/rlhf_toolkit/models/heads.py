@@ -6,6 +6,7 @@ prompts.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 
-TILE_ELEMENTS_CPU = 2**20  # 4 MiB in fp32, so that what is worked on stays in the caches (bench/head.py)
-TILE_ELEMENTS_GPU = 2**24  # 64 MiB in fp32: few, large kernels
-TILE_POSITIONS = 512  # the products gain nothing from more
 LOWEST = torch.finfo(torch.float32).min
+
+
+class Tile(NamedTuple):
+    """Bounds of what is worked on at a time: ``elements`` of any of its matrices, ``positions``, and ``tokens`` of the
+    vocabulary."""
+
+    elements: int
+    positions: int
+    tokens: int
+
+
+CPU_TILE = Tile(2**20, 512, 1024)  # 2 MiB of fp32 logits stay in the caches (bench/head.py)
+GPU_TILE = Tile(2**24, 2048, 8192)  # 64 MiB of fp32 logits: few, large kernels
 
 
 class LanguageModelHead(nn.Module):
@@ -26,9 +37,9 @@ class LanguageModelHead(nn.Module):
         z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) -
         sum softmax(z) z
 
-    Beside (K, H) matrices such as ``hidden`` itself, no tensor larger than ``TILE_ELEMENTS_CPU`` (on other devices
-    ``TILE_ELEMENTS_GPU``) exists in either direction (``TokenScores``). The output layer stays the base's own module;
-    it is used here, not owned.
+    Beside (K, H) matrices such as ``hidden`` itself, no tensor has more than ``CPU_TILE.elements`` (on other devices
+    ``GPU_TILE.elements``) in either direction (``TokenScores``). The output layer stays the base's own module; it is
+    used here, not owned.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -107,10 +118,10 @@ class TokenScores(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies (K,); the gradient's vectors are kept for backward."""
         vectors = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
-        positions, width = _tile_shape(hidden)
+        (positions, width), space = _tile_shape(hidden), Workspace(hidden.device)
         outputs: list[tuple[torch.Tensor, ...]] = []
         for h, t in zip(hidden.split(positions), targets.split(positions), strict=True):
-            running = RunningScores(h, t, transform, vectors=vectors)
+            running = RunningScores(h, t, transform, space, vectors=vectors)
             for start in range(0, weight.shape[0], width):
                 part = None if bias is None else bias[start : start + width]
                 running.add(weight[start : start + width], part, start)
@@ -146,13 +157,22 @@ class RunningScores:
     Args:
         hidden: (C, H).
         targets: (C,).
+        space: where matrices lie that are needed for one tile only.
         vectors: how many gradients are wanted: 0, 1 (log-prob) or 2 (also entropy).
     """
 
-    def __init__(self, hidden: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, *, vectors: int) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        space: Workspace,
+        *,
+        vectors: int,
+    ) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden = hidden if hidden.is_cuda else hidden.to(self.dtype)
-        self.out_dtype, self.targets, self.transform = hidden.dtype, targets, transform
+        self.out_dtype, self.targets, self.transform, self.space = hidden.dtype, targets, transform, space
         zeros = torch.zeros(len(targets), dtype=self.dtype, device=hidden.device)
         self.largest = torch.full_like(zeros, LOWEST)  # not -inf: the first step would subtract it from itself
         self.sum, self.sum_z, self.target_z, self.target_bend = zeros, zeros, zeros, torch.ones_like(zeros)
@@ -160,36 +180,42 @@ class RunningScores:
 
     def add(self, weight: torch.Tensor, bias: torch.Tensor | None, start: int) -> None:
         """Take in the tokens ``start`` and following, whose rows of the output layer are ``weight`` and ``bias``."""
-        weight_in_full = weight if weight.is_cuda else weight.to(self.dtype)
-        raw = self._product(self.hidden, weight_in_full.t())
+        raw = self._logits(weight)
         z, bend = self.transform.apply_(raw if bias is None else raw.add_(bias))
         index = self.targets - start
         here, index = (index >= 0) & (index < len(weight)), index.clamp(0, len(weight) - 1)[:, None]
         self.target_z = torch.where(here, z.gather(-1, index).squeeze(-1), self.target_z)
         self._rescale(torch.maximum(self.largest, z.amax(-1)))
         z.sub_(self.largest[:, None])
-        e = z.exp()
+        e = torch.exp(z, out=self.space.matrix("e", z.shape, z.dtype))
         e.scatter_(-1, index, e.gather(-1, index).masked_fill_(here[:, None], 0))
-        self.sum = self.sum + e.sum(-1)
-        self.sum_z = self.sum_z + torch.linalg.vecdot(e, z)
-        if not self.products:
-            return
-        if bend is not None:
+        z.mul_(e)
+        self.sum, self.sum_z = self.sum + e.sum(-1), self.sum_z + z.sum(-1)
+        if self.products and bend is not None:
             self.target_bend = torch.where(here, bend.gather(-1, index).squeeze(-1), self.target_bend)
-            e.mul_(bend)
-        factors = [e, z.mul_(e)] if len(self.products) > 1 else [e]
-        for product, factor in zip(self.products, factors, strict=True):
-            if weight.dtype == self.dtype:
-                product.addmm_(factor, weight)
-            else:
-                product.add_(self._product(factor.to(weight.dtype), weight))
+            e, z = e.mul_(bend), z.mul_(bend)
+        for product, factor in zip(self.products, (e, z), strict=False):
+            self._add_product(product, factor, weight)
 
-    def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def _logits(self, weight: torch.Tensor) -> torch.Tensor:
         """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. A GPU gives products of
-        bf16 factors in fp32; for a CPU the caller casts them."""
-        if left.is_cuda and left.dtype != self.dtype:
-            return torch.mm(left, right, out_dtype=self.dtype)
-        return left @ right
+        bf16 factors in fp32; a CPU needs the factors in fp32."""
+        if weight.is_cuda and weight.dtype != self.dtype:
+            return torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
+        if weight.dtype != self.dtype:
+            weight = self.space.matrix("weight", weight.shape, self.dtype).copy_(weight)
+        shape = torch.Size((len(self.hidden), len(weight)))
+        return torch.mm(self.hidden, weight.t(), out=self.space.matrix("z", shape, self.dtype))
+
+    def _add_product(self, product: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> None:
+        if weight.dtype == self.dtype:
+            product.addmm_(factor, weight)
+            return
+        rounded = self.space.matrix("factor", factor.shape, weight.dtype).copy_(factor)
+        if weight.is_cuda:
+            product.add_(torch.mm(rounded, weight, out_dtype=self.dtype))
+        else:
+            product.add_(torch.mm(rounded, weight, out=self.space.matrix("product", product.shape, weight.dtype)))
 
     def _rescale(self, largest: torch.Tensor) -> None:
         growth = largest - self.largest
@@ -227,12 +253,28 @@ class RunningScores:
         return z, e, self.sum + e
 
 
+class Workspace:
+    """Matrices that tile after tile uses again: on a CPU the page faults of new ones take a quarter of the time
+    (bench/head.py)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def matrix(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix ``name``, with whatever it held; the first shape asked for is the largest."""
+        if name not in self._flat:
+            self._flat[name] = torch.empty(shape.numel(), dtype=dtype, device=self.device)
+        return self._flat[name][: shape.numel()].view(shape)
+
+
 def _tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
-    """How many positions and tokens a tile has: logits, fp32 rows of the output layer and the running (positions, H)
-    products all stay within the bound."""
-    bound = TILE_ELEMENTS_CPU if hidden.device.type == "cpu" else TILE_ELEMENTS_GPU
-    positions = max(1, min(len(hidden), TILE_POSITIONS, bound // hidden.shape[1]))
-    return positions, max(1, bound // max(positions, hidden.shape[1]))
+    """How many positions and tokens to take at a time: logits, fp32 rows of the output layer and the running
+    (positions, H) products all stay within the bound, and the chunks of positions are of equal size."""
+    (count, size), tile = hidden.shape, CPU_TILE if hidden.device.type == "cpu" else GPU_TILE
+    most = max(1, min(tile.positions, tile.elements // size))
+    positions = max(1, ceil(count / max(1, ceil(count / most))))
+    return positions, max(1, min(tile.tokens, tile.elements // max(positions, size)))
 
 
 def _logit_scale(config: PretrainedConfig) -> float:

@@ -76,6 +76,32 @@ class RoleSlices:
             self._layout = previous
 
 
+def sliced_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    slices: Sequence[tuple[int, int, float]],
+    adapters: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``x`` (N, ..., in) through the base and each slice's adapter, and each slice's x A^T. Carries no gradient:
+    in place.
+
+    Args:
+        transposed: the base keeps its ``weight`` as (in, out).
+        slices: first row, end row and scale of each adapted slice.
+        adapters: A (r, in) and B (out, r) of each slice in turn.
+    """
+    y = linear(x, weight.t() if transposed else weight, bias)
+    flat_x, flat_y = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(y.shape[0], -1, y.shape[-1])
+    projections = []
+    for (start, stop, scale), a, b in zip(slices, adapters[::2], adapters[1::2], strict=True):
+        projection = linear(flat_x[start:stop].flatten(0, 1), a.to(x.dtype))
+        flat_y[start:stop].flatten(0, 1).addmm_(projection, b.to(x.dtype).t(), alpha=scale)
+        projections.append(projection)
+    return y, projections
+
+
 class RoleLora(torch.autograd.Function):
     """The adapted linear of several roles as one function: ``x`` (N, ..., in) to (N, ..., out); adapters A (r, in), B
     (out, r).
@@ -96,13 +122,7 @@ class RoleLora(torch.autograd.Function):
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
         """The base product of all rows, and each role's delta added to its own."""
-        y = linear(x, weight.t() if transposed else weight, bias)
-        flat_x, flat_y = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(y.shape[0], -1, y.shape[-1])
-        projections = []
-        for (start, stop, scale), a, b in zip(slices, adapters[::2], adapters[1::2], strict=True):
-            projection = linear(flat_x[start:stop].flatten(0, 1), a.to(x.dtype))
-            flat_y[start:stop].flatten(0, 1).addmm_(projection, b.to(x.dtype).t(), alpha=scale)
-            projections.append(projection)
+        y, projections = sliced_product(x, weight, bias, transposed, slices, adapters)
         # The parameter itself is saved, never a view of it: ZeRO-3 frees its data after forward and brings it back for
         # backward.
         ctx.save_for_backward(x, weight, *adapters, *projections)
@@ -127,7 +147,8 @@ class RoleLora(torch.autograd.Function):
                 flat_dx = dx.view(dx.shape[0], -1, dx.shape[-1])
                 flat_dx[start:stop].flatten(0, 1).addmm_(d_projection, a.to(dy.dtype), alpha=scale)
             gradients.append((d_projection.t() @ flat_x[start:stop].flatten(0, 1)).to(a.dtype) * scale)
-            gradients.append((d_rows.t() @ projection).to(b.dtype) * scale)
+            # Skinny from the left: in the orientation of B itself the product takes 1.7 times as long on a CPU.
+            gradients.append((projection.t() @ d_rows).t().to(b.dtype, memory_format=torch.contiguous_format) * scale)
         return dx, None, None, None, None, *gradients
 
 
@@ -151,14 +172,11 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
             for rows in slices.of(x)
             if rows.role in module.lora_A
         ]
-        return RoleLora.apply(
-            x,
-            base.weight,
-            base.bias,
-            transposed,
-            [(rows.start, rows.stop, module.scaling[rows.role]) for rows, _, _ in adapted],
-            *(adapter.weight for _, a, b in adapted for adapter in (a, b)),
-        )
+        slices_of_x = [(rows.start, rows.stop, module.scaling[rows.role]) for rows, _, _ in adapted]
+        weights = [adapter.weight for _, a, b in adapted for adapter in (a, b)]
+        if not torch.is_grad_enabled():  # decoding: there the bookkeeping of a function is a sixth of a layer
+            return sliced_product(x, base.weight, base.bias, transposed, slices_of_x, weights)[0]
+        return RoleLora.apply(x, base.weight, base.bias, transposed, slices_of_x, *weights)
 
     return forward
 
