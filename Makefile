@@ -16,13 +16,14 @@ endif
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install demo test lint check format clean
+.PHONY: help install demo test lint check format bench clean
 
 help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (about 8 minutes on 2 CPU cores); results in $(RUN)"
 	@echo "make test    all tests, two ranks under real ZeRO-3 among them"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
+	@echo "make bench   measure everything docs/performance.md quotes (about half an hour); see bench/README.md"
 
 install: $(VENV)/.installed
 
@@ -52,6 +53,11 @@ check: lint test
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+BENCHES := versus_trl rollout traffic "traffic --like-7b" memory scaling role_lora cpu_attention
+bench: export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || echo 2)
+bench: install
+	for bench in $(BENCHES); do set -- $$bench; name=$$1; shift; $(BIN)/python bench/$$name.py "$$@" || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info

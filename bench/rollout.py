@@ -38,7 +38,7 @@ def main() -> None:
     for model in models(options.set):
         with tempfile.TemporaryDirectory() as folder:
             figures.append(compare(model, Path(folder), options.turns, options.slots))
-    keep("rollout", rounded(figures), slots=options.slots)
+    keep("rollout", rounded(figures), slots=options.slots, decode_has_slots=has_slots())
 
 
 def compare(model: str, folder: Path, turns: int, slots: int) -> dict[str, Any]:
@@ -91,17 +91,21 @@ class Bench:
         self.generate(2, 4, 0, stops=False)
 
     def ours(self, prompts: int, tokens: int, seed: int, *, stops: bool) -> int:
-        """This toolkit's ``decode``, with as many slots where it knows them."""
+        """This toolkit's ``decode`` in the key-value memory of ``slots`` sequences. A version without slots would hold
+        all prompts at once, which is more memory than ``generate`` gets: it has to take them in batches too."""
         from rlhf_toolkit.rollout.decoding import decode
         from rlhf_toolkit.types import PromptBatch
 
         sampling = self.collector.sampling
         sampling = replace(sampling, max_new_tokens=tokens, stop_ids=sampling.stop_ids if stops else ())
-        batch = PromptBatch(tuple(self.collector.prompts[:prompts]), samples=(0,) * prompts)
-        slots = {"slots": self.slots} if "slots" in inspect.signature(decode).parameters else {}
+        chosen, made = tuple(self.collector.prompts[:prompts]), 0
+        slots = {"slots": self.slots} if has_slots() else {}
+        size = prompts if slots else self.slots
         with torch.no_grad():
-            rollout = decode(self.shared, self.tokenizer, batch, sampling, stream=(seed,), **slots)
-        return int(rollout.lengths.sum())
+            for part in (chosen[i : i + size] for i in range(0, prompts, size)):
+                batch = PromptBatch(part, samples=(0,) * len(part))
+                made += int(decode(self.shared, self.tokenizer, batch, sampling, stream=(seed,), **slots).lengths.sum())
+        return made
 
     def generate(self, prompts: int, tokens: int, seed: int, *, stops: bool) -> int:
         """transformers' ``generate`` in batches of ``slots``."""
@@ -157,6 +161,13 @@ class Bench:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
         made = sum(len(answer.generated_tokens) for answer in out.values())
         return {"prompts": prompts, "useful_tokens": made, "tokens_per_second": made / (time.perf_counter() - began)}
+
+
+def has_slots() -> bool:
+    """Whether this version's ``decode`` lets a prompt enter where a sequence has finished."""
+    from rlhf_toolkit.rollout.decoding import decode
+
+    return "slots" in inspect.signature(decode).parameters
 
 
 def plain_peft_model(shared: Any, run: Any, folder: Path) -> Any:
