@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.launch import run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
-# What each run changes; the first, which packs, is the oracle. Prompts and responses have uneven lengths in all of them.
+# What each run changes; the first, which packs, is the oracle. Prompts and responses have uneven lengths in all.
 RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {
     "one process": (1, None, {}),
     "one process, half the micro-batch budget": (1, None, {"update.micro_batch_tokens": 32}),

@@ -123,8 +123,8 @@ WORKS = {
         },
     ),
 }
-# Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own, and StableLM's decoder
-# does not hand arguments down to its layers.
+# Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own; StableLM's layers are
+# not handed what the forward pass was given.
 PADDED = ("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss")
 PADDED_ONLY = [WORKS[name] for name in PADDED]
 HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
@@ -189,7 +189,7 @@ def test_every_role_says_what_its_model_says(built: Built) -> None:
         close(out["reference_logprobs"], reference)
 
 
-def test_packed_rows_say_what_the_model_says_where_it_can_pack(built: Built, request: pytest.FixtureRequest) -> None:
+def test_packed_rows_say_what_the_model_says(built: Built, request: pytest.FixtureRequest) -> None:
     """Prompts begin alike, so that most rows go through a shared segment longer than any window."""
     obstacle = packing_obstacle(built.shared.causal_lm)
     assert (obstacle is None) == (request.node.callspec.params["built"] not in PADDED_ONLY), obstacle
