@@ -1,15 +1,17 @@
 """Scoring and update of a micro-batch, packed against padded rows: 16 real prompts, responses of 48 tokens.
 
-    python bench/packing.py [FOLDER OF SmolLM2-135M-Instruct]        # result in bench/results/packing.json
+    python bench/packing.py CASE [FOLDER OF SmolLM2-135M-Instruct]        # result in bench/results/packing_CASE.json
 
 A bfloat16 base, LoRA of rank 16 on policy and value, prompts of recipes/sentiment under the model's own system prompt.
-Three micro-batches: 16 prompts; the same with responses of 12 to 48 tokens; 4 prompts with 4 responses each.
+A case is one micro-batch: ``prompts``, 16 of them; ``ragged``, the same with responses of 12 to 48 tokens; ``groups``,
+4 prompts with 4 responses each.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ ROWS, LONGEST = 16, 48
 MODEL = os.path.expanduser("~/.cache/rlhf_toolkit/SmolLM2-135M-Instruct")
 
 
+CASES = {"prompts": (1, LONGEST), "ragged": (1, 12), "groups": (4, LONGEST)}
+
+
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else MODEL
-    shared, prompts = load(name)
-    cases = {"16 prompts": (1, LONGEST), "ragged responses": (1, 12), "4 prompts x 4": (4, LONGEST)}
-    keep("packing", [compare(case, shared, prompts, *sizes) for case, sizes in cases.items()])
+    case, name = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else MODEL
+    keep(f"packing_{case}", [compare(*load(name), *CASES[case])])
 
 
 def load(name: str) -> tuple[SharedBase, list[tuple[int, ...]]]:
@@ -48,7 +51,7 @@ def load(name: str) -> tuple[SharedBase, list[tuple[int, ...]]]:
     return build_ppo_roles(base, adapter, policy_adapter=None), [prompt.token_ids for prompt in found.prompts]
 
 
-def compare(case: str, shared: SharedBase, prompts: list[tuple[int, ...]], group: int, least: int) -> dict[str, Any]:
+def compare(shared: SharedBase, prompts: list[tuple[int, ...]], group: int, least: int) -> dict[str, Any]:
     """Tokens and median milliseconds of both layouts, and their ratios."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(prompts), generator=generator)[: ROWS // group].tolist()
@@ -59,10 +62,11 @@ def compare(case: str, shared: SharedBase, prompts: list[tuple[int, ...]], group
     for row, prompt in enumerate(rows):
         sequences[row, : len(prompt)] = torch.tensor(prompt)
     layouts = [make(sequences, starts, sizes) for make in (padded, packed)]
-    figures: dict[str, Any] = {"case": case, "real_tokens": int((starts + sizes).sum())}
+    figures: dict[str, Any] = {"real_tokens": int((starts + sizes).sum())}
     figures |= dict(zip(("padded_tokens", "packed_tokens"), (one.tokens.numel() for one in layouts), strict=True))
     for name, work in (("scoring", score), ("update", update)):
-        rows_ms, packed_ms = paired_medians(*(lambda one=one: work(shared, one) for one in layouts), repeats=3)
+        runs = [partial(work, shared, layout) for layout in layouts]
+        rows_ms, packed_ms = paired_medians(runs[0], runs[1], repeats=2)
         figures |= {f"{name}_padded_ms": rows_ms, f"{name}_packed_ms": packed_ms, f"{name}_ratio": packed_ms / rows_ms}
     return figures
 

@@ -120,6 +120,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "update": {
         "micro_batch_tokens": 4096,
+        "packing": "auto",
         "policy_lr": 0.0001,
         "value_lr": 0.0001,
         "value_head_lr": 0.001,

@@ -123,8 +123,8 @@ WORKS = {
         },
     ),
 }
-# Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own; StableLM's layers are
-# not handed what the forward pass was given.
+# Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own; StableLM's layers do
+# not get what the forward pass was given.
 PADDED = ("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss")
 PADDED_ONLY = [WORKS[name] for name in PADDED]
 HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
