@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_toolkit.data.layout import join, response_positions, stack_rows, unpack
+from rlhf_toolkit.data.layout import join, packed, padded, response_positions, stack_rows, unpack
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10)]
 RESPONSES = torch.tensor([[11, 12, 0], [13, 14, 15], [16, 0, 0]])
@@ -35,3 +35,40 @@ def test_stack_rows_widens_to_the_widest() -> None:
     assert stack_rows([torch.ones(1, 2), torch.zeros(2, 3)], fill=7).tolist() == [[1, 1, 7], [0, 0, 0], [0, 0, 0]]
     assert stack_rows([torch.tensor([1]), torch.tensor([2, 3])], fill=0).tolist() == [1, 2, 3]
     assert stack_rows([torch.tensor([[True]]), torch.tensor([[True, True]])], fill=0).dtype == torch.bool
+
+
+# ---- layouts of a forward pass ---------------------------------------------------------------------------------------
+
+ALIKE = tuple(range(20, 30))
+LONG = [(*ALIKE, 5, 6), (*ALIKE,), (*ALIKE, 5), (8,), (*ALIKE,)]
+TAILS = torch.tensor([[11, 12, 0], [13, 14, 15], [16, 0, 0], [17, 18, 0], [19, 0, 0]])
+SIZES = torch.tensor([2, 3, 1, 2, 1])
+
+
+def test_layouts_read_the_right_tokens() -> None:
+    """``before`` is the token in front of each target, ``last`` ends its row, and positions count from each start."""
+    joined, starts = join(LONG, TAILS, SIZES, pad_id=99), torch.tensor([len(prompt) for prompt in LONG])
+    rows = [row[: len(p) + n] for row, p, n in zip(joined.tolist(), LONG, SIZES.tolist(), strict=True)]
+    for layout in (padded(joined, starts, SIZES), packed(joined, starts, SIZES)):
+        flat = layout.tokens.flatten()
+        assert layout.targets.tolist() == [t for row, p in zip(rows, LONG, strict=True) for t in row[len(p) :]]
+        in_front = [t for row, p in zip(rows, LONG, strict=True) for t in row[len(p) - 1 : -1]]
+        assert flat[layout.before].tolist() == in_front
+        assert flat[layout.last].tolist() == [row[-1] for row in rows]
+
+
+def test_a_packed_segment_attends_to_its_sequence_from_the_first_token_on() -> None:
+    joined, starts = join(LONG, TAILS, SIZES, pad_id=99), torch.tensor([len(prompt) for prompt in LONG])
+    layout = packed(joined, starts, SIZES)
+    assert layout.positions is not None and layout.trie is not None
+    assert layout.tokens.shape == layout.positions.shape == (1, sum(map(len, LONG)) + int(SIZES.sum()) - 3 * 10)
+    flat, positions = layout.tokens[0], layout.positions[0]
+    for row, leaf in enumerate(layout.trie.leaves):
+        keys = layout.keys[leaf]
+        assert flat[keys].tolist() == joined[row, : len(LONG[row]) + int(SIZES[row])].tolist()
+        assert positions[keys].tolist() == list(range(len(keys)))
+
+
+def test_padding_beyond_the_longest_row_is_cut_off() -> None:
+    joined = torch.nn.functional.pad(join(PROMPTS, RESPONSES, LENGTHS, pad_id=99), (0, 4), value=99)
+    assert padded(joined, torch.tensor([3, 1, 2]), LENGTHS).tokens.shape == (3, 5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
-from rlhf_toolkit.data.packing import mini_batches, padded_micro_batches
+from rlhf_toolkit.data.packing import mini_batches, packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.data.segments import packed_tokens
 
 LENGTHS = [random.Random(3).randint(2, 40) for _ in range(48)]
 
@@ -72,3 +74,64 @@ def test_the_order_of_equal_rows_does_not_depend_on_how_they_come() -> None:
 
 def test_ranks_with_one_row_each() -> None:
     assert padded_micro_batches([5, 7], {5: 3, 7: 9}, ranks=2, budget=9) == [[[7]], [[5]]]  # type: ignore[arg-type]
+
+
+# ---- packed ----------------------------------------------------------------------------------------------------------
+
+TEMPLATE = tuple(range(50, 70))
+PROMPTS = [(*TEMPLATE, row // 4, *range(row // 4 % 5)) for row in range(48)]  # twelve groups of four rows
+PACKED_LENGTHS = [len(prompt) + length for prompt, length in zip(PROMPTS, LENGTHS, strict=True)]
+
+
+def tokens_of(rows: list[int]) -> int:
+    return packed_tokens([PROMPTS[row] for row in rows], [PACKED_LENGTHS[row] for row in rows])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("budget", [80, 200, 10**6])
+def test_packed_each_row_once_equal_counts_and_the_budget_kept(ranks: int, budget: int) -> None:
+    rows = list(range(4, 44))
+    cut = packed_micro_batches(rows, PACKED_LENGTHS, PROMPTS, ranks=ranks, budget=budget)
+    assert sorted(row for share in cut for batch in share for row in batch) == rows
+    assert len({len(share) for share in cut}) == 1 and len({sum(map(len, share)) for share in cut}) == 1
+    assert all(batch and tokens_of(batch) <= budget for share in cut for batch in share)
+
+
+def test_sharing_lets_more_rows_into_a_micro_batch() -> None:
+    (share,) = packed_micro_batches(range(48), PACKED_LENGTHS, PROMPTS, ranks=1, budget=400)
+    (padded,) = padded_micro_batches(range(48), PACKED_LENGTHS, ranks=1, budget=400)
+    assert len(share) == 3 and len(padded) == 5
+    assert all(tokens_of([*batch, following[0]]) > 400 for batch, following in pairwise(share)), "filled to the brim"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_packed_tokens_balance_and_groups_stay_whole(ranks: int) -> None:
+    cut = packed_micro_batches(range(48), PACKED_LENGTHS, PROMPTS, ranks=ranks, budget=10**6)
+    tokens = [sum(map(tokens_of, share)) for share in cut]
+    assert max(tokens) - min(tokens) <= max(tokens_of([*range(g, g + 4)]) for g in range(0, 48, 4))
+    homes = [
+        {(number, i) for number, share in enumerate(cut) for i, b in enumerate(share) if g in b} for g in range(48)
+    ]
+    assert all(homes[row] == homes[row // 4 * 4] for row in range(48))
+
+
+def test_a_group_that_no_rank_can_hold_is_divided() -> None:
+    prompts = [(1, 2)] * 6 + [(3,)] * 2
+    cut = packed_micro_batches(range(8), [5] * 8, prompts, ranks=2, budget=100)
+    assert [sum(map(len, share)) for share in cut] == [4, 4]
+    assert sorted(row for share in cut for batch in share for row in batch) == list(range(8))
+
+
+def test_uneven_rows_leave_no_rank_with_more_than_one_less() -> None:
+    """An evaluation's rows need not divide."""
+    cut = packed_micro_batches(range(7), PACKED_LENGTHS, PROMPTS, ranks=4, budget=10**6)
+    assert sorted(sum(map(len, share)) for share in cut) == [1, 2, 2, 2]
+
+
+def test_packed_plans_do_not_depend_on_the_order_of_rows() -> None:
+    rows = [*range(20)]
+    plans = [
+        packed_micro_batches(each, PACKED_LENGTHS, PROMPTS, ranks=2, budget=200)
+        for each in (rows, rows[::-1], random.Random(0).sample(rows, 20))
+    ]
+    assert plans[0] == plans[1] == plans[2]

@@ -189,7 +189,7 @@ def test_every_role_says_what_its_model_says(built: Built) -> None:
         close(out["reference_logprobs"], reference)
 
 
-def test_packed_rows_say_what_the_model_says_where_it_can_pack(built: Built, request: pytest.FixtureRequest) -> None:
+def test_packed_rows_say_what_the_model_says(built: Built, request: pytest.FixtureRequest) -> None:
     """Prompts begin alike, so that most rows go through a shared segment longer than any window."""
     obstacle = packing_obstacle(built.shared.causal_lm)
     assert (obstacle is None) == (request.node.callspec.params["built"] not in PADDED_ONLY), obstacle

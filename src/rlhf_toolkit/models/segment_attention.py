@@ -73,7 +73,7 @@ class SegmentAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None = None) -> Tensor:
         """``query`` (R, H, N, D) of R roles, ``key`` and ``value`` (R, H / G, N, D) to (R, N, H, D)."""
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))  # (R, N, heads, D), as the layers made them
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if flash_fits(q, v):
             return self._variable_length(q, k, v, scale, window)
         return self._in_buckets(q, k, v, scale, window)
 
@@ -181,6 +181,17 @@ class SegmentAttention:
         position = torch.minimum(start + torch.arange(queries), stop - 1)[:, :, None]
         key = torch.arange(keys)
         return key <= position if window is None else (key <= position) & (key > position - window)
+
+
+def flash_fits(q: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's flash attention takes these heads: Ampere or newer, half precision, one size up to 256."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return (
+        q.shape[-1] == v.shape[-1] <= 256
+        and q.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(q.device)[0] >= 8
+    )
 
 
 def in_buckets(queries: list[int], keys: list[int]) -> list[Bucket]:
