@@ -23,9 +23,9 @@ collect.Collector.roles_of = lambda self, rollout: collect.SCORED_ROLES
 """
 OTHER_SAMPLER = """
 from dataclasses import replace
-from rlhf_toolkit.rollout import collect
+from rlhf_toolkit.rollout import sampler
 
-real_decode = collect.decode
+real_decode = sampler.decode
 
 
 def decode(*args, **kwargs):
@@ -34,7 +34,7 @@ def decode(*args, **kwargs):
     return replace(rollout, rollout_logprobs=rollout.rollout_logprobs + 0.5 * noise)
 
 
-collect.decode = decode
+sampler.decode = decode
 """
 ONE_UPDATE = {"ppo.num_rollouts": 4, "ppo.kl_coef": 0.0, "ppo.entropy_coef": 0.01, "update.micro_batch_tokens": 32}
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
