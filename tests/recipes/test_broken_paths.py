@@ -19,10 +19,10 @@ LlamaMLP.forward = lambda self, x: nn.functional.dropout(real(self, x), 0.1, sel
 """
 TEMPERATURE_IN_SAMPLING = """
 from dataclasses import replace
-import rlhf_toolkit.rollout.collect as collect
+import rlhf_toolkit.rollout.sampler as sampler
 
-real = collect.decode
-collect.decode = lambda model, tokenizer, batch, sampling, **kw: real(model, tokenizer, batch, replace(sampling,
+real = sampler.decode
+sampler.decode = lambda model, tokenizer, batch, sampling, **kw: real(model, tokenizer, batch, replace(sampling,
 temperature=2.0), **kw)
 """
 TEMPERATURE_IN_UPDATE = """
