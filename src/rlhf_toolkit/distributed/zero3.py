@@ -56,7 +56,7 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
     Parameters that ZeRO-3 does not manage are whole anyway: then every rank must write the same. To read, what lies
     here already (in the window, or because it is persistent) is left alone: gathers must not overlap.
     """
-    managed = [p for p in parameters if is_partitioned(p) and (write or not _is_here(p))]
+    managed = [p for p in parameters if is_partitioned(p) and (write or not is_here(p))]
     with GatheredParameters(managed, modifier_rank=0 if write else None, enabled=bool(managed)):
         yield
 
@@ -127,12 +127,12 @@ def is_sharded(model: nn.Module) -> bool:
 def _partitioned(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:
     """All but the persistent parameters (small ones, all adapters among them), which are whole between steps: gathering
     them would partition them on exit, and the next forward would fetch them back one by one."""
-    return [p for p in offload.module.parameters() if not (p.ds_persist and _is_here(p))]
+    return [p for p in offload.module.parameters() if not (p.ds_persist and is_here(p))]
 
 
-def _is_here(parameter: nn.Parameter) -> bool:
-    """Whether a parameter that ZeRO-3 manages lies whole on this rank right now."""
-    return parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
+def is_here(parameter: nn.Parameter) -> bool:
+    """Whether the parameter lies whole on this rank right now."""
+    return not is_partitioned(parameter) or parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
 
 
 def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_toolkit.distributed.zero3 import whole
+from rlhf_toolkit.distributed.zero3 import is_here, whole
 
 EXACT, MERGED = "exact", "merged"
 KINDS = (EXACT, MERGED)
@@ -63,13 +63,27 @@ def _merged(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
     base: Any = layer.get_base_layer()
     a, b = _adapter(layer, role)
     delta = layer.scaling[role] * (b.float() @ a.float())
-    weight = (_weight(base).float() + delta).to(_weight(base).dtype)
-    return lambda x: linear(x, weight, base.bias)
+    return _product((_weight(base).float() + delta).to(_weight(base).dtype), base.bias)
 
 
 def _plain(layer: LoraLinear) -> Callable[[Tensor], Tensor]:
     base: Any = layer.get_base_layer()
-    return lambda x: linear(x, _weight(base), base.bias)
+    if is_here(base.weight):
+        return _product(_weight(base), base.bias)
+    return lambda x: linear(x, _weight(base), base.bias)  # streaming: the weight comes and goes
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """``x -> x W^T + b`` for many calls with few rows.
+
+    On a CPU PyTorch brings a bfloat16 weight into its kernel's order anew for every product, which for 16 rows takes as
+    long as the product (26 ms a token for all layers of SmolLM2, 17 without). The copy in that order, the same that
+    torch.compile makes, lasts as long as the rollout; results are the same bits.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return lambda x: linear(x, weight, bias)
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
 
 
 def _weight(base: Any) -> Tensor:
