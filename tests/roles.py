@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_toolkit.data.layout import TokenLayout, packed, padded
 from rlhf_toolkit.models.shared_base import SharedBase
 from tests.tiny import tiny_llama
 
@@ -56,3 +57,17 @@ def sequences_and_mask(
         sequences[row, : p + r] = torch.randint(3, vocabulary, (p + r,), generator=generator)
         mask[row, p : p + r] = True
     return sequences, mask
+
+
+def rows_of(sequences: torch.Tensor, mask: torch.Tensor) -> TokenLayout:
+    """The padded layout of sequences and the mask of their responses."""
+    return padded(sequences, *prompt_and_response_lengths(mask))
+
+
+def packed_rows(sequences: torch.Tensor, mask: torch.Tensor) -> TokenLayout:
+    """The packed one."""
+    return packed(sequences, *prompt_and_response_lengths(mask))
+
+
+def prompt_and_response_lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return mask.int().argmax(1), mask.sum(1)

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
     {"errors", "types", "seeding"},
-    {"algorithms", "data", "distributed", "rewards"},
+    {"algorithms", "data", "distributed", "planning", "rewards"},
     {"configs", "config_loading", "checkpoints", "reporting", "models"},
     {"rollout"},
     {"trainers"},

@@ -94,6 +94,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "top_k": 0,
         "top_p": 1.0,
         "stop_strings": [],
+        "mode": "auto",
+        "slots": None,
+        "weights": "exact",
     },
     "ppo": {
         "num_rollouts": 100,

@@ -89,6 +89,8 @@ def _check(name: str, value: Any, setting: Field[Any], or_none: str) -> None:
 
 # ---- the sections ----------------------------------------------------------------------------------------------------
 
+MODES = ("auto", "window", "stream")
+KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 ESTIMATORS = ("k1", "abs", "k2", "k3")
@@ -166,6 +168,22 @@ class RolloutConfig(Section):
     top_k: int = knob(0, "sample from the k most likely tokens; 0: all", NOT_NEGATIVE)
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability; 1: all", ABOVE_0_TO_1)
     stop_strings: list[str] = knob([], "texts that end a response, beside the model's stop tokens")
+    mode: str = knob(
+        "auto", "window: gather the base once; stream: decode through its shards; auto: what fits", choices=MODES
+    )
+    slots: int | None = knob(None, "sequences decoded at once on each rank; none: as many as memory holds", ABOVE_0)
+    weights: str = knob(
+        "exact", "in decoding: exact, or merged (faster, adapters rounded into the base)", choices=KINDS
+    )
+
+    def __post_init__(self) -> None:
+        """Merged weights need the whole base."""
+        super().__post_init__()
+        if self.mode == "stream" and self.weights != "exact":
+            raise ConfigError(
+                f"rollout.weights={self.weights} needs the whole base, but rollout.mode is stream; "
+                "use weights: exact, or mode: window"
+            )
 
     @property
     def sequences(self) -> int:
@@ -218,7 +236,12 @@ class PPOConfig(Section):
 class UpdateConfig(Section):
     """The optimizer: one AdamW, three named parameter groups, one schedule."""
 
-    micro_batch_tokens: int = knob(4096, "padded tokens of one forward pass, a role's rows times their width", ABOVE_0)
+    micro_batch_tokens: int = knob(4096, "a role's tokens of one forward pass: those it computes, padding too", ABOVE_0)
+    packing: str = knob(
+        "auto",
+        "sequences end to end, shared prefixes once: on, off (padded rows) or auto (on where the model can)",
+        choices=("auto", "on", "off"),
+    )
     policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
     value_lr: float = knob(1e-4, "learning rate of the value's adapter", NOT_NEGATIVE)
     value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)

@@ -34,7 +34,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of one rank's share of a rollout, each as often as it gets responses. Made by ``data/prompts.py``.
+    """The prompts of a rollout or of one rank's share, each as often as it gets responses. Made by
+    ``rollout/schedule.py``.
 
     ``samples[i]`` counts the responses of one prompt from 0, so that ``(prompts[i].index, samples[i])`` is unique in a
     rollout.
@@ -49,6 +50,10 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def subset(self, rows: Sequence[int]) -> PromptBatch:
+        """The rows with these numbers, in the order given."""
+        return PromptBatch(tuple(self.prompts[row] for row in rows), tuple(self.samples[row] for row in rows))
 
 
 @dataclass(frozen=True)

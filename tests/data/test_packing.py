@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rlhf_toolkit.data.packing import micro_batches, mini_batches
+from rlhf_toolkit.data.packing import mini_batches, padded_micro_batches
 
 LENGTHS = [random.Random(3).randint(2, 40) for _ in range(48)]
 
@@ -30,7 +30,7 @@ def test_every_name_of_the_permutation_matters() -> None:
 @pytest.mark.parametrize("budget", [40, 100, 1000])
 def test_each_row_once_equal_counts_and_the_budget_kept(ranks: int, budget: int) -> None:
     rows = list(range(4, 44))
-    cut = micro_batches(rows, LENGTHS, ranks=ranks, budget=budget)
+    cut = padded_micro_batches(rows, LENGTHS, ranks=ranks, budget=budget)
     assert sorted(row for share in cut for batch in share for row in batch) == rows
     assert len({len(share) for share in cut}) == 1, "ranks must run the same number of micro-batches"
     assert len({sum(map(len, share)) for share in cut}) == 1, "ranks must hold the same number of rows"
@@ -40,24 +40,24 @@ def test_each_row_once_equal_counts_and_the_budget_kept(ranks: int, budget: int)
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tokens_balance_over_ranks(ranks: int) -> None:
-    cut = micro_batches(range(48), LENGTHS, ranks=ranks, budget=10**6)
+    cut = padded_micro_batches(range(48), LENGTHS, ranks=ranks, budget=10**6)
     tokens = [sum(LENGTHS[row] for batch in share for row in batch) for share in cut]
     assert max(tokens) - min(tokens) <= max(LENGTHS)
 
 
 def test_a_rank_with_short_rows_is_split_further_to_keep_step() -> None:
     """Rank 0 needs two micro-batches for its long rows, so rank 1 runs two as well."""
-    cut = micro_batches([0, 1, 2, 3], [10, 1, 10, 1], ranks=2, budget=10)
+    cut = padded_micro_batches([0, 1, 2, 3], [10, 1, 10, 1], ranks=2, budget=10)
     assert [len(share) for share in cut] == [2, 2]
 
 
 def test_a_row_longer_than_the_budget_goes_alone() -> None:
-    cut = micro_batches([0, 1, 2, 3], [90, 3, 3, 3], ranks=1, budget=10)
+    cut = padded_micro_batches([0, 1, 2, 3], [90, 3, 3, 3], ranks=1, budget=10)
     assert cut == [[[0], [1, 2, 3]]]
 
 
 def test_rows_of_similar_length_sit_together() -> None:
-    cut = micro_batches(range(48), LENGTHS, ranks=2, budget=200)
+    cut = padded_micro_batches(range(48), LENGTHS, ranks=2, budget=200)
     for share in cut:
         order = [LENGTHS[row] for batch in share for row in batch]
         assert order == sorted(order, reverse=True)
@@ -65,8 +65,10 @@ def test_rows_of_similar_length_sit_together() -> None:
 
 def test_the_order_of_equal_rows_does_not_depend_on_how_they_come() -> None:
     rows = [*range(20)]
-    assert micro_batches(rows, [5] * 20, ranks=4, budget=20) == micro_batches(rows[::-1], [5] * 20, ranks=4, budget=20)
+    assert padded_micro_batches(rows, [5] * 20, ranks=4, budget=20) == padded_micro_batches(
+        rows[::-1], [5] * 20, ranks=4, budget=20
+    )
 
 
 def test_ranks_with_one_row_each() -> None:
-    assert micro_batches([5, 7], {5: 3, 7: 9}, ranks=2, budget=9) == [[[7]], [[5]]]  # type: ignore[arg-type]
+    assert padded_micro_batches([5, 7], {5: 3, 7: 9}, ranks=2, budget=9) == [[[7]], [[5]]]  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_toolkit.data.prompts import PromptSchedule, PromptSet, batch_for_rank, load_rows, tokenise_prompts
+from rlhf_toolkit.data.prompts import PromptSchedule, PromptSet, load_rows, tokenise_prompts
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.types import Prompt
 from tests.builders import tiny_tokenizer
@@ -446,51 +445,4 @@ def test_more_prompts_for_a_rollout_than_there_are() -> None:
     assert message_of(caught) == (
         "rollout.prompts_per_rollout=6 is more than the 5 prompts there are, so that every rollout would repeat some; "
         "set it to 5 or less, or add prompts"
-    )
-
-
-# ---- batch_for_rank --------------------------------------------------------------------------------------------------
-
-
-def prompts_at(*indices: int) -> list[Prompt]:
-    return [Prompt(index, str(index), (index,), {}) for index in indices]
-
-
-def named(prompts: list[Prompt], responses: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    batch = batch_for_rank(prompts, responses, rank, world_size)
-    return [(prompt.index, sample) for prompt, sample in zip(batch.prompts, batch.samples, strict=True)]
-
-
-def test_each_prompt_is_repeated_in_a_row() -> None:
-    assert named(prompts_at(7, 3), 3, 0, 1) == [(7, 0), (7, 1), (7, 2), (3, 0), (3, 1), (3, 2)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-def test_ranks_together_have_the_whole_rollout_in_order(world_size: int) -> None:
-    prompts = prompts_at(5, 4, 3, 2, 1, 0)
-    shares = [named(prompts, 2, rank, world_size) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {12 // world_size}
-    assert list(chain.from_iterable(shares)) == named(prompts, 2, 0, 1)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_prompt_that_comes_twice_gets_other_samples(world_size: int) -> None:
-    shares = [named(prompts_at(1, 2, 3, 1), 2, rank, world_size) for rank in range(world_size)]
-    assert list(chain.from_iterable(shares)) == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (1, 2), (1, 3)]
-
-
-def test_names_are_unique_in_every_rollout_of_a_schedule() -> None:
-    schedule, prompts = PromptSchedule(6, 4, seed=0), prompts_at(*range(6))
-    rollouts = [schedule.indices(rollout) for rollout in range(30)]
-    assert any(len(set(rollout)) < 4 for rollout in rollouts), "no rollout of this test has a prompt twice"
-    for rollout in rollouts:
-        names = Counter(named([prompts[index] for index in rollout], 3, 0, 1))
-        assert set(names.values()) == {1}
-
-
-def test_shares_that_would_differ() -> None:
-    with pytest.raises(DataError) as caught:
-        batch_for_rank(prompts_at(1, 2, 3), 2, 0, 2)
-    assert message_of(caught) == (
-        "3 prompts do not divide among world_size=2; set rollout.prompts_per_rollout to a multiple of it"
     )

@@ -3,6 +3,7 @@ on or off."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from tests.launch import run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
-# What each run changes; the first is the oracle. Prompts and responses have uneven lengths in all of them.
+# What each run changes; the first, which packs, is the oracle. Prompts and responses have uneven lengths.
 RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {
     "one process": (1, None, {}),
     "one process, half the micro-batch budget": (1, None, {"update.micro_batch_tokens": 32}),
     "one process, gradient checkpointing": (1, None, {"model.gradient_checkpointing": True}),
+    "one process, three slots": (1, None, {"rollout.slots": 3}),
     "two ranks, ZeRO-2": (2, 2, {}),
     "two ranks, ZeRO-3": (2, 3, {}),
     "two ranks, ZeRO-3, checkpointing, half the budget": (
@@ -25,6 +27,9 @@ RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {
         3,
         {"model.gradient_checkpointing": True, "update.micro_batch_tokens": 32},
     ),
+    "two ranks, ZeRO-3, streamed through two slots": (2, 3, {"rollout.mode": "stream", "rollout.slots": 2}),
+    "one process, padded rows": (1, None, {"update.packing": "off"}),
+    "two ranks, ZeRO-3, padded rows": (2, 3, {"update.packing": "off"}),
 }
 
 
@@ -33,10 +38,18 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file}:{name}": tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
+def begin_alike(prompts: Path) -> None:
+    """Twelve words before every prompt, so that packed micro-batches have something to share."""
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    template = " ".join(f"w{i}" for i in range(12))
+    prompts.write_text("".join(json.dumps({"prompt": f"{template} {row['prompt']}"}) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("same_update")
-    task = write_task(folder)
+    task = merged(write_task(folder), {"data.max_prompt_tokens": 20})
+    begin_alike(folder / "prompts.jsonl")
     task = merged(
         task, {"ppo.num_ppo_epochs": 2, "ppo.mini_batches": 2, "ppo.entropy_coef": 0.01, "ppo.num_rollouts": 1}
     )

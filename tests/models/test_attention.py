@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import MistralConfig, MistralForCausalLM
 
 from rlhf_toolkit.models import attention
-from rlhf_toolkit.models.attention import CPU_ATTENTION, short_causal_attention
+from rlhf_toolkit.models.attention import ROLE_ATTENTION, short_causal_attention
 
 ROWS, HEADS, LENGTH, SIZE = 3, 4, 9, 8
 GROUPED = pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["one to one", "grouped", "one for all"])
@@ -131,12 +131,12 @@ def test_a_whole_model_says_the_same_with_it(window: int | None, calls: list[str
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
     ids = torch.randint(3, 32, (3, 12), generator=torch.Generator().manual_seed(0))
     logits = {}
-    for kind, dtype in ((CPU_ATTENTION, torch.bfloat16), ("sdpa", torch.bfloat16), ("eager", torch.float32)):
+    for kind, dtype in ((ROLE_ATTENTION, torch.bfloat16), ("sdpa", torch.bfloat16), ("eager", torch.float32)):
         torch.manual_seed(0)
         model = MistralForCausalLM._from_config(MistralConfig(**config), attn_implementation=kind).to(dtype)
         with torch.no_grad():
             logits[kind] = model(input_ids=ids, use_cache=False).logits
-        if kind == CPU_ATTENTION:
+        if kind == ROLE_ATTENTION:
             assert bool(calls) == (window is not None)
-    ours, theirs = (relative(logits[kind], logits["eager"].double()) for kind in (CPU_ATTENTION, "sdpa"))
+    ours, theirs = (relative(logits[kind], logits["eager"].double()) for kind in (ROLE_ATTENTION, "sdpa"))
     assert ours < 0.02 and ours < 1.5 * theirs

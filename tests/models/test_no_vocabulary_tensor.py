@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.models import heads
+from rlhf_toolkit.models.attention import ROLE_ATTENTION
 from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
 from rlhf_toolkit.models.shared_base import SharedBase
 from tests.allocations import Allocations
-from tests.roles import sequences_and_mask, tiny_shared
+from tests.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
 from tests.tiny import tiny_llama
 
 VOCABULARY, TILE = 8192, 1024
@@ -24,8 +25,10 @@ PROMPTS, RESPONSES = (2, 4, 3), (5, 3, 6)
 Head = Callable[..., tuple[Tensor, Tensor]]
 
 
-def shared(*, tied: bool, dtype: torch.dtype = torch.float32, **options: Any) -> SharedBase:
-    base = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=tied).to(dtype)
+def shared(
+    *, tied: bool, dtype: torch.dtype = torch.float32, attention: str = ROLE_ATTENTION, **options: Any
+) -> SharedBase:
+    base = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=tied, attn_implementation=attention).to(dtype)
     base.get_output_embeddings().weight.data.mul_(20)
     return tiny_shared(base, **options).train()
 
@@ -33,7 +36,9 @@ def shared(*, tied: bool, dtype: torch.dtype = torch.float32, **options: Any) ->
 def run(model: SharedBase, *roles: str) -> dict[str, Tensor]:
     """The one call of the forward pass here."""
     sequences, mask = sequences_and_mask(PROMPTS, RESPONSES, vocabulary=VOCABULARY)
-    return model(sequences, mask, roles=roles, temperature=0.8, entropy_gradient=torch.is_grad_enabled())
+    is_packed = model.causal_lm.config._attn_implementation == ROLE_ATTENTION
+    layout = (packed_rows if is_packed else rows_of)(sequences, mask)
+    return model(layout, roles=roles, temperature=0.8, entropy_gradient=torch.is_grad_enabled())
 
 
 def score(model: SharedBase) -> None:
@@ -86,10 +91,11 @@ def with_head(monkeypatch: pytest.MonkeyPatch, head: Head) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("attention", [ROLE_ATTENTION, "sdpa"], ids=["packed", "padded"])
 def test_no_tensor_has_as_many_elements_as_the_vocabulary(
-    work: Callable[..., object], tied: bool, dtype: torch.dtype, checkpointing: bool
+    work: Callable[..., object], tied: bool, dtype: torch.dtype, checkpointing: bool, attention: str
 ) -> None:
-    model = shared(tied=tied, dtype=dtype, gradient_checkpointing=checkpointing)
+    model = shared(tied=tied, dtype=dtype, attention=attention, gradient_checkpointing=checkpointing)
     with Allocations() as allocations:
         work(model)
     assert allocations.above(VOCABULARY - 1) == []

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.role_slices import RoleLora, RoleRows, RoleSlices
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import lora, plain_peft, sequences_and_mask, tiny_shared
+from tests.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
 from tests.tiny import tiny_llama
 
 IN, OUT, ROWS = 5, 4, 7
@@ -192,7 +192,7 @@ def test_a_layer_called_outside_forward_is_an_error() -> None:
     shared, (ids, mask) = tiny_shared(), sequences_and_mask((2,), (3,))
     with pytest.raises(ModelError, match=r"outside SharedBase\.forward"):
         shared.causal_lm(input_ids=ids)
-    shared(ids, mask, roles=("policy",))
+    shared(rows_of(ids, mask), roles=("policy",))
     with pytest.raises(ModelError, match=r"outside SharedBase\.forward"):
         shared.causal_lm(input_ids=ids)
 
@@ -214,7 +214,7 @@ def gradients(*, checkpointing: bool, between: Any = None) -> dict[str, Tensor]:
         tiny_shared(gradient_checkpointing=checkpointing).train(),
         sequences_and_mask((2, 4, 3), (5, 3, 2)),
     )
-    out = shared(ids, mask, roles=("policy", "value"), entropy_gradient=True)
+    out = shared(rows_of(ids, mask), roles=("policy", "value"), entropy_gradient=True)
     loss = out["policy_logprobs"].sum() + out["policy_entropies"].sum() + out["values"].square().sum()
     if between is not None:
         between(shared, ids, mask)
@@ -224,11 +224,11 @@ def gradients(*, checkpointing: bool, between: Any = None) -> dict[str, Tensor]:
 
 def forward_without_gradient(shared: SharedBase, ids: Tensor, mask: Tensor) -> None:
     with torch.no_grad():
-        shared(ids[:1], mask[:1], roles=("reference", "value"))
+        shared(rows_of(ids[:1], mask[:1]), roles=("reference", "value"))
 
 
 def forward_and_backward_of_another_batch(shared: SharedBase, ids: Tensor, mask: Tensor) -> None:
-    shared(ids[1:], mask[1:], roles=("value", "policy"))["values"].sum().backward()
+    shared(rows_of(ids[1:], mask[1:]), roles=("value", "policy"))["values"].sum().backward()
     shared.zero_grad()
 
 
@@ -242,7 +242,7 @@ def test_checkpointing_really_recomputes() -> None:
         )
         calls: list[int] = []
         shared.causal_lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        shared(ids, mask, roles=("policy", "value"))["values"].sum().backward()
+        shared(rows_of(ids, mask), roles=("policy", "value"))["values"].sum().backward()
         counts[checkpointing] = len(calls)
     assert counts == {False: 1, True: 2}
 

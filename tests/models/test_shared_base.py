@@ -15,7 +15,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import lora, plain_peft, sequences_and_mask, tiny_shared
+from tests.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
 from tests.tiny import tiny_llama
 
 ALL = ("policy", "value", "reference", "reward")
@@ -53,7 +53,7 @@ def test_log_probs_and_entropies_are_those_of_full_logits(role: str) -> None:
     shared, (ids, mask) = tiny_shared(), sequences_and_mask(*LENGTHS)
     model = plain_peft(shared, "policy", tiny_llama()) if role == "policy" else tiny_llama().eval()
     with torch.no_grad():
-        out = shared(ids, mask, roles=("value", role), temperature=TEMPERATURE)
+        out = shared(rows_of(ids, mask), roles=("value", role), temperature=TEMPERATURE)
         logprobs, entropies = [], []
         for row, prompt, response in zip(ids, *LENGTHS, strict=True):
             for t in positions(prompt, response):
@@ -68,7 +68,7 @@ def test_values_are_read_before_each_token_and_after_the_last() -> None:
     shared, (ids, mask) = tiny_shared(), sequences_and_mask(*LENGTHS)
     model, head = plain_peft(shared, "value", tiny_llama()), shared.scalar_heads["value"]
     with torch.no_grad():
-        out = shared(ids, mask, roles=("policy", "value"))
+        out = shared(rows_of(ids, mask), roles=("policy", "value"))
         values, final = [], []
         for row, prompt, response in zip(ids, *LENGTHS, strict=True):
             for t in (*positions(prompt, response), prompt + response):
@@ -83,7 +83,7 @@ def test_reward_scores_are_read_at_the_last_response_token() -> None:
     shared, (ids, mask) = tiny_shared(roles=("policy", "value", "reward")), sequences_and_mask(*LENGTHS)
     model, head = plain_peft(shared, "reward", tiny_llama()), shared.scalar_heads["reward"]
     with torch.no_grad():
-        out = shared(ids, mask, roles=("reward",))
+        out = shared(rows_of(ids, mask), roles=("reward",))
         ends = [p + r for p, r in zip(*LENGTHS, strict=True)]
         states = [
             model.base_model.model.model(input_ids=row[None, :end]).last_hidden_state[0, -1]
@@ -96,9 +96,9 @@ def test_reward_scores_are_read_at_the_last_response_token() -> None:
 def test_any_roles_together_say_what_each_says_alone(roles: tuple[str, ...]) -> None:
     shared, (ids, mask) = tiny_shared(roles=("policy", "value", "reward")), sequences_and_mask(*LENGTHS)
     with torch.no_grad():
-        alone = {name: out for role in ALL for name, out in shared(ids, mask, roles=(role,)).items()}
+        alone = {name: out for role in ALL for name, out in shared(rows_of(ids, mask), roles=(role,)).items()}
         for order in (roles, roles[::-1]):
-            together = shared(ids, mask, roles=order)
+            together = shared(rows_of(ids, mask), roles=order)
             assert together.keys() == of_roles(*roles)
             for name, found in together.items():
                 assert found.dtype == torch.float32
@@ -111,8 +111,8 @@ def test_padding_and_its_token_change_nothing() -> None:
     wider, real = torch.full((len(ids), ids.shape[1] + 3), 9), ids > 1  # the builder pads with 1
     wider[:, : ids.shape[1]][real] = ids[real]
     with torch.no_grad():
-        expected = shared(ids, mask, roles=ALL)
-        found = shared(wider, torch.nn.functional.pad(mask, (0, 3)), roles=ALL)
+        expected = shared(rows_of(ids, mask), roles=ALL)
+        found = shared(rows_of(wider, torch.nn.functional.pad(mask, (0, 3))), roles=ALL)
     for name in expected:
         close(found[name], expected[name])
 
@@ -122,7 +122,7 @@ def test_a_trunk_that_ends_narrower_than_its_hidden_size() -> None:
     config = {"vocab_size": 32, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     base = OPTForCausalLM(OPTConfig(**config, word_embed_proj_dim=16, do_layer_norm_before=False, dropout=0.0))
     shared, (ids, mask) = tiny_shared(base), sequences_and_mask(*LENGTHS)
-    out = shared(ids, mask, roles=("policy", "value"))
+    out = shared(rows_of(ids, mask), roles=("policy", "value"))
     assert shared.scalar_heads["value"].weight.shape == (16,) and out["values"].shape == (mask.sum(),)
 
 
@@ -147,9 +147,9 @@ def test_nothing_changes_what_trains(tmp_path: Path) -> None:
     shared, (ids, mask) = tiny_shared(roles=ALL), sequences_and_mask(*LENGTHS)
     before = fingerprint(shared)
     for roles in SUBSETS:
-        shared(ids, mask, roles=roles)
+        shared(rows_of(ids, mask), roles=roles)
         with torch.no_grad():
-            shared.eval()(ids, mask, roles=roles)
+            shared.eval()(rows_of(ids, mask), roles=roles)
         shared.train()
     assert fingerprint(shared) == before
     shared.save_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_parameter_groups_hold_each_trained_parameter_once() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_joint_forward_gives_every_trained_parameter_a_gradient(checkpointing: bool) -> None:
     shared, (ids, mask) = tiny_shared(gradient_checkpointing=checkpointing).train(), sequences_and_mask(*LENGTHS)
-    out = shared(ids, mask, roles=("policy", "value"))
+    out = shared(rows_of(ids, mask), roles=("policy", "value"))
     (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
     for name, p in shared.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) if p.requires_grad else p.grad is None, name
@@ -186,7 +186,7 @@ def test_one_joint_forward_gives_every_trained_parameter_a_gradient(checkpointin
 def test_a_loss_of_one_role_moves_that_role_alone(said: str, moved: set[str], still: set[str]) -> None:
     """The other's gradient is there and exactly zero: ZeRO-3 would take a missing one for the last step's."""
     shared, (ids, mask) = tiny_shared(), sequences_and_mask(*LENGTHS)
-    shared(ids, mask, roles=("policy", "value"))[said].square().sum().backward()
+    shared(rows_of(ids, mask), roles=("policy", "value"))[said].square().sum().backward()
     groups = shared.parameter_groups()
     assert all(p.grad is not None and bool(p.grad.any()) for name in moved for p in groups[name])
     assert all(p.grad is not None and not bool(p.grad.any()) for name in still for p in groups[name])
@@ -194,8 +194,8 @@ def test_a_loss_of_one_role_moves_that_role_alone(said: str, moved: set[str], st
 
 def test_without_entropy_gradient_entropies_carry_none() -> None:
     shared, (ids, mask) = tiny_shared(), sequences_and_mask(*LENGTHS)
-    assert not shared(ids, mask, roles=("policy",))["policy_entropies"].requires_grad
-    assert shared(ids, mask, roles=("policy",), entropy_gradient=True)["policy_entropies"].requires_grad
+    assert not shared(rows_of(ids, mask), roles=("policy",))["policy_entropies"].requires_grad
+    assert shared(rows_of(ids, mask), roles=("policy",), entropy_gradient=True)["policy_entropies"].requires_grad
 
 
 # ---- disk ------------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_plain_peft_loads_the_policy_and_says_the_same(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "policy").eval()
     with torch.no_grad():
         logp = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-        close(shared(ids, mask, roles=("policy", "value"))["policy_logprobs"], logp[mask[:, 1:]])
+        close(shared(rows_of(ids, mask), roles=("policy", "value"))["policy_logprobs"], logp[mask[:, 1:]])
         merged = model.merge_and_unload()(input_ids=ids).logits.log_softmax(-1)[:, :-1]
     close(merged.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]], logp[mask[:, 1:]])
 
@@ -307,7 +307,7 @@ def test_reference_is_a_frozen_copy_of_the_policys_start(start: Path) -> None:
     assert shared.parameter_groups().keys() == {"policy", "value", "value_head"}
     assert not any(p.requires_grad for name, p in shared.named_parameters() if ".reference." in name)
     with torch.no_grad():
-        out = shared.train()(ids, mask, roles=("policy", "value", "reference"))
+        out = shared.train()(rows_of(ids, mask), roles=("policy", "value", "reference"))
     assert torch.equal(out["policy_logprobs"], out["reference_logprobs"])
     model = PeftModel.from_pretrained(tiny_llama(), start).eval()
     with torch.no_grad():
@@ -318,10 +318,10 @@ def test_reference_is_a_frozen_copy_of_the_policys_start(start: Path) -> None:
 def test_it_stays_where_it_was_when_the_policy_moves(start: Path) -> None:
     shared, (ids, mask) = build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(start)), sequences_and_mask(*LENGTHS)
     optimizer = torch.optim.SGD([p for p in shared.parameters() if p.requires_grad], lr=0.1)
-    before = shared(ids, mask, roles=("policy", "reference"))
+    before = shared(rows_of(ids, mask), roles=("policy", "reference"))
     before["policy_logprobs"].sum().backward()
     optimizer.step()
-    after = shared(ids, mask, roles=("policy", "reference"))
+    after = shared(rows_of(ids, mask), roles=("policy", "reference"))
     assert torch.equal(before["reference_logprobs"], after["reference_logprobs"])
     assert not torch.allclose(before["policy_logprobs"], after["policy_logprobs"], atol=1e-3)
 
@@ -332,7 +332,7 @@ def test_without_an_adapter_to_start_from_policy_is_reference_is_base() -> None:
         build_ppo_roles(tiny_llama(), lora(init_lora_weights=True), policy_adapter=None),
         sequences_and_mask(*LENGTHS),
     )
-    out = shared(ids, mask, roles=("policy", "reference"))
+    out = shared(rows_of(ids, mask), roles=("policy", "reference"))
     assert torch.equal(out["policy_logprobs"], out["reference_logprobs"])
     assert not [name for name, _ in shared.named_parameters() if ".reference." in name]
 

@@ -16,11 +16,11 @@ from transformers import LlamaConfig
 
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout import decoding
-from rlhf_toolkit.rollout.decoding import Sampling, decode, left_padded
+from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.builders import tiny_tokenizer
-from tests.roles import plain_peft, tiny_shared
+from tests.roles import plain_peft, rows_of, tiny_shared
 from tests.tiny import WORDS, tiny_llama
 
 EOS = 1
@@ -91,12 +91,86 @@ def test_when_idle_rows_leave_does_not_matter(monkeypatch: pytest.MonkeyPatch, s
     torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.finished, expected.finished)
     going = [sum(n > step for n in expected.lengths.tolist()) for step in range(len(widths))]
+    assert widths[0] == len({prompt for prompt, _ in ROWS})  # the samples of one prompt are prefilled once
     if share == 0.01:
-        assert widths == going
+        assert widths[1:] == going[1:]
     elif share > 1:
-        assert widths == [len(ROWS)] * len(widths)
+        assert widths[1:] == [len(ROWS)] * (len(widths) - 1)
     else:
-        assert widths != going and min(widths) < len(ROWS)
+        assert widths[1:] != going[1:] and min(widths) < len(ROWS)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("entry", [0.01, 0.6])
+def test_the_number_of_slots_does_not_matter(monkeypatch: pytest.MonkeyPatch, slots: int, entry: float) -> None:
+    """Nor when prompts enter, nor that columns move left all the time for want of spare ones."""
+    expected = run()
+    widths: list[tuple[int, int]] = []
+    own = SharedBase.next_token_logits
+
+    def watched(self: SharedBase, input_ids: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+        widths.append((len(input_ids), mask.shape[1]))
+        return own(self, input_ids, mask, *rest)
+
+    monkeypatch.setattr(SharedBase, "next_token_logits", watched)
+    monkeypatch.setattr(decoding, "ENTRY_SHARE", entry)
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
+    with torch.no_grad():
+        found = decode(model(), tiny_tokenizer(words=WORDS), batch_of(ROWS), SAMPLING, stream=STREAM, slots=slots)
+    assert responses(found) == responses(expected)
+    torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.finished, expected.finished)
+    longest = max(map(len, PROMPTS)) + SAMPLING.max_new_tokens
+    assert max(rows for rows, _ in widths) <= slots and max(columns for _, columns in widths) <= longest + 1
+
+
+def test_expected_lengths_order_the_beginning_and_nothing_else() -> None:
+    assert longest_first(batch_of(ROWS), lambda prompt: 0.0) == list(range(len(ROWS)))
+    order = longest_first(batch_of(ROWS), lambda prompt: float(prompt.index))
+    assert [ROWS[row] for row in order] == [(4, 0), (4, 1), (3, 0), (2, 0), (2, 5), (1, 0), (0, 0), (0, 1)]
+    with torch.no_grad():
+        found = decode(
+            model(),
+            tiny_tokenizer(words=WORDS),
+            batch_of(ROWS),
+            SAMPLING,
+            stream=STREAM,
+            slots=2,
+            expected=lambda prompt: float(prompt.index),
+        )
+    assert responses(found) == responses(run())
+
+
+def test_what_prompts_have_in_common_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = tuple(range(6, 16))
+    prompts = tuple(Prompt(i, "", (*template, *tail), {}) for i, tail in enumerate([(7,), (8, 9, 10), (7, 11)]))
+    batch, seen = PromptBatch(prompts, (0, 0, 0)), list[tuple[int, ...]]()
+    own = SharedBase.next_token_logits
+
+    def watched(self: SharedBase, input_ids: Tensor, *rest: Any) -> Tensor:
+        seen.append(tuple(input_ids.shape))
+        return own(self, input_ids, *rest)
+
+    monkeypatch.setattr(SharedBase, "next_token_logits", watched)
+    found = {}
+    for threshold in (8, 100):
+        monkeypatch.setattr(decoding, "SHARED_PREFIX", threshold)
+        with torch.no_grad():
+            found[threshold] = decode(model(), tiny_tokenizer(words=WORDS), batch, SAMPLING, stream=STREAM)
+    assert seen[:2] == [(1, 10), (3, 3)] and (3, 13) in seen
+    assert responses(found[8]) == responses(found[100])
+    torch.testing.assert_close(found[8].rollout_logprobs, found[100].rollout_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tails", "shared"),
+    [([(1,), (2,)], 9), ([(1,), (1,)], 9), ([(), (1, 2)], 8), ([(1, 2)], 0)],
+)
+def test_a_common_prefix_leaves_every_prompt_a_token(tails: list[tuple[int, ...]], shared: int) -> None:
+    template = tuple(range(6, 15))
+    assert common_prefix([Prompt(i, "", (*template, *tail), {}) for i, tail in enumerate(tails)]) == shared
+    short = [Prompt(i, "", (*template[:5], *tail), {}) for i, tail in enumerate(tails)]
+    assert common_prefix(short) == 0
 
 
 def test_what_pads_does_not_matter() -> None:
@@ -154,7 +228,7 @@ def test_log_probs_are_those_of_one_forward_pass() -> None:
         ids = torch.tensor([[*PROMPTS[index], *response]])
         mask = torch.arange(ids.shape[1])[None] >= len(PROMPTS[index])
         with torch.no_grad():
-            out = model()(ids, mask, roles=("policy",), temperature=SAMPLING.temperature)
+            out = model()(rows_of(ids, mask), roles=("policy",), temperature=SAMPLING.temperature)
         torch.testing.assert_close(logprobs[: len(response)], out["policy_logprobs"], rtol=1e-4, atol=1e-4)
 
 
@@ -251,8 +325,8 @@ class Bytes:
     def __init__(self, text: bytes) -> None:
         self.text = text
 
-    def batch_decode(self, rows: Tensor) -> list[str]:
-        return [bytes(self.text[token] for token in row).decode(errors="replace") for row in rows.tolist()]
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return [bytes(self.text[token] for token in row).decode(errors="replace") for row in rows]
 
 
 @pytest.mark.parametrize("string", ["🙂🙂🙂", "日本語です", "end."])
@@ -277,12 +351,12 @@ def test_on_tokens_hears_of_every_token_once() -> None:
 
 
 def test_prompts_end_in_the_same_column() -> None:
-    ids, mask = left_padded(batch_of([(0, 0), (1, 0), (2, 0)]), pad_id=99)
+    ids, mask = left_padded(batch_of([(0, 0), (1, 0), (2, 0)]).prompts, pad_id=99)
     assert ids.tolist() == [[99, 99, 99, 7, 8], [99, 99, 99, 99, 9], [10, 11, 12, 13, 14]]
     assert mask.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
 
 
 def test_a_prompt_of_pad_tokens_is_not_padding() -> None:
     prompts = (Prompt(0, "", (0, 0), {}), Prompt(1, "", (3, 4, 0), {}))
-    ids, mask = left_padded(PromptBatch(prompts, (0, 0)), pad_id=0)
+    ids, mask = left_padded(prompts, pad_id=0)
     assert ids.tolist() == [[0, 0, 0], [3, 4, 0]] and mask.tolist() == [[0, 1, 1], [1, 1, 1]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.data.layout import response_positions
+from rlhf_toolkit.data.layout import padded
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout.loader import share_of_mini_batch
 from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
@@ -86,10 +86,8 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
     """PPO by its definition: one pass over the whole mini-batch, then a loop over rows and tokens."""
     knobs = trainer.loss
     lengths = batch["response_lengths"].tolist()
-    positions = response_positions(batch["prompt_lengths"], batch["response_lengths"], batch["sequences"].shape[1])
-    out = trainer.model(
-        batch["sequences"], positions, roles=("policy", "value"), temperature=knobs.temperature, entropy_gradient=True
-    )
+    layout = padded(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
+    out = trainer.model(layout, roles=("policy", "value"), temperature=knobs.temperature, entropy_gradient=True)
     split = [out[name].split(lengths) for name in ("policy_logprobs", "policy_entropies", "values")]
     rows = [b for b, mask in enumerate(batch["response_mask"].tolist()) if any(mask)]
     tokens = sum(lengths[b] for b in rows)

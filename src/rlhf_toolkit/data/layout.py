@@ -1,4 +1,5 @@
-"""Between sequences (n, T), packed response positions (K,) and response rows (n, R). One place for every index.
+"""Between sequences (n, T), the tokens of a forward pass, packed response positions (K,) and response rows (n, R).
+One place for every index.
 
 Sequences are prompt and response, right-padded. Response rows are aligned so that column 0 is the first response token.
 Packed means the response tokens of all rows end to end, row after row.
@@ -7,9 +8,12 @@ Packed means the response tokens of all rows end to end, row after row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from rlhf_toolkit.data.segments import Trie, share_prefixes
 
 
 def join(prompts: Sequence[Sequence[int]], responses: Tensor, lengths: Tensor, *, pad_id: int) -> Tensor:
@@ -27,6 +31,71 @@ def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: 
     column = torch.arange(width, device=prompt_lengths.device)
     start, stop = prompt_lengths[:, None], (prompt_lengths + response_lengths)[:, None]
     return (column >= start) & (column < stop)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the tokens of a micro-batch lie in a forward pass, and where its results are read.
+
+    ``tokens`` (n, N): the rows of each role. Two kinds: ``padded``, a row for each sequence, and ``packed``, one row in
+    which sequences lie end to end and share prefixes. Indices run over the tokens of all n rows, flattened: ``before``
+    (K,), the state in which each response token is chosen, in row-major order of the sequences; ``targets`` (K,), the
+    response tokens; ``last`` (B,), the last token of each sequence. Packed, ``positions`` (1, N) and ``trie`` say what
+    belongs together, and ``keys[s]`` are the indices of the tokens that segment s attends to: those above it, then its
+    own.
+    """
+
+    tokens: Tensor
+    before: Tensor
+    targets: Tensor
+    last: Tensor
+    positions: Tensor | None = None
+    trie: Trie | None = None
+    keys: tuple[Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> TokenLayout:
+        """The same on ``device``."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "before", "targets", "last")}
+        positions = None if self.positions is None else self.positions.to(device)
+        return replace(self, **moved, positions=positions)
+
+
+def padded(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:
+    """Right-padded rows (n, T). They need no attention mask: attention is causal, and nothing is read at a padded
+    position."""
+    width = int((prompt_lengths + response_lengths).max())
+    tokens = sequences[:, :width]
+    mask = response_positions(prompt_lengths, response_lengths, width)
+    places = mask.flatten().nonzero().squeeze(1)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return TokenLayout(tokens, places - 1, tokens[mask], rows * width + prompt_lengths + response_lengths - 1)
+
+
+def packed(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:
+    """The tokens of sequences (n, T) as one row (1, N) without padding, every shared prefix once."""
+    sequences, starts = sequences.cpu(), prompt_lengths.tolist()
+    lengths = (prompt_lengths + response_lengths).tolist()
+    trie = share_prefixes([tuple(row[:p]) for row, p in zip(sequences.tolist(), starts, strict=True)], lengths)
+    keys = _places(trie)
+    tokens = torch.cat([sequences[s.row, s.start : s.stop] for s in trie.segments])
+    positions = torch.cat([torch.arange(s.start, s.stop) for s in trie.segments])
+    before = [keys[leaf][p - 1 : n - 1] for leaf, p, n in zip(trie.leaves, starts, lengths, strict=True)]
+    targets = [row[p:n] for row, p, n in zip(sequences, starts, lengths, strict=True)]
+    last = torch.stack([keys[leaf][-1] for leaf in trie.leaves])
+    return TokenLayout(
+        tokens[None], torch.cat(before), torch.cat(targets), last, positions[None], trie, tuple(keys)
+    ).to(prompt_lengths.device)
+
+
+def _places(trie: Trie) -> list[Tensor]:
+    """For each segment the indices of every token from the sequence's beginning to the segment's end."""
+    found: list[Tensor] = []
+    start = 0
+    for segment in trie.segments:
+        own = torch.arange(start, start + segment.size)
+        found.append(own if segment.parent is None else torch.cat([found[segment.parent], own]))
+        start += segment.size
+    return found
 
 
 def unpack(packed: Tensor, lengths: Tensor, width: int) -> Tensor:

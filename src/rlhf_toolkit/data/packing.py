@@ -1,7 +1,7 @@
 """How the rows of a rollout are cut: into mini-batches, among ranks, into micro-batches of bounded size.
 
-Every function here is a pure function of lengths and names, so all ranks make the same plan without talking. The same
-plan serves scoring and the first pass of the update: equal shapes are what makes the first ratio exactly 1.
+Every function here is a pure function of lengths, prompts and names, so all ranks make the same plan without talking.
+The same plan serves scoring and the first pass of the update: equal shapes are what makes the first ratio exactly 1.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rlhf_toolkit.data.segments import Tokens, packed_tokens
 from rlhf_toolkit.seeding import derived_generator
 
 Rows = list[int]
@@ -22,7 +23,7 @@ def mini_batches(rows: int, count: int, *, seed: int, rollout: int, epoch: int) 
     return [order[i * size : (i + 1) * size] for i in range(count)]
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: int, budget: int) -> list[list[Rows]]:
+def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: int, budget: int) -> list[list[Rows]]:
     """Cut a mini-batch for each rank into the same number of micro-batches, ``[rank][micro-batch]`` to row numbers.
 
     ``lengths[row]`` are tokens; ``budget`` bounds rows x longest row of a micro-batch. Ranks get equally many rows,
@@ -30,9 +31,19 @@ def micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: int, bu
     padding.
     """
     shares = _deal(rows, lengths, ranks)
-    cut = [_fill(share, lengths, budget) for share in shares]
-    count = max(map(len, cut))
-    return [_split_to(batches, count) for batches in cut]
+    return _in_step([_fill(share, lengths, budget) for share in shares])
+
+
+def packed_micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], *, ranks: int, budget: int
+) -> list[list[Rows]]:
+    """The same for packed rows: ``budget`` bounds the tokens of a micro-batch once prefixes are shared.
+
+    ``prompts[row]`` is a tuple of tokens. Ranks get equally many rows. Rows of one prompt go to one rank and one
+    micro-batch where they fit, and prompts that begin alike sit together.
+    """
+    shares = _deal_groups(_by_prompt(rows, lengths, prompts), lengths, prompts, ranks)
+    return _in_step([_fill_packed(share, lengths, prompts, budget) for share in shares])
 
 
 def _deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[Rows]:
@@ -53,6 +64,55 @@ def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def _by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens]) -> list[Rows]:
+    """Rows with the same prompt, longest first; ties go by row number."""
+    groups: dict[Tokens, Rows] = {}
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        groups.setdefault(prompts[row], []).append(row)
+    return list(groups.values())
+
+
+def _deal_groups(groups: list[Rows], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:
+    """Costliest group first, to the rank with the fewest tokens so far. A group that would give a rank more than its
+    share of rows goes on at the next."""
+    rows = sum(map(len, groups))
+    room = [rows // ranks + (number < rows % ranks) for number in range(ranks)]
+    shares: list[Rows] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for group in sorted(groups, key=lambda group: (-_cost(group, lengths, prompts), group[0])):
+        while group:
+            number = min((n for n in range(ranks) if room[n]), key=lambda n: (room[n] < len(group), tokens[n], n))
+            taken, group = group[: room[number]], group[room[number] :]
+            shares[number] += taken
+            room[number] -= len(taken)
+            tokens[number] += _cost(taken, lengths, prompts)
+    return shares
+
+
+def _cost(group: Rows, lengths: Sequence[int], prompts: Sequence[Tokens]) -> int:
+    """Tokens of rows with one prompt."""
+    shared = len(prompts[group[0]])
+    return shared + sum(lengths[row] - shared for row in group)
+
+
+def _fill_packed(share: Rows, lengths: Sequence[int], prompts: Sequence[Tokens], budget: int) -> list[Rows]:
+    """Rows in the order of their prompts' tokens, so that those that begin alike are neighbours."""
+    batches: list[Rows] = []
+    for row in sorted(share, key=lambda row: (prompts[row], -lengths[row], row)):
+        more = [*batches[-1], row] if batches else []
+        if more and packed_tokens([prompts[each] for each in more], [lengths[each] for each in more]) <= budget:
+            batches[-1] = more
+        else:
+            batches.append([row])
+    return batches
+
+
+def _in_step(shares: list[list[Rows]]) -> list[list[Rows]]:
+    """All ranks cut into as many batches as the one that needs most."""
+    count = max(map(len, shares))
+    return [_split_to(batches, count) for batches in shares]
 
 
 def _split_to(batches: list[Rows], count: int) -> list[Rows]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_toolkit.data.tokenizers import require_chat_template
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
-from rlhf_toolkit.types import Prompt, PromptBatch
+from rlhf_toolkit.types import Prompt
 
 NO_ROWS = "holds no rows; give it at least one prompt, or name another split"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -55,7 +54,7 @@ class PromptSchedule:
 
     The stream is one permutation of ``size`` prompts after another, each derived from ``(seed, epoch)``: every epoch
     has each prompt once, whatever ``per_rollout`` is. A block may span two epochs and then hold a prompt twice;
-    ``batch_for_rank`` tells their samples apart. DataError where an epoch is shorter than a rollout.
+    ``rollout.schedule.rollout_rows`` tells their samples apart. DataError where an epoch is shorter than a rollout.
     """
 
     size: int
@@ -80,30 +79,6 @@ class PromptSchedule:
     def _permutation(self, epoch: int) -> list[int]:
         order: list[int] = torch.randperm(self.size, generator=derived_generator(self.seed, "prompts", epoch)).tolist()
         return order
-
-
-def batch_for_rank(prompts: Sequence[Prompt], responses_per_prompt: int, rank: int, world_size: int) -> PromptBatch:
-    """Rank ``rank``'s contiguous share of one rollout's ``prompts``, each as often in a row as it gets responses.
-
-    ``prompts`` are those of all ranks. A prompt's samples count from 0; where the rollout holds it twice (see
-    ``PromptSchedule``) they go on counting, whichever rank has it, so that ``(index, sample)`` names one response of
-    the rollout and its random stream. DataError where the ranks' shares would differ.
-    """
-    share, rest = divmod(len(prompts), world_size)
-    if rest:
-        raise DataError(
-            f"{len(prompts)} prompts do not divide among world_size={world_size}; "
-            "set rollout.prompts_per_rollout to a multiple of it"
-        )
-    rows: list[tuple[Prompt, int]] = []
-    seen: Counter[int] = Counter()
-    for prompt in prompts:
-        first = seen[prompt.index]
-        seen[prompt.index] += responses_per_prompt
-        rows += [(prompt, sample) for sample in range(first, first + responses_per_prompt)]
-    width = share * responses_per_prompt
-    mine = rows[rank * width : (rank + 1) * width]
-    return PromptBatch(prompts=tuple(prompt for prompt, _ in mine), samples=tuple(sample for _, sample in mine))
 
 
 # ---- reading rows ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from rlhf_toolkit.errors import RLHFError, described
@@ -38,6 +39,15 @@ def all_gather(value: T) -> list[T]:
 def from_main(value: T) -> T:
     """Rank 0's ``value`` on every rank."""
     return all_gather(value)[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is True on any rank; cheap enough to be asked before every forward pass."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(votes)
+    return bool(votes.item())
 
 
 def barrier() -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from deepspeed import DeepSpeedEngine
@@ -209,6 +210,17 @@ def check_engine(topology: Topology, model: nn.Module) -> None:
             raise TopologyError(
                 f"ZeRO-3 does not shard {len(whole)} frozen parameters, first {whole[0]}; check the launch config"
             )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still use on ``device``, the least of all ranks. On a CPU the machine's free memory
+    is shared equally among its processes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        mine = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        mine = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(all_gather(mine))
 
 
 def _equals(text: str, number: float) -> bool:

@@ -10,8 +10,9 @@ language-model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
@@ -19,7 +20,11 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from rlhf_toolkit.distributed.collectives import any_rank
+
 AVAILABLE = ZeroParamStatus.AVAILABLE
+Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
+"""A module's hooks of one kind, a number in it, and the hook of that number."""
 
 
 def share_parameters(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -48,9 +53,10 @@ def element_count(parameter: nn.Parameter) -> int:
 def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Inside, ``parameters`` are whole tensors on every rank; with ``write``, what rank 0 wrote is what all keep.
 
-    Parameters that ZeRO-3 does not manage are whole anyway: then every rank must write the same.
+    Parameters that ZeRO-3 does not manage are whole anyway: then every rank must write the same. To read, what lies
+    here already (in the window, or because it is persistent) is left alone: gathers must not overlap.
     """
-    managed = [p for p in parameters if is_partitioned(p)]
+    managed = [p for p in parameters if is_partitioned(p) and (write or not _is_here(p))]
     with GatheredParameters(managed, modifier_rank=0 if write else None, enabled=bool(managed)):
         yield
 
@@ -66,15 +72,67 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if offload is None:
         yield
         return
-    # Persistent parameters (small ones, all adapters among them) are whole between steps; gathering them here would
-    # partition them on exit, and the next forward would fetch them back one by one.
-    partitioned = [p for p in offload.module.parameters() if not (p.ds_persist and p.ds_status is AVAILABLE)]
-    _take_hooks_off(offload)
+    hooks = _take_hooks_off(offload)
     try:
-        with whole(partitioned):
+        with whole(_partitioned(offload)):
             yield
     finally:
-        _put_hooks_on(offload)
+        _put_hooks_on(hooks)
+
+
+class InStep:
+    """All ranks run equally many forward passes through the sharded model: each pass is a collective of every layer.
+
+    ``before_forward`` is called before every pass by ranks with work, ``until_others_finish`` once by a rank without:
+    it goes on with ``idle`` passes as long as any rank has work. So the end is a decision of all.
+    """
+
+    def __init__(self, new_pass: Callable[[], None]) -> None:
+        self._new_pass = new_pass
+
+    def before_forward(self) -> None:
+        """Tell the others that this rank goes on."""
+        any_rank(True)
+        self._new_pass()
+
+    def until_others_finish(self, idle: Callable[[], object]) -> None:
+        """Keep the others company."""
+        while any_rank(False):
+            self._new_pass()
+            idle()
+
+
+@contextmanager
+def streamed(model: nn.Module) -> Iterator[InStep]:
+    """For decoding through the sharded model, layer by layer, where the gathered base does not fit.
+
+    ZeRO's hooks stay on. A pass that does not begin at the engine's root must be announced to ZeRO's coordinator, which
+    counts modules from there.
+    """
+    offload = _parameter_offload(model)
+    yield InStep(lambda: None if offload is None else offload.get_param_coordinator().reset_step())
+
+
+def bytes_to_gather(model: nn.Module) -> int:
+    """What the window adds to this rank's memory: a whole copy of all that is partitioned. 0 without ZeRO-3."""
+    offload = _parameter_offload(model)
+    return 0 if offload is None else sum(element_count(p) * p.element_size() for p in _partitioned(offload))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the engine runs ZeRO-3, so that a forward pass has to fetch parameters."""
+    return _parameter_offload(model) is not None
+
+
+def _partitioned(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:
+    """All but the persistent parameters (small ones, all adapters among them), which are whole between steps: gathering
+    them would partition them on exit, and the next forward would fetch them back one by one."""
+    return [p for p in offload.module.parameters() if not (p.ds_persist and _is_here(p))]
+
+
+def _is_here(parameter: nn.Parameter) -> bool:
+    """Whether a parameter that ZeRO-3 manages lies whole on this rank right now."""
+    return parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
 
 
 def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
@@ -83,15 +141,18 @@ def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
     return model.optimizer.parameter_offload
 
 
-def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> None:
-    offload._remove_module_hooks()
-    offload.forward_hooks.clear()
-    offload.backward_hooks.clear()
+def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> list[Hook]:
+    """Remove every hook ZeRO-3 has on a module; what is returned puts the very same ones back.
+
+    Registering new ones instead would make ZeRO-3 forget the order in which modules run. It would learn the order again
+    in the next micro-batch, and while it learns it frees persistent parameters too and keeps nothing for backward: all
+    adapters would be gathered once more, one by one, and the output layer as well (bench/traffic.py).
+    """
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    places = [(handle.hooks_dict_ref(), handle.id) for handle in handles]
+    return [(hooks, number, hooks.pop(number)) for hooks, number in places]
 
 
-def _put_hooks_on(offload: DeepSpeedZeRoOffload) -> None:
-    def start_of_forward(module: nn.Module, *args: object) -> None:
-        offload.get_param_coordinator().reset_step()
-
-    offload.fwd_pre_hook = offload.module.register_forward_pre_hook(start_of_forward)
-    offload._register_deepspeed_module(offload.module)
+def _put_hooks_on(taken: list[Hook]) -> None:
+    for hooks, number, hook in taken:
+        hooks[number] = hook

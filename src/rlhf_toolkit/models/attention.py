@@ -1,7 +1,8 @@
-"""Causal attention of short sequences on a CPU, as three products.
+"""The attention function of a run's base: packed micro-batches, short causal rows on a CPU, transformers' own.
 
 PyTorch's CPU kernel is slow in bfloat16: forward and backward of 32 rows x 77 tokens of SmolLM2 take it some five times
-as long as the three products here (bench/cpu_attention.py). Everything else goes to transformers' own sdpa function.
+as long as the three products here (bench/cpu_attention.py). What is neither packed nor short goes to transformers' own
+sdpa function.
 """
 
 from __future__ import annotations
@@ -10,11 +11,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-CPU_ATTENTION = "sdpa_short_cpu"
+from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.segment_attention import SegmentAttention
+
+ROLE_ATTENTION = "sdpa_roles"
+PACKABLE = frozenset(
+    {
+        *("cohere", "cohere2", "deepseek_v3", "gemma3", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite"),
+        *("granitemoe", "hyperclovax", "llama", "mistral", "mixtral", "olmo2", "olmoe", "opt", "phi", "phi3", "phimoe"),
+        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+    }
+)
+WINDOW_IN_MASK = frozenset({"qwen2_moe", "phimoe"})
 LARGEST_SCORES = 2**26  # elements of the (B, H, T, T) matrix; beyond it the fused kernel's memory matters more
 
 
@@ -33,9 +45,11 @@ def short_causal_attention(
     rows, heads, length, _ = query.shape
     is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    if length == 1 and not special and isinstance(attention_mask, torch.Tensor):
+        return step_attention(query, key, value, attention_mask, scaling), None
     plain = attention_mask is None and is_causal and not special and length == key.shape[2] > 1
     fits = rows * heads * length * length <= LARGEST_SCORES
-    if not (plain and fits and query.dtype == torch.bfloat16):
+    if not (plain and fits and query.dtype == torch.bfloat16 and query.device.type == "cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = heads // key.shape[1]
     # The heads that share a key sit under one another, so that keys and values need not be repeated.
@@ -47,5 +61,67 @@ def short_causal_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(CPU_ATTENTION, short_causal_attention)
-AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
+def step_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """One decoded token a row: ``query`` (B, H, 1, D), ``key`` and ``value`` (B, H / G, T, D), ``mask`` (B, 1, 1, T)
+    bool to (B, 1, H, D). Two products over the key heads; PyTorch's kernel takes four times as long for so short a
+    query."""
+    rows, heads, _, width = query.shape
+    grouped = query.view(rows, key.shape[1], -1, width)
+    scores = (grouped @ key.transpose(2, 3)).mul_(scaling or width**-0.5).masked_fill_(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).view(rows, 1, heads, -1)
+
+
+def role_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: SegmentAttention | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' models call: the packed micro-batch's own attention where there is one, else as ever.
+
+    ``segments`` comes from SharedBase.forward as an argument that transformers hands down from layer to layer, so that
+    recomputation under gradient checkpointing gets it too.
+    """
+    if segments is None and (attention_mask is None or attention_mask.numel() > 0):
+        return short_causal_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    more = [name for name in ("softcap", "position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
+    if segments is None or dropout or more:
+        raise ModelError(
+            f"{type(module).__name__} cannot attend within the segments of a packed micro-batch "
+            f"({'they did not reach it' if segments is None else f'{more or dropout}'}); set update.packing: off"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return segments(query, key, value, scale=scale, window=kwargs.get("sliding_window")), None
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """A mask without elements: transformers hands a 4-D mask on as it is, where it would build one of (N, N) from
+    packed position ids; and attention knows by it that the pass is packed."""
+    return torch.empty(0, 0, 0, 0, device=device)
+
+
+def packing_obstacle(base: PreTrainedModel) -> str | None:
+    """Why ``base`` cannot run packed micro-batches, or None where it can.
+
+    The tests run every architecture of ``PACKABLE`` packed, against its own forward pass of each sequence; one that is
+    not among them runs padded.
+    """
+    config = base.config.get_text_config()
+    if base.config.model_type not in PACKABLE:
+        return f"{base.config.model_type} is not among the architectures that were tested packed"
+    if config._attn_implementation != ROLE_ATTENTION:
+        return f"it runs with model.attention={config._attn_implementation}, packing needs sdpa"
+    if base.config.model_type in WINDOW_IN_MASK and getattr(config, "sliding_window", None):
+        return f"{base.config.model_type} tells attention of its sliding window in a mask only"
+    return None
+
+
+AttentionInterface.register(ROLE_ATTENTION, role_attention)
+AttentionMaskInterface.register(ROLE_ATTENTION, sdpa_mask)

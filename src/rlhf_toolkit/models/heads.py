@@ -63,6 +63,16 @@ class LanguageModelHead(nn.Module):
         transform = LogitTransform(self.scale, self.softcap, temperature)
         return TokenScores.apply(hidden, layer.weight, layer.bias, targets, transform, entropy_gradient)
 
+    def next_token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` (B, H) to logits (B, V) in fp32, rounded to the base's dtype on the way; for decoding.
+
+        A contiguous matrix: the output layer would copy its weight for a slice of three dimensions.
+        """
+        logits, _ = LogitTransform(self.scale, self.softcap, 1.0).apply_(
+            self._output_layer[0](hidden.contiguous()).float()
+        )
+        return logits
+
 
 class LogitTransform(NamedTuple):
     """What a model does to its raw logits: z = softcap(scale raw) / temperature."""

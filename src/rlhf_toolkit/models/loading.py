@@ -19,7 +19,7 @@ from transformers import (
 
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
-from rlhf_toolkit.models.attention import CPU_ATTENTION
+from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
@@ -53,7 +53,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
     on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
-    kind = CPU_ATTENTION if attention == "sdpa" and on_cpu else attention
+    ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
+    kind = ROLE_ATTENTION if ours else attention
     try:
         with _explained(name), sharded_loading(topology, dtype):
             return AutoModelForCausalLM.from_pretrained(

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
+from rlhf_toolkit.models.attention import no_mask
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
@@ -87,8 +90,7 @@ class SharedBase(PeftModel):
 
     def forward(  # type: ignore[override]
         self,
-        sequences: torch.Tensor,
-        response_mask: torch.Tensor,
+        layout: TokenLayout,
         *,
         roles: Sequence[str],
         temperature: float = 1.0,
@@ -97,53 +99,59 @@ class SharedBase(PeftModel):
         """Run ``roles`` over the same sequences and return what each says about the response tokens.
 
         Args:
-            sequences: (N, T) token ids, prompt then response, right-padded. Right padding needs no attention mask:
-                attention is causal, and nothing is read at a padded position.
-            response_mask: (N, T) bool, True at response tokens. K = its sum. Packed results are in row-major order of
-                it.
+            layout: B sequences with K response tokens, padded or packed. A packed one needs a base without
+                ``packing_obstacle``.
             roles: any of policy, reference, value, reward.
             temperature: divides the logits of policy and reference alike.
             entropy_gradient: whether the policy's entropies are part of a loss; without, they carry no gradient.
 
         Returns:
             ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's
-            output on the prefix *before* each response token, and ``final_values`` (N,), after the last one;
-            ``reward_scores`` (N,), read at the last response token. All fp32.
+            output on the prefix *before* each response token, and ``final_values`` (B,), after the last one;
+            ``reward_scores`` (B,), read at the last response token. All fp32, in row-major order of the sequences.
         """
-        rows = sequences.shape[0]
-        with self.slices.layout(roles, rows):
-            hidden = self.causal_lm.base_model(sequences.repeat(len(roles), 1), use_cache=False).last_hidden_state
-        before = response_mask.roll(
-            -1, dims=1
-        )  # the state in which each response token is chosen; column 0 is never a response
-        targets = sequences[response_mask]
         outputs: dict[str, torch.Tensor] = {}
-        for role, states in zip(roles, hidden.split(rows), strict=True):
+        for role, states in zip(roles, self._states(layout, roles), strict=True):
             if role in LANGUAGE_ROLES:
-                logprobs, entropies = self.policy_head(states[before], targets, temperature, entropy_gradient)
+                logprobs, entropies = self.policy_head(
+                    states.index_select(0, layout.before), layout.targets, temperature, entropy_gradient
+                )
                 outputs[f"{role}_logprobs"], outputs[f"{role}_entropies"] = logprobs, entropies
             elif role == VALUE:
-                outputs["values"] = self.scalar_heads[VALUE](states[before])
-                outputs["final_values"] = self.scalar_heads[VALUE](states[_last(response_mask)])
+                outputs["values"] = self.scalar_heads[VALUE](states.index_select(0, layout.before))
+                outputs["final_values"] = self.scalar_heads[VALUE](states.index_select(0, layout.last))
             else:
-                outputs["reward_scores"] = self.scalar_heads[REWARD](states[_last(response_mask)])
+                outputs["reward_scores"] = self.scalar_heads[REWARD](states.index_select(0, layout.last))
         return outputs
+
+    def _states(self, layout: TokenLayout, roles: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """The trunk's last states (n N, H) of each role."""
+        inputs: dict[str, Any] = {"input_ids": layout.tokens.repeat(len(roles), 1), "use_cache": False}
+        if layout.positions is not None:
+            inputs["position_ids"] = layout.positions.repeat(len(roles), 1)
+            inputs["attention_mask"] = no_mask(layout.tokens.device)
+            inputs["segments"] = SegmentAttention(layout)
+        with self.slices.layout(roles, layout.tokens.shape[0]):
+            hidden = self.causal_lm.base_model(**inputs).last_hidden_state
+        return cast(tuple[torch.Tensor, ...], hidden.view(len(roles), -1, hidden.shape[-1]).unbind(0))
 
     def next_token_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``. Window
-        only."""
+        """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``.
+
+        ``attention_mask`` (B, columns of the cache + S). Without autograd; the whole base lies here, or ZeRO's hooks
+        bring it layer by layer.
+        """
         with self.slices.layout((POLICY,), input_ids.shape[0]):
-            output = self.causal_lm(
+            hidden = self.causal_lm.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{cache_argument(self.causal_lm): cache},
+                cache=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].float()
+            ).last_hidden_state
+        return self.policy_head.next_token_logits(hidden[:, -1])
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by name of their group: ``policy``, ``value`` and ``value_head``."""
@@ -225,7 +233,7 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(base, "_is_stateful", False):
         raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
-    if cache_argument(base) is None:
+    if "cache" not in signature(base.forward).parameters:
         raise ModelError(f"{kind} has no key-value cache to decode with; use a newer model")
     if base.config.model_type in UNFIT:
         raise ModelError(f"{kind} {UNFIT[base.config.model_type]}; use another model")
@@ -243,22 +251,9 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         )
 
 
-def cache_argument(base: PreTrainedModel) -> str | None:
-    """What ``base.forward`` calls its key-value cache: ``cache`` since transformers 5.24, ``past_key_values`` before;
-    None for a model without."""
-    known = signature(base.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in known), None)
-
-
 def _role_of(name: str) -> str:
     """``...lora_A.policy.weight`` -> ``policy``."""
     return name.rsplit(".", 2)[1]
-
-
-def _last(mask: torch.Tensor) -> torch.Tensor:
-    """(N, T) bool that keeps only the last True of each row."""
-    following = mask.flip(1).cumsum(1).flip(1)
-    return mask & (following == 1)
 
 
 def _require_same_shapes(mine: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], misfit: str) -> None:

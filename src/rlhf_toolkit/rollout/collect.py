@@ -9,34 +9,33 @@ docs/ppo_details.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.algorithms.advantages import gae
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, response_mask
 from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
-from rlhf_toolkit.data.layout import join, response_positions, stack_rows, unpack
-from rlhf_toolkit.data.packing import Rows, micro_batches, mini_batches
-from rlhf_toolkit.data.prompts import PromptSchedule, batch_for_rank
+from rlhf_toolkit.data.layout import TokenLayout, join, packed, padded, stack_rows, unpack
+from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
-from rlhf_toolkit.distributed.zero3 import gathered
 from rlhf_toolkit.errors import DataError, TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import rollout_metrics
-from rlhf_toolkit.rollout.decoding import Sampling, decode
+from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.sampler import Sampler
+from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, rollout_rows
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
 
 Sample = dict[str, str | float]
 Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
+Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,21 @@ class Cutting:
 
     mini_batches: int
     micro_batch_tokens: int
+    packing: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Sequences (n, T) and both lengths (n,) to the layout of a forward pass."""
+        return packed if self.packing else padded
+
+    def among_ranks(self, rows: Sequence[int], sampled: Sampled | Experience) -> list[list[Rows]]:
+        """``[rank][micro-batch]`` to row numbers, for a mini-batch of ``rows``."""
+        cut = {"ranks": world_size(), "budget": self.micro_batch_tokens}
+        lengths = sampled.lengths()
+        if not self.packing:
+            return padded_micro_batches(rows, lengths, **cut)
+        both = zip(sampled.sequences.tolist(), sampled.prompt_lengths.tolist(), strict=True)
+        return packed_micro_batches(rows, lengths, [tuple(row[:length]) for row, length in both], **cut)
 
 
 class Collector:
@@ -113,7 +127,7 @@ class Collector:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        sampler: Sampler,
         prompts: Sequence[Prompt],
         schedule: PromptSchedule,
         scorer: Scorer,
@@ -125,13 +139,11 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
         tolerance: float | None = None,
-        on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.sampler, self.expected = sampler, ExpectedLengths()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
-        self.on_tokens = on_tokens
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
@@ -139,38 +151,45 @@ class Collector:
     def collect(self, rollout: int) -> Experience:
         """Sample, score and shape rollout number ``rollout``; leaves its metrics and samples behind for the log."""
         chosen = [self.prompts[i] for i in self.schedule.indices(rollout)]
-        batch = batch_for_rank(chosen, self.responses_per_prompt, rank(), world_size())
-        model = self.model()
-        with gathered(model), inference(model) as shared:
-            sampled = self.sample(shared, batch, self.sampling, stream=(self.seed, "sample", rollout))
+        rows = rollout_rows(chosen, self.responses_per_prompt)
+        shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
+        with self.sampler.opened(self.model()) as shared:
+            sampled = self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
             with self.clock.phase("old_log_prob"):
-                passes = score(shared, sampled, self.plan(sampled, rollout, epoch=0), self.sampling.temperature)
+                plan = self.plan(sampled, rollout, epoch=0)
+                passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature)
         self._check_paths(sampled, passes, rollout)
+        self.expected.update(rows.prompts, sampled.response_lengths.tolist())
         return self._experience(sampled, passes)
 
     def sample(
-        self, shared: SharedBase, batch: PromptBatch, sampling: Sampling, *, stream: Sequence[int | str]
+        self,
+        shared: SharedBase,
+        rows: PromptBatch,
+        shares: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        stream: Sequence[int | str],
     ) -> Sampled:
-        """Sample this rank's ``batch``, have it scored, and return the whole rollout of all ranks."""
+        """Sample this rank's share of ``rows`` (``shares[rank]`` are row numbers), have it scored, and return all rows
+        of all ranks in the order of ``rows``."""
+        batch = rows.subset(shares[rank()])
         with self.clock.phase("gen"):
-            rollout = decode(shared, self.tokenizer, batch, sampling, stream=stream, on_tokens=self.on_tokens)
+            rollout = self.sampler.decode(shared, batch, sampling, stream=stream, expected=self.expected)
         texts = self._texts(rollout)
         with self.clock.phase("reward"), agreement("the reward"):
             scores = self.scorer(batch.prompts, texts)
-        return gather_rollout(batch, rollout, texts, scores, pad_id=sampling.pad_id)
+        return gather_rollout(batch, rollout, texts, scores, shares, pad_id=sampling.pad_id)
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
         """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
-        lengths = sampled.lengths()
-        parts = mini_batches(len(lengths), self.cutting.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
-        budget = self.cutting.micro_batch_tokens
-        return Plan([micro_batches(part, lengths, ranks=world_size(), budget=budget) for part in parts])
+        rows = len(sampled.sequences)
+        parts = mini_batches(rows, self.cutting.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
+        return Plan([self.cutting.among_ranks(part, sampled) for part in parts])
 
     def evaluation_plan(self, sampled: Sampled) -> Plan:
         """One pass over a rollout in its own order; nothing is trained on it."""
-        lengths = sampled.lengths()
-        budget = self.cutting.micro_batch_tokens
-        return Plan([micro_batches(range(len(lengths)), lengths, ranks=world_size(), budget=budget)])
+        return Plan([self.cutting.among_ranks(range(len(sampled.sequences)), sampled)])
 
     def penalised(self, sampled: Sampled) -> Tensor:
         """(B,) scores after the penalty for responses that were cut off."""
@@ -178,7 +197,7 @@ class Collector:
 
     def _texts(self, rollout: Rollout) -> list[str]:
         rows = [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return list(self.sampler.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
         """Rewards, advantages and the record of both, over the whole rollout."""
@@ -268,23 +287,16 @@ def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
     return [{"prompt": prompt, "response": response, "score": value} for prompt, response, value in rows]
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[SharedBase]:
-    """The bare SharedBase of ``model`` in eval mode without autograd; the mode it had comes back afterwards."""
-    shared = cast(SharedBase, getattr(model, "module", model))
-    was_training = shared.training
-    shared.eval()
-    try:
-        with torch.no_grad():
-            yield shared
-    finally:
-        shared.train(was_training)
-
-
 def gather_rollout(
-    batch: PromptBatch, rollout: Rollout, texts: list[str], scores: list[float], *, pad_id: int
+    batch: PromptBatch,
+    rollout: Rollout,
+    texts: list[str],
+    scores: list[float],
+    shares: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
 ) -> Sampled:
-    """Put the ranks' shares together, in rank order, on every rank."""
+    """Put the ranks' shares together on every rank, rows in their own order whichever rank has sampled them."""
     ids = [prompt.token_ids for prompt in batch.prompts]
     mine = {
         "sequences": join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
@@ -294,21 +306,25 @@ def gather_rollout(
         "finished": rollout.finished,
         "raw_scores": torch.tensor(scores, dtype=torch.float32),
     }
-    shares = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
+    everyone = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
+    place = torch.tensor([row for share in shares for row in share]).argsort()
     fills = {"sequences": pad_id}
+    columns = {name: stack_rows([part[name] for part, _, _ in everyone], fill=fills.get(name, 0)) for name in mine}
+    prompts = [text for _, texts, _ in everyone for text in texts]
+    responses = [text for _, _, texts in everyone for text in texts]
     return Sampled(
-        **{name: stack_rows([share[name] for share, _, _ in shares], fill=fills.get(name, 0)) for name in mine},
-        prompts=[text for _, prompts, _ in shares for text in prompts],
-        responses=[text for _, _, responses in shares for text in responses],
+        **{name: column[place] for name, column in columns.items()},
+        prompts=[prompts[i] for i in place.tolist()],
+        responses=[responses[i] for i in place.tolist()],
     )
 
 
-def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) -> Passes:
+def score(shared: SharedBase, sampled: Sampled, plan: Plan, layout: Layout, temperature: float) -> Passes:
     """One pass of policy, value and reference over the rollout, each rank its share of ``plan``, gathered on every
     rank."""
     width = sampled.rollout_logprobs.shape[1]
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
-    done = [(rows, _score_rows(shared, sampled, rows, width, temperature)) for rows in mine]
+    done = [(rows, _score_rows(shared, sampled, rows, layout, temperature)) for rows in mine]
     columns: list[Tensor] = [torch.zeros(len(sampled.finished), width) for _ in range(4)]
     columns.append(torch.zeros(len(sampled.finished)))
     for rows, results in (item for share in all_gather(done) for item in share):
@@ -317,12 +333,10 @@ def score(shared: SharedBase, sampled: Sampled, plan: Plan, temperature: float) 
     return Passes(*columns)
 
 
-def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, width: int, temperature: float) -> list[Tensor]:
-    device = next(shared.parameters()).device
-    prompt_lengths, lengths = sampled.prompt_lengths[rows].to(device), sampled.response_lengths[rows].to(device)
-    total = int((prompt_lengths + lengths).max())
-    sequences = sampled.sequences[rows, :total].to(device)
-    positions = response_positions(prompt_lengths, lengths, total)
-    out = shared(sequences, positions, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
-    packed = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
-    return [unpack(p, lengths, width).cpu() for p in packed] + [out["final_values"].cpu()]
+def _score_rows(shared: SharedBase, sampled: Sampled, rows: Rows, layout: Layout, temperature: float) -> list[Tensor]:
+    lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
+    laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
+    on_device = laid_out.to(next(shared.parameters()).device)
+    out = shared(on_device, roles=(POLICY, VALUE, REFERENCE), temperature=temperature)
+    results = (out["policy_logprobs"], out["policy_entropies"], out["reference_logprobs"], out["values"])
+    return [unpack(result.cpu(), lengths, width) for result in results] + [out["final_values"].cpu()]

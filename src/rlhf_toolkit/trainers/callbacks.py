@@ -21,8 +21,9 @@ class StartCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises TopologyError where the engine is not what was asked for."""
         check_engine(self.topology, self.trainer.model_wrapped)
+        placement = self.trainer.collector.sampler.place(self.trainer.model_wrapped)
         if self.topology.is_main:
-            tqdm.write(self.description())  # above the progress bar
+            tqdm.write(f"{self.description()}\n{placement.description()}")  # above the progress bar
 
     def description(self) -> str:
         """One line: processes, sharding, sizes and cuts."""

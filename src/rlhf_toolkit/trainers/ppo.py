@@ -14,15 +14,14 @@ from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.algorithms.policy_losses import vanilla
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
-from rlhf_toolkit.data.layout import response_positions, unpack
-from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.data.layout import unpack
+from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import backward
-from rlhf_toolkit.distributed.zero3 import gathered
 from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, VALUE
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
-from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, inference, score
+from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, score
 from rlhf_toolkit.rollout.loader import MiniBatch, RolloutLoader
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch
@@ -172,16 +171,13 @@ class PPOTrainer(RoleTrainer):
         """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut
         off."""
         prompts = list(eval_dataset or self.held_out)
-        mine = tuple(prompts[rank() :: world_size()])  # inside the window ranks need not hold equally many
+        rows = PromptBatch(tuple(prompts), samples=(0,) * len(prompts))
+        shares = [range(number, len(rows), world_size()) for number in range(world_size())]  # not equally many
         greedy = replace(self.collector.sampling, greedy=True)
-        with (
-            self.collector.clock.phase("testing"),
-            gathered(self.model_wrapped),
-            inference(self.model_wrapped) as shared,
-        ):
-            batch = PromptBatch(mine, samples=(0,) * len(mine))
-            sampled = self.collector.sample(shared, batch, greedy, stream=())
-            passes = score(shared, sampled, self.collector.evaluation_plan(sampled), greedy.temperature)
+        with self.collector.clock.phase("testing"), self.collector.sampler.opened(self.model_wrapped) as shared:
+            sampled = self.collector.sample(shared, rows, shares, greedy, stream=())
+            plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
+            passes = score(shared, sampled, plan, layout, greedy.temperature)
         scores = self.collector.penalised(sampled)
         self.evaluation_samples = as_samples(sampled, scores)
         kl = reference_kl(passes.old_logprobs, passes.ref_logprobs, sampled.token_mask)
@@ -231,10 +227,9 @@ class PPOTrainer(RoleTrainer):
 
     def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropies and values (n, R) of the response tokens, policy and value in one forward."""
-        positions = response_positions(batch.prompt_lengths, batch.response_lengths, batch.sequences.shape[1])
+        layout = self.collector.cutting.layout(batch.sequences, batch.prompt_lengths, batch.response_lengths)
         out = model(
-            batch.sequences,
-            positions,
+            layout,
             roles=(POLICY, VALUE),
             temperature=self.loss.temperature,
             entropy_gradient=self.loss.entropy_coef != 0,
@@ -268,12 +263,10 @@ COUNTS = ("token_count", "sequence_count", "fresh")
 
 
 def cut(mini_batch: MiniBatch) -> list[MiniBatch]:
-    """A mini-batch's micro-batches, each trimmed to its longest sequence; the counts of the whole go with every one."""
+    """A mini-batch's micro-batches; the counts of the whole go with every one."""
     number = mini_batch["micro_batch"]
     parts = []
     for i in range(int(number.max()) + 1):
         part = {field.name: mini_batch[field.name][number == i] for field in fields(Experience)}
-        width = int((part["prompt_lengths"] + part["response_lengths"]).max())
-        part["sequences"] = part["sequences"][:, :width]
         parts.append({**part, **{name: mini_batch[name] for name in COUNTS}})
     return parts

@@ -27,9 +27,11 @@ from rlhf_toolkit.checkpoints import (
 from rlhf_toolkit.configs import DataConfig, Experiment
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.distributed.collectives import world_size
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
 from rlhf_toolkit.distributed.zero3 import element_count, whole
-from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.errors import DataError, ModelError
+from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, load_tokenizer, lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
@@ -37,6 +39,8 @@ from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.rewards.functions import FunctionReward, load_function
 from rlhf_toolkit.rollout.collect import Collector, Cutting, Shaping
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
+from rlhf_toolkit.rollout.schedule import ExpectedLengths
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.arguments import training_arguments
 from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
@@ -115,12 +119,14 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     trainer = make_trainer(experiment, topology, task, shared, progress)
     control = trainer.collector.kl_control
     control.coefficient = manifest.get("kl_coefficient", control.coefficient)
+    trainer.collector.expected = expected = ExpectedLengths(manifest.get("expected_lengths"))
 
     def state() -> dict[str, Any]:
         """What only the run knows, for the manifest of a checkpoint."""
         run_id = mirror.run_id if mirror else None
         return {
             "kl_coefficient": control.coefficient,
+            "expected_lengths": expected.state,
             "wandb_id": run_id,
             "base": fingerprint,
             "world_size": topology.world_size,
@@ -260,7 +266,7 @@ def make_trainer(
         model=shared,
         args=training_arguments(experiment, topology, deepspeed),
         processing_class=task.tokenizer,
-        collector=make_collector(experiment, task, progress),
+        collector=make_collector(experiment, task, progress, packing=packs(experiment, shared)),
         loss=make_loss(experiment),
         schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         held_out=task.held_out,
@@ -269,11 +275,26 @@ def make_trainer(
     )
 
 
-def make_collector(experiment: Experiment, task: Task, progress: Progress) -> Collector:
+def packs(experiment: Experiment, shared: SharedBase) -> bool:
+    """Whether micro-batches are packed: as ``update.packing`` says, and only where the model can. Prints what was
+    chosen."""
+    wanted = experiment.update.packing
+    obstacle = packing_obstacle(shared.causal_lm)
+    if wanted == "on" and obstacle is not None:
+        raise ModelError(f"update.packing=on, but {obstacle}; set it to auto or off")
+    chosen = wanted != "off" and obstacle is None
+    reason = f" ({obstacle})" if wanted == "auto" and obstacle is not None else ""
+    words = "packed, shared prefixes once" if chosen else f"padded rows{reason}"
+    on_main(lambda: print(f"micro-batches: {words}", flush=True))
+    return chosen
+
+
+def make_collector(experiment: Experiment, task: Task, progress: Progress, *, packing: bool) -> Collector:
     """What turns prompts into experience; the trainer gives it its model."""
     ppo, rollout = experiment.ppo, experiment.rollout
+    sampler = make_sampler(experiment, task, progress)
     return Collector(
-        task.tokenizer,
+        sampler,
         task.prompts,
         task.schedule,
         task.reward,
@@ -287,11 +308,28 @@ def make_collector(experiment: Experiment, task: Task, progress: Progress) -> Co
             missing_eos_penalty=experiment.reward.missing_eos_penalty,
             truncated=ppo.truncated,
         ),
-        Cutting(ppo.mini_batches, experiment.update.micro_batch_tokens),
+        Cutting(ppo.mini_batches, experiment.update.micro_batch_tokens, packing),
         FixedKL(ppo.kl_coef) if ppo.kl_target is None else AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon),
         responses_per_prompt=rollout.responses_per_prompt,
         seed=experiment.run.seed,
         tolerance=tolerance(experiment),
+    )
+
+
+def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Sampler:
+    """What decodes, for training and for evaluation: as large as the larger of the two."""
+    rollout, ranks = experiment.rollout, world_size()
+    size = RolloutSize(
+        rows=max(rollout.sequences // ranks, -(-len(task.held_out) // ranks)),
+        columns=max(len(p.token_ids) for p in (*task.prompts, *task.held_out)) + rollout.max_new_tokens,
+        scoring_tokens=3 * experiment.update.micro_batch_tokens,
+    )
+    return Sampler(
+        task.tokenizer,
+        size,
+        mode=rollout.mode,
+        slots=rollout.slots,
+        weights=rollout.weights,
         on_tokens=progress.on_tokens,
     )
 

@@ -1,0 +1,107 @@
+"""Which tokens several sequences may share: a compressed trie over their prompts.
+
+Sequences that begin with the same prompt tokens (a chat template, the whole prompt of a group of responses) need those
+tokens only once: in a causal model a state depends on nothing but what stands before it. The trie's nodes are segments,
+laid end to end as one row of tokens. A token of a segment attends to all of the segments above it and, causally, to its
+own. Responses are never shared: each row ends in a segment of its own.
+
+    rows      T T T a b | r r        segments   0: T T T        (parent none)
+              T T T a c | r r                   1: a            (parent 0)
+              T T T d   | r                     2: b r r        (parent 1)   ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LEAST_SAVING = 8  # tokens; every further segment makes attention's pieces smaller
+
+Tokens = tuple[int, ...]
+
+
+class Segment(NamedTuple):
+    """Positions ``start`` to ``stop`` of ``row``, and of every other row that goes through it. It continues segment
+    ``parent``, None at the beginning of a sequence."""
+
+    row: int
+    start: int
+    stop: int
+    parent: int | None
+
+    @property
+    def size(self) -> int:
+        """Tokens of its own."""
+        return self.stop - self.start
+
+
+class Trie(NamedTuple):
+    """Segments in the order in which they are laid end to end, parents first, and the last segment of each row."""
+
+    segments: list[Segment]
+    leaves: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens of all segments."""
+        return sum(segment.size for segment in self.segments)
+
+    def path(self, segment: int) -> list[int]:
+        """From the beginning of the sequence down to ``segment``."""
+        found = [segment]
+        while (parent := self.segments[found[-1]].parent) is not None:
+            found.append(parent)
+        return found[::-1]
+
+
+def share_prefixes(prompts: Sequence[Tokens], lengths: Sequence[int], *, least: int = LEAST_SAVING) -> Trie:
+    """The trie of rows with these ``prompts`` and whole ``lengths``, prompt and response.
+
+    A segment is shared only where that saves ``least`` tokens: (rows through it - 1) x its tokens. Pure function of its
+    arguments, so that all ranks agree.
+    """
+    trie = Trie([], [-1] * len(prompts))
+    # Rows, the position up to which segments carry them, that up to which they are known to agree, the segment above.
+    open_groups: list[tuple[list[int], int, int, int | None]] = [(list(range(len(prompts))), 0, 0, None)]
+    while open_groups:
+        rows, start, agree, parent = open_groups.pop()
+        for group in _by_next_token(rows, prompts, agree):
+            if len(group) == 1:
+                trie.leaves[group[0]] = _add(trie, Segment(group[0], start, lengths[group[0]], parent))
+                continue
+            stop = common_prefix([prompts[row] for row in group])
+            if (len(group) - 1) * (stop - start) >= least:
+                shared = _add(trie, Segment(group[0], start, stop, parent))
+                open_groups.append((group, stop, stop, shared))
+            else:
+                open_groups.append((group, start, stop, parent))
+    return trie
+
+
+def packed_tokens(prompts: Sequence[Tokens], lengths: Sequence[int]) -> int:
+    """N, the tokens that the rows take together once their prefixes are shared."""
+    return share_prefixes(prompts, lengths).tokens
+
+
+def common_prefix(prompts: Sequence[Tokens]) -> int:
+    """How many tokens all ``prompts`` have in common at their beginning: what the smallest and the largest have."""
+    first, last = min(prompts), max(prompts)
+    low, high = 0, min(len(first), len(last))
+    while low < high:  # slices are compared in C, tokens one by one are not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == last[low:middle] else (low, middle - 1)
+    return low
+
+
+def _add(trie: Trie, segment: Segment) -> int:
+    trie.segments.append(segment)
+    return len(trie.segments) - 1
+
+
+def _by_next_token(rows: list[int], prompts: Sequence[Tokens], position: int) -> list[list[int]]:
+    """Rows by their prompt's token at ``position``, in order of appearance; one whose prompt has ended stands alone."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for row in rows:
+        ended = len(prompts[row]) == position
+        groups.setdefault(("row", row) if ended else ("token", prompts[row][position]), []).append(row)
+    return list(groups.values())

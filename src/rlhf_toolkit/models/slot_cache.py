@@ -1,0 +1,201 @@
+"""A key-value cache of slots: sequences of any age side by side in one buffer of fixed size.
+
+All slots end in the same column, so that a step writes one column for everybody and left-padded masks, which every
+model of transformers understands, say what belongs to whom:
+
+    column      0 ........ first ............. now ..... capacity
+    slot 0              [ prompt | response so far ]
+    slot 1                      [ prompt | so far  ]          entered later
+    slot 2                                                     free
+
+A new sequence is prefilled on its own and copied in so that it ends at ``now``. When the columns run out, everything
+moves left by the columns that no living slot needs any more.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from rlhf_toolkit.errors import ModelError
+
+
+class Columns:
+    """Which columns of the buffer are in use: ``first`` up to ``now``, which the next step writes."""
+
+    def __init__(self, first: int, now: int, capacity: int) -> None:
+        self.first, self.now, self.capacity = first, now, capacity
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values (slots, heads, capacity, D) of one attention layer.
+
+    A layer with a sliding window keeps the whole history too; its mask hides what is out of the window.
+    """
+
+    is_sliding = False
+    keys: Any
+    values: Any
+
+    def __init__(self, slots: int, columns: Columns, *, is_sliding: bool) -> None:
+        super().__init__()
+        self.slots, self.columns, self.is_sliding = slots, columns, is_sliding
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the buffers in the shape and dtype of the first states seen."""
+        self.keys, self.values = (
+            states.new_zeros(self.slots, states.shape[1], self.columns.capacity, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the states (slots, heads, 1, D) of one step to column ``now`` and return all columns in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, now = self.columns.first, self.columns.now
+        self.keys[:, :, now : now + 1] = key_states
+        self.values[:, :, now : now + 1] = value_states
+        return self.keys[:, :, first : now + 1], self.values[:, :, first : now + 1]
+
+    def admit(self, layer: CacheLayerMixin, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy ``rows`` of a prefilled layer to ``slots``, so that they end at column ``now``."""
+        if not layer.is_initialized or layer.keys is None or layer.values is None:
+            return
+        if not self.is_initialized:
+            self.lazy_initialization(layer.keys, layer.values)
+        start = self.columns.now - layer.keys.shape[2]
+        self.keys[slots, :, start : self.columns.now] = layer.keys[rows]
+        self.values[slots, :, start : self.columns.now] = layer.values[rows]
+
+    def shift(self, by: int) -> None:
+        """Move the columns in use ``by`` to the left."""
+        if self.is_initialized:
+            for buffer in (self.keys, self.values):
+                first, now = self.columns.first, self.columns.now
+                buffer[:, :, first - by : now - by] = buffer[:, :, first:now].clone()
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep only ``slots``, in the order given."""
+        self.slots = len(slots)
+        if self.is_initialized:
+            self.keys, self.values = self.keys[slots], self.values[slots]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that ``update`` returns, and the first one's number as the mask counts them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns in use before the step under way."""
+        return self.columns.now - self.columns.first
+
+    def get_max_length(self) -> int:
+        """No maximum that a model should know of."""
+        return -1
+
+
+class SlotCache(Cache):
+    """The cache of ``slots`` sequences, each at most ``capacity`` columns long, prompts of at most ``width`` tokens.
+
+    ``mask`` (slots, capacity) is True where a column belongs to the slot's sequence; ``starts`` (slots,) is the first
+    such column. Raises ModelError for a model that keeps another kind of state.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *, slots: int, width: int, capacity: int, device: torch.device
+    ) -> None:
+        self.columns = Columns(width, width, capacity)
+        super().__init__(layers=[self._slot_layer(layer, slots) for layer in DynamicCache(config=config).layers])
+        self.mask = torch.zeros(slots, capacity, dtype=torch.long, device=device)
+        self.starts = [width] * slots
+
+    def _slot_layer(self, layer: Any, slots: int) -> Any:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            return SlotLayer(slots, self.columns, is_sliding=isinstance(layer, DynamicSlidingWindowLayer))
+        if type(layer) is LinearAttentionLayer:
+            return layer
+        raise ModelError(
+            f"decoding in slots does not know cache layers of kind {type(layer).__name__}; use a model of "
+            "full, sliding-window or short-convolution layers"
+        )
+
+    @property
+    def step_mask(self) -> torch.Tensor:
+        """(slots, columns in use + 1) for the step that writes column ``now``, which belongs to every slot."""
+        self.mask[:, self.columns.now] = 1
+        return self.mask[:, self.columns.first : self.columns.now + 1]
+
+    def advance(self) -> None:
+        """The step has been made: the next one writes the next column."""
+        self.columns.now += 1
+
+    def admit(self, prefilled: DynamicCache, rows: torch.Tensor, mask: torch.Tensor, slots: torch.Tensor) -> None:
+        """Let ``rows`` of a prefilled cache enter ``slots``. ``mask`` (rows of the prefilled cache, width of it)."""
+        start = self.columns.now - mask.shape[1]
+        for mine, layer in zip(self.layers, prefilled.layers, strict=True):
+            if isinstance(mine, SlotLayer):
+                mine.admit(cast(CacheLayerMixin, layer), rows, slots)
+            else:
+                _admit_state(mine, layer, rows, slots, len(self.starts))
+        self.mask[slots] = 0
+        self.mask[slots, start : self.columns.now] = mask[rows]
+        for slot in slots.tolist():
+            self.starts[slot] = start
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep only ``slots``, in the order given: the others' memory is given back."""
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.keep(slots)
+            else:
+                layer.reorder_cache(cast(torch.LongTensor, slots))
+        self.mask, self.starts = self.mask[slots], [self.starts[slot] for slot in slots.tolist()]
+
+    def make_room(self, living: list[int]) -> None:
+        """Forget columns that no slot of ``living`` needs; move left when the next step would not fit."""
+        self.columns.first = min(self.starts[slot] for slot in living)
+        if self.columns.now < self.columns.capacity:
+            return
+        by = self.columns.first
+        if by == 0:
+            raise ValueError(f"a sequence is longer than the {self.columns.capacity} columns of its slot")
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.shift(by)
+        self.mask = torch.cat([self.mask[:, by:], self.mask.new_zeros(len(self.mask), by)], dim=1)
+        self.starts = [max(start - by, 0) for start in self.starts]
+        self.columns.first, self.columns.now = 0, self.columns.now - by
+
+
+def full_attention_only(config: PretrainedConfig) -> bool:
+    """Whether a hole of masked columns between two parts of a sequence changes nothing: no windows, no states."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def _admit_state(mine: Any, layer: Any, rows: torch.Tensor, slots: torch.Tensor, count: int) -> None:
+    """Copy the states of a short convolution, which has no columns."""
+    for index, state in layer.conv_states.items():
+        if state is None:
+            continue
+        if mine.conv_states[index] is None:
+            mine.lazy_initialization(conv_states=state.new_zeros(count, *state.shape[1:]), state_idx=index)
+            mine.has_previous_state[index] = True
+        mine.conv_states[index][slots] = state[rows]
+
+
+def column_bytes(cache: DynamicCache) -> int:
+    """Bytes of keys and values that one token of one sequence takes, read from a cache that has seen one token. States
+    without columns (short convolutions) are a few kilobytes and left out."""
+    kept = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return sum(buffer.nbytes for layer in kept for buffer in (layer.keys, layer.values) if buffer is not None)

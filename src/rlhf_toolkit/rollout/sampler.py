@@ -1,0 +1,148 @@
+"""Where and how responses are sampled: in the window or streamed, with how many slots, with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from rlhf_toolkit.distributed.topology import free_memory
+from rlhf_toolkit.distributed.zero3 import bytes_to_gather, full_shape, gathered, is_sharded, streamed
+from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
+from rlhf_toolkit.models.shared_base import POLICY, SharedBase
+from rlhf_toolkit.models.slot_cache import column_bytes
+from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, RolloutNeeds, place
+from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS, Alone, Pace, Sampling, decode
+from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
+
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: what streaming keeps gathered at most
+LOGIT_COPIES = 5  # fp32 rows of V that choosing a token makes
+ACTIVATION_COPIES = 16  # rows of hidden or intermediate width that a scoring pass holds at its peak
+
+
+@dataclass(frozen=True)
+class RolloutSize:
+    """What bounds a rollout's memory on one rank: ``rows`` sequences of at most ``columns`` tokens, and
+    ``scoring_tokens`` of one scoring pass, all roles together."""
+
+    rows: int
+    columns: int
+    scoring_tokens: int
+
+
+class Sampler:
+    """Samples with the policy of an engine's model. ``mode``, ``slots`` and ``weights`` are those of the experiment;
+    what is left open is chosen at first use from the memory that is free then, the same on every rank."""
+
+    placement: Placement | None = None
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        size: RolloutSize,
+        *,
+        mode: str = WINDOW,
+        slots: int | None = None,
+        weights: str = EXACT,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.tokenizer, self.size = tokenizer, size
+        self.mode, self.slots, self.weights, self.on_tokens = mode, slots, weights, on_tokens
+        self._pace: Pace = Alone()
+
+    def place(self, model: nn.Module) -> Placement:
+        """Decide, once, how rollouts run. A collective. Raises ConfigError where nothing fits."""
+        if self.placement is None:
+            shared = bare(model)
+            free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
+            with streamed(model) as pace, inference(model):
+                column = measured_column(shared, pace)
+            needs = needs_of(shared, self.size, bytes_to_gather(model), column)
+            self.placement = place(
+                needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded
+            )
+        return self.placement
+
+    @contextmanager
+    def opened(self, model: nn.Module) -> Iterator[SharedBase]:
+        """Inside, the yielded SharedBase can decode and score, without autograd."""
+        if self.place(model).mode == STREAM:
+            with streamed(model) as self._pace, inference(model) as shared:
+                yield shared
+        else:
+            self._pace = Alone()
+            with gathered(model), inference(model) as shared:
+                yield shared
+
+    def decode(
+        self,
+        shared: SharedBase,
+        batch: PromptBatch,
+        sampling: Sampling,
+        *,
+        stream: Sequence[int | str],
+        expected: Callable[[Prompt], float] = lambda prompt: 0.0,
+    ) -> Rollout:
+        """One response for each row of ``batch``; see ``decoding.decode``. Only inside ``opened``."""
+        slots = self.placement.slots if self.placement else None
+        with decoding_weights(shared, POLICY, self.weights):
+            return decode(
+                shared,
+                self.tokenizer,
+                batch,
+                sampling,
+                stream=stream,
+                slots=slots,
+                expected=expected,
+                pace=self._pace,
+                on_tokens=self.on_tokens,
+            )
+
+
+def bare(model: nn.Module) -> SharedBase:
+    """The SharedBase inside an engine, or the model itself."""
+    return cast(SharedBase, getattr(model, "module", model))
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[SharedBase]:
+    """The bare SharedBase of ``model`` in eval mode without autograd; the mode it had comes back afterwards."""
+    shared = bare(model)
+    was_training = shared.training
+    shared.eval()
+    try:
+        with torch.no_grad():
+            yield shared
+    finally:
+        shared.train(was_training)
+
+
+def measured_column(shared: SharedBase, pace: Pace) -> int:
+    """Bytes of keys and values of one token, from one token that every rank decodes: exact for every architecture."""
+    cache = DynamicCache(config=shared.causal_lm.config)
+    one = torch.ones(1, 1, dtype=torch.long, device=next(shared.parameters()).device)
+    pace.before_forward()
+    shared.next_token_logits(one, one, one - 1, cache)
+    return column_bytes(cache)
+
+
+def needs_of(shared: SharedBase, size: RolloutSize, window_bytes: int, column: int) -> RolloutNeeds:
+    """The estimate for this model and this size of rollout."""
+    config = shared.causal_lm.config
+    output = shared.causal_lm.get_output_embeddings().weight
+    vocabulary, hidden = full_shape(output)
+    element, text = output.element_size(), config.get_text_config()
+    intermediate = vars(text).get("intermediate_size") or 4 * hidden
+    logits = LOGIT_COPIES * size.rows * vocabulary * 4
+    scoring = size.scoring_tokens * (ACTIVATION_COPIES * hidden + 4 * intermediate) * element
+    return RolloutNeeds(
+        window_bytes=window_bytes,
+        layer_bytes=min(window_bytes, LIVE_PARAMETERS * element),
+        slot_bytes=column * (size.columns + SPARE_COLUMNS),
+        scratch_bytes=max(logits, scoring),
+    )
