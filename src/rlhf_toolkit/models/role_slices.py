@@ -163,7 +163,7 @@ def route_roles(model: nn.Module, slices: RoleSlices) -> None:
 
 
 def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
-    base = module.get_base_layer()
+    base: Any = module.get_base_layer()
     transposed = isinstance(base, Conv1D)  # GPT-2 keeps its weight as (in, out)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
             if rows.role in module.lora_A
         ]
         slices_of_x = [(rows.start, rows.stop, module.scaling[rows.role]) for rows, _, _ in adapted]
-        weights = [adapter.weight for _, a, b in adapted for adapter in (a, b)]
+        weights: list[Any] = [adapter.weight for _, a, b in adapted for adapter in (a, b)]
         if not torch.is_grad_enabled():  # decoding: there the bookkeeping of a function is a sixth of a layer
             return sliced_product(x, base.weight, base.bias, transposed, slices_of_x, weights)[0]
         return RoleLora.apply(x, base.weight, base.bias, transposed, slices_of_x, *weights)

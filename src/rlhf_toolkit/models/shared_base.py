@@ -20,6 +20,7 @@ from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.attention import no_mask
+from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
 from rlhf_toolkit.models.segment_attention import SegmentAttention
@@ -84,6 +85,7 @@ class SharedBase(PeftModel):
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
         self._decide_what_trains()
+        fuse(base)
         if gradient_checkpointing:
             base.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts}
