@@ -10,11 +10,14 @@ roles. Memory is measured in a process for each line: what an update adds to the
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from common import arguments, keep, models, paired_medians, peak_memory_gib, rounded
+import torch
+from common import arguments, keep, models, paired_medians, rounded
 from one_update import ROWS, load, micro_batches, score, update
 
 
@@ -61,11 +64,28 @@ def in_a_process(model: str, kind: str, rows: int) -> float:
 
 
 def memory(model: str, *, fuse: bool, rows: int) -> float:
-    """GiB by which one update exceeds the peak of loading the model."""
+    """GiB that one update needs at its peak on top of the loaded model."""
     shared = load(model, fuse=fuse)
-    layouts, before = list(micro_batches(shared, rows)), peak_memory_gib()
+    layouts = list(micro_batches(shared, rows))
+    before = peak_from_here()
     update(shared, layouts)
-    return peak_memory_gib() - before
+    return peak() - before
+
+
+def peak_from_here() -> float:
+    """Forget the peak so far; GiB in use now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    """GiB: what torch allocated on a GPU, resident memory on Linux without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 if __name__ == "__main__":
