@@ -2,8 +2,8 @@
 
     python bench/learning.py [--rollouts 8] [--seeds 3]
 
-Arms: ``plain`` (padded rows, exact weights, all rows at once), ``everything`` (packed rows that share prefixes, 16 slots,
-merged weights in decoding with importance correction) and ``policy trunk`` (the value head reads the policy's states).
+Arms: ``plain`` (padded rows, exact weights, all rows at once), ``everything`` (packed rows that share prefixes, 16
+slots, merged weights in decoding with importance correction), ``policy trunk`` (its value head reads the policy's).
 """
 
 from __future__ import annotations
