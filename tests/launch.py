@@ -38,7 +38,7 @@ def launch(
     *,
     processes: int,
     stage: int | None,
-    seconds: int = 150,
+    seconds: int = 240,
     launch_options: dict[str, Any] | None = None,
 ) -> Finished:
     """Run ``python script`` on ``processes`` ranks under ZeRO ``stage`` (None: plain). Kills everything after
@@ -117,7 +117,7 @@ def run_recipe(
 
 
 def run_worker(
-    function: str, folder: Path, *, processes: int = 2, stage: int | None = 3, seconds: int = 150, **arguments: Any
+    function: str, folder: Path, *, processes: int = 2, stage: int | None = 3, seconds: int = 240, **arguments: Any
 ) -> list[Any]:
     """Call ``module:name`` with ``arguments`` on every rank; return what each rank returned, in rank order."""
     torch.save(arguments, folder / "arguments.pt")

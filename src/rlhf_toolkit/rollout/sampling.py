@@ -26,7 +26,7 @@ def choose_tokens(
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
-    log_total = weights.sum(-1, dtype=torch.float64).log()
+    log_total = block_sums(_in_blocks(weights)).sum(-1).log()
     if uniforms is None:
         tokens = shifted.argmax(-1)
     else:
@@ -38,17 +38,29 @@ def choose_tokens(
 def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first token whose cumulative weight exceeds ``uniforms`` times the total: (B, V), (B,) to (B,) int64.
 
-    Sums are in double precision; fp32 would lose the tail of a vocabulary of 150,000. A weight of 0 is never drawn.
+    Sums over blocks are in double precision; fp32 would lose the tail of a vocabulary of 150,000. A weight of 0 is
+    never drawn.
     """
-    padding = -weights.shape[-1] % BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, padding)).unflatten(-1, (-1, BLOCK))
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    blocks = _in_blocks(weights)
+    ends = block_sums(blocks).cumsum(-1)
     threshold = _below(uniforms.to(ends)[:, None] * ends[:, -1:], ends[:, -1:])
     block = torch.searchsorted(ends, threshold, right=True)
     before = ends.gather(-1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
     place = torch.searchsorted(inside, _below(threshold - before, inside[:, -1:]), right=True)
     return (block * BLOCK + place).squeeze(-1)
+
+
+def block_sums(blocks: torch.Tensor) -> torch.Tensor:
+    """(B, n, BLOCK) to (B, n) float64: within a block fp32 is exact to 1e-6."""
+    return blocks.sum(-1).double()
+
+
+def _in_blocks(weights: torch.Tensor) -> torch.Tensor:
+    """(B, V) to (B, n, BLOCK), with zeros at the end."""
+    padding = -weights.shape[-1] % BLOCK
+    padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
+    return padded.unflatten(-1, (-1, BLOCK))
 
 
 def _below(threshold: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
