@@ -7,6 +7,7 @@ that names both.
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -130,6 +131,7 @@ def start(*, max_grad_norm: float) -> Topology:
     # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very
     # fields.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    atexit.register(_leave)
     state = PartialState(backend="gloo") if launch.zero_stage is not None and not has_gpu else PartialState()
     topology = Topology(launch, rank(), world_size(), state.device)
     _check_agreement(topology, state)
@@ -221,6 +223,14 @@ def free_memory(device: torch.device) -> int:
     else:
         mine = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(all_gather(mine))
+
+
+def _leave() -> None:
+    """Take this process out of its group before the interpreter goes. A gloo group that is still there then may abort
+    the process ("terminate called without an active exception"): its threads are torn down while they run. NCCL's group
+    is left alone: after an error, leaving it could wait for a rank that never comes."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _equals(text: str, number: float) -> bool:
