@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, experiment, keep, models, peak_memory_gib, prepared, rounded
-from ranks import on_ranks
+from ranks import on_ranks, worker_or_bench
 
 TOKENS = (1024, 2048, 4096)
 ROLES = {"policy": ("policy",), "+value": ("policy", "value"), "+reference": ("policy", "value", "reference")}
@@ -24,12 +24,11 @@ PHASES = ("idle", "rollout", "scoring", "update")
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--worker")
-    options = parser.parse_args()
-    if options.worker:
-        worker(json.loads(Path(options.worker).read_text()))
-        return
+    worker_or_bench(arguments(__doc__), worker, bench)
+
+
+def bench(options: Any) -> None:
+    """Every model of the set."""
     figures = [line for model in models(options.set) for line in lines(model)]
     keep("memory", rounded(figures))
 
@@ -49,45 +48,40 @@ def lines(model: str) -> list[dict[str, Any]]:
 def measure(model: str, phase: str, tokens: int, roles: str) -> dict[str, Any]:
     """Peak memory of a process that loads the model and runs one phase."""
     job = {"model": model, "phase": phase, "tokens": tokens, "roles": roles}
-    peak = on_ranks(__file__, job, ranks=1, stage=None)
-    return {"model": model, "phase": phase, "tokens": tokens, "roles": roles, "peak_gib": peak, **estimate(job)}
-
-
-def estimate(job: dict[str, Any]) -> dict[str, float]:
-    """What the planner expects for the same phase, as ``estimate_gib``: the one place to compare them."""
-    return {}
+    return {**job, **on_ranks(__file__, job, ranks=1, stage=None)}
 
 
 def worker(job: dict[str, Any]) -> None:
-    """Run one phase once; the peak is the process's."""
-    import torch
+    """Run one phase once; the peak is the process's, and beside a rollout's stands the planner's estimate of it."""
 
     changes = {"rollout.max_new_tokens": WIDTH // 2, "update.micro_batch_tokens": max(job["tokens"], 4096)}
     with tempfile.TemporaryDirectory() as folder:
         run = prepared(experiment(job["model"], Path(folder, "run"), changes), stops=False)
         trainer = run.trainer
         shared = trainer.model.to(run.topology.device)
+        estimates = {}
         if job["phase"] == "rollout":
-            from rlhf_toolkit.rollout.decoding import decode
             from rlhf_toolkit.types import PromptBatch
 
-            batch = PromptBatch(tuple(trainer.collector.prompts[:16]), samples=(0,) * 16)
-            with torch.no_grad():
-                decode(shared, trainer.processing_class, batch, trainer.collector.sampling, stream=(0,))
+            batch, sampler = PromptBatch(tuple(trainer.collector.prompts[:16]), (0,) * 16), trainer.collector.sampler
+            estimates["estimate_gib"] = sampler.place(shared).needed / 2**30
+            with sampler.opened(shared):
+                sampler.decode(shared, batch, trainer.collector.sampling, stream=(0,))
         elif job["phase"] != "idle":
             forward(shared, job["tokens"] // WIDTH, ROLES[job["roles"]], gradient=job["phase"] == "update")
-    Path(job["result"]).write_text(json.dumps(peak_memory_gib()))
+    Path(job["result"]).write_text(json.dumps({"peak_gib": peak_memory_gib(), **estimates}))
 
 
 def forward(shared: Any, rows: int, roles: tuple[str, ...], *, gradient: bool) -> None:
     """One pass of ``roles`` over rows of WIDTH tokens, half of them response, and its backward for an update."""
     import torch
 
-    device = next(shared.parameters()).device
-    sequences = torch.randint(100, 1000, (rows, WIDTH), device=device)
-    responses = (torch.arange(WIDTH, device=device) >= WIDTH // 2).expand(rows, WIDTH)
+    from rlhf_toolkit.data.layout import packed
+
+    half = torch.full((rows,), WIDTH // 2)
+    layout = packed(torch.randint(100, 1000, (rows, WIDTH)), half, half).to(next(shared.parameters()).device)
     with torch.set_grad_enabled(gradient):
-        out = shared(sequences, responses, roles=roles)
+        out = shared(layout, roles=roles)
         if gradient:
             sum(out[name].sum() for name in ("policy_logprobs", "values") if name in out).backward()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,18 @@ def on_ranks(script: str, job: dict[str, Any], *, ranks: int, stage: int | None 
         if done.returncode != 0:
             sys.exit(f"{script} failed on {ranks} ranks:\n{done.stdout[-6000:]}")
         return json.loads(Path(job["result"]).read_text())
+
+
+def worker_or_bench(
+    parser: argparse.ArgumentParser, worker: Callable[[dict[str, Any]], None], bench: Callable[[Any], None]
+) -> None:
+    """What a bench's ``main`` does: its worker's part where ``on_ranks`` has started it, else the bench."""
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(json.loads(Path(options.worker).read_text()))
+    else:
+        bench(options)
 
 
 def launch_config(ranks: int, stage: int | None) -> dict[str, Any]:

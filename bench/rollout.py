@@ -10,7 +10,6 @@ policy's LoRA adapter is there and unmerged; temperature 1, no top-k or top-p.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import statistics
 import sys
@@ -38,7 +37,7 @@ def main() -> None:
     for model in models(options.set):
         with tempfile.TemporaryDirectory() as folder:
             figures.append(compare(model, Path(folder), options.turns, options.slots))
-    keep("rollout", rounded(figures), slots=options.slots, decode_has_slots=has_slots())
+    keep("rollout", rounded(figures), slots=options.slots)
 
 
 def compare(model: str, folder: Path, turns: int, slots: int) -> dict[str, Any]:
@@ -82,30 +81,25 @@ class Bench:
 
     def __init__(self, model: str, folder: Path, slots: int) -> None:
         changes = {"rollout.prompts_per_rollout": PROMPTS, "rollout.max_new_tokens": TOKENS, "data.system_prompt": ""}
+        changes["rollout.slots"] = slots
         self.run = prepared(experiment(model, folder, changes))
         self.slots, self.tokenizer = slots, self.run.trainer.processing_class
         self.shared = self.run.trainer.model.eval()
         self.collector = self.run.trainer.collector
+        self.sampler = self.collector.sampler
         self.plain = plain_peft_model(self.shared, self.run, folder)
         self.ours(2, 4, 0, stops=False)
         self.generate(2, 4, 0, stops=False)
 
     def ours(self, prompts: int, tokens: int, seed: int, *, stops: bool) -> int:
-        """This toolkit's ``decode`` in the key-value memory of ``slots`` sequences. A version without slots would hold
-        all prompts at once, which is more memory than ``generate`` gets: it has to take them in batches too."""
-        from rlhf_toolkit.rollout.decoding import decode
+        """As a run samples: its ``Sampler``, which decodes in ``rollout.slots`` slots."""
         from rlhf_toolkit.types import PromptBatch
 
         sampling = self.collector.sampling
         sampling = replace(sampling, max_new_tokens=tokens, stop_ids=sampling.stop_ids if stops else ())
-        chosen, made = tuple(self.collector.prompts[:prompts]), 0
-        slots = {"slots": self.slots} if has_slots() else {}
-        size = prompts if slots else self.slots
-        with torch.no_grad():
-            for part in (chosen[i : i + size] for i in range(0, prompts, size)):
-                batch = PromptBatch(part, samples=(0,) * len(part))
-                made += int(decode(self.shared, self.tokenizer, batch, sampling, stream=(seed,), **slots).lengths.sum())
-        return made
+        batch = PromptBatch(tuple(self.collector.prompts[:prompts]), samples=(0,) * prompts)
+        with self.sampler.opened(self.shared) as shared:
+            return int(self.sampler.decode(shared, batch, sampling, stream=(seed,)).lengths.sum())
 
     def generate(self, prompts: int, tokens: int, seed: int, *, stops: bool) -> int:
         """transformers' ``generate`` in batches of ``slots``."""
@@ -161,13 +155,6 @@ class Bench:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
         made = sum(len(answer.generated_tokens) for answer in out.values())
         return {"prompts": prompts, "useful_tokens": made, "tokens_per_second": made / (time.perf_counter() - began)}
-
-
-def has_slots() -> bool:
-    """Whether this version's ``decode`` lets a prompt enter where a sequence has finished."""
-    from rlhf_toolkit.rollout.decoding import decode
-
-    return "slots" in inspect.signature(decode).parameters
 
 
 def plain_peft_model(shared: Any, run: Any, folder: Path) -> Any:

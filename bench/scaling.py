@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, experiment, keep, models, prepared, rounded
-from ranks import on_ranks
+from ranks import on_ranks, worker_or_bench
 
 ROLLOUTS = 3  # the first warms up
 LINES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> ranks, changes to the experiment
@@ -29,12 +29,11 @@ SAME = {"rollout.max_new_tokens": 32, "ppo.num_rollouts": ROLLOUTS, "data.system
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--worker")
-    options = parser.parse_args()
-    if options.worker:
-        worker(json.loads(Path(options.worker).read_text()))
-        return
+    worker_or_bench(arguments(__doc__), worker, bench)
+
+
+def bench(options: Any) -> None:
+    """Every model of the set."""
     keep("scaling", rounded([line for model in models(options.set) for line in lines(model)]))
 
 

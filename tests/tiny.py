@@ -27,16 +27,21 @@ def low_words(prompts, responses, **columns):
 '''
 
 
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def tiny_llama(**options: Any) -> PreTrainedModel:
     """Two layers, hidden size 32, grouped key and value heads, a vocabulary of 32; the same weights every time."""
     torch.manual_seed(0)
     settings = {
-        "vocab_size": 32,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "eos_token_id": 1,
         "pad_token_id": 1,
         "bos_token_id": None,

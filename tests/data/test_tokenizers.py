@@ -114,12 +114,10 @@ def test_no_stop_token() -> None:
 # ---- chat template ---------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_template_is_enough() -> None:
-    require_chat_template(tiny_tokenizer())
-
-
 @pytest.mark.parametrize("template", [None, ""])
-def test_no_chat_template(template: str | None) -> None:
+def test_a_chat_template_is_asked_for_and_is_enough(template: str | None) -> None:
+    assert tiny_tokenizer().chat_template
+    require_chat_template(tiny_tokenizer())
     with pytest.raises(DataError) as caught:
         require_chat_template(tiny_tokenizer(chat_template=template, name_or_path="org/base"))
     assert str(caught.value) == (

@@ -20,7 +20,7 @@ from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.trainers.ppo_run import prepare
 from tests.roles import tiny_shared
-from tests.tiny import merged, tiny_llama, write_task
+from tests.tiny import SIZES, merged, tiny_llama, write_task
 
 ALL = ("policy", "value", "reference", "reward")
 TEMPLATE = list(range(3, 15))
@@ -32,15 +32,6 @@ BATCHES: dict[str, list[tuple[list[int], int]]] = {
     "a prompt that begins another": [(TEMPLATE, 4), ([*TEMPLATE, 20], 3), ([*TEMPLATE, 20, 21, 22], 2)],
     "one token each": [([5], 3), ([5], 2), ([6], 4)],
     "one row": [(TEMPLATE, 3)],
-}
-TINY_MISTRAL: dict[str, int] = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "sliding_window": 4,
 }
 BY_BATCH = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 
@@ -94,7 +85,7 @@ def test_packed_rows_say_and_learn_what_padded_rows_do(batch: list[tuple[list[in
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_sliding_window_counts_through_shared_segments(window: int | None) -> None:
     torch.manual_seed(0)
-    base = MistralForCausalLM(MistralConfig(**{**TINY_MISTRAL, "sliding_window": window}))
+    base = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window))
     base.set_attn_implementation(ROLE_ATTENTION)
     compare(tiny_shared(base, roles=("policy", "value", "reward")), BATCHES["groups under one template"])
 
@@ -153,7 +144,7 @@ def test_the_same_layout_twice_gives_the_same_bits() -> None:
 
 
 def test_what_stands_in_the_way_is_named() -> None:
-    window = MistralForCausalLM(MistralConfig(**TINY_MISTRAL))
+    window = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     assert "runs with model.attention=sdpa, packing needs" in (packing_obstacle(window) or "")
     window.set_attn_implementation(ROLE_ATTENTION)
     assert packing_obstacle(window) is None

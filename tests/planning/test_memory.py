@@ -17,7 +17,7 @@ from tests.models.test_architectures import WORKS, Case
 from tests.roles import tiny_shared
 from tests.tiny import tiny_llama
 
-NEEDS = RolloutNeeds(window_bytes=1000, layer_bytes=100, slot_bytes=10, scratch_bytes=200)
+NEEDS = RolloutNeeds(window_bytes=1000, live_bytes=100, slot_bytes=10, scratch_bytes=200)
 
 
 def choice(free: int, **changes: Any) -> tuple[str, int]:

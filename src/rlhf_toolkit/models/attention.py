@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_toolkit.errors import ModelError
-from rlhf_toolkit.models.segment_attention import SegmentAttention
+from rlhf_toolkit.models.segment_attention import LARGEST_SCORES, SegmentAttention
 
 ROLE_ATTENTION = "sdpa_roles"
 PACKABLE = frozenset(
@@ -27,7 +27,6 @@ PACKABLE = frozenset(
     }
 )
 WINDOW_IN_MASK = frozenset({"qwen2_moe", "phimoe"})
-LARGEST_SCORES = 2**26  # elements of the (B, H, T, T) matrix; beyond it the fused kernel's memory matters more
 
 
 def short_causal_attention(

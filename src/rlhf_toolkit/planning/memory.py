@@ -3,7 +3,7 @@
 A rollout needs, beside what already lies on the device (shards, adapters, optimizer):
 
     window    the part of the base that other ranks hold  +  slots x slot_bytes  +  scratch_bytes
-    stream    the largest layer                           +  slots x slot_bytes  +  scratch_bytes
+    stream    what streaming keeps gathered               +  slots x slot_bytes  +  scratch_bytes
 
 The window is faster, since the base is gathered once and not once a token; it is chosen where it fits with as many
 slots as there are rows, or at least ``ENOUGH_SLOTS``. Numbers of bytes in, a decision out: nothing here measures or
@@ -24,17 +24,18 @@ ENOUGH_SLOTS = 8  # with fewer slots in the window, streaming with more of them 
 
 @dataclass(frozen=True)
 class RolloutNeeds:
-    """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``layer_bytes``: what a streamed layer adds;
-    ``slot_bytes``: keys and values of one sequence of full length; ``scratch_bytes``: logits and activations."""
+    """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``live_bytes``: what streaming keeps gathered
+    at most; ``slot_bytes``: keys, values and logits of one sequence; ``scratch_bytes``: activations of a prefill or of
+    a scoring pass."""
 
     window_bytes: int
-    layer_bytes: int
+    live_bytes: int
     slot_bytes: int
     scratch_bytes: int
 
     def total(self, mode: str, slots: int) -> int:
         """Bytes that a rollout in ``mode`` with ``slots`` needs."""
-        base = self.window_bytes if mode == WINDOW else self.layer_bytes
+        base = self.window_bytes if mode == WINDOW else self.live_bytes
         return base + self.scratch_bytes + slots * self.slot_bytes
 
     def most_slots(self, mode: str, free: int) -> int:

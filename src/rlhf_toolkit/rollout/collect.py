@@ -53,7 +53,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A rollout of all ranks on every rank, with its scores: rows are in rank order."""
+    """A rollout of all ranks on every rank, with its scores: rows are in the rollout's own order, whichever rank has
+    sampled them."""
 
     sequences: Tensor
     prompt_lengths: Tensor

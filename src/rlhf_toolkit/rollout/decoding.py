@@ -220,7 +220,8 @@ class _Decoding:
     def _leave(self, slots: list[int]) -> None:
         """Free ``slots``; give idle ones up when nobody waits for them."""
         self.free += slots
-        self.living = [slot for slot in self.living if slot not in set(slots)]
+        gone = set(slots)
+        self.living = [slot for slot in self.living if slot not in gone]
         if self.living and not self.waiting and len(self.free) >= IDLE_SHARE * (len(self.free) + len(self.living)):
             keep = torch.tensor(self.living, device=self.device)
             self.cache.keep(keep)

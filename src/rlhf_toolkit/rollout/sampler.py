@@ -17,12 +17,12 @@ from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
 from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, RolloutNeeds, place
-from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS, Alone, Pace, Sampling, decode
+from rlhf_toolkit.rollout.decoding import PREFILL_TOKENS, SPARE_COLUMNS, Alone, Pace, Sampling, decode
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: what streaming keeps gathered at most
 LOGIT_COPIES = 5  # fp32 rows of V that choosing a token makes
-ACTIVATION_COPIES = 16  # rows of hidden or intermediate width that a scoring pass holds at its peak
+ACTIVATION_COPIES = 16  # rows of hidden width that a pass without gradient holds at its peak, beside 4 of the MLP's
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,10 @@ def needs_of(shared: SharedBase, size: RolloutSize, window_bytes: int, column: i
     vocabulary, hidden = full_shape(output)
     element, text = output.element_size(), config.get_text_config()
     intermediate = vars(text).get("intermediate_size") or 4 * hidden
-    logits = LOGIT_COPIES * size.rows * vocabulary * 4
-    scoring = size.scoring_tokens * (ACTIVATION_COPIES * hidden + 4 * intermediate) * element
+    tokens = max(size.scoring_tokens, min(PREFILL_TOKENS, size.rows * size.columns))
     return RolloutNeeds(
         window_bytes=window_bytes,
-        layer_bytes=min(window_bytes, LIVE_PARAMETERS * element),
-        slot_bytes=column * (size.columns + SPARE_COLUMNS),
-        scratch_bytes=max(logits, scoring),
+        live_bytes=min(window_bytes, LIVE_PARAMETERS * element),
+        slot_bytes=column * (size.columns + SPARE_COLUMNS) + LOGIT_COPIES * vocabulary * 4,
+        scratch_bytes=tokens * (ACTIVATION_COPIES * hidden + 4 * intermediate) * element,
     )
