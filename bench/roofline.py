@@ -20,11 +20,13 @@ from one_update import DEVICE, PROMPT, RESPONSE, ROWS, linear_shapes, load, micr
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
-from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
+from rlhf_toolkit.models.shared_base import POLICY, SharedBase
+from rlhf_toolkit.models.slot_cache import SlotCache
 
 ROLES, ROUNDS = 2, 5
 GROUPS = {  # first match of the operation's name
-    "products": ("aten::mm", "aten::addmm", "aten::linear"),
+    "products": ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::_linear"),
     "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "attention"),
     "copies and casts": ("aten::copy_", "aten::cat", "aten::_to_copy", "aten::index", "aten::gather"),
     "functions' own": ("RoleLora", "TokenScores", "RMSNorm", "GatedProduct", "Backward"),
@@ -117,19 +119,26 @@ def head_flops(shared: SharedBase) -> float:
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def decode_figures(shared: SharedBase) -> dict[str, Any]:
-    """Milliseconds of a step after 64 tokens, against the time in which its weights can be read."""
-    shared.eval()
+    """Milliseconds of a step of a rollout after 64 tokens, against the time in which its weights can be read."""
+    with decoding_weights(shared.eval(), POLICY, EXACT), torch.inference_mode():
+        return step_figures(shared)
+
+
+def step_figures(shared: SharedBase) -> dict[str, Any]:
+    """The same, inside what a rollout runs in."""
     tokens = torch.randint(100, 40000, (ROWS, 64), device=DEVICE)
-    cache = DynamicCache(config=shared.causal_lm.config)
-    places = torch.arange(64, device=DEVICE).expand(ROWS, -1)
-    shared.next_token_logits(tokens, torch.ones_like(tokens), places, cache)
+    config = shared.causal_lm.config
+    prefilled, places, rows = DynamicCache(config=config), torch.arange(64, device=DEVICE), torch.arange(ROWS)
+    shared.next_token_logits(tokens, torch.ones_like(tokens), places.expand(ROWS, -1), prefilled)
+    cache = SlotCache(config, slots=ROWS, width=64, capacity=256, device=torch.device(DEVICE))
+    cache.admit(prefilled, rows.to(DEVICE), torch.ones_like(tokens), rows.to(DEVICE))
 
     def step() -> None:
-        seen = cache.get_seq_length()
-        mask = torch.ones(ROWS, seen + 1, dtype=torch.long, device=DEVICE)
-        shared.next_token_logits(tokens[:, :1], mask, torch.full((ROWS, 1), seen, device=DEVICE), cache)
+        cache.make_room([0])
+        position = torch.full((ROWS, 1), cache.columns.now, device=DEVICE)
+        shared.next_token_logits(tokens[:, :1], cache.step_mask, position, cache)
+        cache.advance()
 
     weights = [m.weight for m in shared.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.bfloat16]
     count = sum(weight.numel() * weight.element_size() for weight in weights)
