@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: help install demo test lint check format bench clean
 
 help:
-	@echo "make demo    watch SmolLM2-135M learn by PPO (about 8 minutes on 2 CPU cores); results in $(RUN)"
+	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN)"
 	@echo "make test    all tests, two ranks under real ZeRO-3 among them"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
