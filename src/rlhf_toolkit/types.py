@@ -85,7 +85,8 @@ class Experience:
     ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
     rest (B, R), aligned so that column 0 is the first response token: ``response_mask`` bool, True where the token is
     trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and ``rollout_logprobs``; ``values``, ``advantages``,
-    ``returns``; all fp32. ``old_logprobs`` are None where the only update on the rollout makes its own, and
+    ``returns``; all fp32. ``old_logprobs`` are None where the only update on the rollout makes its own, ``values``,
+    ``advantages`` and ``returns`` with them where that update completes the experience (``Collector.complete``), and
     ``ref_logprobs`` where no KL is asked for.
     """
 
@@ -96,9 +97,9 @@ class Experience:
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     rollout_logprobs: torch.Tensor
-    values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    values: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.response_mask.shape
@@ -126,6 +127,13 @@ class Experience:
     def of(cls, columns: Mapping[str, torch.Tensor]) -> Experience:
         """An Experience from the columns of ``rows``; others among them are left alone."""
         return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
+
+
+def present(result: torch.Tensor | None) -> torch.Tensor:
+    """What a role said that was asked for. Raises RuntimeError, a defect, where it did not run."""
+    if result is None:
+        raise RuntimeError("a pass is needed that the collector's roles leave out")
+    return result
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from tests.tiny import merged, write_experiment, write_task
 SCORE_EVERYTHING = """
 from rlhf_toolkit.rollout import collect
 
-collect.Collector.roles_of = lambda self, rollout: collect.SCORED_ROLES
+collect.Collector.roles_of = lambda self, rollout, plan: collect.SCORED_ROLES
 """
 OTHER_SAMPLER = """
 from dataclasses import replace
@@ -52,6 +52,27 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"value"},
     ),
     "value on the policy's trunk": ({"model.value_on": "policy_trunk"}, {"value"}),
+    "one pass": ({"update.micro_batch_tokens": 512}, set()),
+    "one pass, KL in the reward": (
+        {
+            "update.micro_batch_tokens": 512,
+            "ppo.kl_coef": 0.1,
+            "ppo.kl_target": 0.01,
+            "ppo.kl_horizon": 100,
+            "ppo.truncated": "bootstrap",
+        },
+        {"reference"},
+    ),
+    "one pass, token weights": (
+        {
+            "update.micro_batch_tokens": 512,
+            "ppo.importance_correction": "token",
+            "ppo.first_ratio_tolerance": 1.0,
+            "ppo.truncated": "mask",
+            "rollout.max_new_tokens": 20,
+        },
+        set(),
+    ),
 }
 NEVER_WITHOUT_A_KL = {"actor/ref_kl", "actor/ref_kl_k3", "actor/reward_kl_penalty"}
 NEVER_WITHOUT_A_POLICY_PASS = {"actor/first_ratio_deviation"}
@@ -103,7 +124,10 @@ def test_one_process(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None
         path = experiment(tmp_path / name, changes, OTHER_SAMPLER if "weights" in case else "", *patches)
         outputs.append(recipe.run("--config", str(path)).succeeded().output)
     assert_same(tmp_path / "skipped", tmp_path / "everything")
-    assert f"scoring asks {', '.join(r for r in ('policy', 'value', 'reference') if r in roles)}" in outputs[0]
+    asked = ", ".join(r for r in ("policy", "value", "reference") if r in roles) or "nobody"
+    assert (
+        f"where an update is one pass, {asked}" in outputs[0] if "one pass" in case else f"asks {asked}" in outputs[0]
+    )
     first, *later = records(tmp_path / "skipped")
     absent = first.keys() - later[0].keys()
     expected = set() if "reference" in roles else NEVER_WITHOUT_A_KL
@@ -128,10 +152,11 @@ def test_the_weights_matter(recipe: RecipeProcesses, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("case", ["token weights", "value on the policy's trunk"])
+@pytest.mark.parametrize("case", ["token weights", "value on the policy's trunk", "one pass, KL in the reward"])
 def test_two_ranks_under_zero3(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
     """Against two ranks that ran every pass to 1e-6, and against one process to 1e-5, as everywhere."""
-    changes, sampler = {**CASES[case][0], **CASES["KL in the loss"][0]}, OTHER_SAMPLER if "weights" in case else ""
+    changes, sampler = CASES[case][0], OTHER_SAMPLER if "weights" in case else ""
+    changes = changes if "KL" in case else {**changes, **CASES["KL in the loss"][0]}
     for name, patches in (("skipped", ()), ("everything", (SCORE_EVERYTHING,))):
         run_recipe(experiment(tmp_path / name, changes, sampler, *patches), processes=2, stage=3).succeeded()
     assert_same(tmp_path / "skipped", tmp_path / "everything")

@@ -14,9 +14,11 @@ from rlhf_toolkit.algorithms.kl_control import FixedKL
 from rlhf_toolkit.data.layout import padded
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.rollout.collect import Collector, Cutting, Plan, Sampled, Shaping, score
+from rlhf_toolkit.rollout.collect import Collector, Shaping
+from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
-from rlhf_toolkit.rollout.passes import Passes, needed_roles
+from rlhf_toolkit.rollout.passes import Needs, Passes, score
+from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.types import Experience, Prompt
 from tests.roles import tiny_shared
 
@@ -131,16 +133,37 @@ def test_the_record_says_what_happened() -> None:
 @pytest.mark.parametrize("kl_in_reward", [True, False])
 @pytest.mark.parametrize("kl_asked", [True, False])
 def test_a_role_scores_where_something_needs_it(updates: int, kl_in_reward: bool, kl_asked: bool) -> None:
-    roles = needed_roles(updates_per_rollout=updates, kl_in_reward=kl_in_reward, kl_asked=kl_asked)
+    needs = Needs(updates_per_rollout=updates, kl_in_reward=kl_in_reward, kl_asked=kl_asked)
+    roles = needs.roles(one_forward=False)
     assert "value" in roles, "advantages need it"
     assert ("reference" in roles) == kl_asked
     assert ("policy" not in roles) == (updates == 1 and (not kl_in_reward or not kl_asked))
+    if updates == 1:
+        assert needs.roles(one_forward=True) == (("reference",) if kl_asked else ())
+    else:
+        assert needs.roles(one_forward=True) == roles, "a later update needs numbers from before the first"
 
 
 def test_the_first_rollout_is_scored_by_all_for_the_checks() -> None:
     *_, collector = shaped()
-    collector.roles = ("value",)
-    assert collector.roles_of(0) == ("policy", "value", "reference") and collector.roles_of(1) == ("value",)
+    collector.needs = Needs(updates_per_rollout=1, kl_in_reward=True, kl_asked=False)
+    whole, cut, two_updates = Plan([[[[0]], [[1]]]]), Plan([[[[0], [1]]]]), Plan([[[[0]]], [[[1]]]])
+    assert collector.roles_of(0, whole) == ("policy", "value", "reference")
+    assert collector.roles_of(1, whole) == ()
+    assert collector.roles_of(1, cut) == collector.roles_of(1, two_updates) == ("value",)
+
+
+def test_an_experience_that_is_completed_later_is_the_same() -> None:
+    """Rows come in another order than the rollout's, and only once."""
+    experience, sampled, passes, collector = shaped()
+    collector._incomplete = (sampled, Passes(ref_logprobs=passes.ref_logprobs))
+    rows = [2, 0, 3, 1]
+    said = {name: getattr(passes, name)[rows] for name in ("old_logprobs", "entropies", "values", "final_values")}
+    completed = collector.complete(rows, **said)
+    for name, column in experience.rows(range(4)).items():
+        torch.testing.assert_close(getattr(completed, name), column, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="complete already"):
+        collector.complete(rows, **said)
 
 
 SAID_BY = {
@@ -199,7 +222,7 @@ def test_importance_metrics_by_a_plain_loop() -> None:
 
 def test_without_a_policy_pass_its_metrics_are_not_there() -> None:
     _, sampled, passes, collector = shaped()
-    collector.roles = ("value",)
+    collector.needs = Needs(updates_per_rollout=1, kl_in_reward=True, kl_asked=False)
     experience = collector._experience(sampled, Passes(values=passes.values, final_values=passes.final_values))
     assert experience.old_logprobs is None and experience.ref_logprobs is None
     told = {name for name in collector.metrics if name.startswith(("actor/", "rollout/"))}

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.importance import Correction, capped_share, effective_sample_share, mean_weight
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_mean, masked_sum
-from rlhf_toolkit.types import Experience
+from rlhf_toolkit.types import Experience, present
 
 
 def spread(name: str, values: Tensor) -> dict[str, float]:
@@ -31,14 +31,17 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What sampling and scoring gave. ``scores`` (B,) after penalties, ``rewards`` (B, R) after KL shaping."""
     mask = experience.response_mask
+    advantages, returns, values = (
+        present(column)[mask] for column in (experience.advantages, experience.returns, experience.values)
+    )
     return {
         **spread("critic/score", scores),
         **spread("critic/raw_score", raw_scores),
         **spread("critic/rewards", rewards.sum(1)),
-        **spread("critic/advantages", experience.advantages[mask]),
-        **spread("critic/returns", experience.returns[mask]),
-        **spread("critic/values", experience.values[mask]),
-        "critic/vf_explained_var": explained_variance(experience.values[mask], experience.returns[mask]),
+        **spread("critic/advantages", advantages),
+        **spread("critic/returns", returns),
+        **spread("critic/values", values),
+        "critic/vf_explained_var": explained_variance(values, returns),
         **spread("response_length", experience.response_lengths),
         "response_length/clip_ratio": (~finished).float().mean().item(),
         **spread("prompt_length", experience.prompt_lengths),

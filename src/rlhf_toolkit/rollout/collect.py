@@ -10,7 +10,7 @@ docs/ppo_details.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,60 +19,24 @@ from rlhf_toolkit.algorithms.advantages import gae
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
-from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean, response_mask
+from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean
 from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
-from rlhf_toolkit.data.layout import TokenLayout, join, packed, padded, stack_rows, unpack
-from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.data.packing import mini_batches
 from rlhf_toolkit.data.prompts import PromptSchedule
-from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank, world_size
+from rlhf_toolkit.distributed.collectives import agreement, rank, world_size
 from rlhf_toolkit.errors import DataError, TrainingPathError
-from rlhf_toolkit.models.shared_base import REFERENCE, SharedBase
+from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import policy_metrics, rollout_metrics
+from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
-from rlhf_toolkit.rollout.passes import SCORED_ROLES, Passes, present
+from rlhf_toolkit.rollout.passes import EVERYTHING, SCORED_ROLES, Needs, Passes, gather_passes, score
+from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, rollout_rows
-from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout, present
 
-Sample = dict[str, str | float]
 Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
-Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one pass over a rollout is cut: ``batches[mini-batch][rank][micro-batch]`` to row numbers."""
-
-    batches: list[list[list[Rows]]]
-
-    def of_rank(self, number: int) -> list[list[Rows]]:
-        """``[mini-batch][micro-batch]`` of one rank."""
-        return [batch[number] for batch in self.batches]
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A rollout of all ranks on every rank, with its scores: rows are in the rollout's own order, whichever rank has
-    sampled them."""
-
-    sequences: Tensor
-    prompt_lengths: Tensor
-    response_lengths: Tensor
-    rollout_logprobs: Tensor
-    finished: Tensor
-    raw_scores: Tensor
-    prompts: list[str] = field(repr=False)
-    responses: list[str] = field(repr=False)
-
-    @property
-    def token_mask(self) -> Tensor:
-        """(B, R) bool, True at real response tokens."""
-        return response_mask(self.response_lengths, self.rollout_logprobs.shape[1])
-
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return (self.prompt_lengths + self.response_lengths).tolist()
 
 
 @dataclass(frozen=True)
@@ -86,29 +50,6 @@ class Shaping:
     kl_estimator: str
     missing_eos_penalty: float
     truncated: str
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """How a rollout is cut into optimizer steps and forward passes."""
-
-    mini_batches: int
-    micro_batch_tokens: int
-    packing: bool = False
-
-    @property
-    def layout(self) -> Layout:
-        """Sequences (n, T) and both lengths (n,) to the layout of a forward pass."""
-        return packed if self.packing else padded
-
-    def among_ranks(self, rows: Sequence[int], sampled: Sampled | Experience) -> list[list[Rows]]:
-        """``[rank][micro-batch]`` to row numbers, for a mini-batch of ``rows``."""
-        cut = {"ranks": world_size(), "budget": self.micro_batch_tokens}
-        lengths = sampled.lengths()
-        if not self.packing:
-            return padded_micro_batches(rows, lengths, **cut)
-        both = zip(sampled.sequences.tolist(), sampled.prompt_lengths.tolist(), strict=True)
-        return packed_micro_batches(rows, lengths, [tuple(row[:length]) for row, length in both], **cut)
 
 
 class Collector:
@@ -131,31 +72,48 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
         tolerance: float | None = None,
-        roles: Sequence[str] = SCORED_ROLES,
+        needs: Needs = EVERYTHING,
         correction: Correction = Correction(),  # noqa: B008  frozen
     ) -> None:
         self.sampler, self.expected = sampler, ExpectedLengths()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
-        self.roles, self.correction = tuple(roles), correction
+        self.needs, self.correction = needs, correction
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
+        self._incomplete: tuple[Sampled, Passes] | None = None
 
     def collect(self, rollout: int) -> Experience:
-        """Sample, score and shape rollout number ``rollout``; leaves its metrics and samples behind for the log."""
+        """Sample, score and shape rollout number ``rollout``; leaves its metrics and samples behind for the log.
+
+        Where its only update is one forward pass on each rank, that pass is what ``complete`` waits for.
+        """
         chosen = [self.prompts[i] for i in self.schedule.indices(rollout)]
         rows = rollout_rows(chosen, self.responses_per_prompt)
         shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
         with self.sampler.opened(self.model()) as shared:
             sampled = self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
             with self.clock.phase("old_log_prob"):
-                plan, roles = self.plan(sampled, rollout, epoch=0), self.roles_of(rollout)
+                plan = self.plan(sampled, rollout, epoch=0)
+                roles = self.roles_of(rollout, plan)
                 passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
         self.expected.update(rows.prompts, sampled.response_lengths.tolist())
+        if passes.values is None:
+            self._incomplete = (sampled, passes)
+            return self._tokens_of(sampled, passes)
         return self._experience(sampled, passes)
+
+    def complete(self, rows: Sequence[int], **said: Tensor) -> Experience:
+        """The experience that ``collect`` left open, from what each rank's forward pass has ``said`` about its
+        ``rows``: columns of ``Passes``. A collective."""
+        if self._incomplete is None:
+            raise RuntimeError("the rollout's experience is complete already")
+        (sampled, passes), self._incomplete = self._incomplete, None
+        whole = gather_passes([(list(rows), {name: column.detach().cpu() for name, column in said.items()})])
+        return self._experience(sampled, replace(passes, **whole))
 
     def sample(
         self,
@@ -186,10 +144,10 @@ class Collector:
         """One pass over a rollout in its own order; nothing is trained on it."""
         return Plan([self.cutting.among_ranks(range(len(sampled.sequences)), sampled)])
 
-    def roles_of(self, rollout: int) -> tuple[str, ...]:
+    def roles_of(self, rollout: int, plan: Plan) -> tuple[str, ...]:
         """The roles that score rollout number ``rollout``: all of them in the first, which ``_check_paths`` looks at,
-        and then those whose numbers something needs."""
-        return SCORED_ROLES if rollout == 0 else self.roles
+        and then those whose numbers the update does not make itself."""
+        return SCORED_ROLES if rollout == 0 else self.needs.roles(one_forward=plan.one_forward)
 
     def penalised(self, sampled: Sampled) -> Tensor:
         """(B,) scores after the penalty for responses that were cut off."""
@@ -203,19 +161,9 @@ class Collector:
         """Rewards, advantages and the record of both, over the whole rollout."""
         scores, tokens, kl_coef = self.penalised(sampled), sampled.token_mask, self.kl_control.coefficient
         rewards = self._rewards(scores, sampled, passes)
-        trained, advantages, returns = self._advantages(rewards, sampled, passes)
-        experience = Experience(
-            sequences=sampled.sequences,
-            prompt_lengths=sampled.prompt_lengths,
-            response_lengths=sampled.response_lengths,
-            response_mask=trained,
-            old_logprobs=passes.old_logprobs,
-            ref_logprobs=passes.ref_logprobs,
-            rollout_logprobs=sampled.rollout_logprobs,
-            values=present(passes.values),
-            advantages=advantages,
-            returns=returns,
-        )
+        experience = self._tokens_of(sampled, passes)
+        advantages, returns = self._advantages(rewards, experience.response_mask, sampled, passes)
+        experience = replace(experience, values=passes.values, advantages=advantages, returns=returns)
         self.samples = as_samples(sampled, scores)
         self.metrics = {
             **rollout_metrics(
@@ -234,11 +182,23 @@ class Collector:
                 **{name: column for name, column in told.items() if column is not None},
                 rollout_logprobs=sampled.rollout_logprobs,
                 token_mask=tokens,
-                trained=trained,
+                trained=experience.response_mask,
             )
         if "actor/reward_kl_penalty" in self.metrics:
             self.kl_control.update(self.metrics["actor/reward_kl_penalty"], len(experience))
         return experience
+
+    def _tokens_of(self, sampled: Sampled, passes: Passes) -> Experience:
+        """An experience without values, advantages and returns: what is trained on, and what is known of it."""
+        return Experience(
+            sequences=sampled.sequences,
+            prompt_lengths=sampled.prompt_lengths,
+            response_lengths=sampled.response_lengths,
+            response_mask=self._trained(sampled),
+            old_logprobs=passes.old_logprobs,
+            ref_logprobs=passes.ref_logprobs,
+            rollout_logprobs=sampled.rollout_logprobs,
+        )
 
     def record_policy(self, **columns: Tensor) -> None:
         """Add what the policy's pass says to the rollout's metrics; ``columns`` are those of ``policy_metrics``.
@@ -251,14 +211,25 @@ class Collector:
     def _rewards(self, scores: Tensor, sampled: Sampled, passes: Passes) -> Tensor:
         """(B, R): the scores on the last tokens, less the KL where it is in the reward."""
         tokens, kl, kl_coef = sampled.token_mask, torch.zeros_like(sampled.rollout_logprobs), 0.0
-        if self.shaping.kl_in_reward and REFERENCE in self.roles:
+        if self.shaping.kl_in_reward and self.needs.kl_asked:
             old, ref = present(passes.old_logprobs), present(passes.ref_logprobs)
             kl = kl_penalty(old, ref, tokens, estimator=self.shaping.kl_estimator)
             kl_coef = self.kl_control.coefficient
         return shape_rewards(scores, kl, tokens, kl_coef=kl_coef)
 
-    def _advantages(self, rewards: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask of trained tokens, advantages whitened over them, and returns; each (B, R).
+    def _trained(self, sampled: Sampled) -> Tensor:
+        """(B, R) bool, the tokens of the loss: all, or with ``truncated: mask`` those of finished responses."""
+        tokens = sampled.token_mask
+        trained = tokens & sampled.finished[:, None] if self.shaping.truncated == "mask" else tokens
+        if int(trained.sum()) < 2:  # the whitening needs two
+            raise DataError(
+                "rollout.max_new_tokens cut off the responses of a rollout, and ppo.truncated=mask leaves "
+                f"{int(trained.sum())} tokens to train on; raise max_new_tokens or use truncated: bootstrap"
+            )
+        return trained
+
+    def _advantages(self, rewards: Tensor, trained: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor]:
+        """Advantages, whitened over the tokens ``trained``, and returns; each (B, R).
 
         A response cut by the budget ends as if it were finished (terminal), goes on with the value of its last state
         (bootstrap), or is left out of the loss and of the whitening (mask).
@@ -274,13 +245,7 @@ class Collector:
             gae_lambda=shaping.gae_lambda,
             bootstrap=torch.where(sampled.finished, 0.0, cut_off_value),
         )
-        trained = tokens & sampled.finished[:, None] if shaping.truncated == "mask" else tokens
-        if int(trained.sum()) < 2:  # the whitening needs two
-            raise DataError(
-                "rollout.max_new_tokens cut off the responses of a rollout, and ppo.truncated=mask leaves "
-                f"{int(trained.sum())} tokens to train on; raise max_new_tokens or use truncated: bootstrap"
-            )
-        return trained, centre_and_scale(advantages, trained) if shaping.whiten_advantages else advantages, returns
+        return centre_and_scale(advantages, trained) if shaping.whiten_advantages else advantages, returns
 
     def _check_paths(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
         """Sampling and training must see one policy; before the first update the policy must be the reference."""
@@ -301,83 +266,3 @@ class Collector:
                 "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
                 "loaded with"
             )
-
-
-def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
-    """Prompt, response and score of every row, for the logs."""
-    rows = zip(sampled.prompts, sampled.responses, scores.tolist(), strict=True)
-    return [{"prompt": prompt, "response": response, "score": value} for prompt, response, value in rows]
-
-
-def gather_rollout(
-    batch: PromptBatch,
-    rollout: Rollout,
-    texts: list[str],
-    scores: list[float],
-    shares: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-) -> Sampled:
-    """Put the ranks' shares together on every rank, rows in their own order whichever rank has sampled them."""
-    ids = [prompt.token_ids for prompt in batch.prompts]
-    mine = {
-        "sequences": join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
-        "prompt_lengths": torch.tensor([len(i) for i in ids]),
-        "response_lengths": rollout.lengths,
-        "rollout_logprobs": rollout.rollout_logprobs,
-        "finished": rollout.finished,
-        "raw_scores": torch.tensor(scores, dtype=torch.float32),
-    }
-    everyone = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
-    place = torch.tensor([row for share in shares for row in share]).argsort()
-    fills = {"sequences": pad_id}
-    columns = {name: stack_rows([part[name] for part, _, _ in everyone], fill=fills.get(name, 0)) for name in mine}
-    prompts = [text for _, texts, _ in everyone for text in texts]
-    responses = [text for _, _, texts in everyone for text in texts]
-    return Sampled(
-        **{name: column[place] for name, column in columns.items()},
-        prompts=[prompts[i] for i in place.tolist()],
-        responses=[responses[i] for i in place.tolist()],
-    )
-
-
-def score(
-    shared: SharedBase,
-    sampled: Sampled,
-    plan: Plan,
-    layout: Layout,
-    temperature: float,
-    *,
-    roles: Sequence[str] = SCORED_ROLES,
-) -> Passes:
-    """One pass of ``roles`` over the rollout, each rank its share of ``plan``, gathered on every rank; without roles
-    none runs."""
-    if not roles:
-        return Passes()
-    mine = [rows for part in plan.of_rank(rank()) for rows in part]
-    done = [(rows, _score_rows(shared, sampled, rows, layout, temperature, roles)) for rows in mine]
-    columns: dict[str, Tensor] = {}
-    for rows, results in (item for share in all_gather(done) for item in share):
-        for name, result in results.items():
-            column = columns.setdefault(name, torch.zeros(len(sampled.finished), *result.shape[1:]))
-            column[rows] = result
-    return Passes(**columns)
-
-
-PACKED_RESULTS = {
-    "policy_logprobs": "old_logprobs",
-    "policy_entropies": "entropies",
-    "reference_logprobs": "ref_logprobs",
-    "values": "values",
-}
-"""What ``SharedBase.forward`` calls a result, and ``Passes``."""
-
-
-def _score_rows(
-    shared: SharedBase, sampled: Sampled, rows: Rows, layout: Layout, temperature: float, roles: Sequence[str]
-) -> dict[str, Tensor]:
-    lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
-    laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
-    out = shared(laid_out.to(next(shared.parameters()).device), roles=roles, temperature=temperature)
-    results = {ours: unpack(out[name].cpu(), lengths, width) for name, ours in PACKED_RESULTS.items() if name in out}
-    return results | {name: out[name].cpu() for name in ("final_values",) if name in out}

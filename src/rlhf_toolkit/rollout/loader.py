@@ -23,9 +23,10 @@ MiniBatch = dict[str, torch.Tensor]
 class RolloutLoader:
     """Yields this rank's share of each mini-batch as a plain dict of tensors.
 
-    Besides the fields of ``Experience`` it holds ``micro_batch`` (n,), the number of the micro-batch each row belongs
-    to, and ``token_count`` and ``sequence_count`` of the whole mini-batch over all ranks, which losses are divided by;
-    ``fresh`` is True when no update has happened since the rollout.
+    Besides the fields of ``Experience`` it holds ``row`` (n,), the rows' numbers in the rollout, ``micro_batch`` (n,),
+    the number of the micro-batch each row belongs to, and ``token_count`` and ``sequence_count`` of the whole
+    mini-batch over all ranks, which losses are divided by; ``fresh`` is True when no update has happened since the
+    rollout.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ def share_of_mini_batch(experience: Experience, shares: list[list[Rows]], number
     everyone = [row for share in shares for rows in share for row in rows]
     mask = experience.response_mask[everyone]
     mine = shares[number]
+    numbers = [row for rows in mine for row in rows]
     return {
-        **experience.rows([row for rows in mine for row in rows]),
+        **experience.rows(numbers),
+        "row": torch.tensor(numbers),
         "micro_batch": torch.tensor([i for i, rows in enumerate(mine) for _ in rows]),
         "token_count": mask.sum().clamp(min=1),
         "sequence_count": mask.any(1).sum().clamp(min=1),

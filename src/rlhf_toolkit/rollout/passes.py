@@ -1,12 +1,19 @@
-"""Which roles score a rollout, and what they say about it."""
+"""Which roles score a rollout, the pass in which they do, and what they say."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE
+from rlhf_toolkit.data.layout import unpack
+from rlhf_toolkit.data.packing import Rows
+from rlhf_toolkit.distributed.collectives import all_gather, rank
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.rollout.cutting import Layout, Plan
+from rlhf_toolkit.rollout.sampled import Sampled
 
 SCORED_ROLES = (POLICY, VALUE, REFERENCE)
 """The order of their rows in a scoring pass."""
@@ -26,19 +33,75 @@ class Passes:
     final_values: Tensor | None = None
 
 
-def needed_roles(*, updates_per_rollout: int, kl_in_reward: bool, kl_asked: bool) -> tuple[str, ...]:
-    """The roles that must score a rollout: value always; reference where a KL is asked for; policy unless its first
-    update is its only one and no reward needs its KL: then the update's own log-probs, detached, are the old ones.
+@dataclass(frozen=True)
+class Needs:
+    """What decides which roles must score a rollout before its update.
 
-    ``kl_asked``: the coefficient is not 0, or a controller may move it.
+    ``kl_asked``: the coefficient of the KL is not 0, or a controller may move it; ``kl_in_reward``: rewards need it.
     """
-    policy = updates_per_rollout > 1 or (kl_in_reward and kl_asked)
-    needed = {POLICY: policy, VALUE: True, REFERENCE: kl_asked}
-    return tuple(role for role in SCORED_ROLES if needed[role])
+
+    updates_per_rollout: int
+    kl_in_reward: bool
+    kl_asked: bool
+
+    def roles(self, *, one_forward: bool) -> tuple[str, ...]:
+        """The roles whose numbers the rollout's update does not make itself.
+
+        The reference scores where a KL is asked for. An update that is the rollout's only one makes the old log-probs
+        itself, detached, unless rewards need their KL before it. Where it is also ``one_forward`` pass on each rank,
+        its log-probs and values become rewards and advantages between that pass and its backward
+        (``Collector.complete``), and neither policy nor value scores.
+        """
+        only_update = self.updates_per_rollout == 1
+        completes = only_update and one_forward
+        own_logprobs = completes or (only_update and not (self.kl_in_reward and self.kl_asked))
+        needed = {POLICY: not own_logprobs, VALUE: not completes, REFERENCE: self.kl_asked}
+        return tuple(role for role in SCORED_ROLES if needed[role])
 
 
-def present(result: Tensor | None) -> Tensor:
-    """What a role said that was asked for. Raises RuntimeError, a defect, where it did not run."""
-    if result is None:
-        raise RuntimeError("a pass is needed that the collector's roles leave out")
-    return result
+EVERYTHING = Needs(updates_per_rollout=2, kl_in_reward=True, kl_asked=True)
+"""All roles score, always."""
+
+
+def score(
+    shared: SharedBase,
+    sampled: Sampled,
+    plan: Plan,
+    layout: Layout,
+    temperature: float,
+    *,
+    roles: Sequence[str] = SCORED_ROLES,
+) -> Passes:
+    """One pass of ``roles`` over the rollout, each rank its share of ``plan``, gathered on every rank; without roles
+    none runs."""
+    if not roles:
+        return Passes()
+    mine = [rows for part in plan.of_rank(rank()) for rows in part]
+    done = [(rows, _score_rows(shared, sampled, rows, layout, temperature, roles)) for rows in mine]
+    return Passes(**gather_passes(done))
+
+
+def gather_passes(done: list[tuple[Rows, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Columns of ``Passes`` for the whole rollout, from what each rank knows about its rows. A collective."""
+    items = [item for share in all_gather(done) for item in share]
+    place = torch.tensor([row for rows, _ in items for row in rows]).argsort()
+    return {name: torch.cat([results[name] for _, results in items])[place] for name in items[0][1]}
+
+
+PACKED_RESULTS = {
+    "policy_logprobs": "old_logprobs",
+    "policy_entropies": "entropies",
+    "reference_logprobs": "ref_logprobs",
+    "values": "values",
+}
+"""What ``SharedBase.forward`` calls a result, and ``Passes``."""
+
+
+def _score_rows(
+    shared: SharedBase, sampled: Sampled, rows: Rows, layout: Layout, temperature: float, roles: Sequence[str]
+) -> dict[str, Tensor]:
+    lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
+    laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
+    out = shared(laid_out.to(next(shared.parameters()).device), roles=roles, temperature=temperature)
+    results = {ours: unpack(out[name].cpu(), lengths, width) for name, ours in PACKED_RESULTS.items() if name in out}
+    return results | {name: out[name].cpu() for name in ("final_values",) if name in out}

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from rlhf_toolkit.distributed.topology import Topology, check_engine
 from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.rollout.passes import Needs
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 
@@ -39,8 +40,15 @@ class StartCheck(TrainerCallback):
             f"{total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained; "
             f"{cutting.mini_batches} mini-batch(es) a pass, "
             f"micro-batches of at most {cutting.micro_batch_tokens} tokens a role; {value}"
-            f"scoring asks {', '.join(collector.roles)}"
+            f"scoring asks {scoring_roles(collector.needs)}"
         )
+
+
+def scoring_roles(needs: Needs) -> str:
+    """Who scores, in words."""
+    usually, at_least = (needs.roles(one_forward=one_forward) for one_forward in (False, True))
+    words = ", ".join(usually)
+    return words if at_least == usually else f"{words}; where an update is one pass, {', '.join(at_least) or 'nobody'}"
 
 
 class EvaluationAtBothEnds(TrainerCallback):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
-from rlhf_toolkit.rollout.collect import Collector, Sample, as_samples, score
+from rlhf_toolkit.rollout.collect import Collector
 from rlhf_toolkit.rollout.loader import MiniBatch, RolloutLoader
-from rlhf_toolkit.rollout.passes import present
+from rlhf_toolkit.rollout.passes import score
+from rlhf_toolkit.rollout.sampled import Sample, as_samples
 from rlhf_toolkit.trainers.base import RoleTrainer
-from rlhf_toolkit.types import Experience, Prompt, PromptBatch
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
 
 
 @dataclass(frozen=True)
@@ -127,22 +129,25 @@ class PPOTrainer(RoleTrainer):
         is multiplied by 0: it keeps its place in the graph, so that ZeRO-3 sees a gradient, and moves nothing.
 
         Where scoring left the policy out, this is the rollout's only update, and its own log-probs, detached, are the
-        old ones.
+        old ones. Where it left the value out too, rewards and advantages are made here, before the backward.
         """
-        counts = {"tokens": int(inputs["token_count"]), "sequences": int(inputs["sequence_count"])}
         batch = Experience.of(inputs)
-        logprobs, entropies, values = self._passes(model, batch)
-        old_logprobs = self._old_logprobs(batch, logprobs, entropies, check=first and bool(inputs["fresh"]))
-
-        def reduce(per_token: Tensor) -> Tensor:
-            return aggregate(
-                per_token, batch.response_mask, mode=self.loss.loss_aggregation, width=self.loss.width, **counts
-            )
-
+        logprobs, entropies, values, final_values = self._passes(model, batch)
+        incomplete = batch.advantages is None
+        if incomplete:
+            said = {"old_logprobs": logprobs, "entropies": entropies, "values": values, "final_values": final_values}
+            batch = self._completed(inputs["row"], said)
+        check = first and bool(inputs["fresh"]) and not incomplete
+        old_logprobs = self._old_logprobs(batch, logprobs, entropies, check=check)
         mask = batch.response_mask
+        reduce = self._reduction(inputs)
         policy = self._policy_terms(logprobs, old_logprobs, batch)
         value = clipped_value_loss(
-            values, batch.values, batch.returns, mask, value_clip_range=self.loss.value_clip_range
+            values,
+            present(batch.values),
+            present(batch.returns),
+            mask,
+            value_clip_range=self.loss.value_clip_range,
         )
         policy_loss, value_loss, entropy = reduce(policy.per_token), reduce(value.per_token), reduce(entropies)
         policy_part = policy_loss - self.loss.entropy_coef * entropy
@@ -164,6 +169,17 @@ class PPOTrainer(RoleTrainer):
             },
         )
         return (0.0 if self._warming_up() else 1.0) * policy_part + self.loss.value_coef * value_loss
+
+    def _reduction(self, inputs: MiniBatch) -> Callable[[Tensor], Tensor]:
+        """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
+        return partial(
+            aggregate,
+            mask=inputs["response_mask"],
+            mode=self.loss.loss_aggregation,
+            width=self.loss.width,
+            tokens=int(inputs["token_count"]),
+            sequences=int(inputs["sequence_count"]),
+        )
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Sequence[Prompt] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
@@ -217,13 +233,19 @@ class PPOTrainer(RoleTrainer):
         return vanilla(
             logprobs,
             old_logprobs,
-            batch.advantages,
+            present(batch.advantages),
             batch.response_mask,
             clip_range_low=self.loss.clip_range_low,
             clip_range_high=self.loss.clip_range_high,
             dual_clip=self.loss.dual_clip,
             weights=self.loss.correction.weights(old_logprobs, batch.rollout_logprobs, batch.response_mask),
         )
+
+    def _completed(self, rows: Tensor, said: dict[str, Tensor]) -> Experience:
+        """This rank's ``rows`` of the rollout, once all ranks' passes have become rewards and advantages."""
+        rows = rows.cpu()
+        whole = self.collector.complete(rows.tolist(), **said)
+        return Experience.of({name: column.to(self.args.device) for name, column in whole.rows(rows).items()})
 
     def _old_logprobs(self, batch: Experience, logprobs: Tensor, entropies: Tensor, *, check: bool) -> Tensor:
         """Those that scoring gave, with ``check`` compared to ``logprobs``; else ``logprobs`` themselves, detached."""
@@ -267,8 +289,9 @@ class PPOTrainer(RoleTrainer):
         whole = {name: stack_rows([part[name] for part in parts], fill=0) for name in parts[0]}
         self.collector.record_policy(**whole)
 
-    def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropies and values (n, R) of the response tokens, policy and value in one forward."""
+    def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs, entropies and values (n, R) of the response tokens and the values (n,) after them, policy and
+        value in one forward."""
         layout = self.collector.cutting.layout(batch.sequences, batch.prompt_lengths, batch.response_lengths)
         out = model(
             layout,
@@ -279,7 +302,7 @@ class PPOTrainer(RoleTrainer):
         width = batch.response_mask.shape[1]
         names = ("policy_logprobs", "policy_entropies", "values")
         logprobs, entropies, values = (unpack(out[name], batch.response_lengths, width) for name in names)
-        return logprobs, entropies, values
+        return logprobs, entropies, values, out["final_values"]
 
     def _warming_up(self) -> bool:
         _, epochs, mini_batches = self.schedule
@@ -301,6 +324,7 @@ class PPOTrainer(RoleTrainer):
             self.meter.add(names[name], group["lr"], 1)
 
 
+COLUMNS = (*(field.name for field in fields(Experience)), "row")
 COUNTS = ("token_count", "sequence_count", "fresh")
 
 
@@ -308,7 +332,7 @@ def cut(mini_batch: MiniBatch) -> list[MiniBatch]:
     """A mini-batch's micro-batches; the counts of the whole go with every one."""
     number = mini_batch["micro_batch"]
     parts = []
-    columns = [field.name for field in fields(Experience) if field.name in mini_batch]
+    columns = [name for name in COLUMNS if name in mini_batch]
     for i in range(int(number.max()) + 1):
         part = {name: mini_batch[name][number == i] for name in columns}
         parts.append({**part, **{name: mini_batch[name] for name in COUNTS}})

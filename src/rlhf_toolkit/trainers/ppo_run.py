@@ -38,9 +38,10 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.rewards.functions import FunctionReward, load_function
-from rlhf_toolkit.rollout.collect import Collector, Cutting, Shaping
+from rlhf_toolkit.rollout.collect import Collector, Shaping
+from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.decoding import Sampling
-from rlhf_toolkit.rollout.passes import needed_roles
+from rlhf_toolkit.rollout.passes import Needs
 from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
 from rlhf_toolkit.rollout.schedule import ExpectedLengths
 from rlhf_toolkit.seeding import derive_seed
@@ -316,7 +317,7 @@ def make_collector(experiment: Experiment, task: Task, progress: Progress, *, pa
         responses_per_prompt=rollout.responses_per_prompt,
         seed=experiment.run.seed,
         tolerance=tolerance(experiment),
-        roles=needed_roles(
+        needs=Needs(
             updates_per_rollout=experiment.updates_per_rollout,
             kl_in_reward=ppo.kl_in == "reward",
             kl_asked=experiment.kl_asked,

@@ -1,0 +1,55 @@
+"""How a rollout is cut: into mini-batches, among ranks, into forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.packing import Rows, packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.distributed.collectives import world_size
+from rlhf_toolkit.rollout.sampled import Sampled
+from rlhf_toolkit.types import Experience
+
+Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one pass over a rollout is cut: ``batches[mini-batch][rank][micro-batch]`` to row numbers."""
+
+    batches: list[list[list[Rows]]]
+
+    def of_rank(self, number: int) -> list[list[Rows]]:
+        """``[mini-batch][micro-batch]`` of one rank."""
+        return [batch[number] for batch in self.batches]
+
+    @property
+    def one_forward(self) -> bool:
+        """Whether each rank runs a single micro-batch."""
+        return all(len(share) == 1 for batch in self.batches for share in batch) and len(self.batches) == 1
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a rollout is cut into optimizer steps and forward passes."""
+
+    mini_batches: int
+    micro_batch_tokens: int
+    packing: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Sequences (n, T) and both lengths (n,) to the layout of a forward pass."""
+        return packed if self.packing else padded
+
+    def among_ranks(self, rows: Sequence[int], sampled: Sampled | Experience) -> list[list[Rows]]:
+        """``[rank][micro-batch]`` to row numbers, for a mini-batch of ``rows``."""
+        cut = {"ranks": world_size(), "budget": self.micro_batch_tokens}
+        lengths = sampled.lengths()
+        if not self.packing:
+            return padded_micro_batches(rows, lengths, **cut)
+        both = zip(sampled.sequences.tolist(), sampled.prompt_lengths.tolist(), strict=True)
+        return packed_micro_batches(rows, lengths, [tuple(row[:length]) for row, length in both], **cut)
