@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
-    {"errors", "types", "seeding"},
+    {"errors", "types", "seeding", "plugins"},
     {"algorithms", "data", "distributed", "planning", "rewards"},
     {"knobs", "configs", "config_loading", "checkpoints", "reporting", "models"},
     {"rollout"},
@@ -21,7 +21,13 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
-SIBLINGS = {("config_loading", "configs"), ("config_loading", "knobs"), ("configs", "knobs"), ("types", "errors")}
+SIBLINGS = {
+    ("config_loading", "configs"),
+    ("config_loading", "knobs"),
+    ("configs", "knobs"),
+    ("types", "errors"),
+    ("plugins", "errors"),
+}
 
 
 def part_of(path: Path) -> str:

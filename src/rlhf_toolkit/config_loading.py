@@ -15,8 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from rlhf_toolkit.configs import Experiment
-from rlhf_toolkit.errors import ConfigError, described, shortened
-from rlhf_toolkit.knobs import default_of, nearest
+from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
+from rlhf_toolkit.knobs import default_of
 
 ON_OFF = {True: "on", False: "off"}
 NAMES = {NoneType: "none", list[str]: "list of str", dict[str, Any]: "dict with str keys"}

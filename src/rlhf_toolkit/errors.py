@@ -6,10 +6,11 @@ of a log: ``save_every=7 is not ...; try 8``. Anything else that escapes is a de
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -61,6 +62,12 @@ def shortened(value: Any, length: int = 200) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + "..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?``, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 @contextmanager

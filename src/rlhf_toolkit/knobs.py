@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,6 @@ def default_of(setting: Field[Any]) -> str:
         return "it has no default, so give it a value"
     words = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
     return f"the default is {words}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?``, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 @dataclass(frozen=True)

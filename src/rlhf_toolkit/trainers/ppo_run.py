@@ -35,9 +35,10 @@ from rlhf_toolkit.errors import DataError, ModelError
 from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, load_tokenizer, lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.plugins import load_function
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
 from rlhf_toolkit.reporting.tracking import WandbMirror
-from rlhf_toolkit.rewards.functions import FunctionReward, load_function
+from rlhf_toolkit.rewards.functions import FunctionReward
 from rlhf_toolkit.rollout.collect import Collector, Shaping
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.decoding import Sampling
@@ -144,7 +145,9 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
 def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
     """Reward, tokenizer and prompts; the model's weights are not touched."""
     reward = FunctionReward(
-        load_function(experiment.reward.function), experiment.reward.kwargs, experiment.reward.function
+        load_function(experiment.reward.function, "reward.function"),
+        experiment.reward.kwargs,
+        experiment.reward.function,
     )
     tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     sampling = make_sampling(experiment, tokenizer, config)

@@ -1,0 +1,148 @@
+"""Functions that users bring: found by a known name or by an import path, called with the arguments they ask for.
+
+One way for rewards, advantage estimators, policy losses and curricula: a function in a file of one's own, named in the
+YAML as ``path/to/file.py:name``. What it takes it says itself, by the names of its parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
+
+
+def find(name: str, known: Mapping[str, Callable[..., Any]], setting: str) -> Callable[..., Any]:
+    """The function ``known`` by that name, or the one that ``path/to/file.py:name`` or ``package.module:name`` names.
+
+    ConfigError where there is neither.
+    """
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"{setting}={name!r}{nearest(name, known)}; known are {', '.join(known)}, or give path/to/file.py:name"
+        )
+    return load_function(name, setting)
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether ``function`` has a parameter of that name."""
+    return name in inspect.signature(function).parameters
+
+
+def arguments_for(
+    function: Callable[..., Any], offered: Mapping[str, Any], kwargs: Mapping[str, Any], *, setting: str
+) -> dict[str, Any]:
+    """What to call ``function`` with: of ``offered`` what its parameters name, and all of ``kwargs``.
+
+    ``setting`` names the function in messages, and ``{setting}_kwargs`` its ``kwargs``. ConfigError where ``kwargs``
+    has a name that the function lacks or that is offered anyway, and where the function needs a name that nobody gives.
+    """
+    parameters = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    name = getattr(function, "__name__", repr(function))
+    for key in kwargs:
+        if key in offered:
+            raise ConfigError(f"{setting}_kwargs.{key} is given to {name} anyway; leave it out")
+        if key not in parameters and not open_ended:
+            known = [each for each in parameters if each not in offered]
+            raise ConfigError(
+                f"{setting}_kwargs.{key}: {name} has no such parameter{nearest(key, known)}; "
+                f"it takes {', '.join(known) or 'none of its own'}"
+            )
+    given = {key: value for key, value in offered.items() if key in parameters} | dict(kwargs)
+    needed = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and key not in given
+    ]
+    if needed:
+        raise ConfigError(
+            f"{setting}: {name} needs {', '.join(needed)}; set it in {setting}_kwargs, give it a default, "
+            f"or use one of {', '.join(offered)}"
+        )
+    return given
+
+
+def load_function(spec: str, setting: str) -> Callable[..., Any]:
+    """The callable that ``path/to/file.py:name`` or ``package.module:name`` stands for.
+
+    A file is run anew on each load, as a module of its own. While it runs, its folder is first on ``sys.path``, so that
+    imports of its neighbours work at the top of the file, as they do in a script; imports inside its functions do not
+    find them, and neighbours stay in ``sys.modules`` under their plain names: two files whose neighbours are both
+    called ``helpers`` share the first. ConfigError, which names ``setting``, where nothing
+    callable can be loaded.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not (colon and place and name):
+        raise ConfigError(f"{setting}={spec!r} names no function; write path/to/file.py:name or package.module:name")
+    path = Path(place)
+    if path.suffix == ".py" and not path.is_file():
+        raise ConfigError(f"{setting}={spec!r}: there is no file {path} (looked in {Path.cwd()}); check the path")
+    try:
+        module = _run_file(path) if path.suffix == ".py" else importlib.import_module(place)
+    except Exception as error:  # importing runs code
+        raise ConfigError(
+            f"{setting}={spec!r}: importing {place} raised {described(error)}{_where(error)}; "
+            "repair it, or give path/to/file.py:name"
+        ) from error
+    return _callable(module, name, spec, setting)
+
+
+def _callable(module: ModuleType, name: str, spec: str, setting: str) -> Callable[..., Any]:
+    if not hasattr(module, name):
+        known = [key for key in dir(module) if callable(getattr(module, key)) and not key.startswith("_")]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'no functions'}"
+        raise ConfigError(f"{setting}={spec!r}: {name} is not defined there; {hint}")
+    function: Callable[..., Any] = getattr(module, name)
+    if not callable(function):
+        raise ConfigError(
+            f"{setting}={spec!r}: {name} is {shortened(function)} ({type(function).__name__}), "
+            "which cannot be called; name a function"
+        )
+    return function
+
+
+def _run_file(path: Path) -> ModuleType:
+    """A file as a module, registered under a name that no other file has."""
+    path = path.resolve()
+    name = f"rlhf_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a .py suffix always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look it up
+    try:
+        with _first_on_path(str(path.parent)):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def _first_on_path(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised, as `` at file.py:12``; nothing where Python's own import machinery did."""
+    ours = (__file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours and f.filename[0] != "<"]
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
