@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors", "types", "seeding", "plugins"},
     {"algorithms", "data", "distributed", "planning", "rewards"},
-    {"knobs", "configs", "config_loading", "checkpoints", "reporting", "models"},
+    {"knobs", "configs", "experiment", "config_loading", "checkpoints", "reporting", "models"},
     {"rollout"},
     {"trainers"},
 )
@@ -23,6 +23,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
 SIBLINGS = {
     ("config_loading", "configs"),
+    ("config_loading", "experiment"),
+    ("experiment", "configs"),
     ("config_loading", "knobs"),
     ("configs", "knobs"),
     ("types", "errors"),

@@ -20,7 +20,6 @@ from rlhf_toolkit.configs import (
     ESTIMATORS,
     SCHEDULES,
     DataConfig,
-    Experiment,
     ModelConfig,
     PPOConfig,
     RewardConfig,
@@ -29,6 +28,7 @@ from rlhf_toolkit.configs import (
     UpdateConfig,
 )
 from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.experiment import Experiment
 
 REQUIRED = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}, "reward": {"function": "r.py:f"}}
 
