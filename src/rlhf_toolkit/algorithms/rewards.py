@@ -36,3 +36,18 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
     rows = torch.arange(mask.size(0), device=mask.device)
     rewards[rows, last_index(mask)] += scores
     return rewards
+
+
+def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Sum what each real token and those after it in its row earned: ``G_t = r_t + gamma G_next``; 0 outside the mask.
+
+    *next* is the row's next True position, as in ``advantages.gae``: a hole neither earns nor discounts.
+
+    Shapes: rewards, mask (B, R) -> (B, R).
+    """
+    returns = torch.zeros_like(rewards)
+    following = rewards.new_zeros(rewards.size(0))
+    for t in reversed(range(rewards.size(1))):
+        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, following)
+        returns[:, t] = following
+    return zero_outside(returns, mask)

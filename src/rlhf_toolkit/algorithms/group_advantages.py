@@ -1,0 +1,112 @@
+"""Advantages from groups: each response is measured against the other responses to the same prompt.
+
+All take one score per response, the sum of its rewards, and give every real token of the response the same advantage.
+``groups`` (B,) int64 says which rows answer the same prompt: those with equal numbers. A response alone in its group
+has nothing to be measured against: its baseline is 0, as in verl.
+
+A group's statistics are in float64, so that equal scores deviate from their mean by exactly 0: in float32 the mean of
+three times 0.7 is not 0.7, and GRPO would divide that rounding error by its 1e-6.
+
+The returns are what the row still earned from each token on, undiscounted; no advantage here is made from values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.masking import masked_sum, zero_outside
+from rlhf_toolkit.algorithms.rewards import reward_to_go
+
+
+def grpo(rewards: Tensor, mask: Tensor, groups: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Measure each score in standard deviations of its group: ``(s - mean) / (std + epsilon)``.
+
+    The standard deviation is the unbiased one; a response alone in its group keeps its score, over ``1 + epsilon``.
+
+    Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
+    Source: Shao et al., arXiv 2402.03300, section 4.1.2.
+    """
+    scores = _scores(rewards, mask)
+    deviations = scores - _means(scores, groups)
+    return _on_every_token(deviations / (_deviations(scores, groups) + epsilon), rewards, mask)
+
+
+def dr_grpo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the group's mean: ``s - mean``, so that easy and hard prompts weigh alike.
+
+    The other half of Dr. GRPO is the aggregation ``seq-mean-token-sum-norm``.
+
+    Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
+    Source: Liu et al., arXiv 2503.20783, section 3.2.
+    """
+    scores = _scores(rewards, mask)
+    return _on_every_token(scores - _means(scores, groups), rewards, mask)
+
+
+def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the mean of the *other* responses of the group: ``n / (n - 1) (s - mean)`` for a group of n.
+
+    Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
+    Source: Ahmadian et al., arXiv 2402.14740, section 2.3.
+    """
+    scores, sizes = _scores(rewards, mask), _sizes(groups)
+    others = (sizes - 1).clamp(min=1)
+    return _on_every_token((scores - _means(scores, groups)) * sizes / others, rewards, mask)
+
+
+def reinforce_plus_plus_baseline(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the group's mean, ``s - mean``; its source then whitens over the tokens of the whole batch.
+
+    Without that whitening it is ``dr_grpo``.
+
+    Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
+    Source: Hu et al., arXiv 2501.03262, "REINFORCE++-baseline".
+    """
+    return dr_grpo(rewards, mask, groups)
+
+
+def opo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the group's mean weighted by length, ``s - sum(l s) / sum(l)``: the baseline of least variance.
+
+    It is optimal where a response's squared gradient grows with its number l of real tokens.
+
+    Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
+    Source: Hao et al., arXiv 2505.23585, section 3.
+    """
+    scores, lengths = _scores(rewards, mask), mask.sum(dim=1).double()
+    # A group without any real token has a length of 0 and, outside the mask, nothing that it could be asked for.
+    baselines = _sums(lengths * scores, groups) / _sums(lengths, groups).clamp(min=1)
+    return _on_every_token(scores - baselines.where(_sizes(groups) > 1, 0.0), rewards, mask)
+
+
+def _scores(rewards: Tensor, mask: Tensor) -> Tensor:
+    """The sum of each row's rewards, (B,) float64."""
+    return masked_sum(rewards, mask, dim=1).double()
+
+
+def _sums(x: Tensor, groups: Tensor) -> Tensor:
+    """The sum of x over each row's group, (B,)."""
+    numbers, index = groups.unique(return_inverse=True)
+    return x.new_zeros(len(numbers)).index_add(0, index, x)[index]
+
+
+def _sizes(groups: Tensor) -> Tensor:
+    """How many rows each row's group has, (B,) float64."""
+    return _sums(groups.new_ones(groups.shape).double(), groups)
+
+
+def _means(scores: Tensor, groups: Tensor) -> Tensor:
+    """The mean score of each row's group; 0 for a row that is alone in it. (B,)"""
+    sizes = _sizes(groups)
+    return (_sums(scores, groups) / sizes).where(sizes > 1, 0.0)
+
+
+def _deviations(scores: Tensor, groups: Tensor) -> Tensor:
+    """The unbiased standard deviation of each row's group; 1 for a row that is alone in it. (B,)"""
+    sizes, squares = _sizes(groups), (scores - _means(scores, groups)).square()
+    return (_sums(squares, groups) / (sizes - 1).clamp(min=1)).sqrt().where(sizes > 1, 1.0)
+
+
+def _on_every_token(per_row: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every real token its row's advantage, and add the returns: (advantages, returns)."""
+    return zero_outside(per_row.to(rewards.dtype).unsqueeze(1), mask), reward_to_go(rewards, mask)
