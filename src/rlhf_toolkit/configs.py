@@ -188,7 +188,7 @@ class PPOConfig(Section):
         choices=CORRECTIONS,
     )
     importance_cap: float = knob(2.0, "these weights are cut to at most this", AT_LEAST_1)
-    importance_floor: float = knob(0.5, "the mask kinds drop tokens or sequences below this and above the cap", ABOVE_0)
+    importance_floor: float = knob(0.5, "the mask kinds drop what is below this or above the cap", FROM_0_TO_1)
     loss_aggregation: str | None = knob(
         None, "how tokens become one loss; none: as the loss's source does", choices=AGGREGATIONS
     )

@@ -133,7 +133,9 @@ class Collector:
         of all ranks in the order of ``rows``."""
         batch = rows.subset(shares[rank()])
         with self.clock.phase("gen"):
-            rollout = self.sampler.decode(shared, batch, sampling, stream=stream, expected=self.expected)
+            rollout = self.sampler.decode(
+                shared, batch, sampling, stream=stream, expected=self.expected, on_finished=self._early_rewards(batch)
+            )
         tokens = tokens_of(rollout)
         texts = self._texts(tokens)
         with self.clock.phase("reward"), agreement("the reward"):
@@ -194,6 +196,14 @@ class Collector:
     def shaped_scores(self, sampled: Sampled) -> Tensor:
         """(B,) scores after penalties, clip, scale and whitening."""
         return self.shaping.scores(sampled, budget=self.sampling.max_new_tokens)
+
+    def _early_rewards(self, batch: PromptBatch) -> Callable[[int, list[int]], None]:
+        """Hands a response to the rewards as soon as it is there: slow ones work while others are being decoded."""
+
+        def submit(row: int, tokens: list[int]) -> None:
+            self.scorer.submit(row, batch.prompts[row], self._texts([tokens])[0], tokens)
+
+        return submit
 
     def _texts(self, tokens: list[list[int]]) -> list[str]:
         return list(self.sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True))

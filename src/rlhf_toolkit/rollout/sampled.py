@@ -24,9 +24,10 @@ class Sampled:
 
     ``written`` (B, R) bool, True at tokens of the policy, also where the row goes on with an environment's answer;
     ``raw_scores`` (B,) as the rewards gave them, and ``parts``, each reward's own, NaN where it failed; ``kept`` (B,)
-    bool, False where a response has no score and is left out; ``token_rewards`` (B, R); ``groups`` (B,), equal for
-    the responses to one prompt; ``baselines`` (B,), the score of the greedy response to the row's prompt, or None.
-    ``failures`` counts each reward's failed calls.
+    bool, False where a response has no score and is left out; ``token_rewards`` (B, R), what rewards of tokens put
+    elsewhere than on the last one, so that each row's sum is 0; ``groups`` (B,), equal for the responses to one prompt;
+    ``baselines`` (B,), the score of the greedy response to the row's prompt, or None; ``failures``, how many calls of
+    each reward failed.
     """
 
     sequences: Tensor
@@ -85,6 +86,7 @@ def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores:
     token_rewards = torch.zeros(len(batch), width)
     for row, rewards in enumerate(scores.token_rewards or []):
         token_rewards[row, : len(rewards)] = torch.tensor(rewards)
+        token_rewards[row, len(rewards) - 1] -= scores.totals[row]
     return Sampled(
         sequences=join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
         prompt_lengths=torch.tensor([len(i) for i in ids]),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import centre_and_scale
-from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, overlong_penalty, shape_rewards
+from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards, soft_overlong_penalty, whiten_scores
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.plugins import arguments_for, takes
 from rlhf_toolkit.rollout.passes import Passes
@@ -72,13 +72,14 @@ class ScoreShaping:
         scores = missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.missing_eos_penalty)
         if self.overlong_buffer:
             lengths = sampled.response_lengths
-            scores = scores + overlong_penalty(
-                lengths, budget=budget, buffer=self.overlong_buffer, penalty=self.overlong_penalty
-            )
+            penalty = {"max_length": budget, "buffer": self.overlong_buffer, "factor": self.overlong_penalty}
+            scores = scores + soft_overlong_penalty(lengths, **penalty)
         if self.clip is not None:
             scores = scores.clamp(-self.clip, self.clip)
         scores = scores * self.scale
-        return centre_and_scale(scores, sampled.kept) if self.whiten else scores
+        if self.whiten:  # a dropped response has no score that could count
+            scores = scores.masked_scatter(sampled.kept, whiten_scores(scores[sampled.kept]))
+        return scores
 
 
 @dataclass(frozen=True)

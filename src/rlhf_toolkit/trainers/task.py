@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import on_main
@@ -51,7 +52,15 @@ def load_rewards(experiment: Experiment) -> Rewards:
     terminal."""
     reward = experiment.reward
     entries = reward.functions or [{"function": reward.function, "kwargs": reward.kwargs}]
-    return Rewards([RewardSpec.parse(entry, number) for number, entry in enumerate(entries)], warn=print)
+    specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
+    if not reward.functions:
+        specs = [replace(specs[0], setting="reward")]
+    return Rewards(specs, warn=warn)
+
+
+def warn(line: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(line)
 
 
 def load_prompts(
