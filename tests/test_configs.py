@@ -205,7 +205,7 @@ def test_unknown_section() -> None:
 def test_unknown_setting_offers_the_nearest() -> None:
     assert error_of("ppo", gama=1.0) == "unknown setting ppo.gama; did you mean ppo.gamma?"
     assert error_of("reward", qqqqqqqqqqqq=1) == (
-        "unknown setting reward.qqqqqqqqqqqq; known are reward.function, reward.kwargs, reward.missing_eos_penalty"
+        "unknown setting reward.qqqqqqqqqqqq; known are reward.clip, reward.function, reward.functions, reward.kwargs, reward.missing_eos_penalty, reward.overlong_buffer, reward.overlong_penalty, reward.scale, reward.whiten"
     )
 
 
@@ -400,9 +400,15 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
     [
         ("model", "dtype", "float23", "float32", ("bfloat16", "float16", "float32")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
-        ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3")),
+        ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")),
         ("model", "value_on", "policy_trunks", "policy_trunk", ("adapter", "policy_trunk")),
-        ("ppo", "importance_correction", "tokens", "token", ("none", "token", "sequence")),
+        (
+            "ppo",
+            "importance_correction",
+            "tokens",
+            "token",
+            ("none", "token", "sequence", "token_mask", "sequence_mask"),
+        ),
         ("ppo", "truncated", "terminate", "terminal", ("terminal", "bootstrap", "mask")),
         (
             "ppo",

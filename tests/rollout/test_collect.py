@@ -40,7 +40,9 @@ def shaped(finished: list[bool] = FINISHED, **changes: Any) -> tuple[Experience,
         "truncated": "terminal",
         "scores": ScoreShaping(missing_eos_penalty=PENALTY),
     }
-    of_sampled = {name: changes.pop(name) for name in ("kept", "token_rewards", "groups", "baselines") if name in changes}
+    of_sampled = {
+        name: changes.pop(name) for name in ("kept", "token_rewards", "groups", "baselines") if name in changes
+    }
     collector = Collector(
         None,  # type: ignore[arg-type]
         [Prompt(0, "p", (1,), {})],

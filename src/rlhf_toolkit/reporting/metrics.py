@@ -63,7 +63,7 @@ def reward_metrics(
         metrics["reward/dropped"] = float((~kept).sum())
     if groups.unique().numel() < len(groups):
         uniform = uniform_groups(scores, groups)
-        metrics["rollout/uniform_groups"] = len(uniform) / groups.unique().numel()
+        metrics["reward/uniform_groups"] = len(uniform) / groups.unique().numel()
     return metrics
 
 

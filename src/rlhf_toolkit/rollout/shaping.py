@@ -71,9 +71,9 @@ class ScoreShaping:
         """(B,) scores of a rollout whose responses have at most ``budget`` tokens."""
         scores = missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.missing_eos_penalty)
         if self.overlong_buffer:
-            lengths = sampled.response_lengths
-            penalty = {"max_length": budget, "buffer": self.overlong_buffer, "factor": self.overlong_penalty}
-            scores = scores + soft_overlong_penalty(lengths, **penalty)
+            scores = scores + soft_overlong_penalty(
+                sampled.response_lengths, max_length=budget, buffer=self.overlong_buffer, factor=self.overlong_penalty
+            )
         if self.clip is not None:
             scores = scores.clamp(-self.clip, self.clip)
         scores = scores * self.scale
