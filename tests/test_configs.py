@@ -205,7 +205,9 @@ def test_unknown_section() -> None:
 def test_unknown_setting_offers_the_nearest() -> None:
     assert error_of("ppo", gama=1.0) == "unknown setting ppo.gama; did you mean ppo.gamma?"
     assert error_of("reward", qqqqqqqqqqqq=1) == (
-        "unknown setting reward.qqqqqqqqqqqq; known are reward.clip, reward.function, reward.functions, reward.kwargs, reward.missing_eos_penalty, reward.overlong_buffer, reward.overlong_penalty, reward.scale, reward.whiten"
+        "unknown setting reward.qqqqqqqqqqqq; known are reward.clip, reward.function, reward.functions, "
+        "reward.kwargs, reward.missing_eos_penalty, reward.overlong_buffer, reward.overlong_penalty, reward.scale, "
+        "reward.whiten"
     )
 
 
