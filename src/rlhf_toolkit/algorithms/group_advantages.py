@@ -4,8 +4,8 @@ All take one score per response, the sum of its rewards, and give every real tok
 ``groups`` (B,) int64 says which rows answer the same prompt: those with equal numbers. A response alone in its group
 has nothing to be measured against: its baseline is 0, as in verl.
 
-A group's statistics are in float64, so that equal scores deviate from their mean by exactly 0: in float32 the mean of
-three times 0.7 is not 0.7, and GRPO would divide that rounding error by its 1e-6.
+Where all scores of a group are equal, every advantage is exactly 0 (see ``groups``); verl's is a rounding error, which
+GRPO divides by 1e-6.
 
 The returns are what the row still earned from each token on, undiscounted; no advantage here is made from values.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf_toolkit.algorithms.groups import group_deviations, group_means, group_sizes, group_sums
 from rlhf_toolkit.algorithms.masking import masked_sum, zero_outside
 from rlhf_toolkit.algorithms.rewards import reward_to_go
 
@@ -26,9 +27,9 @@ def grpo(rewards: Tensor, mask: Tensor, groups: Tensor, *, epsilon: float = 1e-6
     Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
     Source: Shao et al., arXiv 2402.03300, section 4.1.2.
     """
-    scores = _scores(rewards, mask)
-    deviations = scores - _means(scores, groups)
-    return _on_every_token(deviations / (_deviations(scores, groups) + epsilon), rewards, mask)
+    scores, alone = _scores(rewards, mask), group_sizes(groups) == 1
+    deviations = group_deviations(scores, groups).masked_fill(alone, 1.0)
+    return _on_every_token((scores - _baselines(scores, groups)) / (deviations + epsilon), rewards, mask)
 
 
 def dr_grpo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def dr_grpo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tens
     Source: Liu et al., arXiv 2503.20783, section 3.2.
     """
     scores = _scores(rewards, mask)
-    return _on_every_token(scores - _means(scores, groups), rewards, mask)
+    return _on_every_token(scores - _baselines(scores, groups), rewards, mask)
 
 
 def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +50,9 @@ def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]
     Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
     Source: Ahmadian et al., arXiv 2402.14740, section 2.3.
     """
-    scores, sizes = _scores(rewards, mask), _sizes(groups)
+    scores, sizes = _scores(rewards, mask), group_sizes(groups)
     others = (sizes - 1).clamp(min=1)
-    return _on_every_token((scores - _means(scores, groups)) * sizes / others, rewards, mask)
+    return _on_every_token((scores - _baselines(scores, groups)) * sizes / others, rewards, mask)
 
 
 def reinforce_plus_plus_baseline(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +75,9 @@ def opo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     Source: Hao et al., arXiv 2505.23585, section 3.
     """
     scores, lengths = _scores(rewards, mask), mask.sum(dim=1).double()
-    # A group without any real token has a length of 0 and, outside the mask, nothing that it could be asked for.
-    baselines = _sums(lengths * scores, groups) / _sums(lengths, groups).clamp(min=1)
-    return _on_every_token(scores - baselines.where(_sizes(groups) > 1, 0.0), rewards, mask)
+    # A group without a real token has length 0, and no token whose advantage could be asked for.
+    baselines = group_sums(lengths * scores, groups) / group_sums(lengths, groups).clamp(min=1)
+    return _on_every_token(scores - baselines.masked_fill(group_sizes(groups) == 1, 0.0), rewards, mask)
 
 
 def _scores(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -84,27 +85,9 @@ def _scores(rewards: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(rewards, mask, dim=1).double()
 
 
-def _sums(x: Tensor, groups: Tensor) -> Tensor:
-    """The sum of x over each row's group, (B,)."""
-    numbers, index = groups.unique(return_inverse=True)
-    return x.new_zeros(len(numbers)).index_add(0, index, x)[index]
-
-
-def _sizes(groups: Tensor) -> Tensor:
-    """How many rows each row's group has, (B,) float64."""
-    return _sums(groups.new_ones(groups.shape).double(), groups)
-
-
-def _means(scores: Tensor, groups: Tensor) -> Tensor:
+def _baselines(scores: Tensor, groups: Tensor) -> Tensor:
     """The mean score of each row's group; 0 for a row that is alone in it. (B,)"""
-    sizes = _sizes(groups)
-    return (_sums(scores, groups) / sizes).where(sizes > 1, 0.0)
-
-
-def _deviations(scores: Tensor, groups: Tensor) -> Tensor:
-    """The unbiased standard deviation of each row's group; 1 for a row that is alone in it. (B,)"""
-    sizes, squares = _sizes(groups), (scores - _means(scores, groups)).square()
-    return (_sums(squares, groups) / (sizes - 1).clamp(min=1)).sqrt().where(sizes > 1, 1.0)
+    return group_means(scores, groups).masked_fill(group_sizes(groups) == 1, 0.0)
 
 
 def _on_every_token(per_row: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
