@@ -145,7 +145,7 @@ NOT_IN_THE_VECTORS = {"vapo", "clip_cov"}
 EVALUATORS: dict[str, Callable[[Case], Outputs]] = {
     **{f"advantages__{name}": partial(_advantages, name=name) for name in ESTIMATORS if name not in NOT_IN_THE_VECTORS},
     **{f"aggregate__{mode}": partial(_aggregate, mode=mode) for mode in AGGREGATION_MODES},
-    **{f"kl__{estimator}": partial(_kl, estimator=estimator) for estimator in KL_ESTIMATORS},
+    **{f"kl__{estimator}": partial(_kl, estimator=estimator) for estimator in KL_ESTIMATORS if estimator[-1] != "+"},
     **{
         f"policy_loss__{name}": partial(_policy_loss, name=name)
         for name in POLICY_LOSSES

@@ -38,7 +38,7 @@ def dr_grpo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tens
     The other half of Dr. GRPO is the aggregation ``seq-mean-token-sum-norm``.
 
     Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
-    Source: Liu et al., arXiv 2503.20783, section 3.2.
+    Source: Liu et al., arXiv 2503.20783.
     """
     scores = _scores(rewards, mask)
     return _on_every_token(scores - _baselines(scores, groups), rewards, mask)
@@ -48,7 +48,7 @@ def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]
     """Subtract the mean of the *other* responses of the group: ``n / (n - 1) (s - mean)`` for a group of n.
 
     Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
-    Source: Ahmadian et al., arXiv 2402.14740, section 2.3.
+    Source: Ahmadian et al., arXiv 2402.14740.
     """
     scores, sizes = _scores(rewards, mask), group_sizes(groups)
     others = (sizes - 1).clamp(min=1)
@@ -72,7 +72,7 @@ def opo(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     It is optimal where a response's squared gradient grows with its number l of real tokens.
 
     Shapes: rewards, mask (B, R), groups (B,) -> (advantages, returns), each (B, R), 0 outside the mask.
-    Source: Hao et al., arXiv 2505.23585, section 3.
+    Source: Hao et al., arXiv 2505.23585.
     """
     scores, lengths = _scores(rewards, mask), mask.sum(dim=1).double()
     # A group without a real token has length 0, and no token whose advantage could be asked for.

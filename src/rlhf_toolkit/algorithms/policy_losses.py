@@ -196,7 +196,7 @@ def geo_mean(
     ``seq-mean-token-mean`` it is the mean of the sequences' losses, as the paper has it; verl takes that mean over each
     micro-batch, empty rows included. ``weights`` enter by their geometric mean too (of w + 1e-10).
 
-    Shapes: all (B, R). Source: Zhao et al., arXiv 2507.20673, section 3.
+    Shapes: all (B, R). Source: Zhao et al., arXiv 2507.20673.
     """
     advantages, ratios = zero_outside(advantages.detach(), mask), log_ratio(logprobs, old_logprobs, mask)
     sign, limited = advantages.sign(), ratios.clamp(-clip_range_low, clip_range_high)
@@ -222,7 +222,7 @@ def kl_cov(
 
     ``selected`` (B, R) bool comes from ``highest_covariance``. d is not clamped.
 
-    Shapes: all (B, R). Source: Cui et al., arXiv 2505.22617, section 4.3.
+    Shapes: all (B, R). Source: Cui et al., arXiv 2505.22617.
     """
     gain, ratios = -zero_outside(advantages.detach(), mask), log_ratio(logprobs, old_logprobs, mask)
     ratio = ratios.exp()
@@ -245,7 +245,7 @@ def clip_cov(
 
     ``selected`` (B, R) bool comes from ``covariance_within``. d is not clamped.
 
-    Shapes: all (B, R). Source: Cui et al., arXiv 2505.22617, section 4.2.
+    Shapes: all (B, R). Source: Cui et al., arXiv 2505.22617.
     """
     gain, ratio = -zero_outside(advantages.detach(), mask), log_ratio(logprobs, old_logprobs, mask).exp()
     loss, clipped = _clipped_surrogate(gain, ratio, clip_range_low, clip_range_high)

@@ -4,7 +4,7 @@ A token's covariance is ``(A - mean A) (log pi - mean log pi)``, means over the 
 share in how fast the entropy falls. Both choosers are called once, before the update, with the old log-probs of the
 whole mini-batch of all ranks, and their choice travels with the rows: a choice made in each micro-batch, as in verl,
 would depend on the cut.
-Source: Cui et al., arXiv 2505.22617, section 4.
+Source: Cui et al., arXiv 2505.22617.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def _count(mask: Tensor, share: float) -> int:
 
 def _selected(chosen: Tensor, mask: Tensor) -> Tensor:
     """Mark the chosen of the real tokens, numbered in reading order: (B, R) bool."""
-    selected = torch.zeros_like(mask)
-    selected.view(-1)[mask.flatten().nonzero().flatten()[chosen.to(mask.device)]] = True
-    return selected
+    real = mask.flatten().nonzero().flatten()
+    selected = mask.new_zeros(mask.numel())
+    selected[real[chosen.to(mask.device)]] = True
+    return selected.view(mask.shape)
