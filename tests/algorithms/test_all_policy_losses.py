@@ -261,6 +261,15 @@ def test_a_geo_mean_of_no_advantage_leaves_that_token_out() -> None:
     torch.testing.assert_close(terms.per_token, torch.full((1, 2), -1.0 * math.sqrt(2)))
 
 
+def test_clip_cov_counts_the_chosen_as_clipped_and_ppos_own_too() -> None:
+    # Ratios 1, 1, 2 with A = 1: the first is chosen, the last is beyond the range.
+    now, mask = torch.tensor([[1.0, 1.0, 2.0]]).log(), torch.ones(1, 3, dtype=torch.bool)
+    selected = torch.tensor([[True, False, False]])
+    terms = price("clip_cov", now, torch.zeros(1, 3), torch.ones(1, 3), mask=mask, selected=selected)
+    assert terms.clipped.tolist() == [[True, False, True]]
+    torch.testing.assert_close(terms.per_token, torch.tensor([[0.0, -1.0, -1.3]]))
+
+
 def test_gspo_bounds_the_ratio_of_a_sequence() -> None:
     logprobs, mask = torch.tensor([[30.0]], requires_grad=True), torch.ones(1, 1, dtype=torch.bool)
     terms = price("gspo", logprobs, torch.zeros(1, 1), torch.tensor([[-1.0]]), mask=mask)
