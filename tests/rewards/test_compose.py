@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.timeout(60)
 RESPONSES = ["a", "bb", "ccc", "dddd", "eeeee"]
 
 
-def of(name: str, **keys: Any) -> dict[str, Any]:
+def of(name: str, /, **keys: Any) -> dict[str, Any]:
     return {"function": f"{MISBEHAVING}:{name}", **keys}
 
 
@@ -109,8 +110,6 @@ def test_how_many_responses_a_call_gets(keys: dict[str, int], sizes: list[int]) 
 
 
 def test_in_process_means_in_this_process_and_workers_are_others() -> None:
-    import os
-
     scores = scored(of("pid"), of("pid", name="elsewhere", workers=1))
     assert set(scores.parts["pid"]) == {os.getpid()}
     assert len(set(scores.parts["elsewhere"])) == 1 and os.getpid() not in scores.parts["elsewhere"]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def of(name: str, **keys: Any) -> dict[str, Any]:
+def of(name: str, /, **keys: Any) -> dict[str, Any]:
     return {"function": f"{MISBEHAVING}:{name}", "workers": 2, **keys}
 
 
@@ -238,8 +239,6 @@ def test_what_a_worker_has_started_goes_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("deed", ["loop", "sleep", "a"])
 def test_close_leaves_no_process_and_no_thread(deed: str) -> None:
-    import threading
-
     before, threads = set(psutil.Process().children(recursive=True)), threading.active_count()
     rewards = Rewards([RewardSpec.parse(of("act"), 0)])
     for i, row in enumerate(zip(*batch_of([deed] * 5), strict=True)):
