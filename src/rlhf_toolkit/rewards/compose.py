@@ -159,7 +159,7 @@ class Rewards:
         fault, rows = faults[0]
         said = fault_message(reward.spec.name, fault, [self._rows[i].prompt for i in rows])
         if reward.spec.on_failure == "error":
-            raise RewardError(said) from fault.cause
+            raise RewardError(f"reward {said}") from fault.cause
         if reward.warned == WARNINGS:
             reward.suppressed += len(faults)
             return
@@ -167,7 +167,7 @@ class Rewards:
         score = f"scored as {reward.spec.failure_score:g}" if reward.spec.on_failure == "score" else "dropped"
         last = "; the last line about this reward" if reward.warned == WARNINGS else ""
         failed = f"reward {reward.spec.name}: {len(faults)} of {len(reward.calls)} calls failed and were {score}"
-        self._warn(f"{failed}{last}; the first: {said}")
+        self._warn(f"{failed}{last}; the first: reward {said}")
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -221,9 +221,9 @@ class Rewards:
 
 
 def fault_message(name: str, fault: Fault, prompts: Sequence[Prompt]) -> str:
-    """One line: which reward, what it did, the way out, and the first prompt it was asked about."""
+    """What continues "reward ": which one, what it did, the way out, and the first prompt it was asked about."""
     which = "its prompt was" if len(prompts) == 1 else f"the first of its {len(prompts)} prompts was"
-    return f"reward {name} {fault.what}; {fault.way_out}; {which} {_named(prompts[0])}"
+    return f"{name} {fault.what}; {fault.way_out}; {which} {_named(prompts[0])}"
 
 
 def _named(prompt: Prompt) -> str:

@@ -38,11 +38,11 @@ class FunctionReward:
         batch = Batch([prompt.text for prompt in prompts], list(responses), [[] for _ in responses], columns)
         outcome = outcome_of(self.function, batch, self.kwargs)
         if isinstance(outcome, Fault):
-            raise RewardError(fault_message(self.name, outcome, prompts)) from outcome.cause
+            raise RewardError(f"reward {fault_message(self.name, outcome, prompts)}") from outcome.cause
         scores = []
         for prompt, score in zip(prompts, outcome, strict=True):
             if isinstance(score, Fault):
-                raise RewardError(fault_message(self.name, score, [prompt]))
+                raise RewardError(f"reward {fault_message(self.name, score, [prompt])}")
             assert isinstance(score, float)  # a response without tokens has no others
             scores.append(score)
         return scores

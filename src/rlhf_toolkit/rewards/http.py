@@ -37,7 +37,7 @@ class HTTPCaller:
         assert spec.url is not None
         self._spec, self._url = spec, spec.url
         self._closed = threading.Event()
-        self._connection: HTTPConnection | None = None
+        self._socket: socket.socket | None = None
 
     def prepare(self) -> None:
         """Nothing to do."""
@@ -82,6 +82,8 @@ class HTTPCaller:
             if expired.is_set():  # a socket that is cut off in the middle may raise anything
                 return self._too_slow()
             raise
+        if expired.is_set():  # the end of an answer that has no length may be our cut
+            return self._too_slow()
         return self._read(status, answer, [len(each) for each in batch.tokens])
 
     def _post(self, body: bytes, expired: threading.Event) -> tuple[int, bytes]:
@@ -90,7 +92,7 @@ class HTTPCaller:
         connection = kind(parts.hostname or "", parts.port, timeout=self._spec.timeout)
         try:
             connection.connect()
-            self._connection = connection
+            self._socket = connection.sock  # the connection lets go of it before the answer is read
             if expired.is_set() or self._closed.is_set():  # while there was no connection to cut
                 raise ConnectionAbortedError("cut off while connecting")
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -98,7 +100,7 @@ class HTTPCaller:
             response = connection.getresponse()
             return response.status, response.read()
         finally:
-            self._connection = None
+            self._socket = None
             connection.close()
 
     def _read(self, status: int, answer: bytes, counts: list[int]) -> Outcome:
@@ -119,7 +121,7 @@ class HTTPCaller:
         return Fault(f"{late.what} at {self._url}", late.way_out)
 
     def _cut(self) -> None:
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
+        connected = self._socket
+        if connected is not None:
             with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                connected.shutdown(socket.SHUT_RDWR)

@@ -63,13 +63,18 @@ class PoolCaller:
         self._closed = False
 
     def prepare(self) -> None:
-        """Have a worker that has loaded the function, or know why there is none."""
+        """Have a worker that has loaded the function. Where the last one could not, the next call tries again."""
+        if self._fault is None:
+            self._ensure()
+
+    def _ensure(self) -> None:
         with self._lock:
-            if self._closed or (self._worker is not None and self._worker.alive):
+            is_good = self._worker is not None and self._worker.alive and self._fault is None
+            if self._closed or is_good:
                 return
             try:
                 self._worker = worker = WorkerProcess()
-            except OSError as error:  # too many processes, or no memory for one
+            except (OSError, RuntimeError) as error:  # too many processes or threads, or no memory for one
                 self._settle(ConfigError(f"{self._spec.setting}.workers: {described(error)}; use fewer workers"))
                 return
         self._settle(worker.load(self._spec))
@@ -103,7 +108,7 @@ class PoolCaller:
                 self._worker.kill()
 
     def _once(self, payload: bytes) -> Outcome:
-        self.prepare()
+        self._ensure()
         if self._fault is not None or self._worker is None:
             return self._fault or Fault("was closed", "call it before close()")
         return self._worker.call(payload, self._spec.timeout)
