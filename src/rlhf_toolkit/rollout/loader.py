@@ -35,20 +35,27 @@ class OverMiniBatch:
     select: Callable[..., torch.Tensor] | None = None
     seed: int = 0
 
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to do; else an experience that the update completes is left as it is."""
+        return self.whiten or self.select is not None
+
     def columns(self, experience: Experience, rows: Rows, stream: Sequence[int]) -> dict[str, torch.Tensor]:
         """Columns for ``rows`` that replace or join those of the experience; ``stream`` names the mini-batch."""
+        ordered = sorted(rows)  # what is drawn must not depend on how ranks share the rows
+        mask, advantages = experience.response_mask[ordered], present(experience.advantages)[ordered]
         columns = {}
-        mask = experience.response_mask[rows]
         if self.whiten:
-            columns["advantages"] = centre_and_scale(present(experience.advantages)[rows], mask)
+            columns["advantages"] = advantages = centre_and_scale(advantages, mask)
         if self.select is not None:
             columns["selected"] = self.select(
-                logprobs=present(experience.old_logprobs)[rows],
-                advantages=columns.get("advantages", present(experience.advantages)[rows]),
+                logprobs=present(experience.old_logprobs)[ordered],
+                advantages=advantages,
                 mask=mask,
                 generator=derived_generator(self.seed, "selected", *stream),
             )
-        return columns
+        place = [ordered.index(row) for row in rows]
+        return {name: column[place] for name, column in columns.items()}
 
 
 class RolloutLoader:
@@ -88,7 +95,9 @@ class RolloutLoader:
                 for number, shares in enumerate(plan.batches):
                     fresh = epoch == 0 and number == 0
                     everyone = [row for share in shares for rows in share for row in rows]
-                    columns = self.over_mini_batch.columns(experience, everyone, (rollout, epoch, number))
+                    columns = None
+                    if self.over_mini_batch.anything:
+                        columns = self.over_mini_batch.columns(experience, everyone, (rollout, epoch, number))
                     yield share_of_mini_batch(experience, shares, rank(), fresh=fresh, columns=columns)
 
 
