@@ -75,6 +75,12 @@ def test_a_row_is_dropped_whichever_reward_drops_it() -> None:
         assert scored(*entries, responses=["x", "nan"]).kept == [True, False]
 
 
+def test_a_failure_that_is_scored_brings_back_no_dropped_row() -> None:
+    first, second = of("act", name="a", on_failure="drop"), of("act", name="b", on_failure="score")
+    for entries in ((first, second), (second, first)):
+        assert scored(*entries, responses=["x", "nan"]).kept == [False, False]
+
+
 def test_numbers_that_do_not_fit_the_tokens_are_a_failure_of_that_response_only() -> None:
     with pytest.raises(RewardError, match="reward too_many_tokens gave 2 numbers for a response of 1 tokens"):
         scored(of("too_many_tokens"))

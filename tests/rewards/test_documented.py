@@ -28,7 +28,7 @@ def python_block(name: str) -> str:
 
 
 def test_every_key_is_in_the_table_with_its_default() -> None:
-    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| ", PAGE, flags=re.MULTILINE))
+    table = dict(re.findall(r"^\| `(\w+)` \|(?: (.*?))? \| ", PAGE, flags=re.MULTILINE))
     spec = RewardSpec.parse({"function": "f.py:f"}, 0)
     for each in fields(RewardSpec):
         if each.name not in ("setting", "name", "function", "url", "workers"):
