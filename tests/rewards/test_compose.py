@@ -213,7 +213,7 @@ def test_an_async_function_with_a_limit() -> None:
 
 
 def test_an_async_function_in_workers() -> None:
-    entry = of("gently", workers=1, timeout=2, on_failure="drop")
+    entry = of("gently", workers=1, timeout=1, on_failure="drop")
     scores = scored(entry, responses=["a", "sleep", "bb"])
     assert (scores.totals, scores.kept) == ([1, 0, 2], [True, False, True])
 

@@ -56,7 +56,7 @@ def test_the_verifier_in_its_workers(tmp_path: Path) -> None:
     (tmp_path / "math_reward.py").write_text(python_block("correct"))
     text = next(text for text in blocks("yaml") if "math_reward" in text)
     (entry,) = yaml.safe_load(text)["reward"]["functions"]
-    entry |= {"function": f"{tmp_path}/{entry['function']}", "workers": 1, "timeout": 3}
+    entry |= {"function": f"{tmp_path}/{entry['function']}", "workers": 1, "timeout": 4}
     responses = [
         r"so \boxed{(x + 1)**2}",
         r"\boxed{x}",
