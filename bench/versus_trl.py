@@ -99,7 +99,7 @@ def launch(name: str, python: str, script: str, job: dict[str, Any], folder: Pat
 
 def known(setting: str) -> bool:
     """Whether the experiment has ``section.key``."""
-    from rlhf_toolkit.configs import Experiment
+    from rlhf_toolkit.experiment import Experiment
 
     section, _, key = setting.partition(".")
     return hasattr(Experiment.__dataclass_fields__[section].default_factory(), key)

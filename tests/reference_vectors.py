@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.advantages import gae
+from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
 from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES, aggregate
 from rlhf_toolkit.algorithms.importance import truncated_sequence_weights, truncated_token_weights
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS, kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL
 from rlhf_toolkit.algorithms.masking import centre_and_scale
-from rlhf_toolkit.algorithms.policy_losses import vanilla
+from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
 from rlhf_toolkit.errors import RLHFError
+from rlhf_toolkit.plugins import takes
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
 
@@ -63,17 +64,24 @@ class Case:
 # One function per family: what it is called with, and under which key each output is expected.
 
 
-def _gae(case: Case) -> Outputs:
-    mask = case.inputs["mask"]
-    advantages, returns = gae(**case.inputs, gamma=case.params["gamma"], gae_lambda=case.params["lam"])
-    if case.params["whiten"]:
-        advantages = centre_and_scale(advantages, mask)
+def _advantages(case: Case, name: str) -> Outputs:
+    estimator, offered = ESTIMATORS[name], case.inputs | _named(case.params, {"lam": "gae_lambda", "eps": "epsilon"})
+    if "group" in offered:
+        offered["groups"] = offered.pop("group").long()
+    advantages, returns = estimator(**{key: value for key, value in offered.items() if takes(estimator, key)})
+    if case.params.get("whiten", name in WHITENED):
+        advantages = centre_and_scale(advantages, case.inputs["mask"])
     return {"advantages": advantages, "returns": returns}
 
 
-def _whole(loss: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """Reduce a loss whose every token is at hand, so that the counts are its own."""
-    tokens, sequences = int(mask.sum()), int(mask.any(dim=1).sum())
+def _named(params: dict[str, Any], ours: dict[str, str]) -> dict[str, Any]:
+    """Parameters under our names; those that ``ours`` does not translate keep theirs."""
+    return {ours.get(name, name): value for name, value in params.items()}
+
+
+def _whole(loss: Tensor, mask: Tensor, mode: str, *, empty_rows: bool = False) -> Tensor:
+    """Reduce a loss whose every token is at hand, so that the counts are its own: with or without the empty rows."""
+    tokens, sequences = int(mask.sum()), len(mask) if empty_rows else int(mask.any(dim=1).sum())
     return aggregate(loss, mask, mode=mode, tokens=tokens, sequences=sequences, width=mask.size(1))
 
 
@@ -85,13 +93,28 @@ def _kl(case: Case, estimator: str) -> Outputs:
     return {"value": kl_penalty(case.inputs["logprobs"], case.inputs["ref_logprobs"], estimator=estimator)}
 
 
-def _policy_loss_vanilla(case: Case) -> Outputs:
-    params, logprobs = case.params, case.inputs["logprobs"].requires_grad_()
-    low, high, dual_clip = params["clip_low"], params["clip_high"], params["dual_clip"]
-    tensors = (case.inputs[name] for name in ("logprobs", "old_logprobs", "advantages", "mask"))
-    terms = vanilla(*tensors, clip_range_low=low, clip_range_high=high, dual_clip=dual_clip)
-    loss = _whole(terms.per_token, case.inputs["mask"], params["aggregation"])
-    return {"loss": loss, "grad_logprobs": torch.autograd.grad(loss, logprobs)[0]}
+POLICY_KNOBS = {
+    "clip_low": "clip_range_low",
+    "clip_high": "clip_range_high",
+    "tau_pos": "tau_positive",
+    "tau_neg": "tau_negative",
+    "dro_beta": "beta",
+}
+"""What the vectors call our knobs, where the names differ."""
+
+
+def _policy_loss(case: Case, name: str) -> Outputs:
+    loss, logprobs, mask = POLICY_LOSSES[name], case.inputs["logprobs"].requires_grad_(), case.inputs["mask"]
+    knobs = _named(case.params, POLICY_KNOBS)
+    if name in SELECTORS:
+        # verl chooses by the log-probs of the update itself, in every micro-batch; here that is the whole.
+        share = case.params["kl_cov_ratio"]
+        knobs["selected"] = SELECTORS[name](logprobs.detach(), case.inputs["advantages"], mask, share=share)
+    terms = loss(**case.inputs, **{key: value for key, value in knobs.items() if takes(loss, key)})
+    # verl's geo_mean is a mean over all rows, those without a token included; everything else leaves these out.
+    mode = AGGREGATION_OF.get(name, case.params["aggregation"])
+    total = _whole(terms.per_token, mask, mode, empty_rows=name == "geo_mean")
+    return {"loss": total, "grad_logprobs": torch.autograd.grad(total, logprobs)[0]}
 
 
 def _value_loss(case: Case) -> Outputs:
@@ -116,11 +139,18 @@ def _kl_controller(case: Case) -> Outputs:
     return {"coefficients": torch.tensor(coefficients)}
 
 
+NOT_IN_THE_VECTORS = {"vapo", "clip_cov"}
+"""verl has no vapo, and its clip_cov draws tokens from torch's global generator."""
+
 EVALUATORS: dict[str, Callable[[Case], Outputs]] = {
-    "advantages__gae": _gae,
+    **{f"advantages__{name}": partial(_advantages, name=name) for name in ESTIMATORS if name not in NOT_IN_THE_VECTORS},
     **{f"aggregate__{mode}": partial(_aggregate, mode=mode) for mode in AGGREGATION_MODES},
-    **{f"kl__{estimator}": partial(_kl, estimator=estimator) for estimator in KL_ESTIMATORS},
-    "policy_loss__vanilla": _policy_loss_vanilla,
+    **{f"kl__{estimator}": partial(_kl, estimator=estimator) for estimator in KL_ESTIMATORS if estimator[-1] != "+"},
+    **{
+        f"policy_loss__{name}": partial(_policy_loss, name=name)
+        for name in POLICY_LOSSES
+        if name not in NOT_IN_THE_VECTORS
+    },
     "value_loss": _value_loss,
     "importance__truncated_token": partial(_importance, weigh=truncated_token_weights),
     "importance__truncated_sequence": partial(_importance, weigh=truncated_sequence_weights),

@@ -20,7 +20,6 @@ from rlhf_toolkit.configs import (
     ESTIMATORS,
     SCHEDULES,
     DataConfig,
-    Experiment,
     ModelConfig,
     PPOConfig,
     RewardConfig,
@@ -29,6 +28,7 @@ from rlhf_toolkit.configs import (
     UpdateConfig,
 )
 from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.experiment import Experiment
 
 REQUIRED = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}, "reward": {"function": "r.py:f"}}
 
@@ -87,7 +87,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "reward": {
         "function": "r.py:f",
         "kwargs": {},
+        "functions": [],
         "missing_eos_penalty": 0.0,
+        "overlong_buffer": 0,
+        "overlong_penalty": 1.0,
+        "clip": None,
+        "scale": 1.0,
+        "whiten": False,
     },
     "rollout": {
         "prompts_per_rollout": 32,
@@ -99,29 +105,37 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "stop_strings": [],
         "mode": "auto",
         "slots": None,
+        "replace_uniform_groups": 0,
         "weights": "exact",
     },
     "ppo": {
         "num_rollouts": 100,
         "num_ppo_epochs": 1,
         "mini_batches": 1,
+        "advantage": "gae",
+        "advantage_kwargs": {},
         "gamma": 1.0,
         "gae_lambda": 0.95,
-        "whiten_advantages": True,
+        "whiten_advantages": None,
+        "whiten_over": "rollout",
+        "policy_loss": "vanilla",
+        "policy_loss_kwargs": {},
         "clip_range_low": 0.2,
         "clip_range_high": 0.2,
         "dual_clip": None,
         "importance_correction": "none",
         "importance_cap": 2.0,
+        "importance_floor": 0.5,
         "value_clip_range": 0.2,
         "value_coef": 1.0,
         "entropy_coef": 0.0,
-        "loss_aggregation": "token-mean",
+        "loss_aggregation": None,
         "kl_in": "reward",
         "kl_estimator": "k1",
         "kl_coef": 0.05,
         "kl_target": None,
         "kl_horizon": 10000,
+        "kl_stop": None,
         "value_warmup_rollouts": 0,
         "truncated": "terminal",
         "first_ratio_tolerance": None,
@@ -191,7 +205,9 @@ def test_unknown_section() -> None:
 def test_unknown_setting_offers_the_nearest() -> None:
     assert error_of("ppo", gama=1.0) == "unknown setting ppo.gama; did you mean ppo.gamma?"
     assert error_of("reward", qqqqqqqqqqqq=1) == (
-        "unknown setting reward.qqqqqqqqqqqq; known are reward.function, reward.kwargs, reward.missing_eos_penalty"
+        "unknown setting reward.qqqqqqqqqqqq; known are reward.clip, reward.function, reward.functions, "
+        "reward.kwargs, reward.missing_eos_penalty, reward.overlong_buffer, reward.overlong_penalty, reward.scale, "
+        "reward.whiten"
     )
 
 
@@ -255,7 +271,7 @@ def test_required_settings(section: str, name: str) -> None:
         ("ppo", {"gamma": "none"}, "ppo.gamma='none' is not float; the default is 1.0"),
         ("ppo", {"gamma": [1.0]}, "ppo.gamma=[1.0] is not float; the default is 1.0"),
         ("ppo", {"dual_clip": "three"}, "ppo.dual_clip='three' is not float or none; the default is none"),
-        ("ppo", {"whiten_advantages": 1}, "ppo.whiten_advantages=1 is not bool; the default is true"),
+        ("ppo", {"whiten_advantages": 1}, "ppo.whiten_advantages=1 is not bool or none; the default is none"),
         ("ppo", {"kl_in": True}, "ppo.kl_in=True is not str; known are reward, loss"),
         ("run", {"wandb": True}, "run.wandb=True is not str; known are online, offline, off"),
         ("run", {"name": 7}, "run.name=7 is not str or none; put text in quotes, in a shell as \"'7'\""),
@@ -386,9 +402,15 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
     [
         ("model", "dtype", "float23", "float32", ("bfloat16", "float16", "float32")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
-        ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3")),
+        ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")),
         ("model", "value_on", "policy_trunks", "policy_trunk", ("adapter", "policy_trunk")),
-        ("ppo", "importance_correction", "tokens", "token", ("none", "token", "sequence")),
+        (
+            "ppo",
+            "importance_correction",
+            "tokens",
+            "token",
+            ("none", "token", "sequence", "token_mask", "sequence_mask"),
+        ),
         ("ppo", "truncated", "terminate", "terminal", ("terminal", "bootstrap", "mask")),
         (
             "ppo",

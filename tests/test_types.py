@@ -27,6 +27,7 @@ def experience() -> Experience:
         sequences=torch.arange(ROWS * TOTAL).view(ROWS, TOTAL),
         prompt_lengths=torch.tensor([3, 1, 2]),
         response_lengths=torch.tensor([4, 2, 1]),
+        token_mask=torch.tensor([[True] * 4, [True] * 3 + [False], [True, False, False, False]]),
         response_mask=torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False]]),
         **numbers,
     )
@@ -54,7 +55,7 @@ def test_sequences_have_as_many_rows() -> None:
 
 def test_every_field_of_an_experience_is_named_above() -> None:
     names = {field.name for field in fields(Experience)}
-    assert names == {*PER_ROW, *PER_TOKEN, "sequences", "response_mask"}
+    assert names == {*PER_ROW, *PER_TOKEN, "sequences", "token_mask", "response_mask"}
 
 
 def test_prompts_and_sample_numbers_go_together() -> None:

@@ -14,12 +14,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from rlhf_toolkit.configs import Experiment
 from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
+from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.knobs import default_of
 
 ON_OFF = {True: "on", False: "off"}
-NAMES = {NoneType: "none", list[str]: "list of str", dict[str, Any]: "dict with str keys"}
+NAMES = {
+    NoneType: "none",
+    list[str]: "list of str",
+    dict[str, Any]: "dict with str keys",
+    list[dict[str, Any]]: "list of dicts with str keys",
+}
 
 
 def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
@@ -141,7 +146,7 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = get_origin(hint) or hint
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         return False
-    return kind not in (list, dict) or all(isinstance(item, get_args(hint)[0]) for item in value)
+    return kind not in (list, dict) or all(_fits(item, get_args(hint)[0]) for item in value)
 
 
 def _way_out(value: Any, options: tuple[Any, ...], setting: Field[Any]) -> str:

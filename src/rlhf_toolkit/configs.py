@@ -1,4 +1,5 @@
-"""Every knob, on a few screens. One YAML file with these sections is one experiment; ``config_loading`` reads it.
+"""Every knob, on a few screens. One YAML file with these sections is one experiment (``experiment.Experiment``);
+``config_loading`` reads it.
 
 Rules about single values and pairs of values are checked when a section is built, before any model is loaded. No module
 below the trainers receives a config object: trainers unpack them into plain arguments.
@@ -9,11 +10,9 @@ below the trainers receives a config object: trainers unpack them into plain arg
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.knobs import (
     ABOVE_0,
@@ -29,15 +28,13 @@ from rlhf_toolkit.knobs import (
     knob,
 )
 
-# ---- the sections ----------------------------------------------------------------------------------------------------
-
 MODES = ("auto", "window", "stream")
 KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
 VALUE_SITES = ("adapter", "policy_trunk")
-CORRECTIONS = ("none", "token", "sequence")
+CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-ESTIMATORS = ("k1", "abs", "k2", "k3")
+ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")
 SCHEDULES = (
     "constant",
     "constant_with_warmup",
@@ -103,7 +100,21 @@ class RewardConfig(Section):
 
     function: str = knob("", "path/to/file.py:name or package.module:name of (prompts, responses, **columns) -> scores")
     kwargs: dict[str, Any] = knob({}, "extra keyword arguments for the function")
+    functions: list[dict[str, Any]] = knob([], "several rewards instead, each with a weight and more: docs/rewards.md")
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that was cut off", NOT_NEGATIVE)
+    overlong_buffer: int = knob(0, "tokens before the budget where DAPO's soft penalty begins; 0: off", NOT_NEGATIVE)
+    overlong_penalty: float = knob(1.0, "and reaches this at the budget", NOT_NEGATIVE)
+    clip: float | None = knob(None, "scores are cut to +- this, after penalties; none: off", ABOVE_0)
+    scale: float = knob(1.0, "scores and token rewards are multiplied by this, after the clip", ABOVE_0)
+    whiten: bool = knob(False, "centre and scale the scores of a rollout, after the scale")
+
+    def __post_init__(self) -> None:
+        """One way to name rewards, not two."""
+        super().__post_init__()
+        if self.functions and (self.function or self.kwargs):
+            raise ConfigError(
+                "reward.functions and reward.function are both set; put the one function into the list of functions"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,11 @@ class RolloutConfig(Section):
         "auto", "window: gather the base once; stream: decode through its shards; auto: what fits", choices=MODES
     )
     slots: int | None = knob(None, "sequences decoded at once on each rank; none: as many as memory holds", ABOVE_0)
+    replace_uniform_groups: int = knob(
+        0,
+        "rounds of replacing prompts whose responses all have one score by others (DAPO); 0: off",
+        NOT_NEGATIVE,
+    )
     weights: str = knob(
         "exact", "in decoding: exact, or merged (faster, adapters rounded into the base)", choices=KINDS
     )
@@ -133,6 +149,11 @@ class RolloutConfig(Section):
                 f"rollout.weights={self.weights} needs the whole base, but rollout.mode is stream; "
                 "use weights: exact, or mode: window"
             )
+        if self.replace_uniform_groups and self.responses_per_prompt == 1:
+            raise ConfigError(
+                f"rollout.replace_uniform_groups={self.replace_uniform_groups} with one response for each prompt would "
+                "replace every prompt; set responses_per_prompt to 2 or more"
+            )
 
     @property
     def sequences(self) -> int:
@@ -142,14 +163,19 @@ class RolloutConfig(Section):
 
 @dataclass(frozen=True)
 class PPOConfig(Section):
-    """The algorithm. Names and defaults follow docs/ppo_details.md."""
+    """The algorithm. Names and defaults follow docs/ppo_details.md and docs/algorithms.md."""
 
     num_rollouts: int = knob(100, "rollout batches in the run", ABOVE_0)
     num_ppo_epochs: int = knob(1, "passes over each rollout", ABOVE_0)
     mini_batches: int = knob(1, "optimizer steps in each pass", ABOVE_0)
+    advantage: str = knob("gae", "advantage estimator by name (docs/algorithms.md), or path/to/file.py:name")
+    advantage_kwargs: dict[str, Any] = knob({}, "its own constants")
     gamma: float = knob(1.0, "discount", FROM_0_TO_1)
     gae_lambda: float = knob(0.95, "GAE's lambda; 1: Monte-Carlo returns", FROM_0_TO_1)
-    whiten_advantages: bool = knob(True, "centre and scale advantages over the rollout")
+    whiten_advantages: bool | None = knob(None, "centre and scale advantages; none: as the estimator's source does")
+    whiten_over: str = knob("rollout", "what advantages are whitened over", choices=("rollout", "mini_batch"))
+    policy_loss: str = knob("vanilla", "policy loss by name (docs/algorithms.md), or path/to/file.py:name")
+    policy_loss_kwargs: dict[str, Any] = knob({}, "its own constants")
     clip_range_low: float = knob(0.2, "the ratio is clipped below at 1 - this", WITHIN_0_AND_1)
     clip_range_high: float = knob(0.2, "and above at 1 + this; larger than low is DAPO's clip-higher", ABOVE_0)
     dual_clip: float | None = knob(None, "bound of the ratio at negative advantages (verl: 3); none: off", ABOVE_1)
@@ -162,7 +188,10 @@ class PPOConfig(Section):
         choices=CORRECTIONS,
     )
     importance_cap: float = knob(2.0, "these weights are cut to at most this", AT_LEAST_1)
-    loss_aggregation: str = knob("token-mean", "how tokens become one loss", choices=AGGREGATIONS)
+    importance_floor: float = knob(0.5, "the mask kinds drop what is below this or above the cap", FROM_0_TO_1)
+    loss_aggregation: str | None = knob(
+        None, "how tokens become one loss; none: as the loss's source does", choices=AGGREGATIONS
+    )
     kl_in: str = knob("reward", "reward: shapes each token's; loss: a term of the loss", choices=("reward", "loss"))
     kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=ESTIMATORS)
     kl_coef: float = knob(0.05, "weight of the KL to the reference", NOT_NEGATIVE)
@@ -170,6 +199,11 @@ class PPOConfig(Section):
         None, "adapt kl_coef towards this KL per token, averaged over responses as in verl; none: fixed", ABOVE_0
     )
     kl_horizon: int = knob(10000, "responses over which the adaptive coefficient moves", ABOVE_0)
+    kl_stop: float | None = knob(
+        None,
+        "once a mini-batch's KL to the policy at rollout is above this, the rollout's other updates are left out",
+        ABOVE_0,
+    )
     value_warmup_rollouts: int = knob(0, "rollouts at the start that train the value only", NOT_NEGATIVE)
     truncated: str = knob(
         "terminal",
@@ -233,121 +267,3 @@ class RunConfig(Section):
     wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
     wandb_project: str = knob("rlhf_toolkit", "W&B project")
     name: str | None = knob(None, "run name in W&B; none: the output folder's name")
-
-
-# ---- all of them together --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One YAML file."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    update: UpdateConfig = field(default_factory=UpdateConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        """Rules that tie sections together."""
-        self._check_required()
-        self._check_batches()
-        self._check_value_warmup()
-        self._check_kl_horizon()
-
-    def _check_required(self) -> None:
-        required = {
-            "model.name": self.model.name,
-            "data.train": self.data.train,
-            "reward.function": self.reward.function,
-        }
-        for name, value in required.items():
-            if not value:
-                raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
-
-    def _check_batches(self) -> None:
-        rows, mini_batches = self.rollout.sequences, self.ppo.mini_batches
-        if rows % mini_batches:
-            raise ConfigError(
-                f"a rollout of {rows} responses does not divide into ppo.mini_batches={mini_batches}; "
-                f"try {_divisors_near(rows, mini_batches)}"
-            )
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if self.update.micro_batch_tokens < longest:
-            raise ConfigError(
-                f"update.micro_batch_tokens={self.update.micro_batch_tokens} cannot hold one sequence of {longest} "
-                f"tokens (data.max_prompt_tokens + rollout.max_new_tokens); set it to {longest} or more"
-            )
-
-    def _check_value_warmup(self) -> None:
-        warmup, rollouts = self.ppo.value_warmup_rollouts, self.ppo.num_rollouts
-        if warmup and self.update.weight_decay:
-            raise ConfigError(
-                f"update.weight_decay={self.update.weight_decay} would move the policy during "
-                f"ppo.value_warmup_rollouts={warmup}; set one of them to 0"
-            )
-        if warmup >= rollouts:
-            raise ConfigError(
-                f"ppo.value_warmup_rollouts={warmup} leaves none of ppo.num_rollouts={rollouts} for the policy; "
-                f"set it to {rollouts - 1} or less"
-            )
-
-    def _check_kl_horizon(self) -> None:
-        """``AdaptiveKL.update`` refuses more responses than this at once; here no rollout is lost."""
-        if self.ppo.kl_target is None:
-            return
-        too_short = ERROR_BOUND * self.rollout.sequences
-        if self.ppo.kl_horizon <= too_short:
-            raise ConfigError(
-                f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
-                f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
-            )
-
-    @property
-    def kl_asked(self) -> bool:
-        """Whether reward or loss needs the KL to the reference: a coefficient that is not 0, or one that may move."""
-        return self.ppo.kl_coef != 0 or self.ppo.kl_target is not None
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps for each rollout."""
-        return self.ppo.num_ppo_epochs * self.ppo.mini_batches
-
-    @property
-    def mini_batch_rows(self) -> int:
-        """Sequences of one optimizer step, over all ranks."""
-        return self.rollout.sequences // self.ppo.mini_batches
-
-    def check_processes(self, processes: int) -> None:
-        """Raise ConfigError where sizes do not fit this many ranks."""
-        prompts = self.rollout.prompts_per_rollout
-        if prompts % processes:
-            raise ConfigError(
-                f"rollout.prompts_per_rollout={prompts} does not divide among {processes} processes; "
-                f"try {_multiples_near(processes, prompts)}"
-            )
-        if self.mini_batch_rows % processes:
-            raise ConfigError(
-                f"ppo.mini_batches={self.ppo.mini_batches} makes mini-batches of {self.mini_batch_rows} responses, "
-                f"which do not divide among {processes} processes; "
-                f"try {_divisors_near(self.rollout.sequences // processes, self.ppo.mini_batches)}"
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, as they would stand in YAML."""
-        return asdict(self)
-
-
-def _multiples_near(unit: int, wanted: int) -> str:
-    """The multiples of ``unit`` on both sides of ``wanted``, without 0."""
-    below = wanted // unit * unit
-    return f"{below} or {below + unit}" if below else f"{unit}"
-
-
-def _divisors_near(size: int, wanted: int) -> str:
-    """The divisors of ``size`` on both sides of ``wanted``, which is none, or the one there is."""
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
-    return " or ".join(map(str, near))

@@ -62,19 +62,23 @@ class Rollout:
 
     ``responses`` (B, R) token ids, right-padded, the stop token included; ``lengths`` (B,); ``rollout_logprobs`` (B, R)
     fp32, the policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string
-    ended the response and False where the token budget did.
+    ended the response and False where the token budget did; ``written`` (B, R) bool, True where the policy wrote the
+    token, and False at what an environment answered; None: it wrote all of them.
     """
 
     responses: torch.Tensor
     lengths: torch.Tensor
     rollout_logprobs: torch.Tensor
     finished: torch.Tensor
+    written: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.responses.shape
         _expect("lengths", self.lengths, (rows,))
         _expect("rollout_logprobs", self.rollout_logprobs, (rows, width))
         _expect("finished", self.finished, (rows,))
+        if self.written is not None:
+            _expect("written", self.written, (rows, width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +87,18 @@ class Experience:
     rank.
 
     ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
-    rest (B, R), aligned so that column 0 is the first response token: ``response_mask`` bool, True where the token is
-    trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and ``rollout_logprobs``; ``values``, ``advantages``,
-    ``returns``; all fp32. ``old_logprobs`` are None where the only update on the rollout makes its own, ``values``,
-    ``advantages`` and ``returns`` with them where that update completes the experience (``Collector.complete``), and
-    ``ref_logprobs`` where no KL is asked for.
+    rest (B, R), aligned so that column 0 is the first response token: ``token_mask`` bool, True where the policy wrote
+    the token, and ``response_mask``, True where it is trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and
+    ``rollout_logprobs``; ``values``, ``advantages``, ``returns``; all fp32. ``old_logprobs`` are None where the only
+    update on the rollout makes its own, ``advantages``, ``returns`` and ``values`` with them where that update
+    completes the experience (``Collector.complete``), ``values`` where there is no critic, and ``ref_logprobs`` where
+    no KL is asked for.
     """
 
     sequences: torch.Tensor
     prompt_lengths: torch.Tensor
     response_lengths: torch.Tensor
+    token_mask: torch.Tensor
     response_mask: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
@@ -106,7 +112,15 @@ class Experience:
         _expect("sequences", self.sequences, (rows, self.sequences.shape[-1]))
         for name in ("prompt_lengths", "response_lengths"):
             _expect(name, getattr(self, name), (rows,))
-        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns"):
+        for name in (
+            "token_mask",
+            "old_logprobs",
+            "ref_logprobs",
+            "rollout_logprobs",
+            "values",
+            "advantages",
+            "returns",
+        ):
             if getattr(self, name) is not None:
                 _expect(name, getattr(self, name), (rows, width))
 

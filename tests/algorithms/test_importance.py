@@ -12,6 +12,9 @@ from rlhf_toolkit.algorithms.importance import (
     Correction,
     capped_share,
     effective_sample_share,
+    masked_sequence_weights,
+    masked_share,
+    masked_token_weights,
     mean_weight,
     truncated_sequence_weights,
     truncated_token_weights,
@@ -92,7 +95,7 @@ def test_no_correction_has_no_weights() -> None:
 
 @pytest.mark.parametrize("settings", [{"kind": "tokens"}, {"kind": "token", "cap": 0.9}])
 def test_a_correction_that_cannot_work(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"choose none, token or sequence|cap=0\.9 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"choose one of none, token, sequence|cap=0\.9 must be at least 1"):
         Correction(**settings)
 
 
@@ -113,3 +116,66 @@ def test_the_effective_sample_share_of_equal_weights_is_one_and_of_a_single_one_
     alone[0, 0] = 5.0
     assert effective_sample_share(alone, MASK).item() == pytest.approx(1 / len(real()))
     assert effective_sample_share(torch.zeros(MASK.shape), MASK).item() == 0
+
+
+def test_masked_weights_by_hand() -> None:
+    # Log-ratios in [-1.5, 1.5] keep their weight; the rows' are 0 and 2.
+    log_ratios = torch.tensor([[1.0, -1.0, 2.0, -2.0, 0.0], [2.0, -1.0, 1.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    tokens, rows = (
+        weigh(log_ratios, torch.zeros(2, 5), mask, floor=math.exp(-1.5), cap=math.exp(1.5))
+        for weigh in (masked_token_weights, masked_sequence_weights)
+    )
+    e = math.e
+    torch.testing.assert_close(tokens, torch.tensor([[e, 1 / e, 0.0, 0.0, 0.0], [0.0, 1 / e, e, 0.0, 0.0]]))
+    torch.testing.assert_close(rows, torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]]))
+
+
+def test_masked_weights_agree_with_a_plain_loop_with_poison_outside() -> None:
+    old, rollout = like_mask(11), like_mask(12)
+    bounds = {"floor": 0.4, "cap": 3.0}
+    tokens = masked_token_weights(poisoned(old), poisoned(rollout), MASK, **bounds)
+    rows = masked_sequence_weights(poisoned(old), poisoned(rollout), MASK, **bounds)
+    seen = set()
+    for b, t in real():
+        rho = math.exp(old[b, t].item() - rollout[b, t].item())
+        product = math.exp(math.fsum((old[at] - rollout[at]).item() for at in real() if at[0] == b))
+        assert tokens[b, t].item() == pytest.approx(rho if 0.4 <= rho <= 3 else 0, rel=1e-5)
+        assert rows[b, t].item() == pytest.approx(product if 0.4 <= product <= 3 else 0, rel=1e-5)
+        seen |= {(rho < 0.4, rho > 3), (product < 0.4, product > 3)}
+    assert seen == {(False, False), (True, False), (False, True)}
+    assert blank_outside(tokens) and blank_outside(rows)
+    assert masked_share(poisoned(tokens), MASK).item() == pytest.approx(
+        sum(tokens[at].item() == 0 for at in real()) / 17
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "weigh"), [("token_mask", masked_token_weights), ("sequence_mask", masked_sequence_weights)]
+)
+def test_a_masking_correction_by_name_has_its_range(kind: str, weigh: Callable[..., Tensor]) -> None:
+    old, rollout = like_mask(5).requires_grad_(), like_mask(6)
+    found = Correction(kind, 1.5, 0.8).weights(old, rollout, MASK)
+    assert found is not None and torch.equal(found, weigh(old, rollout, MASK, floor=0.8, cap=1.5))
+    assert not found.requires_grad and torch.equal(weigh(old, old, MASK, floor=1.0, cap=1.0), MASK.float())
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_a_floor_says_nothing_to_truncation(kind: str) -> None:
+    found = [Correction(kind, 1.5, floor).weights(like_mask(5), like_mask(6), MASK) for floor in (0.0, 1.0)]
+    assert found[0] is not None and found[1] is not None and torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"floor": -0.1}, r"floor=-0\.1 must be from 0 to 1"),
+        ({"floor": 1.1}, r"floor=1\.1 must be from 0 to 1"),
+        ({"floor": math.nan}, r"floor=nan must be from 0 to 1"),
+        ({"cap": math.nan}, r"cap=nan must be at least 1"),
+        ({"kind": "mask"}, "choose one of none, token, sequence, token_mask, sequence_mask"),
+    ],
+)
+def test_a_range_without_one_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Correction(**settings)

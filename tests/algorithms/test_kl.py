@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS, kl_abs, kl_k1, kl_k2, kl_k3, kl_penalty
+from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS, approximate_kl, kl_abs, kl_k1, kl_k2, kl_k3, kl_penalty
 from rlhf_toolkit.errors import ConfigError
 from tests.algorithms.batches import MASK, blank_outside, like_mask, noise, poisoned
 
@@ -80,3 +80,55 @@ def test_penalty_names_the_estimator_and_blanks_the_rest(name: str) -> None:
 def test_an_unknown_estimator_is_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="estimator='k4' is not a KL estimator; choose one of k1, abs, k2, k3"):
         kl_penalty(torch.zeros(1), torch.zeros(1), estimator="k4")
+
+
+PLUS = pytest.mark.parametrize("name", ["k1", "abs", "k2", "k3"])
+
+
+@PLUS
+def test_a_plus_has_the_value_of_its_estimator_and_the_gradient_of_k2(name: str) -> None:
+    logprobs, reference = like_mask(8).requires_grad_(), like_mask(9)
+    plus = kl_penalty(logprobs, reference, MASK, estimator=f"{name}+")
+    assert torch.equal(plus.detach(), kl_penalty(logprobs.detach(), reference, MASK, estimator=name))
+    (slopes,) = torch.autograd.grad(plus.sum(), logprobs)
+    torch.testing.assert_close(slopes, torch.where(MASK, logprobs.detach() - reference, 0.0))
+
+
+@PLUS
+def test_a_plus_has_the_gradient_of_the_kl_in_expectation(name: str) -> None:
+    logits, reference = noise(8, seed=10).requires_grad_(), noise(8, seed=11).log_softmax(0)
+    policy = logits.log_softmax(0)
+    plus = policy.exp().detach() * kl_penalty(policy, reference, estimator=f"{name}+")
+    (ours,) = torch.autograd.grad(plus.sum(), logits, retain_graph=True)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_the_approximate_kl_by_hand() -> None:
+    # Ratios of now to old 1/2 and 2: k1 is log 2 and -log 2, k3 is 1/2 - 1 + log 2 and 2 - 1 - log 2.
+    now, old = torch.tensor([[0.25, 0.5, 1.0]]).log(), torch.tensor([[0.5, 0.25, 1.0]]).log()
+    found = approximate_kl(now, old, torch.tensor([[True, True, False]]))
+    assert found.k1.item() == pytest.approx(0, abs=1e-7)
+    assert found.k3.item() == pytest.approx((0.5 - 1 + 1) / 2)
+
+
+def test_the_approximate_kl_is_that_of_the_old_policy_to_the_new() -> None:
+    # Its expectation under the old policy, over the vocabulary, is KL(old || now), not the other way round.
+    old, now = noise(8, seed=12).log_softmax(0), noise(8, seed=13).log_softmax(0)
+    exact = torch.nn.functional.kl_div(now, old, log_target=True, reduction="sum").item()
+    each = [approximate_kl(now[i : i + 1], old[i : i + 1], torch.ones(1, dtype=torch.bool)) for i in range(8)]
+    for name in ("k1", "k3"):
+        mean = sum(old[i].exp().item() * getattr(each[i], name).item() for i in range(8))
+        assert mean == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_shares_of_an_approximate_kl_add_up() -> None:
+    now, old = like_mask(14).requires_grad_(), like_mask(15)
+    whole = approximate_kl(poisoned(now.detach()), poisoned(old), MASK)
+    parts = [
+        approximate_kl(*piece, count=17)
+        for piece in zip(now.split((2, 3)), old.split((2, 3)), MASK.split((2, 3)), strict=True)
+    ]
+    assert sum(part.k1 for part in parts).item() == pytest.approx(whole.k1.item(), rel=1e-5)
+    assert sum(part.k3 for part in parts).item() == pytest.approx(whole.k3.item(), rel=1e-5)
+    assert not parts[0].k3.requires_grad and whole.k3 > 0

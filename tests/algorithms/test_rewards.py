@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 
-from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
-from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.algorithms.rewards import (
+    missing_eos_penalty,
+    shape_rewards,
+    soft_overlong_penalty,
+    whiten_scores,
+    whiten_scores_in_groups,
+)
+from rlhf_toolkit.errors import ConfigError, DataError
 from tests.algorithms.batches import MASK, like_mask, noise, poisoned, real, widened
 
 
@@ -59,3 +66,44 @@ def test_a_rollout_of_width_zero_is_named_too() -> None:
 def test_the_penalty_is_subtracted_where_not_finished() -> None:
     scores, finished = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([True, False, False])
     assert missing_eos_penalty(scores, finished, penalty=0.5).tolist() == [1.0, 1.5, -3.5]
+
+
+def test_the_soft_overlong_penalty_by_hand() -> None:
+    # 20 tokens at most, a buffer of 5: free up to 15, then 2/5 a token.
+    lengths = torch.tensor([0, 15, 16, 18, 20])
+    penalties = soft_overlong_penalty(lengths, max_length=20, buffer=5, factor=2.0)
+    torch.testing.assert_close(penalties, torch.tensor([0.0, 0.0, -0.4, -1.2, -2.0]))
+
+
+@pytest.mark.parametrize("buffer", [0, -1, 21])
+def test_a_buffer_that_does_not_fit_is_refused(buffer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"buffer={buffer} must be above 0 and at most max_length=20; try 5"):
+        soft_overlong_penalty(torch.tensor([3]), max_length=20, buffer=buffer)
+
+
+def test_whitened_scores_agree_with_pythons_own_statistics() -> None:
+    scores = [1.5, -0.25, 4.0, 0.5]
+    expected = [(score - statistics.fmean(scores)) / statistics.stdev(scores) for score in scores]
+    whitened = whiten_scores(torch.tensor(scores))
+    assert whitened.dtype == torch.float32 and whitened.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_whitened_in_groups_are_each_group_whitened_by_itself() -> None:
+    scores, groups = noise(7, seed=6), torch.tensor([4, 1, 4, 9, 1, 4, 1])
+    whitened = whiten_scores_in_groups(scores, groups)
+    for number in (1, 4):
+        torch.testing.assert_close(
+            whitened[groups == number], whiten_scores(scores[groups == number]), rtol=1e-4, atol=0
+        )
+    assert whitened[3] == 0
+
+
+@pytest.mark.parametrize("score", [1.7, 0.1])
+def test_equal_scores_whiten_to_exactly_zero(score: float) -> None:
+    scores = torch.full((3,), score)
+    assert not whiten_scores(scores).any() and not whiten_scores_in_groups(scores, torch.zeros(3).long()).any()
+
+
+def test_one_score_has_no_deviation() -> None:
+    with pytest.raises(DataError, match=r"the deviation of 1 score\(s\) is undefined"):
+        whiten_scores(torch.ones(1))

@@ -17,9 +17,10 @@ from tests.launch import ROOT, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
 SCORE_EVERYTHING = """
-from rlhf_toolkit.rollout import collect
+from rlhf_toolkit.rollout import collect, passes
 
-collect.Collector.roles_of = lambda self, rollout, plan: collect.SCORED_ROLES
+collect.Collector.roles_of = lambda self, rollout, plan: self.needs.everything
+passes.Needs.incomplete = lambda self, one_forward: False
 """
 OTHER_SAMPLER = """
 from dataclasses import replace
@@ -52,6 +53,16 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"value"},
     ),
     "value on the policy's trunk": ({"model.value_on": "policy_trunk"}, {"value"}),
+    "no critic": ({"ppo.advantage": "grpo", "rollout.responses_per_prompt": 2, "ppo.kl_coef": 0.0}, set()),
+    "no critic, one pass, KL in the reward": (
+        {
+            "ppo.advantage": "rloo",
+            "rollout.responses_per_prompt": 2,
+            "ppo.kl_coef": 0.1,
+            "update.micro_batch_tokens": 512,
+        },
+        {"reference"},
+    ),
     "one pass": ({"update.micro_batch_tokens": 512}, set()),
     "one pass, KL in the reward": (
         {
@@ -125,9 +136,7 @@ def test_one_process(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None
         outputs.append(recipe.run("--config", str(path)).succeeded().output)
     assert_same(tmp_path / "skipped", tmp_path / "everything")
     asked = ", ".join(r for r in ("policy", "value", "reference") if r in roles) or "nobody"
-    assert (
-        f"where an update is one pass, {asked}" in outputs[0] if "one pass" in case else f"asks {asked}" in outputs[0]
-    )
+    assert (f"where an update is one pass, {asked}" if "one pass" in case else f"scoring asks {asked}") in outputs[0]
     first, *later = records(tmp_path / "skipped")
     absent = first.keys() - later[0].keys()
     expected = set() if "reference" in roles else NEVER_WITHOUT_A_KL

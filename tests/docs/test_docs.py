@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.configs import Experiment
+from rlhf_toolkit.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_toolkit.algorithms.advantages import gae
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import FixedKL
 from rlhf_toolkit.data.layout import padded
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.rollout.collect import Collector, Shaping
+from rlhf_toolkit.rollout.collect import Collector
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.passes import Needs, Passes, score
 from rlhf_toolkit.rollout.sampled import Sampled
+from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.types import Experience, Prompt
 from tests.roles import tiny_shared
 
@@ -28,20 +30,24 @@ KL_COEF, PENALTY, GAMMA, LAMBDA = 0.3, 0.5, 0.9, 0.8
 
 def shaped(finished: list[bool] = FINISHED, **changes: Any) -> tuple[Experience, Sampled, Passes, Collector]:
     """A rollout of four rows with random passes, shaped under ``changes``."""
+    whiten = changes.pop("whiten_advantages", False)
     settings = {
+        "estimator": Estimator(changes.pop("estimator", gae), whiten=whiten),
         "gamma": GAMMA,
         "gae_lambda": LAMBDA,
-        "whiten_advantages": False,
         "kl_in_reward": True,
         "kl_estimator": "k1",
-        "missing_eos_penalty": PENALTY,
         "truncated": "terminal",
+        "scores": ScoreShaping(missing_eos_penalty=PENALTY),
+    }
+    of_sampled = {
+        name: changes.pop(name) for name in ("kept", "token_rewards", "groups", "baselines") if name in changes
     }
     collector = Collector(
         None,  # type: ignore[arg-type]
         [Prompt(0, "p", (1,), {})],
         PromptSchedule(1, 1, 0),
-        lambda prompts, responses: [0.0] * len(responses),
+        None,  # type: ignore[arg-type]
         Sampling(max_new_tokens=4, stop_ids=(1,), pad_id=0),
         Shaping(**{**settings, **changes}),  # type: ignore[arg-type]
         Cutting(1, 100),
@@ -58,6 +64,13 @@ def shaped(finished: list[bool] = FINISHED, **changes: Any) -> tuple[Experience,
         rollout_logprobs=old.clone(),
         finished=torch.tensor(finished),
         raw_scores=torch.randn(4, generator=g),
+        written=torch.ones(4, 4, dtype=torch.bool),
+        **{
+            "kept": torch.ones(4, dtype=torch.bool),
+            "groups": torch.tensor([0, 0, 1, 1]),
+            "token_rewards": torch.zeros(4, 4),
+            **of_sampled,
+        },
         prompts=["p"] * 4,
         responses=["r"] * 4,
     )

@@ -67,8 +67,8 @@ def test_shares_that_would_differ() -> None:
 def test_a_prompt_is_expected_to_be_as_long_as_last_time_and_a_new_one_as_the_others() -> None:
     expected, prompts = ExpectedLengths(), prompts_at(1, 2, 2, 3)
     assert expected(prompts[0]) == 0.0
-    expected.update(prompts[:3], [10, 20, 40])
+    expected.update([p.index for p in prompts[:3]], [10, 20, 40])
     assert [expected(prompt) for prompt in prompts] == [10.0, 30.0, 30.0, 20.0]
-    expected.update(prompts[:1], [50])
+    expected.update([prompts[0].index], [50])
     assert expected(prompts[0]) == 50.0
     assert ExpectedLengths(expected.state)(prompts[3]) == expected(prompts[3]) == 40.0

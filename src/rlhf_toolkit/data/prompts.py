@@ -76,6 +76,13 @@ class PromptSchedule:
         offset = first % self.size
         return stream[offset : offset + self.per_rollout]
 
+    def others(self, rollout: int, number: int, *, count: int, without: set[int]) -> list[int]:
+        """Up to ``count`` further positions for rollout number ``rollout``, none of them in ``without``: draw number
+        ``number`` from a stream of its own."""
+        generator = derived_generator(self.seed, "other prompts", rollout, number)
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return [position for position in order if position not in without][:count]
+
     def _permutation(self, epoch: int) -> list[int]:
         order: list[int] = torch.randperm(self.size, generator=derived_generator(self.seed, "prompts", epoch)).tolist()
         return order

@@ -30,7 +30,7 @@ POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
 LANGUAGE_ROLES = (POLICY, REFERENCE)
 SCALAR_ROLES = (VALUE, REWARD)
 TRAINED_ROLES = (POLICY, VALUE)
-ON_ADAPTER, ON_POLICY_TRUNK = "adapter", "policy_trunk"
+ON_ADAPTER, ON_POLICY_TRUNK, NOWHERE = "adapter", "policy_trunk", "nowhere"
 CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
 UNFIT = {
     "cpmant": "puts prompt tokens of its own before every sequence",
@@ -52,7 +52,7 @@ class SharedBase(PeftModel):
         gradient_checkpointing: recompute layers in backward; each recomputation runs under the roles of its forward.
         value_head_std: standard deviation of the value head's start; 0 starts it at zero.
         value_on: ``adapter``: the value has an entry in ``adapters``; ``policy_trunk``: it has none, and its head reads
-            the policy's states, detached, so that its loss moves nothing but the head.
+            the policy's states, detached, so that its loss moves nothing but the head; ``nowhere``: there is no critic.
 
     Raises:
         ModelError: the architecture or an adapter cannot work, by name.

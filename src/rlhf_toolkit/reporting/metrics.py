@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,30 +24,57 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 
 
 def rollout_metrics(
-    experience: Experience,
-    *,
-    scores: Tensor,
-    raw_scores: Tensor,
-    rewards: Tensor,
-    finished: Tensor,
+    experience: Experience, *, scores: Tensor, raw_scores: Tensor, rewards: Tensor, finished: Tensor
 ) -> dict[str, float]:
-    """What sampling and scoring gave. ``scores`` (B,) after penalties, ``rewards`` (B, R) after KL shaping."""
+    """What sampling and scoring gave. ``scores`` (B,) after shaping, ``rewards`` (B, R) after the KL. Without a critic
+    nothing is said about values."""
     mask = experience.response_mask
-    advantages, returns, values = (
-        present(column)[mask] for column in (experience.advantages, experience.returns, experience.values)
-    )
-    return {
+    advantages, returns = (present(column)[mask] for column in (experience.advantages, experience.returns))
+    metrics = {
         **spread("critic/score", scores),
         **spread("critic/raw_score", raw_scores),
         **spread("critic/rewards", rewards.sum(1)),
         **spread("critic/advantages", advantages),
         **spread("critic/returns", returns),
-        **spread("critic/values", values),
-        "critic/vf_explained_var": explained_variance(values, returns),
         **spread("response_length", experience.response_lengths),
         "response_length/clip_ratio": (~finished).float().mean().item(),
         **spread("prompt_length", experience.prompt_lengths),
     }
+    if experience.values is not None:
+        values = experience.values[mask]
+        metrics |= spread("critic/values", values)
+        metrics["critic/vf_explained_var"] = explained_variance(values, returns)
+    return metrics
+
+
+def reward_metrics(
+    parts: Mapping[str, Tensor], kept: Tensor, failures: Mapping[str, int], scores: Tensor, groups: Tensor
+) -> dict[str, float]:
+    """Each reward's mean where there are several, how many calls failed and responses were dropped, and the share of
+    prompts whose responses all have one score: a group-relative estimator learns nothing from them."""
+    metrics = {}
+    for name, part in parts.items():
+        there = part[~part.isnan()]
+        if len(parts) > 1 and len(there):
+            metrics[f"reward/{name}"] = there.mean().item()
+        if failures.get(name):
+            metrics[f"reward/{name}_failures"] = float(failures[name])
+    if not kept.all():
+        metrics["reward/dropped"] = float((~kept).sum())
+    if groups.unique().numel() < len(groups):
+        uniform = uniform_groups(scores, groups)
+        metrics["reward/uniform_groups"] = len(uniform) / groups.unique().numel()
+    return metrics
+
+
+def uniform_groups(scores: Tensor, groups: Tensor) -> list[int]:
+    """The groups of several responses that all have one score."""
+    found = []
+    for group in groups.unique().tolist():
+        own = scores[groups == group]
+        if len(own) > 1 and bool((own == own[0]).all()):
+            found.append(group)
+    return found
 
 
 def policy_metrics(

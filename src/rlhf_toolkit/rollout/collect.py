@@ -9,47 +9,43 @@ docs/ppo_details.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_toolkit.algorithms.advantages import gae
 from rlhf_toolkit.algorithms.importance import Correction
-from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
-from rlhf_toolkit.algorithms.masking import centre_and_scale, masked_mean
-from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards
+from rlhf_toolkit.algorithms.masking import masked_mean
 from rlhf_toolkit.data.packing import mini_batches
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, rank, world_size
-from rlhf_toolkit.errors import DataError, TrainingPathError
+from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
-from rlhf_toolkit.reporting.metrics import policy_metrics, rollout_metrics
+from rlhf_toolkit.reporting.metrics import policy_metrics, reward_metrics, rollout_metrics, uniform_groups
+from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
-from rlhf_toolkit.rollout.passes import EVERYTHING, SCORED_ROLES, Needs, Passes, gather_passes, score
-from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout
+from rlhf_toolkit.rollout.passes import Needs, Passes, gather_passes, score
+from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout, joined, sampled_here
 from rlhf_toolkit.rollout.sampler import Sampler
-from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, rollout_rows
+from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, in_turn, rollout_rows
+from rlhf_toolkit.rollout.shaping import Shaping
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout, present
 
-Scorer = Callable[[Sequence[Prompt], list[str]], list[float]]
 
+class Scorer(Protocol):
+    """What gives scores; ``rewards.compose.Rewards`` is one."""
 
-@dataclass(frozen=True)
-class Shaping:
-    """How scores become rewards and advantages."""
+    def submit(self, row: int, prompt: Prompt, response: str, token_ids: list[int]) -> None:
+        """A response is there, while others are still being decoded."""
 
-    gamma: float
-    gae_lambda: float
-    whiten_advantages: bool
-    kl_in_reward: bool
-    kl_estimator: str
-    missing_eos_penalty: float
-    truncated: str
+    def collect(self, prompts: Sequence[Prompt], responses: list[str], token_ids: list[list[int]]) -> Scores:
+        """The scores of all of a rank's responses."""
 
 
 class Collector:
@@ -72,14 +68,16 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
         tolerance: float | None = None,
-        needs: Needs = EVERYTHING,
+        needs: Needs = Needs(),  # noqa: B008  frozen
         correction: Correction = Correction(),  # noqa: B008  frozen
+        replacement_rounds: int = 0,
     ) -> None:
         self.sampler, self.expected = sampler, ExpectedLengths()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
+        self.position_of = {prompt.index: position for position, prompt in enumerate(prompts)}
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
-        self.needs, self.correction = needs, correction
+        self.needs, self.correction, self.replacement_rounds = needs, correction, replacement_rounds
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
@@ -90,21 +88,28 @@ class Collector:
 
         Where its only update is one forward pass on each rank, that pass is what ``complete`` waits for.
         """
-        chosen = [self.prompts[i] for i in self.schedule.indices(rollout)]
-        rows = rollout_rows(chosen, self.responses_per_prompt)
-        shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
         with self.sampler.opened(self.model()) as shared:
-            sampled = self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
+            sampled = self.responses_to(shared, self.schedule.indices(rollout), rollout)
+            for number in range(self.replacement_rounds):
+                sampled = self._without_uniform_groups(shared, sampled, rollout, number)
+            if self.shaping.estimator.needs("baselines"):
+                sampled = replace(sampled, baselines=self._baselines(shared, sampled))
             with self.clock.phase("old_log_prob"):
                 plan = self.plan(sampled, rollout, epoch=0)
                 roles = self.roles_of(rollout, plan)
                 passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
-        self.expected.update(rows.prompts, sampled.response_lengths.tolist())
-        if passes.values is None:
+        self.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
+        if rollout > 0 and self.needs.incomplete(one_forward=plan.one_forward):
             self._incomplete = (sampled, passes)
             return self._tokens_of(sampled, passes)
         return self._experience(sampled, passes)
+
+    def responses_to(self, shared: SharedBase, prompts: Sequence[int], rollout: int) -> Sampled:
+        """Sampled and scored responses to the prompts at these positions, for rollout number ``rollout``."""
+        rows = rollout_rows([self.prompts[i] for i in prompts], self.responses_per_prompt)
+        shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
+        return self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
 
     def complete(self, rows: Sequence[int], **said: Tensor) -> Experience:
         """The experience that ``collect`` left open, from what each rank's forward pass has ``said`` about its
@@ -128,11 +133,50 @@ class Collector:
         of all ranks in the order of ``rows``."""
         batch = rows.subset(shares[rank()])
         with self.clock.phase("gen"):
-            rollout = self.sampler.decode(shared, batch, sampling, stream=stream, expected=self.expected)
-        texts = self._texts(rollout)
+            rollout = self.sampler.decode(
+                shared, batch, sampling, stream=stream, expected=self.expected, on_finished=self._early_rewards(batch)
+            )
+        tokens = tokens_of(rollout)
+        texts = self._texts(tokens)
         with self.clock.phase("reward"), agreement("the reward"):
-            scores = self.scorer(batch.prompts, texts)
-        return gather_rollout(batch, rollout, texts, scores, shares, pad_id=sampling.pad_id)
+            scores = self.scorer.collect(batch.prompts, texts, tokens)
+        mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
+        return gather_rollout(mine, shares, pad_id=sampling.pad_id)
+
+    def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int, number: int) -> Sampled:
+        """The rollout with prompts replaced whose responses all have one score, as far as others do better: round
+        ``number`` of DAPO's dynamic sampling (arXiv 2503.14476, section 3.2).
+
+        All ranks see all scores and draw the same other prompts. A prompt that is in the rollout is not drawn.
+        """
+        uniform = self._uniform(sampled)
+        present_ones = {self.position_of[group] for group in sampled.groups.tolist()}
+        count = -(-len(uniform) // world_size()) * world_size()
+        drawn = self.schedule.others(rollout, number, count=count, without=present_ones)
+        drawn = drawn[: len(drawn) // world_size() * world_size()]
+        if not drawn:
+            return sampled
+        others = self.responses_to(shared, drawn, rollout)
+        alike = self._uniform(others)
+        better = [group for group in others.groups.unique().tolist() if group not in alike][: len(uniform)]
+        replaced = uniform[: len(better)]
+        kept = [row for row, group in enumerate(sampled.groups.tolist()) if group not in replaced]
+        added = [row for row, group in enumerate(others.groups.tolist()) if group in better]
+        return joined([sampled.rows(kept), others.rows(added)], pad_id=self.sampling.pad_id)
+
+    def _uniform(self, sampled: Sampled) -> list[int]:
+        """Groups to replace: one score for all responses, and no more of these than a prompt gets."""
+        once = {group for group, rows in Counter(sampled.groups.tolist()).items() if rows == self.responses_per_prompt}
+        return [group for group in uniform_groups(sampled.raw_scores, sampled.groups) if group in once]
+
+    def _baselines(self, shared: SharedBase, sampled: Sampled) -> Tensor:
+        """(B,) the score of the greedy response to each row's prompt."""
+        groups = sampled.groups.unique().tolist()
+        chosen = tuple(self.prompts[self.position_of[group]] for group in groups)
+        rows = PromptBatch(chosen, samples=(0,) * len(groups))
+        greedy = self.sample(shared, rows, in_turn(len(groups)), replace(self.sampling, greedy=True), stream=())
+        score_of = dict(zip(greedy.groups.tolist(), self.shaped_scores(greedy).tolist(), strict=True))
+        return torch.tensor([score_of[group] for group in sampled.groups.tolist()])
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
         """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
@@ -147,22 +191,30 @@ class Collector:
     def roles_of(self, rollout: int, plan: Plan) -> tuple[str, ...]:
         """The roles that score rollout number ``rollout``: all of them in the first, which ``_check_paths`` looks at,
         and then those whose numbers the update does not make itself."""
-        return SCORED_ROLES if rollout == 0 else self.needs.roles(one_forward=plan.one_forward)
+        return self.needs.everything if rollout == 0 else self.needs.roles(one_forward=plan.one_forward)
 
-    def penalised(self, sampled: Sampled) -> Tensor:
-        """(B,) scores after the penalty for responses that were cut off."""
-        return missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.shaping.missing_eos_penalty)
+    def shaped_scores(self, sampled: Sampled) -> Tensor:
+        """(B,) scores after penalties, clip, scale and whitening."""
+        return self.shaping.scores(sampled, budget=self.sampling.max_new_tokens)
 
-    def _texts(self, rollout: Rollout) -> list[str]:
-        rows = [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
-        return list(self.sampler.tokenizer.batch_decode(rows, skip_special_tokens=True))
+    def _early_rewards(self, batch: PromptBatch) -> Callable[[int, list[int]], None]:
+        """Hands a response to the rewards as soon as it is there: slow ones work while others are being decoded."""
+
+        def submit(row: int, tokens: list[int]) -> None:
+            self.scorer.submit(row, batch.prompts[row], self._texts([tokens])[0], tokens)
+
+        return submit
+
+    def _texts(self, tokens: list[list[int]]) -> list[str]:
+        return list(self.sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def _experience(self, sampled: Sampled, passes: Passes) -> Experience:
         """Rewards, advantages and the record of both, over the whole rollout."""
-        scores, tokens, kl_coef = self.penalised(sampled), sampled.token_mask, self.kl_control.coefficient
-        rewards = self._rewards(scores, sampled, passes)
+        scores, tokens, kl_coef = self.shaped_scores(sampled), sampled.token_mask, self.kl_control.coefficient
+        shaped_by_kl = self.shaping.kl_in_reward and self.needs.kl_asked
+        rewards = self.shaping.rewards(scores, sampled, passes, kl_coef=kl_coef if shaped_by_kl else None)
         experience = self._tokens_of(sampled, passes)
-        advantages, returns = self._advantages(rewards, experience.response_mask, sampled, passes)
+        advantages, returns = self.shaping.advantages(rewards, experience.response_mask, sampled, passes)
         experience = replace(experience, values=passes.values, advantages=advantages, returns=returns)
         self.samples = as_samples(sampled, scores)
         self.metrics = {
@@ -173,6 +225,7 @@ class Collector:
                 rewards=rewards,
                 finished=sampled.finished,
             ),
+            **reward_metrics(sampled.parts, sampled.kept, sampled.failures, scores, sampled.groups),
             "actor/reward_kl_penalty_coeff": kl_coef,
             "perf/total_num_tokens": float(sum(sampled.lengths())),
         }
@@ -194,7 +247,8 @@ class Collector:
             sequences=sampled.sequences,
             prompt_lengths=sampled.prompt_lengths,
             response_lengths=sampled.response_lengths,
-            response_mask=self._trained(sampled),
+            token_mask=sampled.token_mask,
+            response_mask=self.shaping.trained(sampled),
             old_logprobs=passes.old_logprobs,
             ref_logprobs=passes.ref_logprobs,
             rollout_logprobs=sampled.rollout_logprobs,
@@ -207,45 +261,6 @@ class Collector:
         """
         kl_estimator, correction = self.shaping.kl_estimator, self.correction
         self.metrics |= policy_metrics(**columns, kl_estimator=kl_estimator, correction=correction)
-
-    def _rewards(self, scores: Tensor, sampled: Sampled, passes: Passes) -> Tensor:
-        """(B, R): the scores on the last tokens, less the KL where it is in the reward."""
-        tokens, kl, kl_coef = sampled.token_mask, torch.zeros_like(sampled.rollout_logprobs), 0.0
-        if self.shaping.kl_in_reward and self.needs.kl_asked:
-            old, ref = present(passes.old_logprobs), present(passes.ref_logprobs)
-            kl = kl_penalty(old, ref, tokens, estimator=self.shaping.kl_estimator)
-            kl_coef = self.kl_control.coefficient
-        return shape_rewards(scores, kl, tokens, kl_coef=kl_coef)
-
-    def _trained(self, sampled: Sampled) -> Tensor:
-        """(B, R) bool, the tokens of the loss: all, or with ``truncated: mask`` those of finished responses."""
-        tokens = sampled.token_mask
-        trained = tokens & sampled.finished[:, None] if self.shaping.truncated == "mask" else tokens
-        if int(trained.sum()) < 2:  # the whitening needs two
-            raise DataError(
-                "rollout.max_new_tokens cut off the responses of a rollout, and ppo.truncated=mask leaves "
-                f"{int(trained.sum())} tokens to train on; raise max_new_tokens or use truncated: bootstrap"
-            )
-        return trained
-
-    def _advantages(self, rewards: Tensor, trained: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor]:
-        """Advantages, whitened over the tokens ``trained``, and returns; each (B, R).
-
-        A response cut by the budget ends as if it were finished (terminal), goes on with the value of its last state
-        (bootstrap), or is left out of the loss and of the whitening (mask).
-        """
-        shaping, tokens = self.shaping, sampled.token_mask
-        final_values = present(passes.final_values)
-        cut_off_value = final_values if shaping.truncated == "bootstrap" else torch.zeros_like(final_values)
-        advantages, returns = gae(
-            rewards,
-            present(passes.values),
-            tokens,
-            gamma=shaping.gamma,
-            gae_lambda=shaping.gae_lambda,
-            bootstrap=torch.where(sampled.finished, 0.0, cut_off_value),
-        )
-        return centre_and_scale(advantages, trained) if shaping.whiten_advantages else advantages, returns
 
     def _check_paths(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
         """Sampling and training must see one policy; before the first update the policy must be the reference."""
@@ -266,3 +281,8 @@ class Collector:
                 "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
                 "loaded with"
             )
+
+
+def tokens_of(rollout: Rollout) -> list[list[int]]:
+    """The tokens of each response, without padding."""
+    return [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]

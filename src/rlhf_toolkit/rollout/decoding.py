@@ -73,14 +73,17 @@ def decode(
     expected: Callable[[Prompt], float] = lambda prompt: 0.0,
     pace: Pace | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
+    on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
 ) -> Rollout:
     """Sample one response for each row of ``batch`` with the policy.
 
     ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
     and its sample number. ``slots`` are sequences in flight, by default all. Prompts whose responses are ``expected``
-    to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step.
+    to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step,
+    ``on_finished`` of each row that ends, with its tokens.
     """
     state = _Decoding(model, tokenizer, batch, sampling, stream, slots or len(batch), expected, pace or Alone())
+    state.on_finished = on_finished
     while state.waiting or state.living:
         on_tokens(state.enter() if state.may_enter() else state.step())
     state.pace.until_others_finish(state.idle)
@@ -90,6 +93,8 @@ def decode(
 class _Decoding:
     """Sequences in flight. ``living`` are the slots whose sequences go on; ``row[slot]`` is a sequence's row in the
     results."""
+
+    on_finished: Callable[[int, list[int]], None]
 
     def __init__(
         self,
@@ -215,7 +220,10 @@ class _Decoding:
         self.lengths[rows] += 1
         self.finished[rows] = torch.isin(tokens, self.stop_ids) | self._stop_string_seen(rows)
         over = self.finished[rows] | (self.lengths[rows] == s.max_new_tokens)
-        self._leave([slot for slot, ends in zip(slots, over.tolist(), strict=True) if ends])
+        ended = [slot for slot, ends in zip(slots, over.tolist(), strict=True) if ends]
+        for row in self.row[ended].tolist():
+            self.on_finished(row, self.responses[row, : self.lengths[row]].tolist())
+        self._leave(ended)
 
     def _leave(self, slots: list[int]) -> None:
         """Free ``slots``; give idle ones up when nobody waits for them."""

@@ -8,16 +8,54 @@ last update of this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.data.packing import Rows
 from rlhf_toolkit.distributed.collectives import rank
 from rlhf_toolkit.rollout.collect import Collector
-from rlhf_toolkit.types import Experience
+from rlhf_toolkit.seeding import derived_generator
+from rlhf_toolkit.types import Experience, present
 
 MiniBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OverMiniBatch:
+    """What needs all rows of a mini-batch, of all ranks: whitening over it, and the tokens that a loss selects.
+
+    ``select(logprobs=..., advantages=..., mask=..., generator=...)`` gives (n, R) bool; the log-probs are the old ones,
+    which every rank has before the update, so that the choice does not depend on how the mini-batch is cut.
+    """
+
+    whiten: bool = False
+    select: Callable[..., torch.Tensor] | None = None
+    seed: int = 0
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to do; else an experience that the update completes is left as it is."""
+        return self.whiten or self.select is not None
+
+    def columns(self, experience: Experience, rows: Rows, stream: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Columns for ``rows`` that replace or join those of the experience; ``stream`` names the mini-batch."""
+        ordered = sorted(rows)  # what is drawn must not depend on how ranks share the rows
+        mask, advantages = experience.response_mask[ordered], present(experience.advantages)[ordered]
+        columns = {}
+        if self.whiten:
+            columns["advantages"] = advantages = centre_and_scale(advantages, mask)
+        if self.select is not None:
+            columns["selected"] = self.select(
+                logprobs=present(experience.old_logprobs)[ordered],
+                advantages=advantages,
+                mask=mask,
+                generator=derived_generator(self.seed, "selected", *stream),
+            )
+        place = [ordered.index(row) for row in rows]
+        return {name: column[place] for name, column in columns.items()}
 
 
 class RolloutLoader:
@@ -37,10 +75,11 @@ class RolloutLoader:
         num_ppo_epochs: int,
         mini_batches: int,
         steps_done: Callable[[], int],
+        over_mini_batch: OverMiniBatch = OverMiniBatch(),
     ) -> None:
         """``steps_done`` tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed
         from."""
-        self.collector, self.steps_done = collector, steps_done
+        self.collector, self.steps_done, self.over_mini_batch = collector, steps_done, over_mini_batch
         self.num_rollouts, self.num_ppo_epochs, self.mini_batches = num_rollouts, num_ppo_epochs, mini_batches
 
     def __len__(self) -> int:
@@ -55,18 +94,31 @@ class RolloutLoader:
                 plan = self.collector.plan(experience, rollout, epoch=epoch)
                 for number, shares in enumerate(plan.batches):
                     fresh = epoch == 0 and number == 0
-                    yield share_of_mini_batch(experience, shares, rank(), fresh=fresh)
+                    everyone = [row for share in shares for rows in share for row in rows]
+                    columns = None
+                    if self.over_mini_batch.anything:
+                        columns = self.over_mini_batch.columns(experience, everyone, (rollout, epoch, number))
+                    yield share_of_mini_batch(experience, shares, rank(), fresh=fresh, columns=columns)
 
 
-def share_of_mini_batch(experience: Experience, shares: list[list[Rows]], number: int, *, fresh: bool) -> MiniBatch:
+def share_of_mini_batch(
+    experience: Experience,
+    shares: list[list[Rows]],
+    number: int,
+    *,
+    fresh: bool,
+    columns: Mapping[str, torch.Tensor] | None = None,
+) -> MiniBatch:
     """Rank ``number``'s rows of a mini-batch. ``fresh``: no update has happened since the rollout, so ratios must be
-    1."""
+    1. ``columns`` are further ones, with a row for each of the mini-batch in the order of ``shares``."""
     everyone = [row for share in shares for rows in share for row in rows]
     mask = experience.response_mask[everyone]
     mine = shares[number]
     numbers = [row for rows in mine for row in rows]
+    first = sum(len(rows) for share in shares[:number] for rows in share)
     return {
         **experience.rows(numbers),
+        **{name: column[first : first + len(numbers)] for name, column in (columns or {}).items()},
         "row": torch.tensor(numbers),
         "micro_batch": torch.tensor([i for i, rows in enumerate(mine) for _ in rows]),
         "token_count": mask.sum().clamp(min=1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.masking import response_mask
 from rlhf_toolkit.data.layout import join, stack_rows
 from rlhf_toolkit.distributed.collectives import all_gather
+from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.types import PromptBatch, Rollout
 
 Sample = dict[str, str | float]
@@ -19,25 +20,58 @@ Sample = dict[str, str | float]
 @dataclass(frozen=True)
 class Sampled:
     """A rollout of all ranks on every rank, with its scores: rows are in the rollout's own order, whichever rank has
-    sampled them."""
+    sampled them.
+
+    ``written`` (B, R) bool, True at tokens of the policy, also where the row goes on with an environment's answer;
+    ``raw_scores`` (B,) as the rewards gave them, and ``parts``, each reward's own, NaN where it failed; ``kept`` (B,)
+    bool, False where a response has no score and is left out; ``token_rewards`` (B, R), what rewards of tokens put
+    elsewhere than on the last one, so that each row's sum is 0; ``groups`` (B,), equal for the responses to one prompt;
+    ``baselines`` (B,), the score of the greedy response to the row's prompt, or None; ``failures``, how many calls of
+    each reward failed.
+    """
 
     sequences: Tensor
     prompt_lengths: Tensor
     response_lengths: Tensor
     rollout_logprobs: Tensor
     finished: Tensor
+    written: Tensor
     raw_scores: Tensor
-    prompts: list[str] = field(repr=False)
-    responses: list[str] = field(repr=False)
+    kept: Tensor
+    groups: Tensor
+    token_rewards: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    baselines: Tensor | None = None
+    prompts: list[str] = field(repr=False, default_factory=list)
+    responses: list[str] = field(repr=False, default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def token_mask(self) -> Tensor:
-        """(B, R) bool, True at real response tokens."""
-        return response_mask(self.response_lengths, self.rollout_logprobs.shape[1])
+        """(B, R) bool, True at tokens that the policy wrote."""
+        return response_mask(self.response_lengths, self.written.shape[1]) & self.written
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()
+
+    def __len__(self) -> int:
+        return len(self.finished)
+
+    def rows(self, index: Sequence[int]) -> Sampled:
+        """The rows ``index``, in that order. ``failures`` stay those of the whole."""
+        picked = {name: getattr(self, name)[list(index)] for name in COLUMNS}
+        return replace(
+            self,
+            **picked,
+            parts={name: part[list(index)] for name, part in self.parts.items()},
+            baselines=None if self.baselines is None else self.baselines[list(index)],
+            prompts=[self.prompts[i] for i in index],
+            responses=[self.responses[i] for i in index],
+        )
+
+
+COLUMNS = tuple(each.name for each in fields(Sampled) if each.type == "Tensor")
 
 
 def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
@@ -46,33 +80,44 @@ def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
     return [{"prompt": prompt, "response": response, "score": value} for prompt, response, value in rows]
 
 
-def gather_rollout(
-    batch: PromptBatch,
-    rollout: Rollout,
-    texts: list[str],
-    scores: list[float],
-    shares: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-) -> Sampled:
-    """Put the ranks' shares together on every rank, rows in their own order whichever rank has sampled them."""
-    ids = [prompt.token_ids for prompt in batch.prompts]
-    mine = {
-        "sequences": join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
-        "prompt_lengths": torch.tensor([len(i) for i in ids]),
-        "response_lengths": rollout.lengths,
-        "rollout_logprobs": rollout.rollout_logprobs,
-        "finished": rollout.finished,
-        "raw_scores": torch.tensor(scores, dtype=torch.float32),
-    }
-    everyone = all_gather((mine, [prompt.text for prompt in batch.prompts], texts))
-    place = torch.tensor([row for share in shares for row in share]).argsort()
-    fills = {"sequences": pad_id}
-    columns = {name: stack_rows([part[name] for part, _, _ in everyone], fill=fills.get(name, 0)) for name in mine}
-    prompts = [text for _, texts, _ in everyone for text in texts]
-    responses = [text for _, _, texts in everyone for text in texts]
+def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores: Scores, *, pad_id: int) -> Sampled:
+    """What one rank has sampled for ``batch``, with its scores."""
+    ids, width = [prompt.token_ids for prompt in batch.prompts], rollout.responses.shape[1]
+    token_rewards = torch.zeros(len(batch), width)
+    for row, rewards in enumerate(scores.token_rewards or []):
+        token_rewards[row, : len(rewards)] = torch.tensor(rewards)
+        token_rewards[row, len(rewards) - 1] -= scores.totals[row]
     return Sampled(
-        **{name: column[place] for name, column in columns.items()},
-        prompts=[prompts[i] for i in place.tolist()],
-        responses=[responses[i] for i in place.tolist()],
+        sequences=join(ids, rollout.responses, rollout.lengths, pad_id=pad_id),
+        prompt_lengths=torch.tensor([len(i) for i in ids]),
+        response_lengths=rollout.lengths,
+        rollout_logprobs=rollout.rollout_logprobs,
+        finished=rollout.finished,
+        written=torch.ones(len(batch), width, dtype=torch.bool) if rollout.written is None else rollout.written,
+        raw_scores=torch.tensor(scores.totals, dtype=torch.float32),
+        kept=torch.tensor(scores.kept),
+        groups=torch.tensor([prompt.index for prompt in batch.prompts]),
+        token_rewards=token_rewards,
+        parts={name: torch.tensor(part, dtype=torch.float32) for name, part in scores.parts.items()},
+        prompts=[prompt.text for prompt in batch.prompts],
+        responses=texts,
+        failures=dict(scores.failures),
     )
+
+
+def joined(parts: Sequence[Sampled], *, pad_id: int) -> Sampled:
+    """The rows of all ``parts`` under one another; their failures added up."""
+    fills = {"sequences": pad_id}
+    return Sampled(
+        **{name: stack_rows([getattr(p, name) for p in parts], fill=fills.get(name, 0)) for name in COLUMNS},
+        parts={name: torch.cat([p.parts[name] for p in parts]) for name in parts[0].parts},
+        prompts=[text for p in parts for text in p.prompts],
+        responses=[text for p in parts for text in p.responses],
+        failures={name: sum(p.failures.get(name, 0) for p in parts) for name in parts[0].parts},
+    )
+
+
+def gather_rollout(mine: Sampled, shares: Sequence[Sequence[int]], *, pad_id: int) -> Sampled:
+    """The ranks' shares together on every rank, rows in their own order whichever rank has sampled them."""
+    place = torch.tensor([row for share in shares for row in share]).argsort()
+    return joined(all_gather(mine), pad_id=pad_id).rows(place.tolist())

@@ -87,6 +87,7 @@ class Sampler:
         *,
         stream: Sequence[int | str],
         expected: Callable[[Prompt], float] = lambda prompt: 0.0,
+        on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
     ) -> Rollout:
         """One response for each row of ``batch``; see ``decoding.decode``. Only inside ``opened``."""
         slots = self.placement.slots if self.placement else None
@@ -101,8 +102,10 @@ class Sampler:
                 expected=expected,
                 pace=self._pace,
                 on_tokens=self.on_tokens,
+                on_finished=on_finished,
             )
-        return Rollout(**{field.name: getattr(rollout, field.name).clone() for field in fields(rollout)})
+        columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+        return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
 
 
 def bare_tensors(pace: Pace) -> AbstractContextManager[object]:

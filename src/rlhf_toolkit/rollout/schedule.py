@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from rlhf_toolkit.distributed.collectives import world_size
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.types import Prompt, PromptBatch
 
@@ -45,6 +46,12 @@ def deal(
     return [sorted(share) for share in shares]
 
 
+def in_turn(rows: int, ranks: int | None = None) -> list[range]:
+    """Row numbers of each rank where shares need not be equal: 0, 1, ... in turn."""
+    ranks = ranks or world_size()
+    return [range(number, rows, ranks) for number in range(ranks)]
+
+
 class ExpectedLengths:
     """How long a prompt's responses will probably be: as long as last time, or as all others are on average.
 
@@ -59,11 +66,11 @@ class ExpectedLengths:
         """Tokens; 0 as long as nothing has been seen."""
         return self.state.get(str(prompt.index), self._mean)
 
-    def update(self, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
-        """Take in the ``lengths`` of the responses to ``prompts``."""
+    def update(self, prompts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Take in the ``lengths`` of the responses to ``prompts``, numbers of the dataset's rows."""
         totals: dict[str, list[int]] = {}
-        for prompt, length in zip(prompts, lengths, strict=True):
-            totals.setdefault(str(prompt.index), []).append(length)
+        for index, length in zip(prompts, lengths, strict=True):
+            totals.setdefault(str(index), []).append(length)
         self.state.update({index: sum(found) / len(found) for index, found in totals.items()})
 
     @property

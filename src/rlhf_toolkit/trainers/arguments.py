@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rlhf_toolkit.configs import Experiment
 from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.experiment import Experiment
 
 
 def training_arguments(

@@ -46,9 +46,8 @@ class StartCheck(TrainerCallback):
 
 def scoring_roles(needs: Needs) -> str:
     """Who scores, in words."""
-    usually, at_least = (needs.roles(one_forward=one_forward) for one_forward in (False, True))
-    words = ", ".join(usually)
-    return words if at_least == usually else f"{words}; where an update is one pass, {', '.join(at_least) or 'nobody'}"
+    usually, at_least = (", ".join(needs.roles(one_forward=alone)) or "nobody" for alone in (False, True))
+    return usually if at_least == usually else f"{usually}; where an update is one pass, {at_least}"
 
 
 class EvaluationAtBothEnds(TrainerCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -11,44 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.aggregation import aggregate
-from rlhf_toolkit.algorithms.importance import Correction
-from rlhf_toolkit.algorithms.kl import kl_penalty
-from rlhf_toolkit.algorithms.masking import masked_sum, response_mask
-from rlhf_toolkit.algorithms.policy_losses import PolicyLossTerms, vanilla
-from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
+from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
-from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.distributed.engine import backward, skip
 from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
 from rlhf_toolkit.rollout.collect import Collector
-from rlhf_toolkit.rollout.loader import MiniBatch, RolloutLoader
+from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader
 from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.sampled import Sample, as_samples
+from rlhf_toolkit.rollout.schedule import in_turn
 from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.ppo_loss import PPOLoss, Said
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
-
-
-@dataclass(frozen=True)
-class PPOLoss:
-    """The knobs of the loss. See ``configs.PPOConfig`` for what each means."""
-
-    clip_range_low: float
-    clip_range_high: float
-    dual_clip: float | None
-    value_clip_range: float | None
-    value_coef: float
-    entropy_coef: float
-    loss_aggregation: str
-    kl_in_loss: bool
-    kl_estimator: str
-    value_warmup_rollouts: int
-    width: int
-    temperature: float
-    tolerance: float
-    correction: Correction
 
 
 class PPOTrainer(RoleTrainer):
@@ -70,6 +48,7 @@ class PPOTrainer(RoleTrainer):
         collector: Collector,
         loss: PPOLoss,
         schedule: tuple[int, int, int],
+        over_mini_batch: OverMiniBatch = OverMiniBatch(),  # noqa: B008  frozen
         held_out: Sequence[Prompt] = (),
         **kwargs: Any,
     ) -> None:
@@ -77,6 +56,8 @@ class PPOTrainer(RoleTrainer):
         self.collector, self.loss, self.schedule, self.held_out = collector, loss, schedule, held_out
         self.evaluation_samples: list[Sample] = []
         self._unscored: list[dict[str, Tensor]] = []
+        self._kl_sums, self._stopped = torch.zeros(2), False
+        self.over_mini_batch = over_mini_batch
         collector.model = lambda: self.model_wrapped
 
     def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
@@ -88,6 +69,7 @@ class PPOTrainer(RoleTrainer):
             num_ppo_epochs=num_ppo_epochs,
             mini_batches=mini_batches,
             steps_done=lambda: self.state.global_step,
+            over_mini_batch=self.over_mini_batch,
         )
 
     def get_batch_samples(
@@ -99,8 +81,17 @@ class PPOTrainer(RoleTrainer):
 
     def training_step(self, model: nn.Module, inputs: MiniBatch, num_items_in_batch: object = None) -> Tensor:
         """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
-        ranks."""
+        ranks.
+
+        Where ``kl_stop`` has ended the rollout's updates, nothing runs: no gradient, no step of the optimizer.
+        """
         model.train()
+        self._stopped = self._stopped and not bool(inputs["fresh"])
+        if self.loss.kl_stop is not None:
+            self.meter.add("actor/skipped_updates", float(self._stopped), 1)
+        if self._stopped:
+            skip(model)
+            return torch.zeros((), device=self.args.device)
         micro = cut(self._prepare_input(inputs))
         total = torch.zeros((), device=self.args.device)
         with self.collector.clock.phase("update_actor"):
@@ -110,6 +101,7 @@ class PPOTrainer(RoleTrainer):
                 total += loss.detach()
         if self._unscored:
             self._record_unscored()
+        self._decide_whether_to_go_on()
         self._meter_rates()
         return total * world_size()
 
@@ -132,43 +124,25 @@ class PPOTrainer(RoleTrainer):
         old ones. Where it left the value out too, rewards and advantages are made here, before the backward.
         """
         batch = Experience.of(inputs)
-        logprobs, entropies, values, final_values = self._passes(model, batch)
+        said = self._passes(model, batch)
         incomplete = batch.advantages is None
         if incomplete:
-            said = {"old_logprobs": logprobs, "entropies": entropies, "values": values, "final_values": final_values}
             batch = self._completed(inputs["row"], said)
         check = first and bool(inputs["fresh"]) and not incomplete
-        old_logprobs = self._old_logprobs(batch, logprobs, entropies, check=check)
-        mask = batch.response_mask
-        reduce = self._reduction(inputs)
-        policy = self._policy_terms(logprobs, old_logprobs, batch)
-        value = clipped_value_loss(
-            values,
-            present(batch.values),
-            present(batch.returns),
-            mask,
-            value_clip_range=self.loss.value_clip_range,
+        old_logprobs = self._old_logprobs(batch, said, check=check)
+        terms = self.loss.terms(
+            batch,
+            said,
+            old_logprobs,
+            selected=inputs.get("selected"),
+            reduce=self._reduction(inputs),
+            kl_coef=self.collector.kl_control.coefficient,
+            policy_weight=0.0 if self._warming_up() else 1.0,
         )
-        policy_loss, value_loss, entropy = reduce(policy.per_token), reduce(value.per_token), reduce(entropies)
-        policy_part = policy_loss - self.loss.entropy_coef * entropy
-        kl_loss = torch.zeros_like(policy_loss)
-        if self.loss.kl_in_loss and batch.ref_logprobs is not None:
-            kl_loss = reduce(kl_penalty(logprobs, batch.ref_logprobs, mask, estimator=self.loss.kl_estimator))
-            policy_part = policy_part + self.collector.kl_control.coefficient * kl_loss
-        self._meter_shares(
-            {"actor/pg_loss": policy_loss, "critic/vf_loss": value_loss, "actor/kl_loss": kl_loss}, first
-        )
-        self._meter_tokens(
-            mask,
-            {
-                "actor/pg_clipfrac": policy.clipped,
-                "actor/pg_clipfrac_lower": policy.dual_clipped,
-                "actor/ppo_kl": old_logprobs - logprobs.detach(),
-                "critic/vf_clipfrac": value.clipped,
-                "critic/vpred_mean": values.detach(),
-            },
-        )
-        return (0.0 if self._warming_up() else 1.0) * policy_part + self.loss.value_coef * value_loss
+        self._meter_shares(terms.shares, first)
+        self._meter_tokens(batch.response_mask, terms.of_tokens)
+        self._watch_kl(old_logprobs - said.logprobs.detach(), batch.response_mask)
+        return terms.loss
 
     def _reduction(self, inputs: MiniBatch) -> Callable[[Tensor], Tensor]:
         """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
@@ -188,13 +162,12 @@ class PPOTrainer(RoleTrainer):
         off."""
         prompts = list(eval_dataset or self.held_out)
         rows = PromptBatch(tuple(prompts), samples=(0,) * len(prompts))
-        shares = [range(number, len(rows), world_size()) for number in range(world_size())]  # not equally many
         greedy = replace(self.collector.sampling, greedy=True)
         with self.collector.clock.phase("testing"), self.collector.sampler.opened(self.model_wrapped) as shared:
-            sampled = self.collector.sample(shared, rows, shares, greedy, stream=())
+            sampled = self.collector.sample(shared, rows, in_turn(len(rows)), greedy, stream=())
             plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
             passes = score(shared, sampled, plan, layout, greedy.temperature, roles=(POLICY, REFERENCE))
-        scores = self.collector.penalised(sampled)
+        scores = self.collector.shaped_scores(sampled)
         self.evaluation_samples = as_samples(sampled, scores)
         kl = reference_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
         metrics = {
@@ -228,32 +201,19 @@ class PPOTrainer(RoleTrainer):
             "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
         }
 
-    def _policy_terms(self, logprobs: Tensor, old_logprobs: Tensor, batch: Experience) -> PolicyLossTerms:
-        """The clipped loss of each token, weighed where the sampler is corrected for."""
-        return vanilla(
-            logprobs,
-            old_logprobs,
-            present(batch.advantages),
-            batch.response_mask,
-            clip_range_low=self.loss.clip_range_low,
-            clip_range_high=self.loss.clip_range_high,
-            dual_clip=self.loss.dual_clip,
-            weights=self.loss.correction.weights(old_logprobs, batch.rollout_logprobs, batch.response_mask),
-        )
-
-    def _completed(self, rows: Tensor, said: dict[str, Tensor]) -> Experience:
+    def _completed(self, rows: Tensor, said: Said) -> Experience:
         """This rank's ``rows`` of the rollout, once all ranks' passes have become rewards and advantages."""
         rows = rows.cpu()
-        whole = self.collector.complete(rows.tolist(), **said)
+        whole = self.collector.complete(rows.tolist(), **said.as_passes())
         return Experience.of({name: column.to(self.args.device) for name, column in whole.rows(rows).items()})
 
-    def _old_logprobs(self, batch: Experience, logprobs: Tensor, entropies: Tensor, *, check: bool) -> Tensor:
-        """Those that scoring gave, with ``check`` compared to ``logprobs``; else ``logprobs`` themselves, detached."""
+    def _old_logprobs(self, batch: Experience, said: Said, *, check: bool) -> Tensor:
+        """Those that scoring gave, with ``check`` compared to the ones now; else the ones now, detached."""
         if batch.old_logprobs is None:
-            self._keep_unscored(logprobs.detach(), entropies.detach(), batch)
-            return logprobs.detach()
+            self._keep_unscored(said.logprobs.detach(), said.entropies.detach(), batch)
+            return said.logprobs.detach()
         if check:
-            self._check_first_ratio(logprobs, batch.old_logprobs, batch.response_mask)
+            self._check_first_ratio(said.logprobs, batch.old_logprobs, batch.response_mask)
         return batch.old_logprobs
 
     def _check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
@@ -271,13 +231,12 @@ class PPOTrainer(RoleTrainer):
 
     def _keep_unscored(self, logprobs: Tensor, entropies: Tensor, batch: Experience) -> None:
         """Keep what this micro-batch's pass says about a rollout that scoring did not ask the policy about."""
-        width = batch.response_mask.shape[1]
         kept = {
             "old_logprobs": logprobs,
             "entropies": entropies,
             "ref_logprobs": batch.ref_logprobs,
             "rollout_logprobs": batch.rollout_logprobs,
-            "token_mask": response_mask(batch.response_lengths, width),
+            "token_mask": batch.token_mask,
             "trained": batch.response_mask,
         }
         self._unscored.append({name: column.cpu() for name, column in kept.items() if column is not None})
@@ -289,20 +248,35 @@ class PPOTrainer(RoleTrainer):
         whole = {name: stack_rows([part[name] for part in parts], fill=0) for name in parts[0]}
         self.collector.record_policy(**whole)
 
-    def _passes(self, model: nn.Module, batch: Experience) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probs, entropies and values (n, R) of the response tokens and the values (n,) after them, policy and
-        value in one forward."""
+    def _passes(self, model: nn.Module, batch: Experience) -> Said:
+        """What policy and, where there is a critic, value say about the response tokens, in one forward."""
         layout = self.collector.cutting.layout(batch.sequences, batch.prompt_lengths, batch.response_lengths)
         out = model(
             layout,
-            roles=(POLICY, VALUE),
+            roles=(POLICY, VALUE) if self.collector.needs.critic else (POLICY,),
             temperature=self.loss.temperature,
             entropy_gradient=self.loss.entropy_coef != 0,
         )
         width = batch.response_mask.shape[1]
         names = ("policy_logprobs", "policy_entropies", "values")
-        logprobs, entropies, values = (unpack(out[name], batch.response_lengths, width) for name in names)
-        return logprobs, entropies, values, out["final_values"]
+        columns = [unpack(out[name], batch.response_lengths, width) for name in names if name in out]
+        return Said(*columns, **{name: out[name] for name in ("final_values",) if name in out})
+
+    def _watch_kl(self, difference: Tensor, mask: Tensor) -> None:
+        """Add up a micro-batch's KL of the policy to that at rollout, from ``difference`` = old minus new log-prob."""
+        if self.loss.kl_stop is not None:
+            k3 = torch.expm1(-difference) + difference
+            self._kl_sums += torch.stack([masked_sum(k3, mask), mask.sum()]).cpu()
+
+    def _decide_whether_to_go_on(self) -> None:
+        """Once the KL of a mini-batch, over all ranks, is above ``kl_stop``, the rollout's other updates are left out.
+
+        All ranks decide from the same sum, before any of them begins the next forward pass.
+        """
+        if self.loss.kl_stop is not None:
+            total, tokens = torch.stack(all_gather(self._kl_sums)).sum(0).tolist()
+            self._kl_sums = torch.zeros(2)
+            self._stopped = total / max(tokens, 1) > self.loss.kl_stop
 
     def _warming_up(self) -> bool:
         _, epochs, mini_batches = self.schedule
@@ -324,7 +298,7 @@ class PPOTrainer(RoleTrainer):
             self.meter.add(names[name], group["lr"], 1)
 
 
-COLUMNS = (*(field.name for field in fields(Experience)), "row")
+COLUMNS = (*(field.name for field in fields(Experience)), "row", "selected")
 COUNTS = ("token_count", "sequence_count", "fresh")
 
 

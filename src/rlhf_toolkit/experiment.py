@@ -1,0 +1,134 @@
+"""Experiment: one YAML file, and the rules that tie its sections together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
+from rlhf_toolkit.configs import (
+    DataConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    UpdateConfig,
+)
+from rlhf_toolkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One YAML file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Rules that tie sections together."""
+        self._check_required()
+        self._check_batches()
+        self._check_value_warmup()
+        self._check_kl_horizon()
+
+    def _check_required(self) -> None:
+        required = {
+            "model.name": self.model.name,
+            "data.train": self.data.train,
+            "reward.function": self.reward.function or self.reward.functions,
+        }
+        for name, value in required.items():
+            if not value:
+                raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
+
+    def _check_batches(self) -> None:
+        rows, mini_batches = self.rollout.sequences, self.ppo.mini_batches
+        if rows % mini_batches:
+            raise ConfigError(
+                f"a rollout of {rows} responses does not divide into ppo.mini_batches={mini_batches}; "
+                f"try {_divisors_near(rows, mini_batches)}"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.update.micro_batch_tokens < longest:
+            raise ConfigError(
+                f"update.micro_batch_tokens={self.update.micro_batch_tokens} cannot hold one sequence of {longest} "
+                f"tokens (data.max_prompt_tokens + rollout.max_new_tokens); set it to {longest} or more"
+            )
+
+    def _check_value_warmup(self) -> None:
+        warmup, rollouts = self.ppo.value_warmup_rollouts, self.ppo.num_rollouts
+        if warmup and self.update.weight_decay:
+            raise ConfigError(
+                f"update.weight_decay={self.update.weight_decay} would move the policy during "
+                f"ppo.value_warmup_rollouts={warmup}; set one of them to 0"
+            )
+        if warmup >= rollouts:
+            raise ConfigError(
+                f"ppo.value_warmup_rollouts={warmup} leaves none of ppo.num_rollouts={rollouts} for the policy; "
+                f"set it to {rollouts - 1} or less"
+            )
+
+    def _check_kl_horizon(self) -> None:
+        """``AdaptiveKL.update`` refuses more responses than this at once; here no rollout is lost."""
+        if self.ppo.kl_target is None:
+            return
+        too_short = ERROR_BOUND * self.rollout.sequences
+        if self.ppo.kl_horizon <= too_short:
+            raise ConfigError(
+                f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
+                f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
+            )
+
+    @property
+    def kl_asked(self) -> bool:
+        """Whether reward or loss needs the KL to the reference: a coefficient that is not 0, or one that may move."""
+        return self.ppo.kl_coef != 0 or self.ppo.kl_target is not None
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps for each rollout."""
+        return self.ppo.num_ppo_epochs * self.ppo.mini_batches
+
+    @property
+    def mini_batch_rows(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.rollout.sequences // self.ppo.mini_batches
+
+    def check_processes(self, processes: int) -> None:
+        """Raise ConfigError where sizes do not fit this many ranks."""
+        prompts = self.rollout.prompts_per_rollout
+        if prompts % processes:
+            raise ConfigError(
+                f"rollout.prompts_per_rollout={prompts} does not divide among {processes} processes; "
+                f"try {_multiples_near(processes, prompts)}"
+            )
+        if self.mini_batch_rows % processes:
+            raise ConfigError(
+                f"ppo.mini_batches={self.ppo.mini_batches} makes mini-batches of {self.mini_batch_rows} responses, "
+                f"which do not divide among {processes} processes; "
+                f"try {_divisors_near(self.rollout.sequences // processes, self.ppo.mini_batches)}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as they would stand in YAML."""
+        return asdict(self)
+
+
+def _multiples_near(unit: int, wanted: int) -> str:
+    """The multiples of ``unit`` on both sides of ``wanted``, without 0."""
+    below = wanted // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
+
+
+def _divisors_near(size: int, wanted: int) -> str:
+    """The divisors of ``size`` on both sides of ``wanted``, which is none, or the one there is."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, near))

@@ -1,0 +1,204 @@
+"""Reward functions in processes of their own, with a time limit that holds whatever the function does.
+
+A process is not made by ``multiprocessing``, on which process pools are built: that imports the main script again in
+each child, and with it torch and all of a recipe. A worker is a fresh Python that imports the user's function and
+little else, leads a session of its own, so that what it has started can be killed with it, and does not see the
+variables that tell a rank who it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+from rlhf_toolkit.errors import ConfigError, described
+from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, too_slow
+from rlhf_toolkit.rewards.lanes import Lanes, deadline
+from rlhf_toolkit.rewards.specification import RewardSpec
+
+START_SECONDS = 600.0
+"""A worker may take this long to import the function's file; some load a model there."""
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); descriptor = int(sys.argv[2]); del sys.argv[1:]; "
+    "from rlhf_toolkit.rewards.worker import serve; serve(descriptor)"
+)
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_LAUNCHERS = ("GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
+"""Beginnings of the names that torchrun and accelerate set; a function that imports either must not join the run."""
+
+
+def worker_pool(spec: RewardSpec) -> Lanes:
+    """``spec.workers`` processes that have loaded ``spec.function``. ConfigError where it cannot be loaded."""
+    callers = [PoolCaller(spec) for _ in range(spec.workers)]
+    lanes = Lanes(callers)
+    try:
+        lanes.takes_tokens = all([caller.ready.result() for caller in callers])  # they agree
+    except BaseException:
+        lanes.close()
+        raise
+    return lanes
+
+
+class PoolCaller:
+    """Keeps one worker process for one thread of ``Lanes``: starts it, calls it, replaces it when it is gone.
+
+    ``ready`` is whether the function takes tokens, or the ConfigError with which the first start failed.
+    """
+
+    def __init__(self, spec: RewardSpec) -> None:
+        self.ready: Future[bool] = Future()
+        self._spec = spec
+        self._worker: WorkerProcess | None = None
+        self._fault: Fault | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def prepare(self) -> None:
+        """Have a worker that has loaded the function. Where the last one could not, the next call tries again."""
+        if self._fault is None:
+            self._ensure()
+
+    def _ensure(self) -> None:
+        with self._lock:
+            is_good = self._worker is not None and self._worker.alive and self._fault is None
+            if self._closed or is_good:
+                return
+            try:
+                self._worker = worker = WorkerProcess()
+            except (OSError, RuntimeError) as error:  # too many processes or threads, or no memory for one
+                self._settle(ConfigError(f"{self._spec.setting}.workers: {described(error)}; use fewer workers"))
+                return
+        self._settle(worker.load(self._spec))
+
+    def _settle(self, answer: bool | ConfigError) -> None:
+        self._fault = None if isinstance(answer, bool) else _not_started(answer)
+        if not self.ready.done():
+            if isinstance(answer, bool):
+                self.ready.set_result(answer)
+            else:
+                self.ready.set_exception(answer)
+
+    def call(self, batch: Batch) -> Outcome:
+        """The outcome of a call, made again up to ``retries`` times when none was to be had."""
+        try:
+            payload = pickle.dumps(batch)
+        except Exception as error:  # whatever a column's own pickling raises
+            way_out = "give the dataset columns of plain values"
+            return Fault(f"got columns that cannot be sent to a worker: {described(error)}", way_out, cause=error)
+        for _ in range(self._spec.retries):
+            outcome = self._once(payload)
+            if isinstance(outcome, list) or not outcome.again or self._closed:
+                return outcome
+        return self._once(payload)
+
+    def close(self) -> None:
+        """Kill the worker, in the middle of a call if need be."""
+        with self._lock:
+            self._closed = True
+            if self._worker is not None:
+                self._worker.kill()
+
+    def _once(self, payload: bytes) -> Outcome:
+        self._ensure()
+        if self._fault is not None or self._worker is None:
+            return self._fault or Fault("was closed", "call it before close()")
+        return self._worker.call(payload, self._spec.timeout)
+
+
+class WorkerProcess:
+    """One process. It lives until ``kill``, until a call exceeds its limit, or until the function ends it.
+
+    The kernel ends it when the thread that created it ends, so that nothing of it outlives a killed parent.
+    """
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            folders = json.dumps([folder for folder in sys.path if isinstance(folder, str)])
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-c", BOOT, folders, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=environment_of_workers(),
+                start_new_session=True,
+            )
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._watcher.is_alive()
+
+    def load(self, spec: RewardSpec) -> bool | ConfigError:
+        """Have it load the function: whether that takes tokens, or why it could not be loaded."""
+        request = pickle.dumps((spec.function, f"{spec.setting}.function", dict(spec.kwargs)))
+        answer = self._exchange(request, START_SECONDS)
+        if isinstance(answer, Fault):
+            way_out = "see what it printed, and try to import the file with python"
+            return ConfigError(f"{spec.setting}.function={spec.function!r}: its worker {answer.what}; {way_out}")
+        return pickle.loads(answer)  # type: ignore[no-any-return]
+
+    def call(self, payload: bytes, timeout: float | None) -> Outcome:
+        """Send a pickled batch and wait for its outcome, ``timeout`` seconds at most; then the process is killed."""
+        answer = self._exchange(payload, timeout)
+        return answer if isinstance(answer, Fault) else pickle.loads(answer)
+
+    def kill(self) -> None:
+        """End the process now; ``_watch`` does the rest."""
+        self._process.kill()
+
+    def _exchange(self, payload: bytes, timeout: float | None) -> bytes | Fault:
+        """An answer to ``payload``, or how the process came to its end. The limit counts sending and reading, too."""
+        answer = None
+        with deadline(timeout, self.kill) as expired:
+            try:
+                self._connection.send_bytes(payload)
+                answer = self._connection.recv_bytes()
+            except (EOFError, OSError):  # the watcher shuts the socket when the process ends
+                self.kill()  # it may have closed the socket and live on
+        if answer is None or expired.is_set():
+            self._watcher.join()
+        if answer is not None:
+            return answer
+        return too_slow(timeout) if expired.is_set() else _crashed(self._process.returncode)
+
+    def _watch(self) -> None:
+        """When the process has ended: kill what it leaves behind, then wake whoever waits for its answer."""
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # its number stays taken until wait()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def environment_of_workers() -> dict[str, str]:
+    """The environment without what launchers tell a rank."""
+    return {
+        name: value for name, value in os.environ.items() if name not in OF_A_RANK and not name.startswith(OF_LAUNCHERS)
+    }
+
+
+def _crashed(returncode: int) -> Fault:
+    if returncode >= 0:
+        how = f"ended its process with status {returncode}"
+    else:
+        names = {each.value: each.name for each in signal.Signals}
+        how = f"had its process killed by {names.get(-returncode, f'signal {-returncode}')}"
+    return Fault(how, "repair the function (SIGKILL may mean that memory ran out)", again=True)
+
+
+def _not_started(error: ConfigError) -> Fault:
+    return Fault(f"could not be started again: {error}", "repair its file", again=True)

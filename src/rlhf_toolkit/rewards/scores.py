@@ -1,0 +1,27 @@
+"""What scoring gives for one rank's batch of responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of n responses, position for position.
+
+    ``totals[i]`` = sum over rewards of weight times value, where the value of a reward that gave a number for each
+    token is their sum. It is 0 where ``kept[i]`` is False: then a score could not be had and its reward says ``drop``,
+    so that the response has to be left out of the loss.
+
+    ``parts[name][i]`` is the value of one reward before its weight, NaN where it failed (also where a failure score
+    stood in for it). ``token_rewards[i]`` has one number for each token of response i, the same weighted sum token by
+    token, in which a reward's single number stands on the last token; their sum is ``totals[i]``, and all are 0 where
+    ``kept[i]`` is False. It is None where no reward gave numbers for tokens: then all of ``totals[i]`` belongs on the
+    last token. ``failures[name]`` counts the calls, after all retries, that gave no score for one response or more.
+    """
+
+    totals: list[float]
+    parts: dict[str, list[float]]
+    kept: list[bool]
+    token_rewards: list[list[float]] | None
+    failures: dict[str, int]

@@ -1,0 +1,249 @@
+"""Collector, loss and Trainer from an experiment: the only place that knows which knob goes where."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
+from rlhf_toolkit.algorithms.importance import Correction
+from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
+from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS
+from rlhf_toolkit.checkpoints import on_main
+from rlhf_toolkit.configs import PPOConfig
+from rlhf_toolkit.distributed.collectives import world_size
+from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
+from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.errors import ConfigError, ModelError
+from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.models.attention import packing_obstacle
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.plugins import arguments_for, find, takes
+from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.cutting import Cutting
+from rlhf_toolkit.rollout.loader import OverMiniBatch
+from rlhf_toolkit.rollout.passes import Needs
+from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
+from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
+from rlhf_toolkit.trainers.arguments import training_arguments
+from rlhf_toolkit.trainers.ppo import PPOTrainer
+from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
+from rlhf_toolkit.trainers.task import Task
+
+FP32_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of log-probs that should be equal
+TOKEN_MEAN = "token-mean"
+OF_ESTIMATORS, OF_LOSSES = ("gamma", "gae_lambda"), ("clip_range_low", "clip_range_high", "dual_clip")
+
+
+def estimator_of(ppo: PPOConfig) -> Estimator:
+    """The advantage estimator that the settings name. Raises ConfigError where a setting would do nothing."""
+    function = find(ppo.advantage, ESTIMATORS, "ppo.advantage")
+    estimator = Estimator(function, ppo.advantage_kwargs, whitens(ppo) and over_rollout(ppo))
+    _refuse_idle(ppo, "advantage", function, OF_ESTIMATORS)
+    if not estimator.needs("values"):
+        idle = {"truncated": ppo.truncated == "bootstrap", "value_warmup_rollouts": ppo.value_warmup_rollouts > 0}
+        for name, set_ in idle.items():
+            if set_:
+                raise ConfigError(
+                    f"ppo.{name}={getattr(ppo, name)} needs a value function, but ppo.advantage={ppo.advantage} trains "
+                    "none; drop it, or use advantage: gae"
+                )
+    return estimator
+
+
+def check_algorithm(ppo: PPOConfig) -> None:
+    """Raise ConfigError for an estimator or a loss that cannot be found or called, before anything is loaded."""
+    estimator_of(ppo)
+    policy_loss_of(ppo)
+
+
+def whitens(ppo: PPOConfig) -> bool:
+    """Whether advantages are whitened."""
+    return ppo.advantage in WHITENED if ppo.whiten_advantages is None else ppo.whiten_advantages
+
+
+def over_rollout(ppo: PPOConfig) -> bool:
+    """Whether what is whitened is a rollout at a time: a rollout's only mini-batch is the rollout."""
+    return ppo.whiten_over == "rollout" or ppo.mini_batches == 1
+
+
+def policy_loss_of(ppo: PPOConfig) -> PolicyLoss:
+    """The policy loss that the settings name. Raises ConfigError where a setting would do nothing."""
+    function = find(ppo.policy_loss, POLICY_LOSSES, "ppo.policy_loss")
+    _refuse_idle(ppo, "policy_loss", function, OF_LOSSES)
+    if ppo.importance_correction != "none" and not takes(function, "weights"):
+        raise ConfigError(
+            f"ppo.importance_correction={ppo.importance_correction} weighs tokens, but ppo.policy_loss="
+            f"{ppo.policy_loss} takes no weights; set the correction to none, or give the function that parameter"
+        )
+    select = SELECTORS.get(ppo.policy_loss)
+    if select is None:
+        return PolicyLoss(function, ppo.policy_loss_kwargs)
+    own = {name: value for name, value in ppo.policy_loss_kwargs.items() if not takes(select, name)}
+    of_selector = {name: value for name, value in ppo.policy_loss_kwargs.items() if takes(select, name)}
+
+    def selected(**offered: Any) -> Tensor:
+        return select(**arguments_for(select, offered, of_selector, setting="ppo.policy_loss"))
+
+    return PolicyLoss(function, own, selected)
+
+
+def _refuse_idle(ppo: PPOConfig, setting: str, function: Any, names: tuple[str, ...]) -> None:
+    """Raise ConfigError for a setting that was changed and that the chosen function does not take."""
+    defaults = {each.name: each.default for each in fields(PPOConfig) if each.default is not MISSING}
+    for name in names:
+        if getattr(ppo, name) != defaults[name] and not takes(function, name):
+            raise ConfigError(
+                f"ppo.{name}={getattr(ppo, name)} does nothing under ppo.{setting}={getattr(ppo, setting)}; "
+                f"leave it at {defaults[name]}"
+            )
+
+
+def make_trainer(
+    experiment: Experiment, topology: Topology, task: Task, shared: SharedBase, progress: Progress
+) -> PPOTrainer:
+    """Collector, loss and Trainer arguments from the experiment, tied together."""
+    ppo, update = experiment.ppo, experiment.update
+    rates = {"policy": update.policy_lr, "value": update.value_lr, "value_head": update.value_head_lr}
+    deepspeed = deepspeed_settings(
+        topology,
+        rows_per_rank=experiment.mini_batch_rows // topology.world_size,
+        max_grad_norm=update.max_grad_norm,
+        largest_adapter=max(element_count(p) for group in shared.parameter_groups().values() for p in group),
+    )
+    return PPOTrainer(
+        model=shared,
+        args=training_arguments(experiment, topology, deepspeed),
+        processing_class=task.tokenizer,
+        collector=make_collector(experiment, task, progress, packing=packs(experiment, shared)),
+        loss=make_loss(experiment),
+        schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
+        over_mini_batch=over_mini_batch(experiment),
+        held_out=task.held_out,
+        learning_rates=rates,
+        callbacks=[progress],
+    )
+
+
+def packs(experiment: Experiment, shared: SharedBase) -> bool:
+    """Whether micro-batches are packed: as ``update.packing`` says, and only where the model can. Prints what was
+    chosen."""
+    wanted = experiment.update.packing
+    obstacle = packing_obstacle(shared.causal_lm)
+    if wanted == "on" and obstacle is not None:
+        raise ModelError(f"update.packing=on, but {obstacle}; set it to auto or off")
+    chosen = wanted != "off" and obstacle is None
+    reason = f" ({obstacle})" if wanted == "auto" and obstacle is not None else ""
+    words = "packed, shared prefixes once" if chosen else f"padded rows{reason}"
+    on_main(lambda: print(f"micro-batches: {words}", flush=True))
+    return chosen
+
+
+def make_collector(experiment: Experiment, task: Task, progress: Progress, *, packing: bool) -> Collector:
+    """What turns prompts into experience; the trainer gives it its model."""
+    ppo, rollout = experiment.ppo, experiment.rollout
+    sampler = make_sampler(experiment, task, progress)
+    return Collector(
+        sampler,
+        task.prompts,
+        task.schedule,
+        task.reward,
+        task.sampling,
+        make_shaping(experiment),
+        Cutting(ppo.mini_batches, experiment.update.micro_batch_tokens, packing),
+        FixedKL(ppo.kl_coef) if ppo.kl_target is None else AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon),
+        responses_per_prompt=rollout.responses_per_prompt,
+        seed=experiment.run.seed,
+        tolerance=tolerance(experiment),
+        needs=Needs(
+            updates_per_rollout=experiment.updates_per_rollout,
+            kl_in_reward=ppo.kl_in == "reward",
+            kl_asked=experiment.kl_asked,
+            critic=estimator_of(ppo).needs("values"),
+            old_logprobs=policy_loss_of(ppo).select is not None,
+        ),
+        correction=correction_of(ppo),
+        replacement_rounds=rollout.replace_uniform_groups,
+    )
+
+
+def make_shaping(experiment: Experiment) -> Shaping:
+    """From scores to advantages, as the experiment says."""
+    ppo, reward = experiment.ppo, experiment.reward
+    return Shaping(
+        estimator=estimator_of(ppo),
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        kl_in_reward=ppo.kl_in == "reward",
+        kl_estimator=ppo.kl_estimator,
+        truncated=ppo.truncated,
+        scores=ScoreShaping(
+            missing_eos_penalty=reward.missing_eos_penalty,
+            overlong_buffer=reward.overlong_buffer,
+            overlong_penalty=reward.overlong_penalty,
+            clip=reward.clip,
+            scale=reward.scale,
+            whiten=reward.whiten,
+        ),
+    )
+
+
+def over_mini_batch(experiment: Experiment) -> OverMiniBatch:
+    """What is done over all rows of a mini-batch."""
+    ppo = experiment.ppo
+    return OverMiniBatch(whitens(ppo) and not over_rollout(ppo), policy_loss_of(ppo).select, experiment.run.seed)
+
+
+def correction_of(ppo: PPOConfig) -> Correction:
+    """Which weights correct for the sampler."""
+    return Correction(ppo.importance_correction, cap=ppo.importance_cap, floor=ppo.importance_floor)
+
+
+def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Sampler:
+    """What decodes, for training and for evaluation: as large as the larger of the two."""
+    rollout, ranks = experiment.rollout, world_size()
+    size = RolloutSize(
+        rows=max(rollout.sequences // ranks, -(-len(task.held_out) // ranks)),
+        columns=max(len(p.token_ids) for p in (*task.prompts, *task.held_out)) + rollout.max_new_tokens,
+        scoring_tokens=3 * experiment.update.micro_batch_tokens,
+    )
+    return Sampler(
+        task.tokenizer,
+        size,
+        mode=rollout.mode,
+        slots=rollout.slots,
+        weights=rollout.weights,
+        on_tokens=progress.on_tokens,
+    )
+
+
+def make_loss(experiment: Experiment) -> PPOLoss:
+    """The loss's knobs from the experiment."""
+    ppo = experiment.ppo
+    return PPOLoss(
+        clip_range_low=ppo.clip_range_low,
+        clip_range_high=ppo.clip_range_high,
+        dual_clip=ppo.dual_clip,
+        value_clip_range=ppo.value_clip_range,
+        value_coef=ppo.value_coef,
+        entropy_coef=ppo.entropy_coef,
+        loss_aggregation=ppo.loss_aggregation or AGGREGATION_OF.get(ppo.policy_loss, TOKEN_MEAN),
+        kl_in_loss=ppo.kl_in == "loss",
+        kl_estimator=ppo.kl_estimator,
+        value_warmup_rollouts=ppo.value_warmup_rollouts,
+        width=experiment.rollout.max_new_tokens,
+        temperature=experiment.rollout.temperature,
+        tolerance=tolerance(experiment),
+        correction=correction_of(ppo),
+        policy_loss=policy_loss_of(ppo),
+        kl_stop=ppo.kl_stop,
+    )
+
+
+def tolerance(experiment: Experiment) -> float:
+    """How far log-probs of one policy may lie apart before the run stops."""
+    default = FP32_TOLERANCE if experiment.model.dtype == "float32" else HALF_PRECISION_TOLERANCE
+    return experiment.ppo.first_ratio_tolerance or default

@@ -1,0 +1,168 @@
+"""The loss of a micro-batch: its knobs, the policy's part, the value's part, and what they say about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.importance import Correction
+from rlhf_toolkit.algorithms.kl import kl_penalty
+from rlhf_toolkit.algorithms.policy_losses import PolicyLossTerms
+from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
+from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.plugins import arguments_for, takes
+from rlhf_toolkit.types import Experience, present
+
+OFFERED = (
+    "logprobs",
+    "old_logprobs",
+    "advantages",
+    "mask",
+    "clip_range_low",
+    "clip_range_high",
+    "dual_clip",
+    "weights",
+    "selected",
+)
+"""What a policy loss may take, by the names of its parameters."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A policy loss with its constants: ``function(logprobs=..., mask=..., ...)`` to PolicyLossTerms, or to a loss for
+    each token (B, R).
+
+    It takes of ``OFFERED`` what its parameters name. ``selected`` (B, R) bool is what ``select`` chooses among the
+    tokens of a whole mini-batch. Raises ConfigError where ``kwargs`` do not fit the function.
+    """
+
+    function: Callable[..., PolicyLossTerms | Tensor]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    select: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        arguments_for(self.function, dict.fromkeys(OFFERED), self.kwargs, setting="ppo.policy_loss")
+
+    def needs(self, name: str) -> bool:
+        """Whether it takes ``name``, one of ``OFFERED``."""
+        return takes(self.function, name)
+
+    def __call__(self, offered: Mapping[str, Any]) -> PolicyLossTerms:
+        """The loss of each token, checked. Raises ConfigError for anything but (B, R)."""
+        result = self.function(**arguments_for(self.function, offered, self.kwargs, setting="ppo.policy_loss"))
+        mask = offered["mask"]
+        loss = result.per_token if isinstance(result, PolicyLossTerms) else result
+        if getattr(loss, "shape", None) != mask.shape:
+            raise ConfigError(
+                f"ppo.policy_loss: {getattr(self.function, '__name__', self.function)} must return a loss for each "
+                f"token, a tensor of shape {tuple(mask.shape)}, not {getattr(loss, 'shape', type(loss).__name__)}"
+            )
+        if isinstance(result, PolicyLossTerms):
+            return result
+        never = torch.zeros_like(mask)
+        ratio = (offered["logprobs"] - offered["old_logprobs"]).detach().masked_fill(~mask, 0).exp()
+        return PolicyLossTerms(torch.where(mask, loss, 0.0), never, never, ratio)
+
+
+class Said(NamedTuple):
+    """What policy and value say about a micro-batch: (n, R), ``final_values`` (n,); None without a critic."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None = None
+    final_values: Tensor | None = None
+
+    def as_passes(self) -> dict[str, Tensor]:
+        """The same under the names of ``rollout.passes.Passes``."""
+        columns = {"old_logprobs": self.logprobs, **self._asdict()}
+        return {name: column for name, column in columns.items() if column is not None and name != "logprobs"}
+
+
+class LossTerms(NamedTuple):
+    """A micro-batch's share of the loss, with the shares it consists of and quantities of tokens, for the meter."""
+
+    loss: Tensor
+    shares: dict[str, Tensor]
+    of_tokens: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PPOLoss:
+    """The knobs of the loss. See ``configs.PPOConfig`` for what each means."""
+
+    clip_range_low: float
+    clip_range_high: float
+    dual_clip: float | None
+    value_clip_range: float | None
+    value_coef: float
+    entropy_coef: float
+    loss_aggregation: str
+    kl_in_loss: bool
+    kl_estimator: str
+    value_warmup_rollouts: int
+    width: int
+    temperature: float
+    tolerance: float
+    correction: Correction
+    policy_loss: PolicyLoss
+    kl_stop: float | None = None
+
+    def terms(
+        self,
+        batch: Experience,
+        said: Said,
+        old_logprobs: Tensor,
+        *,
+        selected: Tensor | None,
+        reduce: Callable[[Tensor], Tensor],
+        kl_coef: float,
+        policy_weight: float,
+    ) -> LossTerms:
+        """``policy_weight`` (policy loss - entropy_coef entropy + kl_coef KL) + value_coef value loss.
+
+        ``reduce`` takes a loss per token to this micro-batch's share of the mini-batch's. The KL is a term where
+        ``kl_in_loss``, the value loss where there is a critic.
+        """
+        mask = batch.response_mask
+        policy = self._policy_terms(batch, said.logprobs, old_logprobs, selected)
+        policy_loss, entropy = reduce(policy.per_token), reduce(said.entropies)
+        kl_loss = torch.zeros_like(policy_loss)
+        if self.kl_in_loss and batch.ref_logprobs is not None:
+            kl_loss = reduce(kl_penalty(said.logprobs, batch.ref_logprobs, mask, estimator=self.kl_estimator))
+        loss = policy_weight * (policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss)
+        shares = {"actor/pg_loss": policy_loss, "actor/kl_loss": kl_loss}
+        of_tokens = {
+            "actor/pg_clipfrac": policy.clipped,
+            "actor/pg_clipfrac_lower": policy.dual_clipped,
+            "actor/ppo_kl": old_logprobs - said.logprobs.detach(),
+        }
+        if said.values is not None:
+            old_values, returns = present(batch.values), present(batch.returns)
+            value = clipped_value_loss(said.values, old_values, returns, mask, value_clip_range=self.value_clip_range)
+            shares["critic/vf_loss"] = reduce(value.per_token)
+            loss = loss + self.value_coef * shares["critic/vf_loss"]
+            of_tokens |= {"critic/vf_clipfrac": value.clipped, "critic/vpred_mean": said.values.detach()}
+        return LossTerms(loss, shares, of_tokens)
+
+    def _policy_terms(
+        self, batch: Experience, logprobs: Tensor, old_logprobs: Tensor, selected: Tensor | None
+    ) -> PolicyLossTerms:
+        """The loss of each token, weighed where the sampler is corrected for."""
+        mask = batch.response_mask
+        return self.policy_loss(
+            {
+                "logprobs": logprobs,
+                "old_logprobs": old_logprobs,
+                "advantages": present(batch.advantages),
+                "mask": mask,
+                "clip_range_low": self.clip_range_low,
+                "clip_range_high": self.clip_range_high,
+                "dual_clip": self.dual_clip,
+                "weights": self.correction.weights(old_logprobs, batch.rollout_logprobs, mask),
+                "selected": selected,
+            }
+        )

@@ -1,0 +1,103 @@
+"""What is trained on: prompts, their tokenizer, how to sample, and the rewards. No weights are touched here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from rlhf_toolkit.checkpoints import on_main
+from rlhf_toolkit.configs import DataConfig
+from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
+from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.models.loading import load_tokenizer
+from rlhf_toolkit.rewards.compose import Rewards
+from rlhf_toolkit.rewards.specification import RewardSpec
+from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.types import Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on: prompts, their tokenizer, how to sample, and the reward."""
+
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    schedule: PromptSchedule
+    reward: Rewards
+
+
+def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
+    """Reward, tokenizer and prompts; the model's weights are not touched."""
+    reward = load_rewards(experiment)
+    tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    sampling = make_sampling(experiment, tokenizer, config)
+    data, processes = experiment.data, topology.world_size
+    prompts = load_prompts(data, tokenizer, data.train, data.train_split, processes)
+    held_out: tuple[Prompt, ...] = ()
+    if data.evaluation:
+        held_out = load_prompts(data, tokenizer, data.evaluation, data.evaluation_split, processes)
+    schedule = PromptSchedule(len(prompts), experiment.rollout.prompts_per_rollout, experiment.run.seed)
+    return Task(tokenizer, sampling, prompts, held_out, schedule, reward)
+
+
+def load_rewards(experiment: Experiment) -> Rewards:
+    """The rewards of ``reward.functions``, or the one of ``reward.function``; what fails and may fail is said on the
+    terminal."""
+    reward = experiment.reward
+    entries = reward.functions or [{"function": reward.function, "kwargs": reward.kwargs}]
+    specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
+    if not reward.functions:
+        specs = [replace(specs[0], setting="reward")]
+    return Rewards(specs, warn=warn)
+
+
+def warn(line: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(line)
+
+
+def load_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, processes: int
+) -> tuple[Prompt, ...]:
+    """The prompts of one source, at least one for each process, and a line about what was dropped."""
+    found = tokenise_prompts(
+        load_rows(source, split),
+        tokenizer,
+        column=data.prompt_column,
+        chat_template=data.chat_template,
+        system_prompt=data.system_prompt,
+        max_prompt_tokens=data.max_prompt_tokens,
+    )
+    on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
+    if len(found.prompts) < processes:
+        raise DataError(
+            f"{source} gives {len(found.prompts)} prompts for {processes} processes, each of which needs one; add "
+            f"prompts or start at most {len(found.prompts)} processes"
+        )
+    return found.prompts
+
+
+def make_sampling(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Sampling:
+    """Sampling settings with the model's own stop tokens and a pad token that is never resized for."""
+    rollout, name = experiment.rollout, experiment.model.name
+    try:
+        generation_eos = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a model without generation_config.json says all it has to say in its config
+        generation_eos = config.get_text_config().eos_token_id
+    stop_ids = stop_token_ids(tokenizer, generation_eos, stop_strings=tuple(rollout.stop_strings))
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size),
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        stop_strings=tuple(rollout.stop_strings),
+    )

@@ -1,0 +1,80 @@
+"""What docs/rewards.md says: its settings and their defaults, and its examples as they stand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_toolkit.rewards.lanes import Lanes
+from rlhf_toolkit.rewards.specification import POLICIES, REQUESTS, RewardSpec
+from tests.rewards.common import batch_of, prompts_for, rewards_of, tokens_for
+
+pytestmark = pytest.mark.timeout(60)
+PAGE = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def python_block(name: str) -> str:
+    (text,) = [text for text in blocks("python") if f"def {name}(" in text]
+    return text
+
+
+def test_every_key_is_in_the_table_with_its_default() -> None:
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| ", PAGE, flags=re.MULTILINE))
+    spec = RewardSpec.parse({"function": "f.py:f"}, 0)
+    for each in fields(RewardSpec):
+        if each.name not in ("setting", "name", "function", "url", "workers"):
+            assert table[each.name] == str(getattr(spec, each.name)).replace("None", "none"), each.name
+    assert table["workers"] == f"{spec.workers}; {REQUESTS} with `url`"
+    assert set(table) == {each.name for each in fields(RewardSpec)} - {"setting"}
+    assert tuple(re.findall(r"^\| `(\w+)` \| [^|]* \|$", PAGE, flags=re.MULTILINE)) == POLICIES
+
+
+def test_the_entries_are_valid() -> None:
+    lists = [yaml.safe_load(text)["reward"]["functions"] for text in blocks("yaml")]
+    specs = [[RewardSpec.parse(entry, i) for i, entry in enumerate(entries)] for entries in lists]
+    assert [[spec.name for spec in each] for each in specs] == [["correct", "short"], ["correct"], ["judge", "short"]]
+
+
+def test_the_functions_for_length_and_for_repeats() -> None:
+    names: dict[str, Any] = {}
+    exec(python_block("short") + python_block("no_repeats"), names)
+    assert names["short"](["p"], ["x" * 50], label=[1]) == [-0.5]
+    assert names["no_repeats"](["p"] * 2, ["", ""], tokens=[[1, 1, 2, 2, 2], [3]]) == [[0, -0.1, 0, -0.1, -0.1], [0]]
+
+
+def test_the_verifier_in_its_workers(tmp_path: Path) -> None:
+    """The third would be a number with a billion digits."""
+    (tmp_path / "math_reward.py").write_text(python_block("correct"))
+    text = next(text for text in blocks("yaml") if "math_reward" in text)
+    (entry,) = yaml.safe_load(text)["reward"]["functions"]
+    entry |= {"function": f"{tmp_path}/{entry['function']}", "workers": 1, "timeout": 3}
+    responses = [
+        r"so \boxed{(x + 1)**2}",
+        r"\boxed{x}",
+        r"\boxed{9**9**9}",
+        "none",
+        r"\boxed{)}",
+        r"\boxed{1 + x*(x + 2)}",
+    ]
+    with rewards_of(entry) as rewards:
+        scores = rewards.collect(*batch_of(responses, answer="x**2 + 2*x + 1"))
+    assert scores.totals == [1, 0, 0, 0, 0, 1] and scores.failures == {"correct": 1}
+
+
+def test_the_judge_is_asked_from_as_many_threads_as_it_says() -> None:
+    text = next(text for text in blocks("yaml") if "judge" in text)
+    entry, _ = yaml.safe_load(text)["reward"]["functions"]
+    with rewards_of({**entry, "url": "http://127.0.0.1:1/", "retries": 0}) as rewards:
+        source = rewards._rewards[0].source
+        assert isinstance(source, Lanes) and len(source._threads) == 16
+        responses = ["a", "b"]
+        assert rewards.collect(prompts_for(2), responses, tokens_for(responses)).kept == [False, False]
