@@ -23,6 +23,8 @@ SYMPY_SCORERS = frozenset(
     {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 )
 LARGEST_POWER = 1000
+BY_EQUALITY = frozenset({"game_of_life_halting"})
+"""Datasets whose scorer (of 0.1.25) takes any text for right: it compares ``bool`` of two texts."""
 _TRIGONOMETRIC = {kind + name for kind in ("", "a") for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")}
 _FUNCTIONS = _TRIGONOMETRIC | {"exp", "log", "ln", "sqrt", "Abs", "erf", "Si", "Ci", "Ei"}
 _ARITHMETIC = (
@@ -53,7 +55,8 @@ def reasoning_gym(
     Scored 0.0 without asking the library: no answer, an empty one, one longer than ``LONGEST_ANSWER`` characters, one
     on which the scorer raises although it scores the entry's own answer, and, where the scorer hands the text to
     ``eval``, anything but a Python literal (``LITERAL_SCORERS``) or plain arithmetic (``SYMPY_SCORERS``): a model must
-    not run code. A few scorers have no time limit and swallow signals, so let it run in workers.
+    not run code. ``BY_EQUALITY`` is compared with the entry's answer instead. A few scorers have no time limit and
+    swallow signals, so let it run in workers.
 
     Columns: ``entry``, the dataset's item as ``entry_text`` writes it; ``dataset``, its name in reasoning-gym;
     ``config``, optional, the JSON text of the settings it was built with. DataError for other values. Needs the tasks
@@ -79,6 +82,8 @@ def _score(answer: str | None, entry: dict[str, Any], name: str, config: str) ->
     scorer = _dataset(name, config)
     if not answer or len(answer) > LONGEST_ANSWER or (answer != entry["answer"] and _runs_code(answer, name)):
         return 0.0
+    if name in BY_EQUALITY:
+        return float(answer == entry["answer"])
     try:
         return float(scorer.score_answer(answer, entry))
     except Exception as error:  # several scorers raise on an answer of another form, which is a wrong answer

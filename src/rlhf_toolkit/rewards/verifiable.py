@@ -78,7 +78,9 @@ def _math_score(library: Any, response: str, gold: Any, require_box: bool, secon
 
 
 def _gold_text(gold: Any) -> str:
-    """A ground truth without its box or its dollars."""
+    """A ground truth without its box or its dollars; empty where it is neither text nor a number."""
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+        return ""
     text = str(gold).strip()
     box = last_boxed(text)
     return box if box is not None else text.removeprefix("$").removesuffix("$")
