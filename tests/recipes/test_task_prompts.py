@@ -92,9 +92,8 @@ def test_gsm8k_from_a_folder(tmp_path: Path) -> None:
     assert done.returncode == 0 and "train.jsonl: 5 rows" in done.stdout and "left out as repeated: 2" in done.stdout
     files = read(tmp_path / "to")
     assert [row["answer"] for row in files["train.jsonl"]] == ["12", "600", "1250", "-2", "2.5"]
-    assert [row["prompt"] for row in files["heldout.jsonl"]] == [
-        'Cy reads 7 pages a day for 6 days. How many? Let\'s think step by step and output the final answer after "####".'
-    ]
+    instruction = 'Let\'s think step by step and output the final answer after "####".'
+    assert [row["prompt"] for row in files["heldout.jsonl"]] == [f"{TEST[0]['question']} {instruction}"]
     for rows in files.values():
         assert gsm8k(["p"] * len(rows), [row["solution"] for row in rows], **columns(rows)) == [1.0] * len(rows)
         assert gsm8k(["p"] * len(rows), ["#### 13"] * len(rows), **columns(rows)) == [0.0] * len(rows)
