@@ -29,12 +29,13 @@ from rlhf_toolkit.reporting.metrics import policy_metrics, reward_metrics, rollo
 from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.model_rewards import ModelReward
 from rlhf_toolkit.rollout.passes import Needs, Passes, gather_passes, score
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout, joined, sampled_here
-from rlhf_toolkit.rollout.sampler import Sampler
+from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
 from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, in_turn, rollout_rows
 from rlhf_toolkit.rollout.shaping import Shaping
-from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout, present
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
 
 
 class Scorer(Protocol):
@@ -70,6 +71,7 @@ class Collector:
         needs: Needs = Needs(),  # noqa: B008  frozen
         correction: Correction = Correction(),  # noqa: B008  frozen
         replacement_rounds: int = 0,
+        model_rewards: Sequence[ModelReward] = (),
     ) -> None:
         self.sampler, self.expected = sampler, ExpectedLengths()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
@@ -77,6 +79,7 @@ class Collector:
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
         self.needs, self.correction, self.replacement_rounds = needs, correction, replacement_rounds
+        self.model_rewards = model_rewards
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
@@ -139,7 +142,11 @@ class Collector:
         with self.clock.phase("reward"), agreement("the reward"):
             scores = self.scorer.collect(batch.prompts, texts, tokens)
         mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
-        return gather_rollout(mine, shares, pad_id=sampling.pad_id)
+        sampled = gather_rollout(mine, shares, pad_id=sampling.pad_id)
+        with self.clock.phase("reward"):
+            for reward in self.model_rewards:
+                sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts), reward.weight)
+        return sampled
 
     def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int) -> Sampled:
         """The rollout with prompts replaced whose responses all have one score, as far as others do better: DAPO's
@@ -294,8 +301,3 @@ class Collector:
                 "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
                 "loaded with"
             )
-
-
-def tokens_of(rollout: Rollout) -> list[list[int]]:
-    """The tokens of each response, without padding."""
-    return [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
