@@ -73,10 +73,10 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith(("timing_s", "perf", "kind"))} for line in lines]
 
 
-def prompts_of(folder: Path, rollout: int) -> set[str]:
-    """What the responses of a rollout, from 0, answer."""
+def prompts_of(folder: Path, rollout: int) -> list[str]:
+    """What the responses of a rollout, from 0, answer; sorted."""
     lines = [json.loads(line) for line in (folder / "run/samples.jsonl").read_text().splitlines()]
-    return {line["prompt"] for line in lines if line["rollout"] == rollout + 1}
+    return sorted(line["prompt"] for line in lines if line["rollout"] == rollout + 1)
 
 
 def assert_same(found: Path, expected: Path) -> None:
@@ -104,14 +104,15 @@ def test_two_ranks_and_half_the_budget_end_where_one_process_does(
         tensor.abs().max().item() > 1e-3 for name, tensor in trained(tmp_path / "alone").items() if "lora_B" in name
     ]
     assert moved and all(moved)
-    SAYS_SOMETHING.get(case, lambda folder: None)(tmp_path / "alone")
+    for folder in ("alone", "ranks"):
+        SAYS_SOMETHING.get(case, lambda folder: None)(tmp_path / folder)
 
 
 def prompts_were_replaced(folder: Path) -> None:
     texts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     for rollout in range(2):
-        without = {texts[i] for i in PromptSchedule(24, 8, 0).indices(rollout)}
-        assert len(prompts_of(folder, rollout)) == 8 and prompts_of(folder, rollout) != without
+        without = sorted(2 * [texts[i] for i in PromptSchedule(24, 8, 0).indices(rollout)])
+        assert len(prompts_of(folder, rollout)) == 16 and prompts_of(folder, rollout) != without
 
 
 def updates_were_left_out(folder: Path) -> None:

@@ -195,7 +195,7 @@ class Collector:
             sampled,
             baselines=self.shaping.scores.baselines(greedy, sampled, budget=self.sampling.max_new_tokens)[place],
             kept=sampled.kept & greedy.kept[place],
-            failures={name: failed + greedy.failures[name] for name, failed in sampled.failures.items()},
+            failures={name: failed + greedy.failures.get(name, 0) for name, failed in sampled.failures.items()},
         )
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
