@@ -48,6 +48,9 @@ class Scorer(Protocol):
     def collect(self, prompts: Sequence[Prompt], responses: list[str], token_ids: list[list[int]]) -> Scores:
         """The scores of all of a rank's responses."""
 
+    def close(self) -> None:
+        """End what it has started."""
+
 
 class Collector:
     """Collects rollouts with the model that ``model`` gives, which its trainer sets: the engine exists only once

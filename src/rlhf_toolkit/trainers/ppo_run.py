@@ -61,6 +61,7 @@ class PPORun:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         finally:
             self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
+            self.trainer.collector.scorer.close()
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
