@@ -84,6 +84,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "chat_template": True,
         "system_prompt": None,
         "max_prompt_tokens": 512,
+        "curriculum": None,
+        "curriculum_kwargs": {},
     },
     "reward": {
         "function": "r.py:f",

@@ -93,6 +93,10 @@ class DataConfig(Section):
     chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
     system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
+    curriculum: str | None = knob(
+        None, "chooses each rollout's prompts: near_target, or path/to/file.py:name; none: all of them in random order"
+    )
+    curriculum_kwargs: dict[str, Any] = knob({}, "its own constants")
 
     def __post_init__(self) -> None:
         """A system prompt needs the chat template."""
@@ -102,6 +106,8 @@ class DataConfig(Section):
                 "data.system_prompt is set but data.chat_template is false; "
                 "set chat_template: true or drop the system prompt"
             )
+        if self.curriculum_kwargs and self.curriculum is None:
+            raise ConfigError("data.curriculum_kwargs is set but data.curriculum is none; name the curriculum, too")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.curriculum import CURRICULA, Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
@@ -182,7 +183,17 @@ def make_collector(
         correction=correction_of(ppo),
         replacement_rounds=rollout.replace_uniform_groups,
         model_rewards=model_rewards,
+        curriculum=curriculum_of(experiment, task),
     )
+
+
+def curriculum_of(experiment: Experiment, task: Task) -> Curriculum | None:
+    """What chooses the prompts, unless the schedule does."""
+    data, setting = experiment.data, "data.curriculum"
+    if data.curriculum is None:
+        return None
+    function, count = find(data.curriculum, CURRICULA, setting), experiment.rollout.prompts_per_rollout
+    return Curriculum(function, task.prompts, count, experiment.run.seed, data.curriculum_kwargs)
 
 
 def make_cutting(experiment: Experiment, *, packing: bool) -> Cutting:
