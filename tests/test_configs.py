@@ -169,6 +169,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "save_every": 0,
         "keep_checkpoints": 2,
         "evaluate_every": 0,
+        "evaluation_samples": 0,
         "samples": 4,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",

@@ -292,6 +292,9 @@ class RunConfig(Section):
     save_every: int = knob(0, "rollouts between checkpoints; 0: only the final adapters", NOT_NEGATIVE)
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ABOVE_0)
     evaluate_every: int = knob(0, "rollouts between evaluations; 0: only those at start and end", NOT_NEGATIVE)
+    evaluation_samples: int = knob(
+        0, "responses sampled to each held-out prompt in an evaluation, beside the greedy one", NOT_NEGATIVE
+    )
     samples: int = knob(4, "sample responses logged with each rollout", NOT_NEGATIVE)
     wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
     wandb_project: str = knob("rlhf_toolkit", "W&B project")

@@ -25,11 +25,9 @@ def table(summary: dict[str, Any]) -> list[str]:
         ("mean score, first two rollouts", _mean(scores[:2])),
         ("mean score, last four rollouts", _mean(scores[-4:])),
     ]
-    if evaluations:
-        rows += [
-            ("held-out score, before", evaluations[0]["eval/score/mean"]),
-            ("held-out score, after", evaluations[-1]["eval/score/mean"]),
-        ]
+    for name, words in {"eval/score/mean": "held-out score", "eval/sampled_score/mean": "the same, sampled"}.items():
+        if evaluations and name in evaluations[0]:
+            rows += [(f"{words}, before", evaluations[0][name]), (f"{words}, after", evaluations[-1][name])]
     if summary["ref_kl"][-1] is not None:
         rows.append(("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]))
     rows += [

@@ -136,6 +136,7 @@ def make_trainer(
         schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=over_mini_batch(experiment),
         held_out=task.held_out,
+        evaluation_samples=experiment.run.evaluation_samples,
         learning_rates=rates,
         callbacks=[progress],
     )
@@ -253,7 +254,9 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Samp
     """What decodes, for training and for evaluation: as large as the larger of the two."""
     rollout, ranks = experiment.rollout, world_size()
     size = RolloutSize(
-        rows=max(rollout.sequences // ranks, -(-len(task.held_out) // ranks)),
+        rows=max(
+            rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
+        ),
         columns=max(len(p.token_ids) for p in (*task.prompts, *task.held_out)) + rollout.max_new_tokens,
         scoring_tokens=3 * experiment.update.micro_batch_tokens,
     )
