@@ -84,6 +84,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "chat_template": True,
         "system_prompt": None,
         "max_prompt_tokens": 512,
+        "curriculum": None,
+        "curriculum_kwargs": {},
     },
     "reward": {
         "function": "r.py:f",
@@ -167,6 +169,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "save_every": 0,
         "keep_checkpoints": 2,
         "evaluate_every": 0,
+        "evaluation_samples": 0,
         "samples": 4,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",

@@ -93,6 +93,10 @@ class DataConfig(Section):
     chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
     system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
+    curriculum: str | None = knob(
+        None, "chooses each rollout's prompts: near_target, or path/to/file.py:name; none: all of them in random order"
+    )
+    curriculum_kwargs: dict[str, Any] = knob({}, "its own constants")
 
     def __post_init__(self) -> None:
         """A system prompt needs the chat template."""
@@ -102,6 +106,8 @@ class DataConfig(Section):
                 "data.system_prompt is set but data.chat_template is false; "
                 "set chat_template: true or drop the system prompt"
             )
+        if self.curriculum_kwargs and self.curriculum is None:
+            raise ConfigError("data.curriculum_kwargs is set but data.curriculum is none; name the curriculum, too")
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,9 @@ class RunConfig(Section):
     save_every: int = knob(0, "rollouts between checkpoints; 0: only the final adapters", NOT_NEGATIVE)
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ABOVE_0)
     evaluate_every: int = knob(0, "rollouts between evaluations; 0: only those at start and end", NOT_NEGATIVE)
+    evaluation_samples: int = knob(
+        0, "responses sampled to each held-out prompt in an evaluation, beside the greedy one", NOT_NEGATIVE
+    )
     samples: int = knob(4, "sample responses logged with each rollout", NOT_NEGATIVE)
     wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
     wandb_project: str = knob("rlhf_toolkit", "W&B project")

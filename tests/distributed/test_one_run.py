@@ -60,6 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = {
         "run.wandb": "offline",
         "run.evaluate_every": 2,
+        "run.evaluation_samples": 3,
         "data.evaluation": str(folder / "heldout.jsonl"),
         "ppo.num_rollouts": 4,
         "ppo.mini_batches": 2,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -13,7 +15,10 @@ import pytest
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.plugins import load_function
 from rlhf_toolkit.rewards import texts
+from rlhf_toolkit.rewards.calls import Batch, Fault
 from rlhf_toolkit.rewards.countdown import LONGEST_EXPRESSION, parsed
+from rlhf_toolkit.rewards.pool import worker_pool
+from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.rewards.verifiable import countdown, gsm8k, think_answer_format
 
 HUGE = "blah 7 #### " * 100_000
@@ -305,3 +310,29 @@ def test_last_boxed(text: str, box: str | None) -> None:
 def test_a_missing_library_is_named_with_the_way_to_get_it() -> None:
     with pytest.raises(ConfigError, match=r"reward math needs .*no_such_library.*pip install 'rlhf_toolkit\[tasks\]'"):
         texts.optional_library("no_such_library", "math")
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_need_not_load_torch() -> None:
+    script = "import sys, rlhf_toolkit.rewards.verifiable; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_math_runs_in_workers_and_the_limit_holds() -> None:
+    """The fourth box would take hours; without ``time_limit`` only the end of the process stops it."""
+    functions = {
+        "function": "rlhf_toolkit.rewards.verifiable:math",
+        "kwargs": {"time_limit": None},
+        **{"workers": 1, "timeout": 20, "on_failure": "score", "failure_score": -1.0},
+    }
+    boxes = ["7", "8", "3+4", "9^{9^{9^{9}}}", "7.0"]
+    pool = worker_pool(RewardSpec.parse(functions, 0))
+    try:
+        batches = [Batch(["p"], [rf"\boxed{{{box}}}"], [[1]], {"answer": ["7"]}) for box in boxes]
+        outcomes = [pool.start(batch).result(timeout=200) for batch in batches]
+    finally:
+        pool.close()
+    assert [outcome for i, outcome in enumerate(outcomes) if i != 3] == [[1.0], [0.0], [1.0], [1.0]]
+    assert isinstance(outcomes[3], Fault) and "20" in outcomes[3].what

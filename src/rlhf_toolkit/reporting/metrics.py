@@ -14,7 +14,9 @@ from rlhf_toolkit.types import Experience, present
 
 
 def spread(name: str, values: Tensor) -> dict[str, float]:
-    """Mean, max and min of ``values`` under ``name``."""
+    """Mean, max and min of ``values`` under ``name``; nothing where there are none."""
+    if not len(values):
+        return {}
     values = values.float()
     return {
         f"{name}/mean": values.mean().item(),

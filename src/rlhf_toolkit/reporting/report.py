@@ -25,11 +25,9 @@ def table(summary: dict[str, Any]) -> list[str]:
         ("mean score, first two rollouts", _mean(scores[:2])),
         ("mean score, last four rollouts", _mean(scores[-4:])),
     ]
-    if evaluations:
-        rows += [
-            ("held-out score, before", evaluations[0]["eval/score/mean"]),
-            ("held-out score, after", evaluations[-1]["eval/score/mean"]),
-        ]
+    for name, words in {"eval/score/mean": "held-out score", "eval/sampled_score/mean": "the same, sampled"}.items():
+        if evaluations and name in evaluations[0]:
+            rows += [(f"{words}, before", evaluations[0][name]), (f"{words}, after", evaluations[-1][name])]
     if summary["ref_kl"][-1] is not None:
         rows.append(("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]))
     rows += [
@@ -60,10 +58,11 @@ def before_and_after(folder: Path) -> list[str]:
 
 def places(folder: Path) -> list[str]:
     """Where adapters, logs and W&B's folder lie."""
+    adapters = [folder / role for role in ("policy", "value", "reward")]
     lines = [
         f"  run folder  {folder}",
         f"  log         {folder / 'log.jsonl'}",
-        f"  adapters    {folder / 'policy'}, {folder / 'value'}",
+        f"  adapters    {', '.join(str(path) for path in adapters if path.is_dir())}",
     ]
     runs = sorted((folder / "wandb").glob("*run-*"), key=lambda run: run.name.partition("run-")[2])  # by time
     return [*lines, f"  W&B         {runs[-1]}"] if runs else lines

@@ -41,3 +41,6 @@ class NoFunctions:
     ) -> Scores:
         """Zeros."""
         return Scores([0.0] * len(responses), {}, [True] * len(responses), None, {})
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -27,13 +27,14 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import policy_metrics, reward_metrics, rollout_metrics, uniform_groups
 from rlhf_toolkit.rewards.scores import Scores
+from rlhf_toolkit.rollout.curriculum import Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.model_rewards import ModelReward
 from rlhf_toolkit.rollout.passes import Needs, Passes, gather_passes, score
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout, joined, sampled_here
 from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
-from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, in_turn, rollout_rows
+from rlhf_toolkit.rollout.schedule import LastMeans, deal, in_turn, rollout_rows
 from rlhf_toolkit.rollout.shaping import Shaping
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
 
@@ -46,6 +47,9 @@ class Scorer(Protocol):
 
     def collect(self, prompts: Sequence[Prompt], responses: list[str], token_ids: list[list[int]]) -> Scores:
         """The scores of all of a rank's responses."""
+
+    def close(self) -> None:
+        """End what it has started."""
 
 
 class Collector:
@@ -72,8 +76,10 @@ class Collector:
         correction: Correction = Correction(),  # noqa: B008  frozen
         replacement_rounds: int = 0,
         model_rewards: Sequence[ModelReward] = (),
+        curriculum: Curriculum | None = None,
     ) -> None:
-        self.sampler, self.expected = sampler, ExpectedLengths()
+        self.sampler, self.expected = sampler, LastMeans()
+        self.curriculum, self.mean_scores = curriculum, LastMeans()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.position_of = {prompt.index: position for position, prompt in enumerate(prompts)}
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
@@ -91,7 +97,8 @@ class Collector:
         Where its only update is one forward pass on each rank, that pass is what ``complete`` waits for.
         """
         with self.sampler.opened(self.model()) as shared:
-            sampled = self.responses_to(shared, self.schedule.indices(rollout), rollout)
+            sampled = self.responses_to(shared, self._chosen(rollout), rollout)
+            self._remember(sampled)
             sampled = self._without_uniform_groups(shared, sampled, rollout)
             if self.shaping.estimator.needs("baselines"):
                 sampled = self._with_baselines(shared, sampled)
@@ -100,17 +107,28 @@ class Collector:
                 roles = self.roles_of(rollout, plan)
                 passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
-        self.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
         if rollout > 0 and self.needs.incomplete(one_forward=plan.one_forward):
             self._incomplete = (sampled, passes)
             return self._tokens_of(sampled, passes)
         return self._experience(sampled, passes)
+
+    def _chosen(self, rollout: int) -> list[int]:
+        """The positions of a rollout's prompts: the schedule's, or the curriculum's."""
+        if self.curriculum is None:
+            return self.schedule.indices(rollout)
+        return self.curriculum.indices(rollout, self.mean_scores)
 
     def responses_to(self, shared: SharedBase, prompts: Sequence[int], rollout: int) -> Sampled:
         """Sampled and scored responses to the prompts at these positions, for rollout number ``rollout``."""
         rows = rollout_rows([self.prompts[i] for i in prompts], self.responses_per_prompt)
         shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
         return self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
+
+    def _remember(self, sampled: Sampled) -> None:
+        """What to expect of the prompts next time, also of those that are replaced; a response without a score tells
+        its length only."""
+        self.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
+        self.mean_scores.update(sampled.groups[sampled.kept].tolist(), sampled.raw_scores[sampled.kept].tolist())
 
     def complete(self, rows: Sequence[int], **said: Tensor) -> Experience:
         """The experience that ``collect`` left open, from what each rank's forward pass has ``said`` about its
@@ -163,6 +181,7 @@ class Collector:
                 break
             seen |= set(drawn)
             others = self._responses_to_few(shared, drawn, rollout)
+            self._remember(others)
             better = set(others.groups.tolist()) - set(self._uniform(others))
             replaced = uniform[: len(better)]
             kept = [row for row, group in enumerate(sampled.groups.tolist()) if group not in replaced]
@@ -216,6 +235,10 @@ class Collector:
     def shaped_scores(self, sampled: Sampled) -> Tensor:
         """(B,) scores after penalties, clip, scale and whitening."""
         return self.shaping.scores(sampled, budget=self.sampling.max_new_tokens)
+
+    def evaluation_scores(self, sampled: Sampled) -> Tensor:
+        """(B,) the same without whitening, whose mean would always be 0."""
+        return self.shaping.scores.before_whitening(sampled, budget=self.sampling.max_new_tokens)
 
     def _early_rewards(self, batch: PromptBatch) -> Callable[[int, list[int]], None]:
         """Hands a response to the rewards as soon as it is there: slow ones work while others are being decoded."""

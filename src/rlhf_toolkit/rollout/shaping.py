@@ -77,7 +77,7 @@ class ScoreShaping:
         return scores
 
     def before_whitening(self, sampled: Sampled, *, budget: int) -> Tensor:
-        """(B,) the same scores, not whitened: what an evaluation shows, whose mean would always be 0."""
+        """(B,) the same scores, not whitened."""
         scores = missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.missing_eos_penalty)
         if self.overlong_buffer:
             scores = scores + soft_overlong_penalty(

@@ -26,6 +26,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.curriculum import CURRICULA, Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
@@ -135,6 +136,7 @@ def make_trainer(
         schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=over_mini_batch(experiment),
         held_out=task.held_out,
+        evaluation_samples=experiment.run.evaluation_samples,
         learning_rates=rates,
         callbacks=[progress],
     )
@@ -182,7 +184,17 @@ def make_collector(
         correction=correction_of(ppo),
         replacement_rounds=rollout.replace_uniform_groups,
         model_rewards=model_rewards,
+        curriculum=curriculum_of(experiment, task),
     )
+
+
+def curriculum_of(experiment: Experiment, task: Task) -> Curriculum | None:
+    """What chooses the prompts, unless the schedule does."""
+    data, setting = experiment.data, "data.curriculum"
+    if data.curriculum is None:
+        return None
+    function, count = find(data.curriculum, CURRICULA, setting), experiment.rollout.prompts_per_rollout
+    return Curriculum(function, task.prompts, count, experiment.run.seed, data.curriculum_kwargs)
 
 
 def make_cutting(experiment: Experiment, *, packing: bool) -> Cutting:
@@ -242,7 +254,9 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Samp
     """What decodes, for training and for evaluation: as large as the larger of the two."""
     rollout, ranks = experiment.rollout, world_size()
     size = RolloutSize(
-        rows=max(rollout.sequences // ranks, -(-len(task.held_out) // ranks)),
+        rows=max(
+            rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
+        ),
         columns=max(len(p.token_ids) for p in (*task.prompts, *task.held_out)) + rollout.max_new_tokens,
         scoring_tokens=3 * experiment.update.micro_batch_tokens,
     )

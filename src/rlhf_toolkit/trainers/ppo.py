@@ -17,14 +17,14 @@ from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import backward, skip
 from rlhf_toolkit.errors import TrainingPathError
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
 from rlhf_toolkit.rollout.collect import Collector
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader
 from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.sampled import Sample, as_samples
-from rlhf_toolkit.rollout.schedule import in_turn
+from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.ppo_loss import PPOLoss, Said
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
@@ -51,6 +51,7 @@ class PPOTrainer(RoleTrainer):
         schedule: tuple[int, int, int],
         over_mini_batch: OverMiniBatch = OverMiniBatch(),  # noqa: B008  frozen
         held_out: Sequence[Prompt] = (),
+        evaluation_samples: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, train_dataset=list(collector.prompts), eval_dataset=list(held_out) or None, **kwargs)
@@ -58,7 +59,7 @@ class PPOTrainer(RoleTrainer):
         self.evaluation_samples: list[Sample] = []
         self._unscored: list[dict[str, Tensor]] = []
         self._kl_sums, self._stopped, self._left_out = torch.zeros(2), False, False
-        self.over_mini_batch = over_mini_batch
+        self.over_mini_batch, self.evaluation_samples_per_prompt = over_mini_batch, evaluation_samples
         collector.model = lambda: self.model_wrapped
 
     def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
@@ -160,8 +161,8 @@ class PPOTrainer(RoleTrainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Sequence[Prompt] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy responses to the held-out prompts: score of those that have one, KL to the reference, length and the
-        share that was cut off."""
+        """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut off;
+        and the score of sampled ones where the experiment asks for them. Scores are of the responses that have one."""
         prompts = list(eval_dataset or self.held_out)
         rows = PromptBatch(tuple(prompts), samples=(0,) * len(prompts))
         greedy = replace(self.collector.sampling, greedy=True)
@@ -169,20 +170,30 @@ class PPOTrainer(RoleTrainer):
             sampled = self.collector.sample(shared, rows, in_turn(len(rows)), greedy, stream=())
             plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
             passes = score(shared, sampled, plan, layout, greedy.temperature, roles=(POLICY, REFERENCE))
-        scores = self.collector.shaping.scores.before_whitening(sampled, budget=greedy.max_new_tokens)
-        scored = scores[sampled.kept]
+            at_random = self._sampled_scores(shared, prompts)
+        scores = self.collector.evaluation_scores(sampled)
         self.evaluation_samples = as_samples(sampled, scores)
         kl = reference_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
         metrics = {
-            **(spread(f"{metric_key_prefix}/score", scored) if len(scored) else {}),
+            **spread(f"{metric_key_prefix}/score", scores[sampled.kept]),
             f"{metric_key_prefix}/ref_kl": kl["actor/ref_kl"],
             f"{metric_key_prefix}/response_length": sampled.response_lengths.float().mean().item(),
             f"{metric_key_prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
+            **({} if at_random is None else spread(f"{metric_key_prefix}/sampled_score", at_random)),
         }
         self.log(dict(metrics))
         # Callbacks hear of it, and Trainer learns that this step's evaluation has been done.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _sampled_scores(self, shared: SharedBase, prompts: list[Prompt]) -> Tensor | None:
+        """Scores of responses sampled as in training, from the same random numbers in every evaluation."""
+        if not self.evaluation_samples_per_prompt:
+            return None
+        collector, rows = self.collector, rollout_rows(prompts, self.evaluation_samples_per_prompt)
+        stream = (collector.seed, "evaluation")
+        sampled = collector.sample(shared, rows, in_turn(len(rows)), collector.sampling, stream=stream)
+        return collector.evaluation_scores(sampled)[sampled.kept]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Give Trainer's gradient norm its place among ours and add what the rollout and its phases measured.
