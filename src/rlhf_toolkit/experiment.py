@@ -37,6 +37,7 @@ class Experiment:
         self._check_batches()
         self._check_value_warmup()
         self._check_kl_horizon()
+        self._check_kl_stop()
 
     def _check_required(self) -> None:
         required = {
@@ -84,6 +85,13 @@ class Experiment:
             raise ConfigError(
                 f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
                 f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
+            )
+
+    def _check_kl_stop(self) -> None:
+        if self.ppo.kl_stop is not None and self.updates_per_rollout == 1:
+            raise ConfigError(
+                f"ppo.kl_stop={self.ppo.kl_stop} does nothing where a rollout has one update; set ppo.mini_batches or "
+                "ppo.num_ppo_epochs to 2 or more, or drop it"
             )
 
     @property
