@@ -70,6 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "target_modules": "all-linear",
         "exclude_modules": [],
         "policy_adapter": None,
+        "value_adapter": None,
         "value_on": "adapter",
         "value_head_std": 0.0,
         "gradient_checkpointing": False,
@@ -83,11 +84,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "chat_template": True,
         "system_prompt": None,
         "max_prompt_tokens": 512,
+        "curriculum": None,
+        "curriculum_kwargs": {},
     },
     "reward": {
         "function": "r.py:f",
         "kwargs": {},
         "functions": [],
+        "adapter": None,
+        "adapter_weight": 1.0,
+        "model": None,
+        "model_weight": 1.0,
         "missing_eos_penalty": 0.0,
         "overlong_buffer": 0,
         "overlong_penalty": 1.0,
@@ -106,6 +113,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "mode": "auto",
         "slots": None,
         "replace_uniform_groups": 0,
+        "environment": None,
+        "max_turns": 4,
         "weights": "exact",
     },
     "ppo": {
@@ -205,9 +214,8 @@ def test_unknown_section() -> None:
 def test_unknown_setting_offers_the_nearest() -> None:
     assert error_of("ppo", gama=1.0) == "unknown setting ppo.gama; did you mean ppo.gamma?"
     assert error_of("reward", qqqqqqqqqqqq=1) == (
-        "unknown setting reward.qqqqqqqqqqqq; known are reward.clip, reward.function, reward.functions, "
-        "reward.kwargs, reward.missing_eos_penalty, reward.overlong_buffer, reward.overlong_penalty, reward.scale, "
-        "reward.whiten"
+        "unknown setting reward.qqqqqqqqqqqq; known are "
+        + ", ".join(sorted(f"reward.{name}" for name in DEFAULTS["reward"]))
     )
 
 

@@ -62,6 +62,7 @@ class ModelConfig(Section):
     target_modules: str | list[str] = knob("all-linear", "layers to adapt: all-linear or a list of name endings")
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
     policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
+    value_adapter: str | None = knob(None, "reward adapter (LoRA folder with its head) that the value starts from")
     value_on: str = knob(
         "adapter",
         "the value head reads an adapter of its own, or, cheaper, the policy's states without moving them",
@@ -69,6 +70,15 @@ class ModelConfig(Section):
     )
     value_head_std: float = knob(0.0, "standard deviation of the value head's start; 0 starts it at zero", NOT_NEGATIVE)
     gradient_checkpointing: bool = knob(False, "recompute layers in backward: less memory, about a third more time")
+
+    def __post_init__(self) -> None:
+        """A value adapter to start from needs an adapter to start."""
+        super().__post_init__()
+        if self.value_adapter is not None and self.value_on != "adapter":
+            raise ConfigError(
+                f"model.value_adapter={self.value_adapter} needs an adapter of the value's own, but model.value_on is "
+                f"{self.value_on}; set it to adapter, or drop value_adapter"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,10 @@ class DataConfig(Section):
     chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
     system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
+    curriculum: str | None = knob(
+        None, "chooses each rollout's prompts: near_target, or path/to/file.py:name; none: all of them in random order"
+    )
+    curriculum_kwargs: dict[str, Any] = knob({}, "its own constants")
 
     def __post_init__(self) -> None:
         """A system prompt needs the chat template."""
@@ -92,6 +106,8 @@ class DataConfig(Section):
                 "data.system_prompt is set but data.chat_template is false; "
                 "set chat_template: true or drop the system prompt"
             )
+        if self.curriculum_kwargs and self.curriculum is None:
+            raise ConfigError("data.curriculum_kwargs is set but data.curriculum is none; name the curriculum, too")
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,10 @@ class RewardConfig(Section):
     function: str = knob("", "path/to/file.py:name or package.module:name of (prompts, responses, **columns) -> scores")
     kwargs: dict[str, Any] = knob({}, "extra keyword arguments for the function")
     functions: list[dict[str, Any]] = knob([], "several rewards instead, each with a weight and more: docs/rewards.md")
+    adapter: str | None = knob(None, "folder of a reward adapter on the shared base, whose score is added")
+    adapter_weight: float = knob(1.0, "its weight")
+    model: str | None = knob(None, "hub name or folder of a reward model with its own tokenizer, whose score is added")
+    model_weight: float = knob(1.0, "its weight")
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that was cut off", NOT_NEGATIVE)
     overlong_buffer: int = knob(0, "tokens before the budget where DAPO's soft penalty begins; 0: off", NOT_NEGATIVE)
     overlong_penalty: float = knob(1.0, "and reaches this at the budget", NOT_NEGATIVE)
@@ -116,6 +136,11 @@ class RewardConfig(Section):
                 "reward.functions and reward.function are both set; put the one function into the list of functions"
             )
 
+    @property
+    def named(self) -> bool:
+        """Whether there is any reward."""
+        return bool(self.function or self.functions or self.adapter or self.model)
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Section):
@@ -128,6 +153,10 @@ class RolloutConfig(Section):
     top_k: int = knob(0, "sample from the k most likely tokens; 0: all", NOT_NEGATIVE)
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability; 1: all", ABOVE_0_TO_1)
     stop_strings: list[str] = knob([], "texts that end a response, beside the model's stop tokens")
+    environment: str | None = knob(
+        None, "path/to/file.py:name of (prompts, responses, turn, **columns) -> answers, after which the policy goes on"
+    )
+    max_turns: int = knob(4, "turns of the policy in one response, where there is an environment", ABOVE_0)
     mode: str = knob(
         "auto", "window: gather the base once; stream: decode through its shards; auto: what fits", choices=MODES
     )

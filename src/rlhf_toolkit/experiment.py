@@ -42,7 +42,7 @@ class Experiment:
         required = {
             "model.name": self.model.name,
             "data.train": self.data.train,
-            "reward.function": self.reward.function or self.reward.functions,
+            "reward.function": self.reward.named,
         }
         for name, value in required.items():
             if not value:

@@ -23,13 +23,14 @@ class Prompt:
     """One row of the prompt dataset after tokenisation.
 
     ``index`` is its position in the dataset, which names its random stream; ``columns`` are the dataset's other
-    columns, which rewards receive by name.
+    columns, which rewards receive by name; ``messages`` are the chat messages it was rendered from, None for a text.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     columns: dict[str, Any]
+    messages: tuple[dict[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ def test_a_reward_that_raises_shows_its_own_traceback(tmp_path: Path, recipe: Re
     lines = finished.output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("RewardError: "))
     assert lines[start].startswith(
-        f"RewardError: reward {tmp_path}/reward.py:low_words raised LookupError: nobody knows; repair the function "
+        "RewardError: reward low_words raised LookupError: nobody knows; repair the function "
         "(see its traceback); the first of its 8 prompts was 'w"
     )
     assert lines[start + 1] == "Traceback (most recent call last):"
@@ -451,7 +451,8 @@ REWARDS = {
     "wrong count": ("return scores[1:]", f"returned 3 scores; {WANTED}"),
     "NaN": (
         'return [*scores[:3], float("nan")]',
-        "gave score nan (float) at position 3; return a finite number for each response; its prompt was 'w",
+        "gave score nan (float); return a finite number for each response, or one for each of its tokens; "
+        "its prompt was 'w",
     ),
     "string": ('return "good"', f"returned 'good' (str); {WANTED}"),
     "raises": (
@@ -468,7 +469,7 @@ def test_a_reward_that_goes_wrong_on_one_rank_ends_all(name: str, tmp_path: Path
     (tmp_path / "reward.py").write_text(ONE_RANK.replace("{misbehaviour}", misbehaviour))
     finished = run_recipe(path, processes=2, stage=3)
     seconds = time.time() - float((tmp_path / "misbehaved").read_text())
-    lines, said = finished.output.splitlines(), f"reward {tmp_path}/reward.py:low_words {message}"
+    lines, said = finished.output.splitlines(), f"reward low_words {message}"
     assert finished.status not in (0, -9), finished.output
     assert seconds < SECONDS_TO_END, finished.output
     assert sum(line.startswith(f"[rank 1] RewardError: {said}") for line in lines) == 1, finished.output

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_toolkit.errors import ConfigError, RewardError, RLHFError
 from rlhf_toolkit.rewards.calls import LARGEST, Batch, Fault, Outcome, checked, is_async, outcome_of
-from rlhf_toolkit.rewards.functions import FunctionReward
-from rlhf_toolkit.types import Prompt
 from tests.rewards import misbehaving
 
-PROMPTS = [Prompt(0, "one\nline", (1,), {"label": 5, "x": "a"}), Prompt(3, "two", (2,), {"label": 7, "x": "b"})]
 RESPONSES = ["r0", "r1"]
 BATCH = Batch(["one\nline", "two"], RESPONSES, [[11, 12, 13], [14]], {"label": [5, 7], "x": ["a", "b"]})
 
@@ -31,14 +27,6 @@ def fault_of(outcome: Outcome, position: int | None = None) -> Fault:
     found = outcome[position] if isinstance(outcome, list) and position is not None else outcome
     assert isinstance(found, Fault) and "\n" not in found.what + found.way_out
     return found
-
-
-def message_of(caught: pytest.ExceptionInfo[Any]) -> str:
-    """The text of an error, which has to be one line."""
-    assert isinstance(caught.value, RLHFError)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 # ---- calling ---------------------------------------------------------------------------------------------------------
@@ -288,56 +276,3 @@ def test_a_timeout_error_of_the_functions_own_is_not_the_limit() -> None:
 def test_a_generator_is_no_list(name: str, shown: str) -> None:
     fault = fault_of(called(getattr(misbehaving, name)))
     assert fault.what.startswith("returned <") and fault.what.endswith(shown)
-
-
-# ---- one function as the reward --------------------------------------------------------------------------------------
-
-
-def reward_of(function: Callable[..., Any], **kwargs: Any) -> FunctionReward:
-    return FunctionReward(function, kwargs, "file.py:f")
-
-
-def test_a_function_reward_gives_floats() -> None:
-    assert reward_of(lambda p, r, *, label, x, scale: [scale * each for each in label], scale=0.5)(
-        PROMPTS, RESPONSES
-    ) == [2.5, 3.5]
-
-
-@pytest.mark.parametrize("name", ["prompts", "responses"])
-def test_a_kwarg_that_is_an_argument(name: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        reward_of(lambda *args, **kwargs: [], **{name: 1})
-    assert message_of(caught) == (
-        f"reward.kwargs.{name} of file.py:f is also an argument every reward gets; rename one of the two"
-    )
-
-
-def test_a_kwarg_that_is_a_column() -> None:
-    with pytest.raises(ConfigError) as caught:
-        reward_of(lambda *args, **kwargs: [0.0, 0.0], label=1)(PROMPTS, RESPONSES)
-    assert (
-        message_of(caught) == "reward.kwargs.label of file.py:f is also a column of the dataset; rename one of the two"
-    )
-
-
-def test_a_function_reward_names_the_prompt() -> None:
-    with pytest.raises(RewardError) as caught:
-        reward_of(lambda *texts, **columns: [0.0, "bad"])(PROMPTS, RESPONSES)
-    assert message_of(caught) == (
-        "reward file.py:f gave score 'bad' (str); return a finite number for each response, or one for each of its "
-        "tokens; its prompt was 'two' (row 3 of the dataset)"
-    )
-
-
-@pytest.mark.parametrize("scores", [[float("nan")], ZeroDivisionError("x" * 5000)])
-def test_a_long_prompt_is_cut_in_the_message(scores: Any) -> None:
-    def function(prompts: list[str], responses: list[str]) -> Any:
-        if isinstance(scores, Exception):
-            raise scores
-        return scores
-
-    with pytest.raises(RewardError) as caught:
-        reward_of(function)([Prompt(0, "long " * 1000, (1,), {})], ["r"])
-    assert "'long long" in message_of(caught)
-    assert message_of(caught).endswith("... (row 0 of the dataset)")
-    assert len(message_of(caught)) < 900

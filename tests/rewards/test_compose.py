@@ -75,6 +75,12 @@ def test_a_row_is_dropped_whichever_reward_drops_it() -> None:
         assert scored(*entries, responses=["x", "nan"]).kept == [True, False]
 
 
+def test_a_failure_that_is_scored_brings_back_no_dropped_row() -> None:
+    first, second = of("act", name="a", on_failure="drop"), of("act", name="b", on_failure="score")
+    for entries in ((first, second), (second, first)):
+        assert scored(*entries, responses=["x", "nan"]).kept == [False, False]
+
+
 def test_numbers_that_do_not_fit_the_tokens_are_a_failure_of_that_response_only() -> None:
     with pytest.raises(RewardError, match="reward too_many_tokens gave 2 numbers for a response of 1 tokens"):
         scored(of("too_many_tokens"))
@@ -207,7 +213,7 @@ def test_an_async_function_with_a_limit() -> None:
 
 
 def test_an_async_function_in_workers() -> None:
-    entry = of("gently", workers=1, timeout=2, on_failure="drop")
+    entry = of("gently", workers=1, timeout=1, on_failure="drop")
     scores = scored(entry, responses=["a", "sleep", "bb"])
     assert (scores.totals, scores.kept) == ([1, 0, 2], [True, False, True])
 
@@ -264,6 +270,15 @@ def test_a_function_that_cannot_be_loaded(keys: dict[str, int], tmp_path: Path) 
         with pytest.raises(ConfigError) as caught:
             scored({"function": f"{path}:score", **keys})
         assert str(caught.value).startswith(f"reward.functions[0].function{message}")
+
+
+@pytest.mark.parametrize("deed", ["nan", "raise"])
+def test_a_long_prompt_is_cut_in_the_message(deed: str) -> None:
+    with rewards_of(of("act")) as rewards, pytest.raises(RewardError) as caught:
+        rewards.collect([Prompt(7, "long\n" * 1000, (1,), {})], [deed], [[1]])
+    message = str(caught.value)
+    assert r"its prompt was 'long\nlong\n" in message and message.endswith("... (row 7 of the dataset)")
+    assert len(message) < 400 and "\n" not in message
 
 
 # ---- lines about failures --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, rollout_rows
+from rlhf_toolkit.rollout.schedule import LastMeans, deal, rollout_rows
 from rlhf_toolkit.types import Prompt
 
 
@@ -65,10 +65,10 @@ def test_shares_that_would_differ() -> None:
 
 
 def test_a_prompt_is_expected_to_be_as_long_as_last_time_and_a_new_one_as_the_others() -> None:
-    expected, prompts = ExpectedLengths(), prompts_at(1, 2, 2, 3)
+    expected, prompts = LastMeans(), prompts_at(1, 2, 2, 3)
     assert expected(prompts[0]) == 0.0
     expected.update([p.index for p in prompts[:3]], [10, 20, 40])
     assert [expected(prompt) for prompt in prompts] == [10.0, 30.0, 30.0, 20.0]
     expected.update([prompts[0].index], [50])
     assert expected(prompts[0]) == 50.0
-    assert ExpectedLengths(expected.state)(prompts[3]) == expected(prompts[3]) == 40.0
+    assert LastMeans(expected.state)(prompts[3]) == expected(prompts[3]) == 40.0

@@ -212,11 +212,13 @@ def tokenise_prompts(
     _check_columns(rows.column_names, column)
     prompts = []
     for index, row in enumerate(rows):
-        text, special = _rendered(row[column], index, tokenizer, chat_template, system_prompt)
+        messages = _messages_of(row[column], index, chat_template, system_prompt)
+        text, special = _rendered(row[column], messages, index, tokenizer)
         token_ids = tuple(tokenizer(text, add_special_tokens=special).input_ids)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
-        prompts.append(Prompt(index, text, token_ids, {name: value for name, value in row.items() if name != column}))
+        columns = {name: value for name, value in row.items() if name != column}
+        prompts.append(Prompt(index, text, token_ids, columns, None if messages is None else tuple(messages)))
     return _those_that_fit(prompts, max_prompt_tokens)
 
 
@@ -230,13 +232,19 @@ def _check_columns(columns: Sequence[str], column: str) -> None:
             )
 
 
+def _messages_of(value: Any, index: int, chat_template: bool, system_prompt: str | None) -> list[Message] | None:
+    """A prompt's chat messages; None for one that stays as it stands."""
+    if isinstance(value, str) and not chat_template:
+        return None
+    return _messages(value, index, system_prompt)
+
+
 def _rendered(
-    value: Any, index: int, tokenizer: PreTrainedTokenizerBase, chat_template: bool, system_prompt: str | None
+    value: Any, messages: list[Message] | None, index: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, bool]:
     """A prompt's text, and whether special tokens are still to be added: a chat template puts them into the text."""
-    if isinstance(value, str) and not chat_template:
-        return value, True
-    messages = _messages(value, index, system_prompt)
+    if messages is None:
+        return str(value), True
     require_chat_template(tokenizer)
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)), False

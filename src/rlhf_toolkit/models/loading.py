@@ -20,20 +20,21 @@ from transformers import (
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
-from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE, SharedBase
 
+REWARD_HEAD = "reward_head.safetensors"
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or a ModelError that says what to do."""
-    with _explained(name):
+    with explained(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config without dropout and router noise: in PPO old and new log-probs must come from one function."""
-    with _explained(name):
+    with explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
@@ -56,7 +57,7 @@ def load_base(
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
     kind = ROLE_ATTENTION if ours else attention
     try:
-        with _explained(name), sharded_loading(topology, dtype):
+        with explained(name), sharded_loading(topology, dtype):
             return AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype, attn_implementation=kind, trust_remote_code=trust_remote_code
             )
@@ -89,38 +90,47 @@ def build_ppo_roles(
     adapter: LoraConfig,
     *,
     policy_adapter: str | None,
+    value_adapter: str | None = None,
+    reward_adapter: str | None = None,
     value_on: str = ON_ADAPTER,
     **options: Any,
 ) -> SharedBase:
-    """Policy and value on ``base``; with ``policy_adapter`` the policy starts from that LoRA folder and the reference
-    is a frozen copy.
+    """Policy and value on ``base``, and a frozen reward where a folder is given.
 
-    ``options`` go to SharedBase.
+    With ``policy_adapter`` the policy starts from that LoRA folder and the reference is a frozen copy. With
+    ``value_adapter`` the value starts from a reward adapter and its head: at the last token its value is that score.
+    Adapters may differ in rank and in the layers they adapt. ``options`` go to SharedBase.
     """
-    value = {VALUE: adapter} if value_on == ON_ADAPTER else {}
-    if policy_adapter is None:
-        return SharedBase(base, {POLICY: adapter, **value}, value_on=value_on, **options)
-    start = start_adapter_config(policy_adapter)
-    shared = SharedBase(base, {POLICY: start, **value, REFERENCE: start}, value_on=value_on, **options)
-    for role in (POLICY, REFERENCE):
-        shared.load_role(role, policy_adapter)
+    adapters = {POLICY: adapter} if policy_adapter is None else {}
+    if policy_adapter is not None:
+        adapters = dict.fromkeys((POLICY, REFERENCE), adapter_config(policy_adapter, "model.policy_adapter"))
+    if value_on == ON_ADAPTER:
+        start = None if value_adapter is None else adapter_config(value_adapter, "model.value_adapter")
+        adapters[VALUE] = start or adapter
+    if reward_adapter is not None:
+        adapters[REWARD] = adapter_config(reward_adapter, "reward.adapter")
+    shared = SharedBase(base, adapters, value_on=value_on, **options)
+    folders = {POLICY: policy_adapter, REFERENCE: policy_adapter, VALUE: value_adapter, REWARD: reward_adapter}
+    for role, folder in folders.items():
+        if role in adapters and folder is not None:
+            shared.load_role(role, folder)
+            if role in SCALAR_ROLES:
+                shared.load_head(role, Path(folder) / REWARD_HEAD)
     return shared
 
 
-def start_adapter_config(folder: str) -> LoraConfig:
+def adapter_config(folder: str, setting: str) -> LoraConfig:
     """The settings of a LoRA folder to start from, with dropout off."""
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise ModelError(
-            f"model.policy_adapter={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter"
-        )
+        raise ModelError(f"{setting}={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
-        raise ModelError(f"model.policy_adapter={folder} is a {config.peft_type} adapter; role slices need LoRA")
+        raise ModelError(f"{setting}={folder} is a {config.peft_type} adapter; role slices need LoRA")
     config.lora_dropout, config.inference_mode = 0.0, False
     return config
 
 
-class _explained:
+class explained:
     """Turns transformers' long OSError about a missing model into one line."""
 
     def __init__(self, name: str) -> None:

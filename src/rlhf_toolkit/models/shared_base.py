@@ -47,8 +47,9 @@ class SharedBase(PeftModel):
 
     Args:
         base: a decoder-only model with a language-model head. Every parameter of it is frozen.
-        adapters: LoRA settings for each role that has an adapter; ``policy`` is required. ``reference`` without an
-            entry is the bare base; with one it is a frozen adapter (a copy of the policy's start).
+        adapters: LoRA settings for each role that has an adapter. ``reference`` without an entry is the bare base; with
+            one it is a frozen adapter (a copy of the policy's start).
+        trained: the roles that train, adapter and head; every other one is frozen.
         gradient_checkpointing: recompute layers in backward; each recomputation runs under the roles of its forward.
         value_head_std: standard deviation of the value head's start; 0 starts it at zero.
         value_on: ``adapter``: the value has an entry in ``adapters``; ``policy_trunk``: it has none, and its head reads
@@ -66,13 +67,15 @@ class SharedBase(PeftModel):
         gradient_checkpointing: bool = False,
         value_head_std: float = 0.0,
         value_on: str = ON_ADAPTER,
+        trained: Sequence[str] = TRAINED_ROLES,
     ) -> None:
         refuse_architecture(base)
         for role, config in adapters.items():
             refuse_settings(role, config)
         adapters = {role: spelt_out(config, base) for role, config in adapters.items()}
-        super().__init__(base, adapters[POLICY], adapter_name=POLICY)
-        for role in sorted(set(adapters) - {POLICY}):
+        first, *others = sorted(adapters, key=lambda role: (role != POLICY, role))
+        super().__init__(base, adapters[first], adapter_name=first)
+        for role in others:
             self.add_adapter(role, adapters[role])
         refuse_layers(base)
         _, hidden_size = full_shape(base.get_output_embeddings().weight)  # OPT-350m's config names a wider one
@@ -82,6 +85,7 @@ class SharedBase(PeftModel):
         self.scalar_heads = nn.ModuleDict(
             {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in with_head}
         )
+        self.trained_roles = tuple(trained)
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
         self._decide_what_trains()
@@ -173,41 +177,43 @@ class SharedBase(PeftModel):
         return self.policy_head.next_token_logits(hidden[:, -1])
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters by name of their group: ``policy``, ``value`` and ``value_head``."""
-        groups: dict[str, list[nn.Parameter]] = {POLICY: [], VALUE: [], "value_head": []}
+        """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``."""
+        groups: dict[str, list[nn.Parameter]] = {role: [] for role in self.trained_roles}
+        groups |= {f"{role}_head": [] for role in self.trained_roles}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups["value_head" if name.startswith("scalar_heads.") else _role_of(name)].append(parameter)
+                in_head = name.startswith("scalar_heads.")
+                groups[f"{name.split('.')[1]}_head" if in_head else _role_of(name)].append(parameter)
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Write each trained role to its own folder: a plain PEFT adapter, and ``value_head.safetensors`` beside the
-        value's, or alone in its folder where the value has no adapter.
+        """Write each trained role to its own folder: a plain PEFT adapter, and its head, such as
+        ``value_head.safetensors``, beside it, or alone where the value has no adapter.
 
         ``state_dict`` holds whole tensors (under ZeRO-3 the caller has gathered them); every shape is checked before it
         is written.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
-        trained = [role for role in TRAINED_ROLES if role in self.peft_config]
+        trained = [role for role in self.trained_roles if role in self.peft_config]
         _refuse_empty(
             {name: tensor for name, tensor in state_dict.items() if "lora_" in name or "scalar_heads." in name}
         )
         kwargs["save_embedding_layers"] = False
         super().save_pretrained(str(save_directory), selected_adapters=trained, state_dict=state_dict, **kwargs)
-        if kwargs.get("is_main_process", True) and VALUE in self.scalar_heads:
-            (Path(save_directory) / VALUE).mkdir(exist_ok=True)
-            prefix = f"scalar_heads.{VALUE}."
+        for role in self._trained_heads() if kwargs.get("is_main_process", True) else ():
+            (Path(save_directory) / role).mkdir(exist_ok=True)
+            prefix = f"scalar_heads.{role}."
             head = {k.removeprefix(prefix): v.contiguous().cpu() for k, v in state_dict.items() if k.startswith(prefix)}
-            save_file(head, Path(save_directory) / VALUE / "value_head.safetensors")
+            save_file(head, head_file(save_directory, role))
 
     def load_trained(self, folder: str | os.PathLike[str]) -> None:
         """Load every trained role that ``save_pretrained`` wrote to ``folder``. Trainability stays as it is."""
-        for role in (role for role in TRAINED_ROLES if role in self.peft_config):
+        for role in (role for role in self.trained_roles if role in self.peft_config):
             self.load_role(role, Path(folder) / role)
-        if VALUE in self.scalar_heads:
-            self.load_head(VALUE, Path(folder) / VALUE / "value_head.safetensors")
+        for role in self._trained_heads():
+            self.load_head(role, head_file(folder, role))
 
     def load_role(self, role: str, folder: str | os.PathLike[str]) -> None:
         """Load a plain PEFT adapter folder as ``role``; all of its tensors must find their place."""
@@ -240,8 +246,16 @@ class SharedBase(PeftModel):
         """Set ``requires_grad`` once and for all: sharding, optimizer and checkpoints read it, nothing may change it
         later."""
         for name, parameter in self.named_parameters():
-            in_head = name.startswith(f"scalar_heads.{VALUE}.")
-            parameter.requires_grad_(in_head or ("lora_" in name and _role_of(name) in TRAINED_ROLES))
+            in_head = name.startswith("scalar_heads.") and name.split(".")[1] in self.trained_roles
+            parameter.requires_grad_(in_head or ("lora_" in name and _role_of(name) in self.trained_roles))
+
+    def _trained_heads(self) -> list[str]:
+        return [role for role in self.trained_roles if role in self.scalar_heads]
+
+
+def head_file(folder: str | os.PathLike[str], role: str) -> Path:
+    """Where the head of ``role`` lies in the folder that holds a folder for each role."""
+    return Path(folder) / role / f"{role}_head.safetensors"
 
 
 def refuse_architecture(base: PreTrainedModel) -> None:

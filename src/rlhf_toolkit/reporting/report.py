@@ -60,10 +60,11 @@ def before_and_after(folder: Path) -> list[str]:
 
 def places(folder: Path) -> list[str]:
     """Where adapters, logs and W&B's folder lie."""
+    adapters = [folder / role for role in ("policy", "value", "reward")]
     lines = [
         f"  run folder  {folder}",
         f"  log         {folder / 'log.jsonl'}",
-        f"  adapters    {folder / 'policy'}, {folder / 'value'}",
+        f"  adapters    {', '.join(str(path) for path in adapters if path.is_dir())}",
     ]
     runs = sorted((folder / "wandb").glob("*run-*"), key=lambda run: run.name.partition("run-")[2])  # by time
     return [*lines, f"  W&B         {runs[-1]}"] if runs else lines

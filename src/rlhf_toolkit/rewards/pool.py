@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 
 from rlhf_toolkit.errors import ConfigError, described
 from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, too_slow
-from rlhf_toolkit.rewards.lanes import Lanes, deadline
+from rlhf_toolkit.rewards.lanes import JOIN_SECONDS, Lanes, deadline
 from rlhf_toolkit.rewards.specification import RewardSpec
 
 START_SECONDS = 600.0
@@ -104,8 +104,10 @@ class PoolCaller:
         """Kill the worker, in the middle of a call if need be."""
         with self._lock:
             self._closed = True
-            if self._worker is not None:
-                self._worker.kill()
+            worker = self._worker
+        if worker is not None:
+            worker.kill()
+            worker.join(JOIN_SECONDS)
 
     def _once(self, payload: bytes) -> Outcome:
         self._ensure()
@@ -137,8 +139,13 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process has not ended."""
-        return self._watcher.is_alive()
+        """Whether the process has not ended; asked of the kernel, since the watcher learns of it a moment later."""
+        if not self._watcher.is_alive():
+            return False
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+        except ChildProcessError:  # the watcher has been quicker
+            return False
 
     def load(self, spec: RewardSpec) -> bool | ConfigError:
         """Have it load the function: whether that takes tokens, or why it could not be loaded."""
@@ -158,6 +165,10 @@ class WorkerProcess:
         """End the process now; ``_watch`` does the rest."""
         self._process.kill()
 
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it has ended and all that it started with it."""
+        self._watcher.join(seconds)
+
     def _exchange(self, payload: bytes, timeout: float | None) -> bytes | Fault:
         """An answer to ``payload``, or how the process came to its end. The limit counts sending and reading, too."""
         answer = None
@@ -168,7 +179,7 @@ class WorkerProcess:
             except (EOFError, OSError):  # the watcher shuts the socket when the process ends
                 self.kill()  # it may have closed the socket and live on
         if answer is None or expired.is_set():
-            self._watcher.join()
+            self.join()
         if answer is not None:
             return answer
         return too_slow(timeout) if expired.is_set() else _crashed(self._process.returncode)

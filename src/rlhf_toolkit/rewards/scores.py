@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rlhf_toolkit.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,19 @@ class Scores:
     kept: list[bool]
     token_rewards: list[list[float]] | None
     failures: dict[str, int]
+
+
+class NoFunctions:
+    """No function scores, so every total is 0: models give the scores."""
+
+    def submit(self, row: int, prompt: Prompt, response: str, token_ids: Sequence[int]) -> None:
+        """Nothing begins early."""
+
+    def collect(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], token_ids: Sequence[Sequence[int]]
+    ) -> Scores:
+        """Zeros."""
+        return Scores([0.0] * len(responses), {}, [True] * len(responses), None, {})
+
+    def close(self) -> None:
+        """Nothing to end."""

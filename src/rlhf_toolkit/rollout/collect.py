@@ -28,14 +28,16 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import policy_metrics, reward_metrics, rollout_metrics, uniform_groups
 from rlhf_toolkit.rewards.scores import Scores
+from rlhf_toolkit.rollout.curriculum import Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.model_rewards import ModelReward
 from rlhf_toolkit.rollout.passes import Needs, Passes, gather_passes, score
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout, joined, sampled_here
-from rlhf_toolkit.rollout.sampler import Sampler
-from rlhf_toolkit.rollout.schedule import ExpectedLengths, deal, in_turn, rollout_rows
+from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
+from rlhf_toolkit.rollout.schedule import LastMeans, deal, in_turn, rollout_rows
 from rlhf_toolkit.rollout.shaping import Shaping
-from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout, present
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
 
 
 class Scorer(Protocol):
@@ -46,6 +48,9 @@ class Scorer(Protocol):
 
     def collect(self, prompts: Sequence[Prompt], responses: list[str], token_ids: list[list[int]]) -> Scores:
         """The scores of all of a rank's responses."""
+
+    def close(self) -> None:
+        """End what it has started."""
 
 
 class Collector:
@@ -71,13 +76,17 @@ class Collector:
         needs: Needs = Needs(),  # noqa: B008  frozen
         correction: Correction = Correction(),  # noqa: B008  frozen
         replacement_rounds: int = 0,
+        model_rewards: Sequence[ModelReward] = (),
+        curriculum: Curriculum | None = None,
     ) -> None:
-        self.sampler, self.expected = sampler, ExpectedLengths()
+        self.sampler, self.expected = sampler, LastMeans()
+        self.curriculum, self.mean_scores = curriculum, LastMeans()
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.position_of = {prompt.index: position for position, prompt in enumerate(prompts)}
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
         self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
         self.needs, self.correction, self.replacement_rounds = needs, correction, replacement_rounds
+        self.model_rewards = model_rewards
         self.clock = Clock()
         self.metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
@@ -89,7 +98,7 @@ class Collector:
         Where its only update is one forward pass on each rank, that pass is what ``complete`` waits for.
         """
         with self.sampler.opened(self.model()) as shared:
-            sampled = self.responses_to(shared, self.schedule.indices(rollout), rollout)
+            sampled = self.responses_to(shared, self._chosen(rollout), rollout)
             for number in range(self.replacement_rounds):
                 sampled = self._without_uniform_groups(shared, sampled, rollout, number)
             if self.shaping.estimator.needs("baselines"):
@@ -100,10 +109,17 @@ class Collector:
                 passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
         self.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
+        self.mean_scores.update(sampled.groups.tolist(), sampled.raw_scores.tolist())
         if rollout > 0 and self.needs.incomplete(one_forward=plan.one_forward):
             self._incomplete = (sampled, passes)
             return self._tokens_of(sampled, passes)
         return self._experience(sampled, passes)
+
+    def _chosen(self, rollout: int) -> list[int]:
+        """The positions of a rollout's prompts: the schedule's, or the curriculum's."""
+        if self.curriculum is None:
+            return self.schedule.indices(rollout)
+        return self.curriculum.indices(rollout, self.mean_scores)
 
     def responses_to(self, shared: SharedBase, prompts: Sequence[int], rollout: int) -> Sampled:
         """Sampled and scored responses to the prompts at these positions, for rollout number ``rollout``."""
@@ -141,7 +157,11 @@ class Collector:
         with self.clock.phase("reward"), agreement("the reward"):
             scores = self.scorer.collect(batch.prompts, texts, tokens)
         mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
-        return gather_rollout(mine, shares, pad_id=sampling.pad_id)
+        sampled = gather_rollout(mine, shares, pad_id=sampling.pad_id)
+        with self.clock.phase("reward"):
+            for reward in self.model_rewards:
+                sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts), reward.weight)
+        return sampled
 
     def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int, number: int) -> Sampled:
         """The rollout with prompts replaced whose responses all have one score, as far as others do better: round
@@ -281,8 +301,3 @@ class Collector:
                 "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
                 "loaded with"
             )
-
-
-def tokens_of(rollout: Rollout) -> list[list[int]]:
-    """The tokens of each response, without padding."""
-    return [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]

@@ -70,6 +70,7 @@ def decode(
     *,
     stream: Sequence[int | str],
     slots: int | None = None,
+    budgets: Sequence[int] | None = None,
     expected: Callable[[Prompt], float] = lambda prompt: 0.0,
     pace: Pace | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
@@ -78,11 +79,15 @@ def decode(
     """Sample one response for each row of ``batch`` with the policy.
 
     ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
-    and its sample number. ``slots`` are sequences in flight, by default all. Prompts whose responses are ``expected``
+    and its sample number. ``slots`` are sequences in flight, by default all; ``budgets`` are tokens for each row, by
+    default ``sampling.max_new_tokens`` for all. Prompts whose responses are ``expected``
     to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step,
     ``on_finished`` of each row that ends, with its tokens.
     """
-    state = _Decoding(model, tokenizer, batch, sampling, stream, slots or len(batch), expected, pace or Alone())
+    budgets = [sampling.max_new_tokens] * len(batch) if budgets is None else list(budgets)
+    state = _Decoding(
+        model, tokenizer, batch, sampling, stream, slots or len(batch), budgets, expected, pace or Alone()
+    )
     state.on_finished = on_finished
     while state.waiting or state.living:
         on_tokens(state.enter() if state.may_enter() else state.step())
@@ -104,13 +109,14 @@ class _Decoding:
         sampling: Sampling,
         stream: Sequence[int | str],
         slots: int,
+        budgets: list[int],
         expected: Callable[[Prompt], float],
         pace: Pace,
     ) -> None:
         self.model, self.tokenizer, self.batch, self.sampling, self.pace = model, tokenizer, batch, sampling, pace
         self.device = next(model.parameters()).device
-        rows, budget, slots = len(batch), sampling.max_new_tokens, min(slots, len(batch))
-        width = max(len(prompt.token_ids) for prompt in batch.prompts)
+        rows, budget, slots = len(batch), max(budgets, default=1), min(slots, len(batch))
+        width = max((len(prompt.token_ids) for prompt in batch.prompts), default=1)
         config = model.causal_lm.config
         capacity = width + budget + SPARE_COLUMNS
         self.cache = SlotCache(config, slots=slots, width=width, capacity=capacity, device=self.device)
@@ -120,7 +126,8 @@ class _Decoding:
         self.row = torch.zeros(slots, dtype=torch.long)
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
         self.positions = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
-        self.uniforms = None if sampling.greedy else _uniforms(batch, budget, stream).to(self.device)
+        self.budgets = torch.tensor(budgets, device=self.device)
+        self.uniforms = None if sampling.greedy or not rows else _uniforms(batch, budget, stream).to(self.device)
         self.stop_ids = torch.tensor(sampling.stop_ids, device=self.device)
         self.responses = torch.full((rows, budget), sampling.pad_id, device=self.device)
         self.logprobs = torch.zeros(rows, budget, device=self.device)
@@ -138,8 +145,8 @@ class _Decoding:
             self.cache.make_room(self.living)
         rows, prompts = self._next_rows()
         mask, cache, logits = self._prefill(prompts)
-        number = {prompt.index: i for i, prompt in enumerate(prompts)}
-        source = torch.tensor([number[self.batch.prompts[row].index] for row in rows], device=self.device)
+        number = {prompt.token_ids: i for i, prompt in enumerate(prompts)}
+        source = torch.tensor([number[self.batch.prompts[row].token_ids] for row in rows], device=self.device)
         slots = [self.free.pop(0) for _ in rows]
         chosen = torch.tensor(slots, device=self.device)
         self.cache.admit(cache, source, mask, chosen)
@@ -166,7 +173,7 @@ class _Decoding:
 
     def rollout(self) -> Rollout:
         """The results, on the CPU, cut to the longest response."""
-        width = max(1, int(self.lengths.max()))
+        width = max(1, int(self.lengths.max())) if len(self.lengths) else 1
         return Rollout(
             responses=self.responses[:, :width].cpu(),
             lengths=self.lengths.cpu(),
@@ -177,14 +184,14 @@ class _Decoding:
     def _next_rows(self) -> tuple[list[int], list[Prompt]]:
         """Rows that enter now, and their prompts without repetition: a group's prompt is computed once."""
         rows: list[int] = []
-        prompts: dict[int, Prompt] = {}
+        prompts: dict[tuple[int, ...], Prompt] = {}
         width = 0
         while self.waiting and len(rows) < len(self.free):
             prompt = self.batch.prompts[self.waiting[0]]
             width = max(width, len(prompt.token_ids))
-            if rows and width * (len(prompts) + 1) > PREFILL_TOKENS and prompt.index not in prompts:
+            if rows and width * (len(prompts) + 1) > PREFILL_TOKENS and prompt.token_ids not in prompts:
                 break
-            prompts[prompt.index] = prompt
+            prompts[prompt.token_ids] = prompt
             rows.append(self.waiting.pop(0))
         return rows, list(prompts.values())
 
@@ -219,7 +226,7 @@ class _Decoding:
         self.tokens[slots, 0] = tokens
         self.lengths[rows] += 1
         self.finished[rows] = torch.isin(tokens, self.stop_ids) | self._stop_string_seen(rows)
-        over = self.finished[rows] | (self.lengths[rows] == s.max_new_tokens)
+        over = self.finished[rows] | (self.lengths[rows] == self.budgets[rows])
         ended = [slot for slot, ends in zip(slots, over.tolist(), strict=True) if ends]
         for row in self.row[ended].tolist():
             self.on_finished(row, self.responses[row, : self.lengths[row]].tolist())

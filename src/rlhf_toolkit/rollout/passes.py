@@ -21,7 +21,8 @@ SCORED_ROLES = (POLICY, VALUE, REFERENCE)
 
 @dataclass(frozen=True)
 class Passes:
-    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token.
+    """What the roles say about a rollout, all (B, R) fp32 but ``final_values`` (B,), the value after the last token,
+    and ``reward_scores`` (B,).
 
     None: the role did not run.
     """
@@ -31,6 +32,7 @@ class Passes:
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     final_values: Tensor | None = None
+    reward_scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,4 +128,4 @@ def _score_rows(
     laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
     out = shared(laid_out.to(next(shared.parameters()).device), roles=roles, temperature=temperature)
     results = {ours: unpack(out[name].cpu(), lengths, width) for name, ours in PACKED_RESULTS.items() if name in out}
-    return results | {name: out[name].cpu() for name in ("final_values",) if name in out}
+    return results | {name: out[name].cpu() for name in ("final_values", "reward_scores") if name in out}

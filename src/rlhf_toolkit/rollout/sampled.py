@@ -58,6 +58,10 @@ class Sampled:
     def __len__(self) -> int:
         return len(self.finished)
 
+    def plus(self, name: str, scores: Tensor, weight: float) -> Sampled:
+        """With one more reward: ``weight`` times ``scores`` (B,)."""
+        return replace(self, raw_scores=self.raw_scores + weight * scores, parts={**self.parts, name: scores})
+
     def rows(self, index: Sequence[int]) -> Sampled:
         """The rows ``index``, in that order. ``failures`` stay those of the whole."""
         picked = {name: getattr(self, name)[list(index)] for name in COLUMNS}

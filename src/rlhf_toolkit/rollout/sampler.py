@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from rlhf_toolkit.distributed.collectives import agreement, any_rank
 from rlhf_toolkit.distributed.topology import free_memory
 from rlhf_toolkit.distributed.zero3 import bytes_to_gather, full_shape, gathered, is_sharded, streamed
 from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
@@ -18,6 +20,7 @@ from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, RolloutNeeds, place
 from rlhf_toolkit.rollout.decoding import PREFILL_TOKENS, SPARE_COLUMNS, Alone, Pace, Sampling, decode
+from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: what streaming keeps gathered at most
@@ -50,8 +53,9 @@ class Sampler:
         slots: int | None = None,
         weights: str = EXACT,
         on_tokens: Callable[[int], None] = lambda count: None,
+        environment: Environment | None = None,
     ) -> None:
-        self.tokenizer, self.size = tokenizer, size
+        self.tokenizer, self.size, self.environment = tokenizer, size, environment
         self.mode, self.slots, self.weights, self.on_tokens = mode, slots, weights, on_tokens
         self._pace: Pace = Alone()
 
@@ -89,23 +93,60 @@ class Sampler:
         expected: Callable[[Prompt], float] = lambda prompt: 0.0,
         on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
     ) -> Rollout:
-        """One response for each row of ``batch``; see ``decoding.decode``. Only inside ``opened``."""
-        slots = self.placement.slots if self.placement else None
+        """One response for each row of ``batch``, of several turns where there is an environment; see
+        ``decoding.decode``. Only inside ``opened``."""
+        options: dict[str, Any] = {
+            "slots": self.placement.slots if self.placement else None,
+            "expected": expected,
+            "pace": self._pace,
+            "on_tokens": self.on_tokens,
+        }
         with decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
-            rollout = decode(
-                shared,
-                self.tokenizer,
-                batch,
-                sampling,
-                stream=stream,
-                slots=slots,
-                expected=expected,
-                pace=self._pace,
-                on_tokens=self.on_tokens,
-                on_finished=on_finished,
-            )
+            if self.environment is None:
+                rollout = decode(
+                    shared, self.tokenizer, batch, sampling, stream=stream, on_finished=on_finished, **options
+                )
+            else:
+                rollout = self._with_turns(shared, batch, sampling, stream, options)
+                for row, tokens in enumerate(tokens_of(rollout)):
+                    on_finished(row, tokens)
         columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
         return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
+
+    def _with_turns(
+        self,
+        shared: SharedBase,
+        batch: PromptBatch,
+        sampling: Sampling,
+        stream: Sequence[int | str],
+        options: dict[str, Any],
+    ) -> Rollout:
+        """Turn after turn; while streaming, as many on every rank. The first has the random stream of a single one."""
+        assert self.environment is not None
+
+        def turn(part: PromptBatch, budgets: list[int], number: int) -> Rollout:
+            name = stream if number == 0 else (*stream, "turn", number)
+            return decode(shared, self.tokenizer, part, sampling, stream=name, budgets=budgets, **options)
+
+        go_on = partial(
+            decode_with_turns,
+            turn,
+            self.tokenizer,
+            batch,
+            self.environment,
+            budget=sampling.max_new_tokens,
+            pad_id=sampling.pad_id,
+        )
+        agreeing = partial(agreement, "the environment")
+        if not isinstance(self._pace, Alone):
+            return go_on(anyone=any_rank, agreeing=agreeing)
+        with agreeing():  # ranks take as many turns as they need
+            return go_on()
+
+
+def tokens_of(rollout: Rollout) -> list[list[int]]:
+    """The tokens of each response, without padding."""
+    return [row[:length] for row, length in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
 
 
 def bare_tensors(pace: Pace) -> AbstractContextManager[object]:

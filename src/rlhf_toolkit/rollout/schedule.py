@@ -52,25 +52,26 @@ def in_turn(rows: int, ranks: int | None = None) -> list[range]:
     return [range(number, rows, ranks) for number in range(ranks)]
 
 
-class ExpectedLengths:
-    """How long a prompt's responses will probably be: as long as last time, or as all others are on average.
+class LastMeans:
+    """What was measured of a prompt's responses when it was last in a rollout, such as their mean length: what to
+    expect of it next time; of one never seen, the mean of all others.
 
     The same on every rank, since all see whole rollouts. ``state`` is saved with a checkpoint, so that a resumed run
-    decodes in the same order.
+    decides as a straight one does.
     """
 
     def __init__(self, state: Mapping[str, float] | None = None) -> None:
         self.state: dict[str, float] = dict(state or {})
 
     def __call__(self, prompt: Prompt) -> float:
-        """Tokens; 0 as long as nothing has been seen."""
+        """The mean last time; 0 as long as nothing has been seen."""
         return self.state.get(str(prompt.index), self._mean)
 
-    def update(self, prompts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Take in the ``lengths`` of the responses to ``prompts``, numbers of the dataset's rows."""
-        totals: dict[str, list[int]] = {}
-        for index, length in zip(prompts, lengths, strict=True):
-            totals.setdefault(str(index), []).append(length)
+    def update(self, prompts: Sequence[int], values: Sequence[float]) -> None:
+        """Take in a value for each response to ``prompts``, numbers of the dataset's rows."""
+        totals: dict[str, list[float]] = {}
+        for index, value in zip(prompts, values, strict=True):
+            totals.setdefault(str(index), []).append(value)
         self.state.update({index: sum(found) / len(found) for index, found in totals.items()})
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
@@ -19,15 +21,19 @@ from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.errors import ConfigError, ModelError
 from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.models.attention import packing_obstacle
+from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.plugins import arguments_for, find, takes
+from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.curriculum import CURRICULA, Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.loader import OverMiniBatch
+from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
 from rlhf_toolkit.rollout.passes import Needs
 from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
+from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.trainers.arguments import training_arguments
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
@@ -114,11 +120,18 @@ def make_trainer(
         max_grad_norm=update.max_grad_norm,
         largest_adapter=max(element_count(p) for group in shared.parameter_groups().values() for p in group),
     )
+    packing = packs(experiment, shared)
     return PPOTrainer(
         model=shared,
         args=training_arguments(experiment, topology, deepspeed),
         processing_class=task.tokenizer,
-        collector=make_collector(experiment, task, progress, packing=packs(experiment, shared)),
+        collector=make_collector(
+            experiment,
+            task,
+            progress,
+            packing=packing,
+            model_rewards=make_model_rewards(experiment, topology, packing=packing),
+        ),
         loss=make_loss(experiment),
         schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=over_mini_batch(experiment),
@@ -142,9 +155,11 @@ def packs(experiment: Experiment, shared: SharedBase) -> bool:
     return chosen
 
 
-def make_collector(experiment: Experiment, task: Task, progress: Progress, *, packing: bool) -> Collector:
+def make_collector(
+    experiment: Experiment, task: Task, progress: Progress, *, packing: bool, model_rewards: Sequence[ModelReward]
+) -> Collector:
     """What turns prompts into experience; the trainer gives it its model."""
-    ppo, rollout = experiment.ppo, experiment.rollout
+    ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
     sampler = make_sampler(experiment, task, progress)
     return Collector(
         sampler,
@@ -153,7 +168,7 @@ def make_collector(experiment: Experiment, task: Task, progress: Progress, *, pa
         task.reward,
         task.sampling,
         make_shaping(experiment),
-        Cutting(ppo.mini_batches, experiment.update.micro_batch_tokens, packing),
+        cutting,
         FixedKL(ppo.kl_coef) if ppo.kl_target is None else AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon),
         responses_per_prompt=rollout.responses_per_prompt,
         seed=experiment.run.seed,
@@ -167,7 +182,39 @@ def make_collector(experiment: Experiment, task: Task, progress: Progress, *, pa
         ),
         correction=correction_of(ppo),
         replacement_rounds=rollout.replace_uniform_groups,
+        model_rewards=model_rewards,
+        curriculum=curriculum_of(experiment, task),
     )
+
+
+def curriculum_of(experiment: Experiment, task: Task) -> Curriculum | None:
+    """What chooses the prompts, unless the schedule does."""
+    data, setting = experiment.data, "data.curriculum"
+    if data.curriculum is None:
+        return None
+    function, count = find(data.curriculum, CURRICULA, setting), experiment.rollout.prompts_per_rollout
+    return Curriculum(function, task.prompts, count, experiment.run.seed, data.curriculum_kwargs)
+
+
+def make_cutting(experiment: Experiment, *, packing: bool) -> Cutting:
+    """How rollouts are cut."""
+    return Cutting(experiment.ppo.mini_batches, experiment.update.micro_batch_tokens, packing)
+
+
+def make_model_rewards(experiment: Experiment, topology: Topology, *, packing: bool) -> list[ModelReward]:
+    """The rewards that are models; one with a base of its own is loaded here."""
+    reward, rewards = experiment.reward, list[ModelReward]()
+    if reward.adapter is not None:
+        rewards.append(AdapterReward(make_cutting(experiment, packing=packing), reward.adapter_weight))
+    if reward.model is not None:
+        model = load_reward_model(
+            reward.model,
+            topology,
+            dtype=getattr(torch, experiment.model.dtype),
+            trust_remote_code=experiment.model.trust_remote_code,
+        )
+        rewards.append(TextReward(model, reward.model_weight))
+    return rewards
 
 
 def make_shaping(experiment: Experiment) -> Shaping:
@@ -217,7 +264,17 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Samp
         slots=rollout.slots,
         weights=rollout.weights,
         on_tokens=progress.on_tokens,
+        environment=environment_of(experiment),
     )
+
+
+def environment_of(experiment: Experiment) -> Environment | None:
+    """What answers the policy in the middle of a response, if anything does."""
+    rollout, setting = experiment.rollout, "rollout.environment"
+    if rollout.environment is None:
+        return None
+    name = f"{setting}={rollout.environment}"
+    return Environment(load_function(rollout.environment, setting), rollout.max_turns, name)
 
 
 def make_loss(experiment: Experiment) -> PPOLoss:

@@ -30,7 +30,7 @@ from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_c
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
 from rlhf_toolkit.reporting.tracking import WandbMirror
-from rlhf_toolkit.rollout.schedule import ExpectedLengths
+from rlhf_toolkit.rollout.schedule import LastMeans
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.assembly import check_algorithm, estimator_of, make_trainer
 from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
@@ -61,6 +61,7 @@ class PPORun:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         finally:
             self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
+            self.trainer.collector.scorer.close()
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
@@ -96,7 +97,8 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     trainer = make_trainer(experiment, topology, task, shared, progress)
     control = trainer.collector.kl_control
     control.coefficient = manifest.get("kl_coefficient", control.coefficient)
-    trainer.collector.expected = expected = ExpectedLengths(manifest.get("expected_lengths"))
+    trainer.collector.expected = expected = LastMeans(manifest.get("expected_lengths"))
+    trainer.collector.mean_scores = mean_scores = LastMeans(manifest.get("mean_scores"))
 
     def state() -> dict[str, Any]:
         """What only the run knows, for the manifest of a checkpoint."""
@@ -104,6 +106,7 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
         return {
             "kl_coefficient": control.coefficient,
             "expected_lengths": expected.state,
+            "mean_scores": mean_scores.state,
             "wandb_id": run_id,
             "base": fingerprint,
             "world_size": topology.world_size,
@@ -138,6 +141,8 @@ def load_roles(experiment: Experiment, config: PretrainedConfig, topology: Topol
         base,
         adapter,
         policy_adapter=model.policy_adapter,
+        value_adapter=model.value_adapter,
+        reward_adapter=experiment.reward.adapter,
         value_on=model.value_on if estimator_of(experiment.ppo).needs("values") else NOWHERE,
         gradient_checkpointing=model.gradient_checkpointing,
         value_head_std=model.value_head_std,

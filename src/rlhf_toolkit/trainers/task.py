@@ -16,7 +16,9 @@ from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.rewards.compose import Rewards
+from rlhf_toolkit.rewards.scores import NoFunctions
 from rlhf_toolkit.rewards.specification import RewardSpec
+from rlhf_toolkit.rollout.collect import Scorer
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.types import Prompt
 
@@ -30,7 +32,7 @@ class Task:
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     schedule: PromptSchedule
-    reward: Rewards
+    reward: Scorer
 
 
 def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
@@ -47,10 +49,12 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     return Task(tokenizer, sampling, prompts, held_out, schedule, reward)
 
 
-def load_rewards(experiment: Experiment) -> Rewards:
+def load_rewards(experiment: Experiment) -> Scorer:
     """The rewards of ``reward.functions``, or the one of ``reward.function``; what fails and may fail is said on the
     terminal."""
     reward = experiment.reward
+    if not (reward.function or reward.functions):
+        return NoFunctions()
     entries = reward.functions or [{"function": reward.function, "kwargs": reward.kwargs}]
     specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
     if not reward.functions:

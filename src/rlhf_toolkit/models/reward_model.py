@@ -1,0 +1,106 @@
+"""A reward model of its own: another base, another tokenizer, text in, one score out. Frozen, sharded under ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_toolkit.distributed.topology import Topology, sharded_loading
+from rlhf_toolkit.distributed.zero3 import whole
+from rlhf_toolkit.errors import ModelError, RewardError, shortened
+from rlhf_toolkit.models.loading import explained, load_tokenizer
+from rlhf_toolkit.types import Prompt
+
+BATCH_TOKENS = 8192  # of one forward pass, padding included
+
+
+class RewardModel:
+    """Scores responses with a sequence classifier of one label, which reads the text that its own tokenizer makes.
+
+    A prompt of chat messages goes through the reward model's own chat template, with the response as the assistant's
+    message; one of plain text is followed by the response. Higher is better; nothing is scaled.
+
+    Raises ModelError for a model with several labels, or without a token to pad with.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if model.config.num_labels != 1:
+            raise ModelError(
+                f"reward.model={name} gives {model.config.num_labels} labels; a reward model gives one score "
+                "(num_labels=1)"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise ModelError(f"reward.model={name}: its tokenizer has neither a pad nor an end token; add one of them")
+        self.name, self.model, self.tokenizer = name, model.eval().requires_grad_(False), tokenizer
+        self.model.config.pad_token_id = tokenizer.pad_token_id  # the classifier reads the last token that is not this
+        self.most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """One score for each response. A collective under ZeRO-3: the whole model is gathered meanwhile, and ranks may
+        have different numbers of responses.
+
+        Raises RewardError for a text longer than the model can read, or a score that is not finite.
+        """
+        rows = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        found = [0.0] * len(rows)
+        with whole(list(self.model.parameters())), torch.inference_mode():
+            for batch in _batches(rows):
+                for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                    found[i] = score
+        for i, score in enumerate(found):
+            if not abs(score) < float("inf"):
+                raise RewardError(
+                    f"reward.model={self.name} gave {score} for the response {shortened(responses[i])}; load it in "
+                    "another dtype, or use another model"
+                )
+        return found
+
+    def _ids(self, prompt: Prompt, response: str) -> list[int]:
+        if prompt.messages is None:
+            ids = self.tokenizer(prompt.text + response).input_ids
+        else:
+            messages: list[Any] = [*prompt.messages, {"role": "assistant", "content": response}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if self.most is not None and len(ids) > self.most:
+            raise RewardError(
+                f"prompt {prompt.index} with its response has {len(ids)} tokens for reward.model={self.name}, which "
+                f"reads at most {self.most}; lower rollout.max_new_tokens or data.max_prompt_tokens"
+            )
+        return list(ids)
+
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        device = next(self.model.parameters()).device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        return [float(score) for score in logits[:, 0].float().tolist()]
+
+
+def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trust_remote_code: bool) -> RewardModel:
+    """The classifier and its tokenizer, from the hub or a folder; under ZeRO-3 every rank holds its shard."""
+    with explained(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with sharded_loading(topology, dtype):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    if topology.device.type != "cpu" and topology.launch.zero_stage != 3:
+        model = model.to(topology.device)
+    return RewardModel(name, model, load_tokenizer(name, trust_remote_code=trust_remote_code))
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Row numbers, longest first, in batches of at most ``BATCH_TOKENS`` with padding."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

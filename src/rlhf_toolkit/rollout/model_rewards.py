@@ -1,0 +1,60 @@
+"""Rewards that are models: an adapter on the shared base, or a reward model with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.models.reward_model import RewardModel
+from rlhf_toolkit.models.shared_base import REWARD, SharedBase
+from rlhf_toolkit.rollout.cutting import Cutting, Plan
+from rlhf_toolkit.rollout.passes import score
+from rlhf_toolkit.rollout.sampled import Sampled
+from rlhf_toolkit.types import Prompt, present
+
+
+class ModelReward(Protocol):
+    """Scores a rollout that all ranks hold; ``weight`` times it joins the scores."""
+
+    name: str
+    weight: float
+
+    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
+        """(B,) fp32, the same on every rank; ``prompts`` are the rows' own. A collective, inside the window."""
+
+
+@dataclass
+class AdapterReward:
+    """The reward role: a frozen adapter and head on the base that all roles share, read at the last token."""
+
+    cutting: Cutting
+    weight: float = 1.0
+    name: str = "adapter"
+
+    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
+        """One pass of the reward role over the rollout."""
+        plan = Plan([self.cutting.among_ranks(range(len(sampled)), sampled)])
+        return present(score(shared, sampled, plan, self.cutting.layout, 1.0, roles=(REWARD,)).reward_scores)
+
+
+@dataclass
+class TextReward:
+    """A reward model of its own reads the texts; each rank its share."""
+
+    model: RewardModel
+    weight: float = 1.0
+    name: str = "model"
+
+    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores of all rows; ranks take rows in turn."""
+        mine = range(rank(), len(sampled), world_size())
+        found = self.model.scores([prompts[i] for i in mine], [sampled.responses[i] for i in mine])
+        scores = torch.zeros(len(sampled))
+        for number, share in enumerate(all_gather(found)):
+            scores[number :: world_size()] = torch.tensor(share)
+        return scores

@@ -1,0 +1,148 @@
+"""Responses of several turns: an environment answers what the policy wrote, and the policy goes on.
+
+What the environment said is part of the response that the policy sees, and of no loss: ``Rollout.written`` is False
+there, so it gets no log-prob ratio, no KL, no value step and no reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.errors import RewardError, described, shortened
+from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
+
+DecodeTurn = Callable[[PromptBatch, list[int], int], Rollout]
+"""A batch, the token budget of each row and the number of the turn, to what the policy writes in it."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """``function(prompts, responses, turn=..., **columns)`` gives for each response the text that answers it, or None
+    where it is complete. It is asked at most ``max_turns - 1`` times about a response. ``name`` stands in messages."""
+
+    function: Callable[..., Sequence[str | None]]
+    max_turns: int
+    name: str = "environment"
+
+    def answers(self, prompts: Sequence[Prompt], responses: list[str], turn: int) -> list[str | None]:
+        """The answers, checked. Raises RewardError where the function raises or returns anything else."""
+        names = prompts[0].columns if prompts else ()
+        columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
+        try:
+            found = list(self.function([prompt.text for prompt in prompts], responses, turn=turn, **columns))
+        except Exception as error:  # it may raise whatever it likes
+            raise RewardError(f"{self.name} raised {described(error)}; repair the function") from error
+        if len(found) != len(prompts) or not all(answer is None or isinstance(answer, str) for answer in found):
+            raise RewardError(
+                f"{self.name} returned {shortened(found)} for {len(prompts)} responses; return a text or None for each"
+            )
+        return found
+
+
+@dataclass
+class _Row:
+    """A response on its way."""
+
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    written: list[bool] = field(default_factory=list)
+    finished: bool = False
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float], *, written: bool) -> None:
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.written += [written] * len(tokens)
+
+    @property
+    def so_far(self) -> Prompt:
+        """What the policy reads next: prompt and response."""
+        return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.tokens))
+
+
+def decode_with_turns(
+    decode_turn: DecodeTurn,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: PromptBatch,
+    environment: Environment,
+    *,
+    budget: int,
+    pad_id: int,
+    anyone: Callable[[bool], bool] = bool,
+    agreeing: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Rollout:
+    """One response of at most ``budget`` tokens, answers included, for each row of ``batch``.
+
+    After each turn the environment is asked about the responses that stopped by themselves. One whose answer leaves no
+    token to write counts as cut off by the budget, without the answer. Where all ranks run in step, ``anyone(flag)`` is
+    whether any of them goes on, and what the environment raises inside ``agreeing()`` on one of them ends all.
+    """
+    rows = [_Row(prompt) for prompt in batch.prompts]
+    going = list(range(len(rows)))
+    for turn in range(environment.max_turns):
+        _write(decode_turn, rows, batch, going, turn, budget)
+        stopped = [i for i in going if rows[i].finished]
+        if turn + 1 == environment.max_turns:
+            break
+        with agreeing():
+            answers = _answers(environment, [rows[i] for i in stopped], tokenizer, turn)
+        answered = zip(stopped, answers, strict=True)
+        going = [i for i, answer in answered if _goes_on(rows[i], answer, tokenizer, budget)]
+        if not anyone(bool(going)):
+            break
+    return _rollout(rows, pad_id)
+
+
+def _write(
+    decode_turn: DecodeTurn, rows: list[_Row], batch: PromptBatch, going: list[int], turn: int, budget: int
+) -> None:
+    """The policy's part of a turn."""
+    part = PromptBatch(tuple(rows[i].so_far for i in going), tuple(batch.samples[i] for i in going))
+    rollout = decode_turn(part, [budget - len(rows[i].tokens) for i in going], turn)
+    for place, i in enumerate(going):
+        length = int(rollout.lengths[place])
+        logprobs = rollout.rollout_logprobs[place, :length].tolist()
+        rows[i].add(rollout.responses[place, :length].tolist(), logprobs, written=True)
+        rows[i].finished = bool(rollout.finished[place])
+
+
+def _answers(environment: Environment, rows: list[_Row], tokenizer: Any, turn: int) -> list[str | None]:
+    """What the environment says about ``rows``; it is not asked about none."""
+    if not rows:
+        return []
+    texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
+    return environment.answers([row.prompt for row in rows], list(texts), turn)
+
+
+def _goes_on(row: _Row, answer: str | None, tokenizer: Any, budget: int) -> bool:
+    """Take an answer in; whether the policy goes on."""
+    if answer is None:
+        return False
+    tokens = tokenizer(answer, add_special_tokens=False).input_ids
+    row.finished = False
+    if len(row.tokens) + len(tokens) >= budget:
+        return False
+    row.add(tokens, [0.0] * len(tokens), written=False)
+    return True
+
+
+def _rollout(rows: list[_Row], pad_id: int) -> Rollout:
+    width = max((len(row.tokens) for row in rows), default=1)
+
+    def block(column: str, fill: float) -> torch.Tensor:
+        values = [getattr(row, column) for row in rows]
+        return torch.tensor([each + [fill] * (width - len(each)) for each in values])
+
+    return Rollout(
+        responses=block("tokens", pad_id),
+        lengths=torch.tensor([len(row.tokens) for row in rows]),
+        rollout_logprobs=block("logprobs", 0.0),
+        finished=torch.tensor([row.finished for row in rows]),
+        written=block("written", False),
+    )

@@ -1,0 +1,172 @@
+"""Rewards that are models: an adapter on the shared base against plain PEFT, a reward model against plain transformers,
+and both on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedModel
+
+from rlhf_toolkit.config_loading import experiment_from_dict
+from rlhf_toolkit.errors import ConfigError, ModelError, RewardError
+from rlhf_toolkit.models.loading import load_tokenizer
+from rlhf_toolkit.models.reward_model import RewardModel
+from rlhf_toolkit.trainers.ppo import PPOTrainer
+from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.types import Prompt
+from tests.builders import tiny_tokenizer
+from tests.launch import run_recipe
+from tests.roles import lora
+from tests.tiny import SIZES, WORDS, merged, tiny_llama, write_experiment, write_task
+
+
+def write_reward_adapter(folder: Path, *, rank: int = 5) -> Path:
+    """A LoRA folder with a head, of another rank than the policy's, as a reward trainer leaves it."""
+    torch.manual_seed(11)
+    model = get_peft_model(tiny_llama(), lora(r=rank, lora_alpha=2 * rank))
+    model.save_pretrained(folder)
+    head = {"weight": torch.randn(SIZES["hidden_size"]), "bias": torch.randn(1)}
+    save_file(head, folder / "reward_head.safetensors")
+    return folder
+
+
+def write_reward_model(folder: Path, *, labels: int = 1) -> Path:
+    """A classifier whose tokenizer numbers the words in the opposite order."""
+    torch.manual_seed(12)
+    config = tiny_llama().config
+    config.num_labels, config.initializer_range = labels, 0.3
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    tiny_tokenizer(words=WORDS[::-1], pad="</s>", chat_template=template).save_pretrained(folder)
+    return folder
+
+
+def prepared(folder: Path, **changes: Any) -> PPOTrainer:
+    run = prepare(experiment_from_dict(merged(write_task(folder), {"rollout.max_new_tokens": 12, **changes})))
+    run.progress.bar.close()
+    return run.trainer
+
+
+def by_plain_peft(adapter: Path, sequences: torch.Tensor, lengths: list[int]) -> list[float]:
+    """The head on the last token's state, row by row, without our code."""
+    model = PeftModel.from_pretrained(tiny_llama(), adapter).eval()
+    head = load_file(adapter / "reward_head.safetensors")
+    with torch.no_grad():
+        states = [
+            model.base_model.model.model(row[None, :length]).last_hidden_state[0, -1]
+            for row, length in zip(sequences, lengths, strict=True)
+        ]
+    return [float(state @ head["weight"] + head["bias"]) for state in states]
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_the_reward_adapters_score_is_plain_pefts(tmp_path: Path, packing: str) -> None:
+    adapter = write_reward_adapter(tmp_path / "adapter")
+    changes = {"reward.function": "", "reward.adapter": str(adapter), "update.packing": packing}
+    collector = prepared(tmp_path, **changes).collector
+    experience = collector.collect(0)
+    expected = by_plain_peft(adapter, experience.sequences, experience.lengths())
+    assert [sample["score"] for sample in collector.samples] == pytest.approx(expected, abs=1e-5)
+    assert len(set(expected)) > 4, "equal scores would not show which row is which"
+
+
+def test_weights_of_function_adapter_and_model_add_up(tmp_path: Path) -> None:
+    adapter, model = write_reward_adapter(tmp_path / "adapter"), write_reward_model(tmp_path / "rm")
+    changes = {"reward.adapter": str(adapter), "reward.model": str(model)}
+    alone = {}
+    for name, weights in {
+        "function": (0.0, 0.0),
+        "adapter": (1.0, 0.0),
+        "model": (0.0, 1.0),
+        "all": (0.5, -2.0),
+    }.items():
+        folder = tmp_path / f"run {name}"
+        folder.mkdir()
+        both = {"reward.adapter_weight": weights[0], "reward.model_weight": weights[1]}
+        collector = prepared(folder, **changes, **both).collector
+        collector.collect(0)
+        alone[name] = torch.tensor([float(sample["score"]) for sample in collector.samples])
+    function = alone["function"]
+    expected = function + 0.5 * (alone["adapter"] - function) - 2.0 * (alone["model"] - function)
+    torch.testing.assert_close(alone["all"], expected, rtol=1e-5, atol=1e-5)
+    assert {"reward/low_words", "reward/adapter", "reward/model"} <= collector.metrics.keys()
+
+
+def test_the_value_starts_at_the_reward_adapters_score(tmp_path: Path) -> None:
+    """After the last token the value is the score, exactly: same adapter, same head, one forward."""
+    adapter = write_reward_adapter(tmp_path / "adapter")
+    trainer = prepared(tmp_path, **{"reward.adapter": str(adapter), "model.value_adapter": str(adapter)})
+    experience = trainer.collector.collect(0)
+    layout = trainer.collector.cutting.layout(
+        experience.sequences, experience.prompt_lengths, experience.response_lengths
+    )
+    with torch.no_grad():
+        out = trainer.model(layout, roles=("value", "reward"))
+    assert torch.equal(out["final_values"], out["reward_scores"]) and out["reward_scores"].std() > 0.01
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert not any(".reward." in name for name in trained) and any(".value." in name for name in trained)
+
+
+def plain_scores(folder: Path, texts: list[str]) -> list[float]:
+    """The classifier on one text at a time."""
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(str(folder))
+    with torch.no_grad():
+        return [float(model(**tokenizer(text, return_tensors="pt")).logits[0, 0]) for text in texts]
+
+
+def reward_model(folder: Path) -> RewardModel:
+    return RewardModel("rm", AutoModelForSequenceClassification.from_pretrained(folder), load_tokenizer(str(folder)))
+
+
+def test_the_reward_model_reads_text_by_its_own_tokenizer_and_template(tmp_path: Path) -> None:
+    model = reward_model(write_reward_model(tmp_path / "rm"))
+    prompts = [
+        Prompt(0, "w1 w2", (1,), {}),
+        Prompt(1, "rendered by another template", (1,), {}, ({"role": "user", "content": "w4"},)),
+        Prompt(2, "w9", (1,), {}),
+    ]
+    responses = [" w3 w4 w5 w6 w7", "w5 w6", " w1"]
+    found = model.scores(prompts, responses)
+    texts = ["w1 w2 w3 w4 w5 w6 w7", "<user> w4 <assistant> w5 w6 ", "w9 w1"]
+    assert found == pytest.approx(plain_scores(tmp_path / "rm", texts), abs=1e-5)
+    assert len({round(score, 3) for score in found}) == 3
+
+
+def test_what_a_reward_model_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"reward\.model=rm gives 2 labels; a reward model gives one score"):
+        reward_model(write_reward_model(tmp_path / "two", labels=2))
+    model = reward_model(write_reward_model(tmp_path / "rm"))
+    model.most = 3
+    with pytest.raises(RewardError, match=r"prompt 7 with its response has 4 tokens .* reads at most 3; lower rollout"):
+        model.scores([Prompt(7, "w1 w2", (1,), {})], [" w3 w4"])
+    with pytest.raises(ConfigError, match=r"model\.value_adapter=x needs an adapter of the value's own"):
+        experiment_from_dict({"model": {"name": "m", "value_adapter": "x", "value_on": "policy_trunk"}})
+
+
+def test_two_ranks_under_zero3_train_as_one_process_does(tmp_path: Path) -> None:
+    adapter, model = write_reward_adapter(tmp_path / "adapter"), write_reward_model(tmp_path / "rm")
+    found = []
+    for processes, stage in ((1, None), (2, 3)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        changes = {
+            "reward.function": "",
+            "reward.adapter": str(adapter),
+            "reward.model": str(model),
+            "reward.model_weight": 0.5,
+            "model.value_adapter": str(adapter),
+            "rollout.max_new_tokens": 12,
+        }
+        path = write_experiment(folder / "run.yaml", merged(write_task(folder), changes))
+        run_recipe(path, processes=processes, stage=stage).succeeded()
+        files = sorted((folder / "run").glob("*/*.safetensors"))
+        found.append({f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()})
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

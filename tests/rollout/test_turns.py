@@ -1,0 +1,192 @@
+"""Responses of several turns: what the environment says is read by the policy and trained on by nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_toolkit.config_loading import experiment_from_dict
+from rlhf_toolkit.errors import RewardError
+from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
+from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
+from tests.builders import tiny_tokenizer
+from tests.launch import run_recipe
+from tests.tiny import WORDS, merged, tiny_llama, write_experiment, write_task
+
+STOP, PAD = 1, 1
+ENVIRONMENT = '''
+
+def tool(prompts, responses, *, turn, **columns):
+    """Answers every response that stops, until the last turn; a long answer now and then."""
+    return [" ".join(["w27"] * (1 + len(prompt) % 3)) for prompt in prompts]
+
+
+def none(prompts, responses, *, turn, **columns):
+    return [None] * len(prompts)
+
+
+def broken(prompts, responses, *, turn, **columns):
+    import os
+    if os.environ.get("RANK", "0") == "1" or os.environ.get("WORLD_SIZE", "1") == "1":
+        raise ValueError("no such tool")
+    return [None] * len(prompts)
+'''
+
+
+class Script:
+    """A policy that writes what the script of its row says, turn by turn; -1 in a script is the budget's end."""
+
+    def __init__(self, scripts: dict[int, list[list[int]]]) -> None:
+        self.scripts, self.seen = scripts, list[tuple[int, tuple[int, ...], int]]()
+
+    def __call__(self, batch: PromptBatch, budgets: list[int], turn: int) -> Rollout:
+        rows = []
+        for prompt, budget in zip(batch.prompts, budgets, strict=True):
+            self.seen.append((turn, prompt.token_ids, budget))
+            rows.append(self.scripts[prompt.index][turn][:budget])
+        width = max((len(row) for row in rows), default=1)
+        return Rollout(
+            responses=torch.tensor([row + [PAD] * (width - len(row)) for row in rows]).reshape(len(rows), width),
+            lengths=torch.tensor([len(row) for row in rows], dtype=torch.long),
+            rollout_logprobs=-torch.ones(len(rows), width),
+            finished=torch.tensor([bool(row) and row[-1] == STOP for row in rows], dtype=torch.bool),
+        )
+
+
+def decoded(script: Script, answers: Any, *, budget: int = 10, max_turns: int = 3) -> Rollout:
+    prompts = tuple(Prompt(i, f"w{i}", (40 + i,), {"n": i}) for i in script.scripts)
+    batch = PromptBatch(prompts, (0,) * len(prompts))
+    environment = Environment(answers, max_turns, "rollout.environment=x.py:f")
+    tokenizer = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
+    return decode_with_turns(script, tokenizer, batch, environment, budget=budget, pad_id=PAD)
+
+
+def test_turns_alternate_until_the_environment_is_content() -> None:
+    w = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None).get_vocab()
+    script = Script({0: [[w["w1"], STOP], [w["w2"], STOP]], 1: [[w["w3"], STOP]], 2: [[w["w4"]] * 10]})
+
+    def answer(prompts: list[str], responses: list[str], *, turn: int, n: list[int]) -> Sequence[str | None]:
+        assert turn == 0 or n == [0]
+        return ["w5 w6" if number == 0 and turn == 0 else None for number in n]
+
+    found = decoded(script, answer)
+    first = [w["w1"], STOP, w["w5"], w["w6"], w["w2"], STOP]
+    assert found.responses.tolist() == [first + [PAD] * 4, [w["w3"], STOP] + [PAD] * 8, [w["w4"]] * 10]
+    assert found.lengths.tolist() == [6, 2, 10] and found.finished.tolist() == [True, True, False]
+    assert found.written is not None
+    assert found.written[0].tolist() == [True, True, False, False, True, True] + [False] * 4
+    assert found.rollout_logprobs[0].tolist() == [-1, -1, 0, 0, -1, -1, 0, 0, 0, 0]
+    assert script.seen[-1] == (1, (40, *first[:4]), 6), "the second turn reads all of it and has the rest of the budget"
+
+
+def test_an_answer_that_leaves_no_room_counts_as_cut_off() -> None:
+    script = Script({0: [[5, 6, STOP]]})
+    found = decoded(script, lambda prompts, responses, turn, n: ["w1 w2"], budget=5)
+    assert found.lengths.tolist() == [3] and found.finished.tolist() == [False]
+    assert found.written is not None and found.written.all()
+
+
+def test_the_last_turn_is_not_answered() -> None:
+    asked: list[int] = []
+
+    def answer(prompts: list[str], responses: list[str], turn: int, n: list[int]) -> list[str]:
+        asked.append(turn)
+        return ["w1"]
+
+    found = decoded(Script({0: [[5, STOP]] * 3}), answer, budget=100)
+    assert asked == [0, 1] and found.finished.tolist() == [True] and found.lengths.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (lambda *a, **k: 1 / 0, "rollout.environment=x.py:f raised ZeroDivisionError: division by zero; repair"),
+        (
+            lambda *a, **k: [],
+            r"rollout.environment=x.py:f returned \[\] for 1 responses; return a text or None for each",
+        ),
+        (lambda *a, **k: [3], r"rollout.environment=x.py:f returned \[3\] for 1 responses"),
+    ],
+)
+def test_what_an_environment_may_not_do(answers: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        decoded(Script({0: [[5, STOP]]}), answers)
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "rollout.max_new_tokens": 24,
+    "rollout.max_turns": 3,
+    "rollout.responses_per_prompt": 2,
+    "update.micro_batch_tokens": 96,
+    "ppo.mini_batches": 2,
+}
+
+
+def task(folder: Path, environment: str, **changes: Any) -> dict[str, Any]:
+    sections = write_task(folder, model=tiny_llama(initializer_range=0.3))
+    with (folder / "reward.py").open("a") as file:
+        file.write(ENVIRONMENT)
+    return merged(sections, {**CHANGES, "rollout.environment": f"{folder}/reward.py:{environment}", **changes})
+
+
+def test_the_policy_reads_the_answers_and_no_loss_sees_them(tmp_path: Path) -> None:
+    """Sampling's log-probs equal the training path's where the policy wrote: so it has read the same prefixes. And a
+    change of an answer's log-prob changes nothing."""
+    run = prepare(experiment_from_dict(task(tmp_path, "tool")))
+    run.progress.bar.close()
+    experience = run.trainer.collector.collect(0)
+    written, width = experience.token_mask, experience.token_mask.shape[1]
+    real = torch.arange(width) < experience.response_lengths[:, None]
+    answers = real & ~written
+    assert answers.sum() > 10 and (answers.any(1) & written.any(1)).sum() > 4
+    word = run.trainer.processing_class.get_vocab()["w27"]
+    placed = [experience.sequences[b, experience.prompt_lengths[b] + t].item() for b, t in answers.nonzero().tolist()]
+    assert set(placed) == {word}
+    gap = (experience.rollout_logprobs - experience.old_logprobs)[written].abs()
+    assert gap.max() < 1e-4
+    assert not (experience.response_mask & answers).any()
+    assert not experience.advantages[answers].any() and not experience.returns[answers].any()
+
+
+def test_an_environment_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
+    found = []
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+        sections = task(tmp_path / name, "none")
+        if name == "without":
+            del sections["rollout"]["environment"]
+        prepare(experiment_from_dict(sections)).train()
+        found.append(load_file(tmp_path / name / "run/policy/adapter_model.safetensors"))
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+@pytest.mark.timeout(500)
+def test_two_ranks_in_window_and_stream_train_as_one_process_does(tmp_path: Path) -> None:
+    runs = {"alone": (1, None, "auto"), "window": (2, 3, "window"), "stream": (2, 3, "stream")}
+    found = {}
+    for name, (processes, stage, mode) in runs.items():
+        (tmp_path / name).mkdir()
+        path = write_experiment(tmp_path / name / "run.yaml", task(tmp_path / name, "tool", **{"rollout.mode": mode}))
+        run_recipe(path, processes=processes, stage=stage).succeeded()
+        files = sorted((tmp_path / name / "run").glob("*/*.safetensors"))
+        found[name] = {f"{f.parent.name}/{key}": t for f in files for key, t in load_file(f).items()}
+    for name in ("window", "stream"):
+        for key, tensor in found["alone"].items():
+            torch.testing.assert_close(found[name][key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["window", "stream"])
+def test_a_tool_that_fails_on_one_rank_ends_all(tmp_path: Path, mode: str) -> None:
+    path = write_experiment(tmp_path / "run.yaml", task(tmp_path, "broken", **{"rollout.mode": mode}))
+    finished = run_recipe(path, processes=2, stage=3, seconds=120)
+    assert finished.status == 1
+    assert "RewardError: rank 1 failed in the environment: rollout.environment=" in finished.output
+    assert "raised ValueError: no such tool; repair the function" in finished.output
