@@ -601,6 +601,38 @@ def test_the_kl_horizon_is_long_enough_for_the_controller(prompts: int, least: i
     experiment(rollout={"prompts_per_rollout": prompts}, ppo={"kl_horizon": 1})
 
 
+def test_a_stop_by_the_kl_needs_a_second_update() -> None:
+    assert error_of("ppo", kl_stop=0.1) == (
+        "ppo.kl_stop=0.1 does nothing where a rollout has one update; set ppo.mini_batches or ppo.num_ppo_epochs to 2 "
+        "or more, or drop it"
+    )
+    experiment(ppo={"kl_stop": 0.1, "mini_batches": 2})
+    experiment(ppo={"kl_stop": 0.1, "num_ppo_epochs": 2})
+
+
+def test_an_overlong_buffer_fits_into_the_response() -> None:
+    assert error_in({"reward": {"overlong_buffer": 9}, "rollout": {"max_new_tokens": 8}}) == (
+        "reward.overlong_buffer=9 begins before the response: rollout.max_new_tokens=8; set it to 8 or less"
+    )
+    experiment(reward={"overlong_buffer": 8}, rollout={"max_new_tokens": 8})
+
+
+def test_replacing_uniform_groups_needs_groups() -> None:
+    assert error_of("rollout", replace_uniform_groups=2) == (
+        "rollout.replace_uniform_groups=2 with one response for each prompt would replace every prompt; set "
+        "responses_per_prompt to 2 or more"
+    )
+    experiment(rollout={"replace_uniform_groups": 2, "responses_per_prompt": 2})
+
+
+def test_rewards_are_named_in_one_way() -> None:
+    both = {"functions": [{"function": "r.py:g"}]}
+    assert error_of("reward", **both) == (
+        "reward.functions and reward.function are both set; put the one function into the list of functions"
+    )
+    experiment(reward={**both, "function": ""})
+
+
 # ---- derived ---------------------------------------------------------------------------------------------------------
 
 

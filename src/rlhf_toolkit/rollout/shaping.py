@@ -37,7 +37,9 @@ class Estimator:
     whiten: bool = False
 
     def __post_init__(self) -> None:
-        arguments_for(self.function, dict.fromkeys(OFFERED), self.kwargs, setting="ppo.advantage")
+        without_critic = [name for name in OFFERED if name != "bootstrap"]
+        offered = OFFERED if self.needs("values") else without_critic
+        arguments_for(self.function, dict.fromkeys(offered), self.kwargs, setting="ppo.advantage")
 
     def needs(self, name: str) -> bool:
         """Whether it takes ``name``, one of ``OFFERED``."""

@@ -57,6 +57,11 @@ def estimator_of(ppo: PPOConfig) -> Estimator:
                     f"ppo.{name}={getattr(ppo, name)} needs a value function, but ppo.advantage={ppo.advantage} trains "
                     "none; drop it, or use advantage: gae"
                 )
+    elif ppo.truncated == "bootstrap" and not estimator.needs("bootstrap"):
+        raise ConfigError(
+            f"ppo.truncated=bootstrap does nothing under ppo.advantage={ppo.advantage}, which takes no bootstrap; use "
+            "terminal or mask, or give the function that parameter"
+        )
     return estimator
 
 
@@ -91,6 +96,11 @@ def policy_loss_of(ppo: PPOConfig) -> PolicyLoss:
             f"{ppo.policy_loss} takes no weights; set the correction to none, or give the function that parameter"
         )
     select = SELECTORS.get(ppo.policy_loss)
+    if select is None and takes(function, "selected"):
+        raise ConfigError(
+            f"ppo.policy_loss={ppo.policy_loss} takes selected, but tokens are selected for {', '.join(SELECTORS)} "
+            "only; choose them in the function"
+        )
     if select is None:
         return PolicyLoss(function, ppo.policy_loss_kwargs)
     own = {name: value for name, value in ppo.policy_loss_kwargs.items() if not takes(select, name)}
