@@ -123,7 +123,15 @@ def make_trainer(
     packing = packs(experiment, shared)
     return PPOTrainer(
         model=shared,
-        args=training_arguments(experiment, topology, deepspeed),
+        args=training_arguments(
+            experiment.run,
+            update,
+            deepspeed,
+            rounds=ppo.num_rollouts,
+            steps_per_round=experiment.updates_per_rollout,
+            rows_per_rank=experiment.mini_batch_rows // topology.world_size,
+            learning_rate=update.policy_lr,
+        ),
         processing_class=task.tokenizer,
         collector=make_collector(
             experiment,
