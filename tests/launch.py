@@ -68,7 +68,7 @@ def launch(
     dump = f"import faulthandler; faulthandler.dump_traceback_later({seconds - 10}, exit=True)"
     (folder / "sitecustomize.py").write_text(dump)
     command = [str(ACCELERATE), "launch", "--config_file", str(config), *script]
-    return run(command, seconds=seconds, PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
+    return run(command, seconds=seconds, PYTHONPATH=os.pathsep.join(map(str, (folder, ROOT, ROOT / "src"))))
 
 
 @functools.cache

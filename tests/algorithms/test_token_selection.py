@@ -27,7 +27,7 @@ def chosen(selected: Tensor) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize(("share", "count"), [(2e-4, 1), (0.1, 1), (0.12, 2), (0.5, 8), (1.0, 17)])
 def test_the_highest_of_seventeen(share: float, count: int) -> None:
-    logprobs, advantages = like_mask(0), like_mask(1)
+    logprobs, advantages = like_mask(0) - 4, like_mask(1) + 1  # neither has the mean 0
     by_size = sorted(covariances(logprobs, advantages).items(), key=lambda pair: -pair[1])
     found = highest_covariance(poisoned(logprobs), poisoned(advantages), MASK, share=share)
     assert found.dtype == torch.bool and found.shape == MASK.shape

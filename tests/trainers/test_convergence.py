@@ -1,6 +1,11 @@
 """Every estimator and every loss learns: a tiny model, a rule as reward, a bound that a wrong sign does not reach.
 
-The reward is the share of words below w14, about 0.5 before training. What must be caught is in ``tests/mutations.py``.
+The rule is to write words below w14, half of the words there are. Estimators that discount, and the losses with one of
+them, get it as a reward of each token and discount it away: a token's advantage is then its own reward, so that what is
+a position off learns nothing. The others get the share of such words as the score of the response.
+
+Seen in the last four rollouts with seeds 0 to 7: at least SEEN_RIGHT; of the mutations in ``tests/mutations.py``
+with seeds 0 to 2, signs flipped gave at most SEEN_SIGN, rewards or advantages shifted by one at most SEEN_SHIFT.
 """
 
 from __future__ import annotations
@@ -17,35 +22,55 @@ from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo_run import prepare
 from tests.tiny import merged, tiny_llama, write_task
 
-BOUND = 0.85  # the mean score of the last rollouts
+BOUND = 0.75  # the mean score of the last rollouts; the first have about 0.5
 LEARNING = {
     "rollout.prompts_per_rollout": 12,
     "rollout.responses_per_prompt": 4,
-    "ppo.num_rollouts": 16,
+    "rollout.max_new_tokens": 4,
+    "ppo.num_rollouts": 12,
     "ppo.mini_batches": 2,
     "ppo.kl_coef": 0.0,
     "update.micro_batch_tokens": 512,
-    "update.policy_lr": 3e-2,
-    "update.value_lr": 3e-2,
-    "update.value_head_lr": 3e-2,
+    "update.policy_lr": 5e-2,
+    "update.value_lr": 5e-2,
+    "update.value_head_lr": 5e-2,
 }
-SHARP = tiny_llama(initializer_range=0.3)  # with the default 0.02 no adapter could make one word much likelier
+SHARP = tiny_llama(num_hidden_layers=1, initializer_range=0.3)  # with 0.02 no adapter could make one word much likelier
+LOW_TOKENS = '''
+
+def low_tokens(prompts, responses, tokens, **columns):
+    """For each token whether it is a word below w14; w0 has the id 4. A response's sum is the share of such tokens."""
+    return [[(4 <= token < 18) / len(row) for token in row] for row in tokens]
+'''
+OF_TOKENS = {"reward.function": "{folder}/reward.py:low_tokens", "ppo.gamma": 0.0}
+OF_ESTIMATOR: dict[str, dict[str, Any]] = {
+    "gae": OF_TOKENS,
+    "reinforce_plus_plus": OF_TOKENS,
+    "vapo": {"ppo.advantage_kwargs": {"alpha": 1.0}},  # with 0.05 lambda would be 0 in responses so short
+}
 OF_LOSS: dict[str, dict[str, Any]] = {"dro": {"ppo.policy_loss_kwargs": {"beta": 0.1}}}
 
 
 def scores(folder: Path, changes: dict[str, Any]) -> list[float]:
     """The mean score of each rollout of a run."""
-    run = prepare(experiment_from_dict(merged(write_task(folder, model=SHARP), {**LEARNING, **changes})))
+    task = write_task(folder, model=SHARP)
+    with (folder / "reward.py").open("a") as file:
+        file.write(LOW_TOKENS)
+    filled = {
+        name: value.format(folder=folder) if name == "reward.function" else value for name, value in changes.items()
+    }
+    run = prepare(experiment_from_dict(merged(task, {**LEARNING, **filled})))
     return run.train()["mean_scores"]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_learns(tmp_path: Path, estimator: str) -> None:
-    found = scores(tmp_path, {"ppo.advantage": estimator})
+    found = scores(tmp_path, {"ppo.advantage": estimator, **OF_ESTIMATOR.get(estimator, {})})
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_every_loss_learns(tmp_path: Path, loss: str) -> None:
-    found = scores(tmp_path, {"ppo.advantage": "grpo", "ppo.policy_loss": loss, **OF_LOSS.get(loss, {})})
+    changes = {**OF_TOKENS, "ppo.advantage": "reinforce_plus_plus", "ppo.policy_loss": loss, **OF_LOSS.get(loss, {})}
+    found = scores(tmp_path, changes)
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found

@@ -34,20 +34,19 @@ def soft_overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int, fact
     return (factor * (max_length - buffer - lengths).float() / buffer).clamp(max=0)
 
 
-def whiten_scores(scores: Tensor, *, epsilon: float = 1e-8) -> Tensor:
+def whiten_scores(scores: Tensor, *, of: Tensor | None = None, epsilon: float = 1e-8) -> Tensor:
     """Move the scores to mean 0 and scale them to standard deviation 1; equal scores become exactly 0.
 
-    ``(s - mean) / (std + epsilon)``, std unbiased, over all scores given: hand over those of all ranks. To scale them
-    without moving the mean: ``masking.scale_only``.
+    ``(s - mean) / (std + epsilon)``, std unbiased, over all scores given: hand over those of all ranks. With ``of``
+    mean and std are those of other scores, so that both can be compared. To scale without moving the mean:
+    ``masking.scale_only``.
 
-    Shapes: (B,) -> (B,). Raises ``DataError`` for fewer than 2 scores, which have no deviation.
+    Shapes: (B,) -> (B,), of (any,). Raises ``DataError`` for fewer than 2 scores, which have no deviation.
     """
-    if len(scores) < 2:
-        raise DataError(
-            f"the deviation of {len(scores)} score(s) is undefined: it takes at least 2; use a larger batch"
-        )
-    wide = scores.double()
-    return ((wide - wide.mean()) / (wide.std() + epsilon)).to(scores.dtype)
+    wide = (scores if of is None else of).double()
+    if len(wide) < 2:
+        raise DataError(f"the deviation of {len(wide)} score(s) is undefined: it takes at least 2; use a larger batch")
+    return ((scores.double() - wide.mean()) / (wide.std() + epsilon)).to(scores.dtype)
 
 
 def whiten_scores_in_groups(scores: Tensor, groups: Tensor, *, epsilon: float = 1e-6) -> Tensor:

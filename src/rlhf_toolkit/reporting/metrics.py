@@ -14,7 +14,9 @@ from rlhf_toolkit.types import Experience, present
 
 
 def spread(name: str, values: Tensor) -> dict[str, float]:
-    """Mean, max and min of ``values`` under ``name``."""
+    """Mean, max and min of ``values`` under ``name``; nothing where there are none."""
+    if not len(values):
+        return {}
     values = values.float()
     return {
         f"{name}/mean": values.mean().item(),
@@ -26,8 +28,8 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 def rollout_metrics(
     experience: Experience, *, scores: Tensor, raw_scores: Tensor, rewards: Tensor, finished: Tensor
 ) -> dict[str, float]:
-    """What sampling and scoring gave. ``scores`` (B,) after shaping, ``rewards`` (B, R) after the KL. Without a critic
-    nothing is said about values."""
+    """What sampling and scoring gave. ``scores`` (n,) after shaping and ``rewards`` (n, R) after the KL are of the
+    responses that have a score. Without a critic nothing is said about values."""
     mask = experience.response_mask
     advantages, returns = (present(column)[mask] for column in (experience.advantages, experience.returns))
     metrics = {
@@ -62,17 +64,17 @@ def reward_metrics(
     if not kept.all():
         metrics["reward/dropped"] = float((~kept).sum())
     if groups.unique().numel() < len(groups):
-        uniform = uniform_groups(scores, groups)
+        uniform = uniform_groups(scores, groups, kept)
         metrics["reward/uniform_groups"] = len(uniform) / groups.unique().numel()
     return metrics
 
 
-def uniform_groups(scores: Tensor, groups: Tensor) -> list[int]:
-    """The groups of several responses that all have one score."""
+def uniform_groups(scores: Tensor, groups: Tensor, kept: Tensor) -> list[int]:
+    """The groups of several responses whose scores, as far as they have one (``kept``), are all the same."""
     found = []
     for group in groups.unique().tolist():
-        own = scores[groups == group]
-        if len(own) > 1 and bool((own == own[0]).all()):
+        own = scores[(groups == group) & kept]
+        if int((groups == group).sum()) > 1 and len(own.unique()) <= 1:
             found.append(group)
     return found
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.importance import Correction
@@ -99,17 +98,15 @@ class Collector:
         """
         with self.sampler.opened(self.model()) as shared:
             sampled = self.responses_to(shared, self._chosen(rollout), rollout)
-            for number in range(self.replacement_rounds):
-                sampled = self._without_uniform_groups(shared, sampled, rollout, number)
+            self._remember(sampled)
+            sampled = self._without_uniform_groups(shared, sampled, rollout)
             if self.shaping.estimator.needs("baselines"):
-                sampled = replace(sampled, baselines=self._baselines(shared, sampled))
+                sampled = self._with_baselines(shared, sampled)
             with self.clock.phase("old_log_prob"):
                 plan = self.plan(sampled, rollout, epoch=0)
                 roles = self.roles_of(rollout, plan)
                 passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
         self._check_paths(sampled, passes, rollout)
-        self.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
-        self.mean_scores.update(sampled.groups.tolist(), sampled.raw_scores.tolist())
         if rollout > 0 and self.needs.incomplete(one_forward=plan.one_forward):
             self._incomplete = (sampled, passes)
             return self._tokens_of(sampled, passes)
@@ -126,6 +123,12 @@ class Collector:
         rows = rollout_rows([self.prompts[i] for i in prompts], self.responses_per_prompt)
         shares = deal(rows, self.responses_per_prompt, world_size(), self.expected)
         return self.sample(shared, rows, shares, self.sampling, stream=(self.seed, "sample", rollout))
+
+    def _remember(self, sampled: Sampled) -> None:
+        """What to expect of the prompts next time, also of those that are replaced; a response without a score tells
+        its length only."""
+        self.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
+        self.mean_scores.update(sampled.groups[sampled.kept].tolist(), sampled.raw_scores[sampled.kept].tolist())
 
     def complete(self, rows: Sequence[int], **said: Tensor) -> Experience:
         """The experience that ``collect`` left open, from what each rank's forward pass has ``said`` about its
@@ -163,40 +166,56 @@ class Collector:
                 sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts), reward.weight)
         return sampled
 
-    def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int, number: int) -> Sampled:
-        """The rollout with prompts replaced whose responses all have one score, as far as others do better: round
-        ``number`` of DAPO's dynamic sampling (arXiv 2503.14476, section 3.2).
+    def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int) -> Sampled:
+        """The rollout with prompts replaced whose responses all have one score, as far as others do better: DAPO's
+        dynamic sampling (arXiv 2503.14476, section 3.2), for at most ``replacement_rounds`` rounds.
 
-        All ranks see all scores and draw the same other prompts. A prompt that is in the rollout is not drawn.
+        All ranks see all scores and draw the same other prompts, as many as there are to replace. None is drawn that is
+        in the rollout or was.
         """
-        uniform = self._uniform(sampled)
-        present_ones = {self.position_of[group] for group in sampled.groups.tolist()}
-        count = -(-len(uniform) // world_size()) * world_size()
-        drawn = self.schedule.others(rollout, number, count=count, without=present_ones)
-        drawn = drawn[: len(drawn) // world_size() * world_size()]
-        if not drawn:
-            return sampled
-        others = self.responses_to(shared, drawn, rollout)
-        alike = self._uniform(others)
-        better = [group for group in others.groups.unique().tolist() if group not in alike][: len(uniform)]
-        replaced = uniform[: len(better)]
-        kept = [row for row, group in enumerate(sampled.groups.tolist()) if group not in replaced]
-        added = [row for row, group in enumerate(others.groups.tolist()) if group in better]
-        return joined([sampled.rows(kept), others.rows(added)], pad_id=self.sampling.pad_id)
+        seen = {self.position_of[group] for group in sampled.groups.tolist()}
+        for number in range(self.replacement_rounds):
+            uniform = self._uniform(sampled)
+            drawn = self.schedule.others(rollout, number, count=len(uniform), without=seen)
+            if not drawn:
+                break
+            seen |= set(drawn)
+            others = self._responses_to_few(shared, drawn, rollout)
+            self._remember(others)
+            better = set(others.groups.tolist()) - set(self._uniform(others))
+            replaced = uniform[: len(better)]
+            kept = [row for row, group in enumerate(sampled.groups.tolist()) if group not in replaced]
+            added = [row for row, group in enumerate(others.groups.tolist()) if group in better]
+            sampled = joined([sampled.rows(kept), others.rows(added)], pad_id=self.sampling.pad_id)
+        return sampled
+
+    def _responses_to_few(self, shared: SharedBase, prompts: list[int], rollout: int) -> Sampled:
+        """``responses_to`` any number of different prompts: some get further responses, which are left out again, so
+        that each rank has as many to do."""
+        more = prompts * world_size()
+        everything = self.responses_to(shared, prompts + more[: -len(prompts) % world_size()], rollout)
+        return everything.rows(range(len(prompts) * self.responses_per_prompt))
 
     def _uniform(self, sampled: Sampled) -> list[int]:
         """Groups to replace: one score for all responses, and no more of these than a prompt gets."""
         once = {group for group, rows in Counter(sampled.groups.tolist()).items() if rows == self.responses_per_prompt}
-        return [group for group in uniform_groups(sampled.raw_scores, sampled.groups) if group in once]
+        return [g for g in uniform_groups(sampled.raw_scores, sampled.groups, sampled.kept) if g in once]
 
-    def _baselines(self, shared: SharedBase, sampled: Sampled) -> Tensor:
-        """(B,) the score of the greedy response to each row's prompt."""
+    def _with_baselines(self, shared: SharedBase, sampled: Sampled) -> Sampled:
+        """The rollout with the score of the greedy response to each row's prompt. A row is dropped where that has
+        none."""
         groups = sampled.groups.unique().tolist()
+        groups += groups[:1] * (world_size() - len(groups))  # each rank needs one
         chosen = tuple(self.prompts[self.position_of[group]] for group in groups)
         rows = PromptBatch(chosen, samples=(0,) * len(groups))
         greedy = self.sample(shared, rows, in_turn(len(groups)), replace(self.sampling, greedy=True), stream=())
-        score_of = dict(zip(greedy.groups.tolist(), self.shaped_scores(greedy).tolist(), strict=True))
-        return torch.tensor([score_of[group] for group in sampled.groups.tolist()])
+        place = [groups.index(group) for group in sampled.groups.tolist()]
+        return replace(
+            sampled,
+            baselines=self.shaping.scores.baselines(greedy, sampled, budget=self.sampling.max_new_tokens)[place],
+            kept=sampled.kept & greedy.kept[place],
+            failures={name: failed + greedy.failures.get(name, 0) for name, failed in sampled.failures.items()},
+        )
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
         """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
@@ -216,6 +235,10 @@ class Collector:
     def shaped_scores(self, sampled: Sampled) -> Tensor:
         """(B,) scores after penalties, clip, scale and whitening."""
         return self.shaping.scores(sampled, budget=self.sampling.max_new_tokens)
+
+    def evaluation_scores(self, sampled: Sampled) -> Tensor:
+        """(B,) the same without whitening, whose mean would always be 0."""
+        return self.shaping.scores.before_whitening(sampled, budget=self.sampling.max_new_tokens)
 
     def _early_rewards(self, batch: PromptBatch) -> Callable[[int, list[int]], None]:
         """Hands a response to the rewards as soon as it is there: slow ones work while others are being decoded."""
@@ -240,9 +263,9 @@ class Collector:
         self.metrics = {
             **rollout_metrics(
                 experience,
-                scores=scores,
-                raw_scores=sampled.raw_scores,
-                rewards=rewards,
+                scores=scores[sampled.kept],
+                raw_scores=sampled.raw_scores[sampled.kept],
+                rewards=rewards[sampled.kept],
                 finished=sampled.finished,
             ),
             **reward_metrics(sampled.parts, sampled.kept, sampled.failures, scores, sampled.groups),

@@ -44,7 +44,8 @@ class Estimator:
         return takes(self.function, name)
 
     def __call__(self, offered: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Advantages and returns (B, R), checked; not whitened. Raises ConfigError for another shape."""
+        """Advantages and returns (B, R) in the rewards' dtype, checked; not whitened. Raises ConfigError for another
+        shape."""
         given = arguments_for(self.function, offered, self.kwargs, setting="ppo.advantage")
         result = self.function(**given)
         shape = offered["rewards"].shape
@@ -53,7 +54,8 @@ class Estimator:
                 f"ppo.advantage: {getattr(self.function, '__name__', self.function)} must return (advantages, "
                 f"returns), each a tensor of shape {tuple(shape)}"
             )
-        return result
+        advantages, returns = result
+        return advantages.to(offered["rewards"].dtype), returns.to(offered["rewards"].dtype)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class ScoreShaping:
 
     def __call__(self, sampled: Sampled, *, budget: int) -> Tensor:
         """(B,) scores of a rollout whose responses have at most ``budget`` tokens."""
+        scores = self.before_whitening(sampled, budget=budget)
+        if self.whiten:  # a dropped response has no score that could count
+            scores = torch.where(sampled.kept, whiten_scores(scores, of=scores[sampled.kept]), scores)
+        return scores
+
+    def before_whitening(self, sampled: Sampled, *, budget: int) -> Tensor:
+        """(B,) the same scores, not whitened."""
         scores = missing_eos_penalty(sampled.raw_scores, sampled.finished, penalty=self.missing_eos_penalty)
         if self.overlong_buffer:
             scores = scores + soft_overlong_penalty(
@@ -76,10 +85,14 @@ class ScoreShaping:
             )
         if self.clip is not None:
             scores = scores.clamp(-self.clip, self.clip)
-        scores = scores * self.scale
-        if self.whiten:  # a dropped response has no score that could count
-            scores = scores.masked_scatter(sampled.kept, whiten_scores(scores[sampled.kept]))
-        return scores
+        return scores * self.scale
+
+    def baselines(self, greedy: Sampled, sampled: Sampled, *, budget: int) -> Tensor:
+        """(B,) scores of ``greedy`` on the scale of those of ``sampled``: whitened by the statistics of these."""
+        scores = self.before_whitening(greedy, budget=budget)
+        if not self.whiten:
+            return scores
+        return whiten_scores(scores, of=self.before_whitening(sampled, budget=budget)[sampled.kept])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.aggregation import aggregate
+from rlhf_toolkit.algorithms.kl import approximate_kl
 from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
@@ -57,7 +58,7 @@ class PPOTrainer(RoleTrainer):
         self.collector, self.loss, self.schedule, self.held_out = collector, loss, schedule, held_out
         self.evaluation_samples: list[Sample] = []
         self._unscored: list[dict[str, Tensor]] = []
-        self._kl_sums, self._stopped = torch.zeros(2), False
+        self._kl_sums, self._stopped, self._left_out = torch.zeros(2), False, False
         self.over_mini_batch, self.evaluation_samples_per_prompt = over_mini_batch, evaluation_samples
         collector.model = lambda: self.model_wrapped
 
@@ -87,12 +88,13 @@ class PPOTrainer(RoleTrainer):
         Where ``kl_stop`` has ended the rollout's updates, nothing runs: no gradient, no step of the optimizer.
         """
         model.train()
-        self._stopped = self._stopped and not bool(inputs["fresh"])
+        self._left_out = self._stopped and not bool(inputs["fresh"])
         if self.loss.kl_stop is not None:
-            self.meter.add("actor/skipped_updates", float(self._stopped), 1)
-        if self._stopped:
+            self.meter.add("actor/skipped_updates", float(self._left_out), 1)
+        if self._left_out:
             skip(model)
             return torch.zeros((), device=self.args.device)
+        self._meter_rates()  # before DeepSpeed's step, which moves them on
         micro = cut(self._prepare_input(inputs))
         total = torch.zeros((), device=self.args.device)
         with self.collector.clock.phase("update_actor"):
@@ -103,7 +105,7 @@ class PPOTrainer(RoleTrainer):
         if self._unscored:
             self._record_unscored()
         self._decide_whether_to_go_on()
-        self._meter_rates()
+        self._meter_shares({"train/loss": total}, first=True)
         return total * world_size()
 
     def compute_loss(  # type: ignore[override]
@@ -142,7 +144,7 @@ class PPOTrainer(RoleTrainer):
         )
         self._meter_shares(terms.shares, first)
         self._meter_tokens(batch.response_mask, terms.of_tokens)
-        self._watch_kl(old_logprobs - said.logprobs.detach(), batch.response_mask)
+        self._watch_kl(said.logprobs, old_logprobs, batch.response_mask)
         return terms.loss
 
     def _reduction(self, inputs: MiniBatch) -> Callable[[Tensor], Tensor]:
@@ -160,7 +162,7 @@ class PPOTrainer(RoleTrainer):
         self, eval_dataset: Sequence[Prompt] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut off;
-        and the score of sampled ones where the experiment asks for them."""
+        and the score of sampled ones where the experiment asks for them. Scores are of the responses that have one."""
         prompts = list(eval_dataset or self.held_out)
         rows = PromptBatch(tuple(prompts), samples=(0,) * len(prompts))
         greedy = replace(self.collector.sampling, greedy=True)
@@ -169,11 +171,11 @@ class PPOTrainer(RoleTrainer):
             plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
             passes = score(shared, sampled, plan, layout, greedy.temperature, roles=(POLICY, REFERENCE))
             at_random = self._sampled_scores(shared, prompts)
-        scores = self.collector.shaped_scores(sampled)
+        scores = self.collector.evaluation_scores(sampled)
         self.evaluation_samples = as_samples(sampled, scores)
         kl = reference_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
         metrics = {
-            **spread(f"{metric_key_prefix}/score", scores),
+            **spread(f"{metric_key_prefix}/score", scores[sampled.kept]),
             f"{metric_key_prefix}/ref_kl": kl["actor/ref_kl"],
             f"{metric_key_prefix}/response_length": sampled.response_lengths.float().mean().item(),
             f"{metric_key_prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
@@ -191,14 +193,17 @@ class PPOTrainer(RoleTrainer):
         collector, rows = self.collector, rollout_rows(prompts, self.evaluation_samples_per_prompt)
         stream = (collector.seed, "evaluation")
         sampled = collector.sample(shared, rows, in_turn(len(rows)), collector.sampling, stream=stream)
-        return collector.shaped_scores(sampled)
+        return collector.evaluation_scores(sampled)[sampled.kept]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Give Trainer's own numbers their place among ours and add what the rollout and its phases measured."""
+        """Give Trainer's gradient norm its place among ours and add what the rollout and its phases measured.
+
+        The loss is metered, over the updates that were made: Trainer's mean counts those left out as 0. Of these
+        DeepSpeed's engine would repeat the last norm.
+        """
         if "loss" in logs:
             logs = {
-                "train/loss": logs["loss"],
-                "train/grad_norm": float(logs.get("grad_norm", 0.0)),
+                "train/grad_norm": 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
                 **self._rollout_record(),
             }
         super().log(logs, start_time)
@@ -274,11 +279,11 @@ class PPOTrainer(RoleTrainer):
         columns = [unpack(out[name], batch.response_lengths, width) for name in names if name in out]
         return Said(*columns, **{name: out[name] for name in ("final_values",) if name in out})
 
-    def _watch_kl(self, difference: Tensor, mask: Tensor) -> None:
-        """Add up a micro-batch's KL of the policy to that at rollout, from ``difference`` = old minus new log-prob."""
+    def _watch_kl(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
+        """Add up a micro-batch's KL of the policy at the rollout to the policy now, and its tokens."""
         if self.loss.kl_stop is not None:
-            k3 = torch.expm1(-difference) + difference
-            self._kl_sums += torch.stack([masked_sum(k3, mask), mask.sum()]).cpu()
+            kl = approximate_kl(logprobs, old_logprobs, mask, count=1).k3
+            self._kl_sums += torch.stack([kl, mask.sum()]).cpu()
 
     def _decide_whether_to_go_on(self) -> None:
         """Once the KL of a mini-batch, over all ranks, is above ``kl_stop``, the rollout's other updates are left out.
