@@ -120,7 +120,7 @@ def make_trainer(
         max_grad_norm=update.max_grad_norm,
         largest_adapter=max(element_count(p) for group in shared.parameter_groups().values() for p in group),
     )
-    packing = packs(experiment, shared)
+    packing = packs(experiment.update.packing, shared)
     return PPOTrainer(
         model=shared,
         args=training_arguments(
@@ -150,10 +150,9 @@ def make_trainer(
     )
 
 
-def packs(experiment: Experiment, shared: SharedBase) -> bool:
-    """Whether micro-batches are packed: as ``update.packing`` says, and only where the model can. Prints what was
-    chosen."""
-    wanted = experiment.update.packing
+def packs(wanted: str, shared: SharedBase) -> bool:
+    """Whether micro-batches are packed: as ``update.packing``, ``wanted``, says, and only where the model can. Prints
+    what was chosen."""
     obstacle = packing_obstacle(shared.causal_lm)
     if wanted == "on" and obstacle is not None:
         raise ModelError(f"update.packing=on, but {obstacle}; set it to auto or off")

@@ -22,10 +22,15 @@ class Terms(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss with the roles it needs. ``prefix`` begins the names of its metrics."""
+    """A loss with the roles it needs."""
 
-    prefix: str
-    roles: tuple[str, ...]
+    @property
+    def prefix(self) -> str:
+        """What the names of its metrics begin with."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of its forward pass."""
 
     def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
         """The loss of a micro-batch, divided by the counts of the whole mini-batch, from what ``SharedBase.forward``
