@@ -77,7 +77,7 @@ def plain_response(
     if whole[: len(given)] != given:
         raise _merged(prompt, response, index, "move whitespace from the end of the prompt to the response")
     own = whole[len(given) :]
-    if not own:
+    if not own or (len(own) == 1 and own[0] in stop_ids):
         raise _nothing(response, index)
     if own[-1] not in stop_ids:
         own = (*own, int(tokenizer.eos_token_id))
@@ -167,4 +167,4 @@ def _merged(given: str, own: str, index: int, way_out: str) -> DataError:
 
 
 def _nothing(response: str, index: int) -> DataError:
-    return DataError(f"row {index}: the response {shortened(response)} tokenises to nothing; fill or remove that row")
+    return DataError(f"row {index}: the response {shortened(response)} tokenises to no text; fill or remove that row")
