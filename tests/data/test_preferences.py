@@ -105,7 +105,7 @@ LISTS = {"chosen": [said("assistant", "world")], "rejected": [said("assistant", 
     ],
 )
 def test_each_shape_gives_the_same_pair(row: dict[str, Any]) -> None:
-    """Also through a file, with whatever types it reads."""
+    """Strings, lists and whole conversations, with another column that is left alone."""
     (pair,) = pairs([{**row, "id": 7}]).pairs
     assert texts(pair) == EXPECTED and (pair.index, pair.margin) == (0, 0.0)
 
