@@ -24,7 +24,8 @@ def preview(rows: ExampleSet | PairSet, tokenizer: PreTrainedTokenizerBase, coun
 
     A line has the number of its tokens and their text, special tokens and all, line breaks and other invisible
     characters escaped as in a Python string: ``|`` stands before text that is given, ``>`` before text that gets a
-    loss. The line ``mask`` spells the mask of an example as runs, ``14x0 10x1``; its prompt ends where the first ``>`` begins.
+    loss. The line ``mask`` spells the mask of an example as runs, ``14x0 10x1``; its prompt ends where the first ``>``
+    begins.
     DataError where ``count`` is less than 1.
     """
     if count < 1:

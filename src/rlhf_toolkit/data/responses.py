@@ -57,8 +57,10 @@ def conversation(
             continue
         given = render(messages[:number], tokenizer, index=index, add_generation_prompt=True)
         start = len(_prefix(given, text, whole, tokenizer, index))
-        upto = render(messages[: number + 1], tokenizer, index=index, add_generation_prompt=False)
-        end = len(_prefix(upto, text, whole, tokenizer, index))
+        upto, end = text, len(whole)
+        if number + 1 < len(messages):
+            upto = render(messages[: number + 1], tokenizer, index=index, add_generation_prompt=False)
+            end = len(_prefix(upto, text, whole, tokenizer, index))
         _check_content(messages, number, given, upto, tokenizer, index)
         spans.append((start, _behind_stop(whole, start, end, tokenizer, stop_ids, index)))
     return whole[: spans[-1][1]], spans
