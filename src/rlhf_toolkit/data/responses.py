@@ -57,8 +57,10 @@ def conversation(
             continue
         given = render(messages[:number], tokenizer, index=index, add_generation_prompt=True)
         start = len(_prefix(given, text, whole, tokenizer, index))
-        upto = render(messages[: number + 1], tokenizer, index=index, add_generation_prompt=False)
-        end = len(_prefix(upto, text, whole, tokenizer, index))
+        upto, end = text, len(whole)
+        if number + 1 < len(messages):
+            upto = render(messages[: number + 1], tokenizer, index=index, add_generation_prompt=False)
+            end = len(_prefix(upto, text, whole, tokenizer, index))
         _check_content(messages, number, given, upto, tokenizer, index)
         spans.append((start, _behind_stop(whole, start, end, tokenizer, stop_ids, index)))
     return whole[: spans[-1][1]], spans
@@ -77,7 +79,7 @@ def plain_response(
     if whole[: len(given)] != given:
         raise _merged(prompt, response, index, "move whitespace from the end of the prompt to the response")
     own = whole[len(given) :]
-    if not own:
+    if not own or (len(own) == 1 and own[0] in stop_ids):
         raise _nothing(response, index)
     if own[-1] not in stop_ids:
         own = (*own, int(tokenizer.eos_token_id))
@@ -167,4 +169,4 @@ def _merged(given: str, own: str, index: int, way_out: str) -> DataError:
 
 
 def _nothing(response: str, index: int) -> DataError:
-    return DataError(f"row {index}: the response {shortened(response)} tokenises to nothing; fill or remove that row")
+    return DataError(f"row {index}: the response {shortened(response)} tokenises to no text; fill or remove that row")
