@@ -42,6 +42,8 @@ class Experiment:
         self._check_batches()
         self._check_value_warmup()
         self._check_kl_horizon()
+        self._check_kl_stop()
+        self._check_overlong()
 
     def _check_required(self) -> None:
         required = {
@@ -89,6 +91,21 @@ class Experiment:
             raise ConfigError(
                 f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
                 f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
+            )
+
+    def _check_kl_stop(self) -> None:
+        if self.ppo.kl_stop is not None and self.updates_per_rollout == 1:
+            raise ConfigError(
+                f"ppo.kl_stop={self.ppo.kl_stop} does nothing where a rollout has one update; set ppo.mini_batches or "
+                "ppo.num_ppo_epochs to 2 or more, or drop it"
+            )
+
+    def _check_overlong(self) -> None:
+        """``soft_overlong_penalty`` refuses such a buffer; here no rollout is lost."""
+        if self.reward.overlong_buffer > self.rollout.max_new_tokens:
+            raise ConfigError(
+                f"reward.overlong_buffer={self.reward.overlong_buffer} begins before the response: "
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens}; set it to {self.rollout.max_new_tokens} or less"
             )
 
     @property

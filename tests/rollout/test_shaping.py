@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from rlhf_toolkit.algorithms.advantages import reinforce_plus_plus, remax
+from rlhf_toolkit.algorithms.advantages import gae, reinforce_plus_plus, remax
 from rlhf_toolkit.algorithms.group_advantages import dr_grpo, grpo
+from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.rewards.scores import Scores
+from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.passes import Passes
-from rlhf_toolkit.rollout.sampled import gather_rollout, sampled_here
-from rlhf_toolkit.rollout.shaping import ScoreShaping
+from rlhf_toolkit.rollout.sampled import Sampled, gather_rollout, sampled_here
+from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.rollout.test_collect import FINISHED, LENGTHS, PENALTY, shaped
 
@@ -100,23 +103,140 @@ def test_a_response_is_measured_against_its_own_baseline() -> None:
         assert experience.advantages[b, length - 1].item() == pytest.approx(score - baselines[b].item(), rel=1e-5)
 
 
-def test_a_rows_baseline_is_the_score_of_the_greedy_response_to_its_prompt() -> None:
-    """The greedy responses come in the order of the prompts' numbers, the rows in another."""
-    *_, collector = shaped()
+def with_baselines(kept: list[bool], scores: ScoreShaping) -> tuple[Sampled, list[tuple[bool, list[int]]]]:
+    """The rows of ``shaped`` with baselines, and what was asked for: whether greedily, and which prompts. The greedy
+    responses to prompts 3, 5 and 8 come in that order, the rows in another."""
+    _, sampled, _, collector = shaped(groups=torch.tensor([5, 8, 3, 5]))
     collector.prompts = [Prompt(index, "p", (1,), {}) for index in (8, 3, 5)]
     collector.position_of = {8: 0, 3: 1, 5: 2}
+    collector.shaping = replace(collector.shaping, scores=scores)
     asked = []
 
-    def sample(
-        shared: object, rows: PromptBatch, shares: object, sampling: object, *, stream: object
-    ) -> SimpleNamespace:
+    def sample(shared: object, rows: PromptBatch, shares: object, sampling: Sampling, *, stream: object) -> Sampled:
         asked.append((sampling.greedy, [prompt.index for prompt in rows.prompts]))
-        return SimpleNamespace(groups=torch.tensor([3, 5, 8]), raw_scores=torch.tensor([0.3, 0.5, 0.8]))
+        found = replace(sampled.rows([0, 1, 2]), raw_scores=torch.tensor([0.3, 0.5, 0.8]), kept=torch.tensor(kept))
+        return replace(found, groups=torch.tensor([3, 5, 8]), finished=torch.tensor([True, False, True]))
 
-    collector.sample, collector.shaped_scores = sample, lambda greedy: greedy.raw_scores
-    rows = SimpleNamespace(groups=torch.tensor([5, 5, 8, 3, 8]))
-    assert collector._baselines(None, rows).tolist() == pytest.approx([0.5, 0.5, 0.8, 0.3, 0.8])
+    collector.sample = sample  # type: ignore[method-assign]
+    return collector._with_baselines(None, sampled), asked  # type: ignore[arg-type]
+
+
+def test_a_rows_baseline_is_the_score_of_the_greedy_response_to_its_prompt() -> None:
+    """The score after shaping: prompt 5's greedy response was cut off."""
+    found, asked = with_baselines([True] * 3, ScoreShaping(missing_eos_penalty=0.1))
+    assert found.baselines.tolist() == pytest.approx([0.4, 0.8, 0.3, 0.4]) and found.kept.all()
     assert asked == [(True, [3, 5, 8])]
+
+
+def test_a_baseline_is_whitened_as_the_scores_are() -> None:
+    """Else it would be a number of another kind: greedy responses alone have the mean 0."""
+    found, _ = with_baselines([True] * 3, ScoreShaping(scale=2.0, whiten=True))
+    scores = [2 * score for score in found.raw_scores.tolist()]
+    mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
+    expected = [(2 * greedy - mean) / deviation for greedy in (0.5, 0.8, 0.3, 0.5)]
+    assert found.baselines.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_baseline_there_is_nothing_to_train_on() -> None:
+    """A dropped greedy response has no score, not the score 0."""
+    found, _ = with_baselines([True, False, True], ScoreShaping())
+    assert found.kept.tolist() == [False, True, True, False]
+
+
+# ---- what is done to scores -----------------------------------------------------------------------------------------
+
+
+def test_the_order_is_penalties_clip_scale_whitening() -> None:
+    """Row 2 has 4 of at most 5 tokens, so 1 of the 2 in the buffer; rows 2 and 3 were cut off."""
+    _, sampled, *_ = shaped()
+    sampled = replace(sampled, raw_scores=torch.tensor([5.0, 0.25, 1.0, -9.0]))
+    of = {"missing_eos_penalty": 0.5, "overlong_buffer": 2, "overlong_penalty": 0.3, "clip": 2.0, "scale": 10.0}
+    by_hand = [20.0, 2.5, 10 * (1.0 - 0.5 - 0.3 / 2), -20.0]
+    assert ScoreShaping(**of)(sampled, budget=5).tolist() == pytest.approx(by_hand)
+    mean, deviation = statistics.fmean(by_hand), statistics.stdev(by_hand)
+    whitened = ScoreShaping(**of, whiten=True)
+    assert whitened(sampled, budget=5).tolist() == pytest.approx([(s - mean) / deviation for s in by_hand], rel=1e-5)
+    assert whitened.before_whitening(sampled, budget=5).tolist() == pytest.approx(by_hand), "what an evaluation shows"
+
+
+def test_a_dropped_response_counts_in_no_score_of_the_log() -> None:
+    *_, collector = shaped(kept=KEPT, scores=ScoreShaping())
+    _, sampled, *_ = shaped()
+    there = [sampled.raw_scores[b].item() for b in (0, 1, 3)]
+    for name in ("critic/score", "critic/raw_score"):
+        assert collector.metrics[f"{name}/mean"] == pytest.approx(statistics.fmean(there), rel=1e-5)
+        assert collector.metrics[f"{name}/min"] == pytest.approx(min(there))
+    assert collector.metrics["reward/dropped"] == 1.0
+
+
+# ---- estimators of one's own ----------------------------------------------------------------------------------------
+
+
+def wide(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return rewards.double() + 1, rewards.double()
+
+
+def narrow(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return rewards.sum(1), rewards
+
+
+def alone(rewards: Tensor, mask: Tensor) -> Tensor:
+    return rewards
+
+
+def listed(rewards: Tensor, mask: Tensor) -> list[Tensor]:
+    return [rewards, rewards]
+
+
+def test_an_estimator_may_work_in_double_precision() -> None:
+    experience, *_ = shaped(estimator=wide)
+    assert experience.advantages.dtype == experience.returns.dtype == torch.float32
+    torch.testing.assert_close(experience.advantages, experience.returns + 1)
+
+
+@pytest.mark.parametrize("estimator", [narrow, alone, listed])
+def test_an_estimator_that_returns_something_else_is_named(estimator: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        shaped(estimator=estimator)
+    assert str(caught.value) == (
+        f"ppo.advantage: {estimator.__name__} must return (advantages, returns), each a tensor of shape (4, 4)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"gamma": 0.5}, "ppo.advantage_kwargs.gamma is given to gae anyway; leave it out"),
+        ({"lamda": 0.5}, "ppo.advantage_kwargs.lamda: gae has no such parameter; it takes none of its own"),
+    ],
+)
+def test_constants_that_do_not_fit_are_named_before_anything_runs(kwargs: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Estimator(gae, kwargs)
+    assert str(caught.value) == message
+
+
+def test_an_estimator_that_needs_what_nobody_has_is_told_what_there_is() -> None:
+    def greedy(rewards: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return rewards, rewards
+
+    with pytest.raises(
+        ConfigError, match=r"^ppo\.advantage: greedy needs temperature; set it in ppo\.advantage_kwargs"
+    ):
+        Estimator(greedy)
+    assert Estimator(greedy, {"temperature": 2.0}).needs("mask")
+
+
+# ---- too little to train on -----------------------------------------------------------------------------------------
+
+
+def test_a_rollout_of_dropped_responses_ends_with_the_way_out() -> None:
+    with pytest.raises(DataError) as caught:
+        shaped(kept=torch.tensor([False] * 4))
+    assert str(caught.value) == (
+        "4 of 4 responses of a rollout were dropped, since their reward failed, which leaves 0 tokens to train on; "
+        "repair the reward, or set its on_failure to score"
+    )
 
 
 # ---- which rows and which tokens ------------------------------------------------------------------------------------

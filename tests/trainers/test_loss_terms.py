@@ -150,7 +150,7 @@ def test_updates_stop_above_the_kl_of_the_policy_to_that_at_rollout() -> None:
     for limit, stops in ((0.9 * kl, True), (1.1 * kl, False)):
         trainer = stub(loss=replace(LOSS, kl_stop=limit), _kl_sums=torch.zeros(2), _stopped=False)
         for difference in differences:
-            PPOTrainer._watch_kl(trainer, difference, MASK)
+            PPOTrainer._watch_kl(trainer, torch.zeros(5, 7), difference, MASK)
         PPOTrainer._decide_whether_to_go_on(trainer)
         assert trainer._stopped == stops and not trainer._kl_sums.any()
 
@@ -198,7 +198,9 @@ def test_a_knob_of_the_experiment_becomes_the_knob_of_that_name(tmp_path: Path) 
     }
     changes = {f"ppo.{name}": value for name, value in numbers.items()}
     changes |= {f"reward.{name}": value for name, value in of_scores.items()}
-    experiment = experiment_from_dict(merged(write_task(tmp_path), {**changes, "rollout.temperature": 0.8}))
+    experiment = experiment_from_dict(
+        merged(write_task(tmp_path), {**changes, "rollout.temperature": 0.8, "ppo.mini_batches": 2})
+    )
     loss, shaping = make_loss(experiment), make_shaping(experiment)
     found = {each.name: getattr(made, each.name) for made in (loss, shaping) for each in fields(made)}
     found |= {each.name: getattr(shaping.scores, each.name) for each in fields(shaping.scores)}

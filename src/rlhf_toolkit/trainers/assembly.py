@@ -64,6 +64,11 @@ def check_algorithm(ppo: PPOConfig) -> None:
     """Raise ConfigError for an estimator or a loss that cannot be found or called, before anything is loaded."""
     estimator_of(ppo)
     policy_loss_of(ppo)
+    if not (ppo.whiten_over == "rollout" or whitens(ppo)):
+        raise ConfigError(
+            f"ppo.whiten_over={ppo.whiten_over} does nothing: ppo.advantage={ppo.advantage} is not whitened; set "
+            "whiten_advantages: true, or leave it at rollout"
+        )
 
 
 def whitens(ppo: PPOConfig) -> bool:
