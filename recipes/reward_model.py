@@ -1,6 +1,7 @@
-"""A reward adapter from preferred pairs:
+r"""A reward adapter from preferred pairs:
 
-accelerate launch --config_file accelerate_configs/X.yaml recipes/reward_model.py --config Y.yaml [section.key=value ...]
+accelerate launch --config_file accelerate_configs/X.yaml recipes/reward_model.py --config Y.yaml \
+      [section.key=value ...]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
 from rlhf_toolkit.configs import (
@@ -170,10 +170,13 @@ class FineTuning:
                 f"(data.max_tokens); set it to {longest} or more"
             )
 
+    JOB: ClassVar[str]  # the section with epochs and batch size
+
     @property
     def job(self) -> SFTConfig | RewardModelConfig | DPOConfig:
         """The section with epochs and batch size."""
-        raise NotImplementedError
+        section: SFTConfig | RewardModelConfig | DPOConfig = getattr(self, self.JOB)
+        return section
 
     def steps(self, items: int) -> int:
         """Optimizer steps for so many training items."""
@@ -189,11 +192,7 @@ class SFTExperiment(FineTuning):
     """Supervised fine-tuning of the policy."""
 
     sft: SFTConfig = field(default_factory=SFTConfig)
-
-    @property
-    def job(self) -> SFTConfig:
-        """The section with epochs and batch size."""
-        return self.sft
+    JOB = "sft"
 
 
 @dataclass(frozen=True)
@@ -201,11 +200,7 @@ class RewardExperiment(FineTuning):
     """A reward adapter and its head."""
 
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-
-    @property
-    def job(self) -> RewardModelConfig:
-        """The section with epochs and batch size."""
-        return self.reward_model
+    JOB = "reward_model"
 
 
 @dataclass(frozen=True)
@@ -213,11 +208,7 @@ class DPOExperiment(FineTuning):
     """Direct preference optimisation of the policy."""
 
     dpo: DPOConfig = field(default_factory=DPOConfig)
-
-    @property
-    def job(self) -> DPOConfig:
-        """The section with epochs and batch size."""
-        return self.dpo
+    JOB = "dpo"
 
 
 def _multiples_near(unit: int, wanted: int) -> str:

@@ -20,7 +20,7 @@ from rlhf_toolkit.data.items import Cut, Item, Row
 from rlhf_toolkit.data.layout import packed, padded
 from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
-from rlhf_toolkit.data.tokenizers import pad_token_id
+from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
@@ -36,6 +36,7 @@ from rlhf_toolkit.trainers.callbacks import EngineCheck, EvaluationAtBothEnds
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
 from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
 from rlhf_toolkit.trainers.ppo_run import fingerprint_of, load_adapted_base, start_wandb
+from rlhf_toolkit.trainers.task import generation_eos_of
 
 
 @dataclass
@@ -102,7 +103,8 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-    items, held_out = load_items(experiment, tokenizer)
+    stop_ids = stop_token_ids(tokenizer, generation_eos_of(experiment.model.name, config), stop_strings=())
+    items, held_out = load_items(experiment, tokenizer, stop_ids)
     if checkpoint is None:
         on_main(lambda: claim_run_folder(folder, settings))
     base, adapter = load_adapted_base(experiment.model, config, topology)
@@ -113,7 +115,7 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
     mirror = start_wandb(experiment, topology, manifest.get("wandb_id"), axis="step")
     steps = experiment.steps(len(items))
     progress = Progress(num_rollouts=steps, updates_per_rollout=1, show=topology.is_main, unit="step")
-    pad_id = pad_token_id(tokenizer, stop_ids=(), vocab_size=config.get_text_config().vocab_size)
+    pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size)
     trainer = make_trainer(experiment, topology, shared, items, held_out, pad_id, tokenizer, progress)
 
     def state() -> dict[str, Any]:
@@ -208,20 +210,27 @@ def build_roles(experiment: FineTuning, base: PreTrainedModel, adapter: LoraConf
     return shared
 
 
-def load_items(experiment: FineTuning, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Item], list[Item]]:
+def load_items(
+    experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> tuple[list[Item], list[Item]]:
     """Training and held-out items, with a line about what was dropped from each."""
     data = experiment.data
     sources = [(data.train, data.train_split), (data.evaluation, data.evaluation_split)]
-    found = [[] if source is None else _items(experiment, tokenizer, source, split) for source, split in sources]
+    found = [
+        [] if source is None else _items(experiment, tokenizer, source, split, stop_ids) for source, split in sources
+    ]
     return found[0], found[1]
 
 
-def _items(experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, source: str, split: str) -> list[Item]:
+def _items(
+    experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, source: str, split: str, stop_ids: Sequence[int]
+) -> list[Item]:
     data = experiment.data
     options: dict[str, Any] = {
         "max_tokens": data.max_tokens,
         "system_prompt": data.system_prompt,
         "chat_template": data.chat_template,
+        "stop_ids": stop_ids,
     }
     rows = load_rows(source, split)
     found = (tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs)(rows, tokenizer, **options)
