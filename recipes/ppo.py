@@ -7,6 +7,7 @@ import argparse
 
 from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.errors import reported
+from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.trainers.ppo_run import prepare
 
@@ -21,7 +22,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides))
+    experiment: Experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides))
     run = prepare(experiment, resume=arguments.resume, overwrite=arguments.overwrite)
     summary = run.train()
     print_report(run.folder, summary)

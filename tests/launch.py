@@ -109,10 +109,15 @@ def environment_of_tests() -> dict[str, str]:
 
 
 def run_recipe(
-    experiment: Path, *arguments: str, processes: int = 1, stage: int | None = None, **options: Any
+    experiment: Path,
+    *arguments: str,
+    processes: int = 1,
+    stage: int | None = None,
+    recipe: str = "recipes/ppo.py",
+    **options: Any,
 ) -> Finished:
-    """Run ``recipes/ppo.py`` on ``experiment``, a YAML file."""
-    script = [str(ROOT / "recipes/ppo.py"), "--config", str(experiment), *arguments]
+    """Run ``recipe`` on ``experiment``, a YAML file."""
+    script = [str(ROOT / recipe), "--config", str(experiment), *arguments]
     return launch(script, experiment.parent, processes=processes, stage=stage, **options)
 
 

@@ -240,7 +240,7 @@ OF_LOSSES = [
          "covariances.topk(count)", "covariances.topk(count, largest=False)"),
         ("selection: index shifted", "the_highest_of_seventeen[0.12-2]",
          "selected[real[chosen", "selected[real.roll(1)[chosen"),
-        ("selection: log-probs not centred", "the_highest_of_seventeen[0.12-2]",
+        ("selection: log-probs not centred", "the_highest_of_seventeen[0.5-8]",
          "(logprobs - logprobs.mean())", "logprobs")),
     *within("algorithms/logprobs.py", "tests/algorithms/test_logprobs.py",
         ("log_ratio: sign flipped", "log_ratio_is_now_minus_then_and_zero_outside",

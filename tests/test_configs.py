@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -19,17 +20,16 @@ from rlhf_toolkit.configs import (
     CORRECTIONS,
     ESTIMATORS,
     SCHEDULES,
-    DataConfig,
-    ModelConfig,
     PPOConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    UpdateConfig,
 )
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.knobs import Section
 
+EXPERIMENTS = (Experiment, SFTExperiment, RewardExperiment, DPOExperiment)
 REQUIRED = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}, "reward": {"function": "r.py:f"}}
 
 
@@ -184,11 +184,15 @@ def test_defaults() -> None:
 
 
 def test_every_setting_has_one_line_of_help() -> None:
-    kinds = (ModelConfig, DataConfig, RewardConfig, RolloutConfig, PPOConfig, UpdateConfig, RunConfig)
+    kinds = {
+        kind for experiment in EXPERIMENTS for kind in get_type_hints(experiment).values() if isinstance(kind, type)
+    }
     for kind in kinds:
-        for name, setting in kind.__dataclass_fields__.items():
+        if not issubclass(kind, Section):
+            continue
+        for setting in fields(kind):
             text = setting.metadata["help"]
-            assert text, f"{kind.__name__}.{name}"
+            assert text, f"{kind.__name__}.{setting.name}"
             assert "\n" not in text
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -18,6 +18,7 @@ from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
 from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.knobs import default_of
 
+E = TypeVar("E")
 ON_OFF = {True: "on", False: "off"}
 NAMES = {
     NoneType: "none",
@@ -27,8 +28,13 @@ NAMES = {
 }
 
 
-def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
-    """Read a YAML file; ``overrides`` maps dotted names such as ``ppo.kl_coef`` to values that replace it.
+def load_experiment(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    kind: type[E] = Experiment,  # type: ignore[assignment]
+) -> E:
+    """Read a YAML file of a run of ``kind``; ``overrides`` maps dotted names such as ``ppo.kl_coef`` to values that
+    replace it.
 
     Raises ConfigError for a file that cannot be read and for settings that cannot work.
     """
@@ -47,7 +53,7 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
         sections[section] = {**_settings(section, sections.get(section)), key: value}
-    return experiment_from_dict(sections)
+    return experiment_from_dict(sections, kind)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -63,18 +69,21 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
+def experiment_from_dict(
+    values: Mapping[str, Any],
+    kind: type[E] = Experiment,  # type: ignore[assignment]
+) -> E:
     """Build the typed experiment; a section of None has its defaults.
 
     Raises ConfigError for values that cannot work and for an unknown name, with the nearest known one.
     """
-    kinds = get_type_hints(Experiment)
+    kinds = get_type_hints(kind)
     sections = {}
     for name, section in values.items():
         if name not in kinds:
             raise ConfigError(f"unknown section {name!r}{_suggestion(str(name), kinds)}")
-        sections[name] = _section(name, kinds[name], _settings(name, section))
-    return Experiment(**sections)
+        sections[name] = _section(name, kinds, _settings(name, section))
+    return kind(**sections)
 
 
 def _from_yaml(text: str, fault: str) -> Any:
@@ -93,17 +102,18 @@ def _settings(name: str, section: Any) -> Mapping[str, Any]:
     return section or {}
 
 
-def _section(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
+def _section(name: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    kind = kinds[name]
     hints, settings = get_type_hints(kind), {setting.name: setting for setting in fields(kind)}
     for key in values:
         if key not in settings:
-            raise ConfigError(f"unknown setting {name}.{key}{_elsewhere(name, key, settings)}")
+            raise ConfigError(f"unknown setting {name}.{key}{_elsewhere(name, key, settings, kinds)}")
     return kind(**{key: _converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in values.items()})
 
 
-def _elsewhere(section: str, key: str, known: Mapping[str, Any]) -> str:
+def _elsewhere(section: str, key: str, known: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
     """Where an unknown setting might belong: under its own name in another section, or under a similar one in this."""
-    for name, kind in get_type_hints(Experiment).items():
+    for name, kind in kinds.items():
         if key in get_type_hints(kind):
             return f"; did you mean {name}.{key}?"
     return _suggestion(f"{section}.{key}", [f"{section}.{name}" for name in known])

@@ -251,8 +251,10 @@ class PPOConfig(Section):
 
 
 @dataclass(frozen=True)
-class UpdateConfig(Section):
-    """The optimizer: one AdamW, three named parameter groups, one schedule."""
+class OptimizerConfig(Section):
+    """One AdamW, one schedule, and how a mini-batch is cut."""
+
+    SECTION = "update"
 
     micro_batch_tokens: int = knob(4096, "a role's tokens of one forward pass: those it computes, padding too", ABOVE_0)
     packing: str = knob(
@@ -260,11 +262,6 @@ class UpdateConfig(Section):
         "sequences end to end, shared prefixes once: on, off (padded rows) or auto (on where the model can)",
         choices=("auto", "on", "off"),
     )
-    policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
-    value_lr: float = knob(
-        1e-4, "learning rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE
-    )
-    value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
     schedule: str = knob("constant", "transformers' scheduler type, of all groups", choices=SCHEDULES)
     warmup_steps: int = knob(0, "optimizer steps of linear warm-up, for schedules that have one", NOT_NEGATIVE)
     max_grad_norm: float = knob(1.0, "the gradient of all groups together is clipped to this norm", ABOVE_0)
@@ -281,6 +278,71 @@ class UpdateConfig(Section):
                 f"update.warmup_steps={self.warmup_steps} with schedule constant has no effect; "
                 "use constant_with_warmup"
             )
+
+
+@dataclass(frozen=True)
+class UpdateConfig(OptimizerConfig):
+    """The optimizer of PPO: three named parameter groups."""
+
+    policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
+    value_lr: float = knob(
+        1e-4, "learning rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE
+    )
+    value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class FineTuneUpdateConfig(OptimizerConfig):
+    """The optimizer of SFT, reward models and DPO."""
+
+    lr: float = knob(1e-4, "learning rate of the adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
+    head_lr: float = knob(1e-3, "learning rate of the reward head", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Section):
+    """Examples or pairs to train on and to evaluate on."""
+
+    SECTION = "data"
+
+    train: str = knob("", "hub dataset name, or a local json, jsonl, csv or parquet file")
+    train_split: str = knob("train", "split of the training rows")
+    evaluation: str | None = knob(None, "held-out rows: hub name or file; none: no evaluation")
+    evaluation_split: str = knob("train", "split of the held-out rows")
+    chat_template: bool = knob(True, "wrap strings as messages in the tokenizer's chat template")
+    system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
+    max_tokens: int = knob(1024, "longer rows, prompt and response together, are dropped and counted", ABOVE_0)
+
+
+@dataclass(frozen=True)
+class SFTConfig(Section):
+    """Supervised fine-tuning."""
+
+    epochs: float = knob(1.0, "passes over the training rows", ABOVE_0)
+    batch_size: int = knob(32, "examples of one optimizer step, over all ranks", ABOVE_0)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(Section):
+    """A reward adapter from pairs."""
+
+    SECTION = "reward_model"
+
+    epochs: float = knob(1.0, "passes over the training pairs", ABOVE_0)
+    batch_size: int = knob(32, "pairs of one optimizer step, over all ranks", ABOVE_0)
+    centring: float = knob(0.01, "weight of (chosen + rejected)^2, which keeps scores around 0", NOT_NEGATIVE)
+    normalise: bool = knob(True, "at the end, scores of all training responses get mean 0 and variance 1")
+
+
+@dataclass(frozen=True)
+class DPOConfig(Section):
+    """Direct preference optimisation."""
+
+    epochs: float = knob(1.0, "passes over the training pairs", ABOVE_0)
+    batch_size: int = knob(32, "pairs of one optimizer step, over all ranks", ABOVE_0)
+    beta: float = knob(0.1, "strength of the tie to the reference", ABOVE_0)
+    loss: str = knob("sigmoid", "DPO's own, or IPO's", choices=("sigmoid", "ipo"))
+    label_smoothing: float = knob(0.0, "share of pairs that are taken to be labelled the wrong way", FROM_0_TO_BELOW_1)
 
 
 @dataclass(frozen=True)

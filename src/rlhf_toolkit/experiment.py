@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
 from rlhf_toolkit.configs import (
     DataConfig,
+    DatasetConfig,
+    DPOConfig,
+    FineTuneUpdateConfig,
     ModelConfig,
     PPOConfig,
     RewardConfig,
+    RewardModelConfig,
     RolloutConfig,
     RunConfig,
+    SFTConfig,
     UpdateConfig,
 )
 from rlhf_toolkit.errors import ConfigError
@@ -136,6 +141,74 @@ class Experiment:
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as they would stand in YAML."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One YAML file of a supervised run: the sections that SFT, reward models and DPO share."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DatasetConfig = field(default_factory=DatasetConfig)
+    update: FineTuneUpdateConfig = field(default_factory=FineTuneUpdateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Rules that tie sections together."""
+        for name, value in {"model.name": self.model.name, "data.train": self.data.train}.items():
+            if not value:
+                raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
+        default = ModelConfig()
+        for name in ("value_adapter", "value_on", "value_head_std"):
+            if getattr(self.model, name) != getattr(default, name):
+                raise ConfigError(
+                    f"model.{name} is about a value function, which this run does not train; leave it out"
+                )
+        longest = self.data.max_tokens
+        if self.update.micro_batch_tokens < longest:
+            raise ConfigError(
+                f"update.micro_batch_tokens={self.update.micro_batch_tokens} cannot hold one row of {longest} tokens "
+                f"(data.max_tokens); set it to {longest} or more"
+            )
+
+    JOB: ClassVar[str]  # the section with epochs and batch size
+
+    @property
+    def job(self) -> SFTConfig | RewardModelConfig | DPOConfig:
+        """The section with epochs and batch size."""
+        section: SFTConfig | RewardModelConfig | DPOConfig = getattr(self, self.JOB)
+        return section
+
+    def steps(self, items: int) -> int:
+        """Optimizer steps for so many training items."""
+        return max(1, round(self.job.epochs * items / self.job.batch_size))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as they would stand in YAML."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SFTExperiment(FineTuning):
+    """Supervised fine-tuning of the policy."""
+
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    JOB = "sft"
+
+
+@dataclass(frozen=True)
+class RewardExperiment(FineTuning):
+    """A reward adapter and its head."""
+
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    JOB = "reward_model"
+
+
+@dataclass(frozen=True)
+class DPOExperiment(FineTuning):
+    """Direct preference optimisation of the policy."""
+
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    JOB = "dpo"
 
 
 def _multiples_near(unit: int, wanted: int) -> str:

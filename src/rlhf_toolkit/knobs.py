@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from rlhf_toolkit.errors import ConfigError, nearest
 
@@ -51,9 +51,11 @@ def default_of(setting: Field[Any]) -> str:
 class Section:
     """The settings under one name of the YAML file. Raises ConfigError where one breaks the rule of its knob."""
 
+    SECTION: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
         """``PPOConfig`` is the section ``ppo``, and so on."""
-        section, hints = type(self).__name__.removesuffix("Config").lower(), get_type_hints(type(self))
+        section, hints = self.SECTION or type(self).__name__.removesuffix("Config").lower(), get_type_hints(type(self))
         for setting in fields(self):
             optional = NoneType in get_args(hints[setting.name])
             _check(f"{section}.{setting.name}", getattr(self, setting.name), setting, " or none" if optional else "")

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 
+SUPERVISED = (SFTExperiment, RewardExperiment, DPOExperiment)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -120,7 +121,11 @@ def test_a_message_that_is_explained_is_one_the_code_raises(kind: str, message: 
 
 
 def settings() -> dict[str, dict[str, object]]:
-    """Section -> its settings, with their defaults."""
-    required = {"model": {"name": "m"}, "data": {"train": "d"}, "reward": {"function": "f:f"}}
-    experiment: Experiment = experiment_from_dict(required)
-    return experiment.as_dict()
+    """Section -> its settings, of PPO and of the supervised runs."""
+    required: dict[str, dict[str, object]] = {"model": {"name": "m"}, "data": {"train": "d"}}
+    ppo = {**required, "reward": {"function": "f:f"}}
+    found: dict[str, dict[str, object]] = {}
+    for values, kind in ((ppo, Experiment), *((required, kind) for kind in SUPERVISED)):
+        for section, keys in experiment_from_dict(values, kind).as_dict().items():
+            found[section] = {**found.get(section, {}), **keys}
+    return found

@@ -4,8 +4,10 @@ The rule is to write words below w14, half of the words there are. Estimators th
 them, get it as a reward of each token and discount it away: a token's advantage is then its own reward, so that what is
 a position off learns nothing. The others get the share of such words as the score of the response.
 
-Seen in the last four rollouts with seeds 0 to 7: at least SEEN_RIGHT; of the mutations in ``tests/mutations.py``
-with seeds 0 to 2, signs flipped gave at most SEEN_SIGN, rewards or advantages shifted by one at most SEEN_SHIFT.
+Seen in the last four rollouts, with seeds 0 to 7: from 0.857 (remax; all others above 0.88) to 1. With signs flipped as
+in ``tests/mutations.py`` and seeds 0 to 2: at most 0.18. With what a token earned a position off (gae,
+reinforce_plus_plus, gpg): at most 0.54, as without learning. What learns all the same, such as another group's baseline
+or a mask that lets zeros in, is left to unit tests.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo_run import prepare
 from tests.tiny import merged, tiny_llama, write_task
 
-BOUND = 0.75  # the mean score of the last rollouts; the first have about 0.5
+BOUND = 0.7  # of the mean score of the last rollouts; the first have about 0.5
 LEARNING = {
     "rollout.prompts_per_rollout": 12,
     "rollout.responses_per_prompt": 4,
@@ -37,40 +39,32 @@ LEARNING = {
 }
 SHARP = tiny_llama(num_hidden_layers=1, initializer_range=0.3)  # with 0.02 no adapter could make one word much likelier
 LOW_TOKENS = '''
-
 def low_tokens(prompts, responses, tokens, **columns):
     """For each token whether it is a word below w14; w0 has the id 4. A response's sum is the share of such tokens."""
     return [[(4 <= token < 18) / len(row) for token in row] for row in tokens]
 '''
-OF_TOKENS = {"reward.function": "{folder}/reward.py:low_tokens", "ppo.gamma": 0.0}
-OF_ESTIMATOR: dict[str, dict[str, Any]] = {
-    "gae": OF_TOKENS,
-    "reinforce_plus_plus": OF_TOKENS,
-    "vapo": {"ppo.advantage_kwargs": {"alpha": 1.0}},  # with 0.05 lambda would be 0 in responses so short
-}
+REWARDED_BY_TOKEN = ("gae", "reinforce_plus_plus")
+OF_ESTIMATOR: dict[str, dict[str, Any]] = {"vapo": {"ppo.advantage_kwargs": {"alpha": 1.0}}}  # lambda 0.75, not 0
 OF_LOSS: dict[str, dict[str, Any]] = {"dro": {"ppo.policy_loss_kwargs": {"beta": 0.1}}}
 
 
-def scores(folder: Path, changes: dict[str, Any]) -> list[float]:
+def scores(folder: Path, estimator: str, changes: dict[str, Any]) -> list[float]:
     """The mean score of each rollout of a run."""
     task = write_task(folder, model=SHARP)
-    with (folder / "reward.py").open("a") as file:
-        file.write(LOW_TOKENS)
-    filled = {
-        name: value.format(folder=folder) if name == "reward.function" else value for name, value in changes.items()
-    }
-    run = prepare(experiment_from_dict(merged(task, {**LEARNING, **filled})))
+    if estimator in REWARDED_BY_TOKEN:
+        (folder / "tokens.py").write_text(LOW_TOKENS)
+        changes = {**changes, "reward.function": f"{folder}/tokens.py:low_tokens", "ppo.gamma": 0.0}
+    run = prepare(experiment_from_dict(merged(task, {**LEARNING, "ppo.advantage": estimator, **changes})))
     return run.train()["mean_scores"]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_learns(tmp_path: Path, estimator: str) -> None:
-    found = scores(tmp_path, {"ppo.advantage": estimator, **OF_ESTIMATOR.get(estimator, {})})
+    found = scores(tmp_path, estimator, OF_ESTIMATOR.get(estimator, {}))
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_every_loss_learns(tmp_path: Path, loss: str) -> None:
-    changes = {**OF_TOKENS, "ppo.advantage": "reinforce_plus_plus", "ppo.policy_loss": loss, **OF_LOSS.get(loss, {})}
-    found = scores(tmp_path, changes)
+    found = scores(tmp_path, "reinforce_plus_plus", {"ppo.policy_loss": loss, **OF_LOSS.get(loss, {})})
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found

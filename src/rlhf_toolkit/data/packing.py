@@ -123,3 +123,32 @@ def _split_to(batches: list[Rows], count: int) -> list[Rows]:
         batch = batches[largest]
         batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
     return batches
+
+
+def group_micro_batches(
+    groups: Sequence[int], rows: Sequence[Sequence[int]], *, ranks: int, budget: int, padded: bool
+) -> list[list[list[int]]]:
+    """Cut ``groups`` for each rank into the same number of micro-batches, ``[rank][micro-batch]`` to group numbers.
+
+    ``rows[group]`` are the lengths of a group's sequences, which stay together: the one of an example, the two of a
+    pair. Ranks get equally many groups, or one more. ``budget`` bounds the tokens of a micro-batch; ``padded``: rows x
+    longest row. A rank with fewer groups than micro-batches runs empty ones at the end.
+    """
+
+    def cost(batch: Sequence[int]) -> int:
+        lengths = [length for group in batch for length in rows[group]]
+        return len(lengths) * max(lengths) if padded else sum(lengths)
+
+    shares = _deal(groups, [sum(lengths) for lengths in rows], ranks)
+    cuts: list[list[list[int]]] = []
+    for share in shares:
+        batches: list[list[int]] = []
+        for group in share:
+            if batches and cost([*batches[-1], group]) <= budget:
+                batches[-1].append(group)
+            else:
+                batches.append([group])
+        cuts.append(batches)
+    count = max(map(len, cuts))
+    split = [_split_to(batches, count) for batches in cuts]
+    return [batches + [[]] * (count - len(batches)) for batches in split]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.tokenizers import require_chat_template
+from rlhf_toolkit.data.chat import Message, is_message_list, render, user_message
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
@@ -27,8 +27,6 @@ NO_ROWS = "holds no rows; give it at least one prompt, or name another split"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 RESERVED_COLUMNS = ("prompts", "responses")
 """The arguments that a reward gets beside a dataset's columns."""
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -245,31 +243,19 @@ def _rendered(
     """A prompt's text, and whether special tokens are still to be added: a chat template puts them into the text."""
     if messages is None:
         return str(value), True
-    require_chat_template(tokenizer)
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)), False
-    except Exception as error:  # a template is a program: it may raise whatever it likes
-        raise DataError(
-            f"row {index}: the chat template of {tokenizer.name_or_path or 'the model'} rejects messages of roles "
-            f"{[message['role'] for message in messages]}: {described(error)}; change them or drop data.system_prompt"
-        ) from error
+    return render(messages, tokenizer, index=index, add_generation_prompt=True), False
 
 
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
-    """``value`` as chat messages. Keys that ``datasets`` fills with None are left out by ``apply_chat_template``."""
+    """``value`` as chat messages."""
     if isinstance(value, str):
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        return [*system, {"role": "user", "content": value}]
-    if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        return value
+        return user_message(value, system_prompt)
+    if is_message_list(value):
+        return list(value)
     raise DataError(
         f"row {index}: the prompt {shortened(value)} is neither a string nor a list of messages with role and content "
         "as strings; repair that row or name another data.prompt_column"
     )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def _those_that_fit(prompts: list[Prompt], max_prompt_tokens: int) -> PromptSet:

@@ -39,6 +39,22 @@ def table(summary: dict[str, Any]) -> list[str]:
     return [f"  {name:<{width}}  {value:9.2f}" for name, value in rows]
 
 
+def print_fine_tuning_report(folder: Path, summary: dict[str, Any]) -> None:
+    """Print the report of the supervised run in ``folder``. An empty summary (ranks other than 0) prints nothing."""
+    if not summary:
+        return
+    losses, tenth = summary["losses"], max(1, len(summary["losses"]) // 10)
+    rows = [("loss, first tenth", _mean(losses[:tenth])), ("loss, last tenth", _mean(losses[-tenth:]))]
+    if summary["evaluations"]:
+        names = [name for name in summary["evaluations"][0] if name.startswith("eval/")]
+        for when, place in (("before", 0), ("after", -1)):
+            rows += [(f"held out, {when}: {name[5:]}", summary["evaluations"][place][name]) for name in names]
+    rows += [("minutes", summary["seconds"] / 60), ("peak memory of rank 0 (GiB)", summary["peak_memory_gib"])]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value:9.3f}" for name, value in rows]
+    print("\n".join(["", *lines, "", *places(folder)]), flush=True)
+
+
 def before_and_after(folder: Path) -> list[str]:
     """The same held-out prompts answered before the first update and after the last."""
     path = folder / "samples.jsonl"

@@ -37,6 +37,7 @@ class RunLog(TrainerCallback):
         rollout_of: optimizer steps of one rollout, to count rollouts from Trainer's steps.
         samples: gives the newest sample responses, by kind (``train`` or ``eval``).
         sinks: further places for records, such as W&B.
+        axis: what is counted: rollouts of PPO, or the steps of a supervised run.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class RunLog(TrainerCallback):
         updates_per_rollout: int,
         samples: Callable[[str], Sequence[Record]],
         sinks: tuple[Sink, ...] = (),
+        axis: str = "rollout",
     ) -> None:
         self.folder, self.updates_per_rollout, self.samples, self.sinks = folder, updates_per_rollout, samples, sinks
+        self.axis = axis
         self.started = time.time()
 
     def on_log(
@@ -62,8 +65,8 @@ class RunLog(TrainerCallback):
         kind = _kind(logs or {})
         if kind is None or not state.is_world_process_zero:
             return
-        record = {"kind": kind, "rollout": state.global_step // self.updates_per_rollout, **_ours(logs or {})}
-        samples = [{"kind": kind, "rollout": record["rollout"], **sample} for sample in self.samples(kind)]
+        record = {"kind": kind, self.axis: state.global_step // self.updates_per_rollout, **_ours(logs or {})}
+        samples = [{"kind": kind, self.axis: record[self.axis], **sample} for sample in self.samples(kind)]
         _append(self.folder / "log.jsonl", [record])
         _append(self.folder / "samples.jsonl", samples)
         for sink in self.sinks:
@@ -73,9 +76,9 @@ class RunLog(TrainerCallback):
 class Progress(TrainerCallback):
     """A bar that counts rollouts and, while one is being sampled, its tokens and their rate. Rank 0 shows it."""
 
-    def __init__(self, *, num_rollouts: int, updates_per_rollout: int, show: bool) -> None:
-        self.updates_per_rollout = updates_per_rollout
-        self.bar = tqdm(total=num_rollouts, unit="rollout", disable=not show, mininterval=1.0, dynamic_ncols=True)
+    def __init__(self, *, num_rollouts: int, updates_per_rollout: int, show: bool, unit: str = "rollout") -> None:
+        self.updates_per_rollout, self.unit = updates_per_rollout, unit
+        self.bar = tqdm(total=num_rollouts, unit=unit, disable=not show, mininterval=1.0, dynamic_ncols=True)
         self._began, self._tokens = 0.0, 0
 
     def on_tokens(self, count: int) -> None:
@@ -109,7 +112,7 @@ class Progress(TrainerCallback):
         if _kind(logs or {}) == "train" and logs is not None:
             self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
             shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items() if name in logs)
-            if not self.bar.disable:
+            if not self.bar.disable and "timing_s/step" in logs:
                 self.bar.write(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s")
 
     def on_train_end(
@@ -119,13 +122,13 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def read_records(folder: Path, kind: str) -> list[Record]:
+def read_records(folder: Path, kind: str, axis: str = "rollout") -> list[Record]:
     """The records of one kind in ``log.jsonl``, a later one of the same rollout (after a resume) replacing the
     earlier."""
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [record for record in map(json.loads, lines) if record["kind"] == kind]
-    return [*{record["rollout"]: record for record in records}.values()]
+    return [*{record[axis]: record for record in records}.values()]
 
 
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
@@ -144,6 +147,26 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
         "world_size": world_size,
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def write_fine_tuning_summary(
+    folder: Path, *, seconds: float, world_size: int, device: str, prefix: str, extra: Record
+) -> Record:
+    """Write and return ``summary.json`` of a supervised run: its curve, evaluations, time, memory and versions."""
+    records, evaluations = read_records(folder, "train", "step"), read_records(folder, "eval", "step")
+    summary = {
+        "losses": [record[f"{prefix}/loss"] for record in records],
+        "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
+        "evaluations": evaluations,
+        "seconds": seconds,
+        "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
+        "world_size": world_size,
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        **extra,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -22,7 +22,7 @@ class WandbMirror:
     """A sink for RunLog. Made on rank 0 only, after the process group, so that a run of many ranks is one run in W&B.
 
     ``mode`` is online or offline. Where W&B cannot be reached or knows no key the run goes offline and says so.
-    ``run_id`` continues an earlier run.
+    ``run_id`` continues an earlier run; ``axis`` is the x-axis of all metrics.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class WandbMirror:
         folder: Path,
         config: dict[str, Any],
         run_id: str | None = None,
+        axis: str = "rollout",
     ) -> None:
         options: dict[str, Any] = {
             "project": project,
@@ -52,8 +53,8 @@ class WandbMirror:
                 stacklevel=2,
             )
             self.run = wandb.init(mode="offline", settings=_settings(), **options)
-        self.run.define_metric("rollout")
-        self.run.define_metric("*", step_metric="rollout")
+        self.run.define_metric(axis)
+        self.run.define_metric("*", step_metric=axis)
 
     @property
     def run_id(self) -> str:

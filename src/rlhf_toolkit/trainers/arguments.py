@@ -1,4 +1,4 @@
-"""From one experiment to ``TrainingArguments``: the only place where the two vocabularies meet."""
+"""From an experiment to ``TrainingArguments``: the only place where the two vocabularies meet."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rlhf_toolkit.distributed.topology import Topology
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.configs import OptimizerConfig, RunConfig
 
 
 def training_arguments(
-    experiment: Experiment, topology: Topology, deepspeed: dict[str, Any] | None
+    run: RunConfig,
+    update: OptimizerConfig,
+    deepspeed: dict[str, Any] | None,
+    *,
+    rounds: int,
+    steps_per_round: int,
+    rows_per_rank: int,
+    learning_rate: float,
 ) -> TrainingArguments:
-    """Trainer's arguments for a PPO run. Trainer counts optimizer steps; the experiment counts rollouts."""
-    run, update = experiment.run, experiment.update
-    steps = experiment.updates_per_rollout
+    """Trainer's arguments. Trainer counts optimizer steps; the experiment counts rounds: rollouts of PPO, steps of a
+    supervised run."""
     arguments = TrainingArguments(
         output_dir=run.output_dir,
         seed=run.seed,
-        per_device_train_batch_size=experiment.mini_batch_rows // topology.world_size,
+        per_device_train_batch_size=rows_per_rank,
         gradient_accumulation_steps=1,
-        max_steps=experiment.ppo.num_rollouts * steps,
-        learning_rate=update.policy_lr,
+        max_steps=rounds * steps_per_round,
+        learning_rate=learning_rate,
         lr_scheduler_type=update.schedule,
         warmup_steps=update.warmup_steps,
         weight_decay=update.weight_decay,
@@ -30,14 +35,14 @@ def training_arguments(
         adam_beta2=update.adam_beta2,
         adam_epsilon=update.adam_epsilon,
         max_grad_norm=update.max_grad_norm,
-        logging_steps=steps,
+        logging_steps=steps_per_round,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if run.evaluate_every else "no",
-        eval_steps=max(1, run.evaluate_every) * steps,
+        eval_steps=max(1, run.evaluate_every) * steps_per_round,
         save_strategy="steps" if run.save_every else "no",
-        save_steps=max(1, run.save_every) * steps,
+        save_steps=max(1, run.save_every) * steps_per_round,
         save_total_limit=run.keep_checkpoints,
-        ignore_data_skip=True,  # the loader starts at the right rollout by itself
+        ignore_data_skip=True,  # the loader starts at the right round by itself
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,

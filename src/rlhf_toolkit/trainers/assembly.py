@@ -135,10 +135,18 @@ def make_trainer(
         max_grad_norm=update.max_grad_norm,
         largest_adapter=max(element_count(p) for group in shared.parameter_groups().values() for p in group),
     )
-    packing = packs(experiment, shared)
+    packing = packs(experiment.update.packing, shared)
     return PPOTrainer(
         model=shared,
-        args=training_arguments(experiment, topology, deepspeed),
+        args=training_arguments(
+            experiment.run,
+            update,
+            deepspeed,
+            rounds=ppo.num_rollouts,
+            steps_per_round=experiment.updates_per_rollout,
+            rows_per_rank=experiment.mini_batch_rows // topology.world_size,
+            learning_rate=update.policy_lr,
+        ),
         processing_class=task.tokenizer,
         collector=make_collector(
             experiment,
@@ -157,10 +165,9 @@ def make_trainer(
     )
 
 
-def packs(experiment: Experiment, shared: SharedBase) -> bool:
-    """Whether micro-batches are packed: as ``update.packing`` says, and only where the model can. Prints what was
-    chosen."""
-    wanted = experiment.update.packing
+def packs(wanted: str, shared: SharedBase) -> bool:
+    """Whether micro-batches are packed: as ``update.packing``, ``wanted``, says, and only where the model can. Prints
+    what was chosen."""
     obstacle = packing_obstacle(shared.causal_lm)
     if wanted == "on" and obstacle is not None:
         raise ModelError(f"update.packing=on, but {obstacle}; set it to auto or off")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -10,7 +11,19 @@ from transformers import TrainerCallback
 from rlhf_toolkit.distributed.topology import Topology, check_engine
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.rollout.passes import Needs
+from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.ppo import PPOTrainer
+
+
+class EngineCheck(TrainerCallback):
+    """Looks at the engine of a supervised run once it exists."""
+
+    def __init__(self, trainer: RoleTrainer, topology: Topology) -> None:
+        self.trainer, self.topology = trainer, topology
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises TopologyError where the engine is not what was asked for."""
+        check_engine(self.topology, self.trainer.model_wrapped)
 
 
 class StartCheck(TrainerCallback):
@@ -50,10 +63,19 @@ def scoring_roles(needs: Needs) -> str:
     return usually if at_least == usually else f"{usually}; where an update is one pass, {at_least}"
 
 
+class Evaluating(Protocol):
+    """A trainer with held-out rows."""
+
+    held_out: Sequence[Any]
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on them."""
+
+
 class EvaluationAtBothEnds(TrainerCallback):
     """Evaluates on held-out prompts before the first update and after the last."""
 
-    def __init__(self, trainer: PPOTrainer) -> None:
+    def __init__(self, trainer: Evaluating) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

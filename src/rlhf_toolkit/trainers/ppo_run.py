@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import PretrainedConfig
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.checkpoints import (
     ManifestWriter,
@@ -23,9 +24,10 @@ from rlhf_toolkit.checkpoints import (
     open_run_folder,
     read_manifest,
 )
+from rlhf_toolkit.configs import ModelConfig
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.distributed.zero3 import whole
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
@@ -121,6 +123,24 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
 def load_roles(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> SharedBase:
     """The base with its adapters. Adapters start from a derived seed, the same on every rank."""
     model = experiment.model
+    base, adapter = load_adapted_base(model, config, topology)
+    torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
+    return build_ppo_roles(
+        base,
+        adapter,
+        policy_adapter=model.policy_adapter,
+        value_adapter=model.value_adapter,
+        reward_adapter=experiment.reward.adapter,
+        value_on=model.value_on if estimator_of(experiment.ppo).needs("values") else NOWHERE,
+        gradient_checkpointing=model.gradient_checkpointing,
+        value_head_std=model.value_head_std,
+    )
+
+
+def load_adapted_base(
+    model: ModelConfig, config: PretrainedConfig, topology: Topology
+) -> tuple[PreTrainedModel, LoraConfig]:
+    """The base, and the settings of a new adapter on it."""
     base = load_base(
         model.name,
         config,
@@ -136,17 +156,7 @@ def load_roles(experiment: Experiment, config: PretrainedConfig, topology: Topol
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
     )
-    torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
-    return build_ppo_roles(
-        base,
-        adapter,
-        policy_adapter=model.policy_adapter,
-        value_adapter=model.value_adapter,
-        reward_adapter=experiment.reward.adapter,
-        value_on=model.value_on if estimator_of(experiment.ppo).needs("values") else NOWHERE,
-        gradient_checkpointing=model.gradient_checkpointing,
-        value_head_std=model.value_head_std,
-    )
+    return base, adapter
 
 
 def fingerprint_of(shared: SharedBase) -> str:
@@ -160,7 +170,9 @@ def fingerprint_of(shared: SharedBase) -> str:
         return base_fingerprint(shared.causal_lm.config.to_json_string(), frozen)
 
 
-def start_wandb(experiment: Experiment, topology: Topology, run_id: str | None) -> WandbMirror | None:
+def start_wandb(
+    experiment: Experiment | FineTuning, topology: Topology, run_id: str | None, *, axis: str = "rollout"
+) -> WandbMirror | None:
     """The W&B mirror, on the true rank 0 only."""
     run = experiment.run
     if run.wandb == "off" or not topology.is_main:
@@ -174,6 +186,7 @@ def start_wandb(experiment: Experiment, topology: Topology, run_id: str | None) 
         folder=Path(run.output_dir),
         config=config,
         run_id=run_id,
+        axis=axis,
     )
 
 

@@ -90,11 +90,8 @@ def load_prompts(
 
 def make_sampling(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Sampling:
     """Sampling settings with the model's own stop tokens and a pad token that is never resized for."""
-    rollout, name = experiment.rollout, experiment.model.name
-    try:
-        generation_eos = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a model without generation_config.json says all it has to say in its config
-        generation_eos = config.get_text_config().eos_token_id
+    rollout = experiment.rollout
+    generation_eos = generation_eos_of(experiment.model.name, config)
     stop_ids = stop_token_ids(tokenizer, generation_eos, stop_strings=tuple(rollout.stop_strings))
     return Sampling(
         max_new_tokens=rollout.max_new_tokens,
@@ -105,3 +102,11 @@ def make_sampling(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, co
         top_p=rollout.top_p,
         stop_strings=tuple(rollout.stop_strings),
     )
+
+
+def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
+    """The tokens that end the model's text, by its generation config or, without one, by its config."""
+    try:
+        return GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a model without generation_config.json says all it has to say in its config
+        return config.get_text_config().eos_token_id

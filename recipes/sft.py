@@ -1,0 +1,14 @@
+"""Supervised fine-tuning of a LoRA adapter:
+
+accelerate launch --config_file accelerate_configs/X.yaml recipes/sft.py --config Y.yaml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+from rlhf_toolkit.errors import reported
+from rlhf_toolkit.experiment import SFTExperiment
+from rlhf_toolkit.trainers.fine_tuning_run import run_recipe
+
+if __name__ == "__main__":
+    with reported():
+        run_recipe(SFTExperiment, __doc__)

@@ -1,0 +1,130 @@
+"""Chat messages: what counts as one, the text a template makes of them, and the token ids of a text.
+
+Special tokens are put in once: a chat template writes its own into the text, for plain text the tokenizer adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.data.tokenizers import require_chat_template
+from rlhf_toolkit.errors import DataError, described, shortened
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def is_message(value: Any) -> bool:
+    """True for a mapping with role and content as strings."""
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def is_message_list(value: Any) -> bool:
+    """True for a list of one or more messages."""
+    return isinstance(value, list) and bool(value) and all(is_message(message) for message in value)
+
+
+def messages_of(value: Any, *, index: int, column: str) -> list[Message]:
+    """``value`` of ``column`` in row ``index`` as messages whose roles are known. DataError where it is not."""
+    if not is_message_list(value):
+        raise DataError(
+            f"row {index}: {column} {shortened(value)} is not a list of messages with role and content as strings; "
+            "repair that row"
+        )
+    for message in value:
+        if message["role"] not in ROLES:
+            raise DataError(
+                f"row {index}: {column} has a message of unknown role {shortened(message['role'])}; the roles are "
+                f"{', '.join(ROLES)}: rename it"
+            )
+    return list(value)
+
+
+def user_message(text: str, system_prompt: str | None) -> list[Message]:
+    """A string prompt as one user message, after ``system_prompt`` if there is one."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": text}]
+
+
+def prompt_messages(value: Any, system_prompt: str | None, *, index: int) -> list[Message]:
+    """A prompt, string or messages, as messages. DataError where it is neither, or ends with the assistant's."""
+    if isinstance(value, str):
+        return user_message(value, system_prompt)
+    messages = messages_of(value, index=index, column="prompt")
+    if messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"row {index}: prompt ends with the assistant's message {shortened(messages[-1]['content'], 80)}; move it "
+            "to the response, or put the user's next message behind it"
+        )
+    return messages
+
+
+def response_messages(value: Any, column: str, *, index: int) -> list[Message]:
+    """A response, string or messages, as messages. DataError where it is neither, or begins with another role."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    messages = messages_of(value, index=index, column=column)
+    if messages[0]["role"] != "assistant":
+        raise DataError(
+            f"row {index}: {column} begins with a message of role {messages[0]['role']!r}, not the assistant's; move "
+            "it to prompt, or put the whole conversation into one column"
+        )
+    return messages
+
+
+def check_order(messages: Sequence[Message], *, index: int) -> None:
+    """Raise DataError unless somebody speaks before the assistant, and the assistant has the last word."""
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
+        raise DataError(
+            f"row {index}: the last message is of role {roles[-1]!r}, not the assistant's: there is no response to "
+            "train on; add it, or take away what follows the assistant's last message"
+        )
+    if not {"user", "tool"} & set(roles[: roles.index("assistant")]):
+        raise DataError(
+            f"row {index}: the assistant speaks first, to nobody (roles {roles[:4]}); put a user's message before it, "
+            "or remove that one"
+        )
+
+
+def render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, index: int, add_generation_prompt: bool
+) -> str:
+    """The chat template's text of ``messages``, special tokens written out. DataError where it rejects them.
+
+    Keys that ``datasets`` fills with None are left out by ``apply_chat_template``.
+    """
+    require_chat_template(tokenizer)
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, tokenize=False)
+        )
+    except Exception as error:  # a template is a program: it may raise whatever it likes
+        raise DataError(
+            f"row {index}: {template_name(tokenizer)} rejects messages of roles "
+            f"{[message['role'] for message in messages]}: {described(error)}; change them or drop data.system_prompt"
+        ) from error
+
+
+def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids of a rendered text, which has its special tokens already."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids of the beginning of a plain text: with the tokenizer's bos, once, and without an eos it appends."""
+    bare = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    if bare and bare[0] == tokenizer.bos_token_id:
+        return bare
+    full = tuple(tokenizer(text).input_ids)
+    eos = tokenizer.eos_token_id
+    return full[:-1] if full[-1:] == (eos,) and bare[-1:] != (eos,) else full
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How an error calls the chat template."""
+    return f"the chat template of {tokenizer.name_or_path or 'the model'}"

@@ -1,0 +1,216 @@
+"""Examples for supervised fine-tuning: token ids, and at which of them there is a loss.
+
+The shapes of rows are those of the ecosystem, found by their columns: conversations in ``messages``, prompt and
+response in two columns, verl's nested ones, and plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.data.chat import Message, check_order, messages_of, plain_ids, prompt_messages, response_messages
+from rlhf_toolkit.data.prompts import NO_ROWS
+from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response
+from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
+from rlhf_toolkit.errors import DataError, shortened
+
+UNDERSTOOD = (
+    "messages",
+    "prompt, completion",
+    "prompt, response",
+    "prompt with reward_model.ground_truth or extra_info.answer (verl)",
+    "text",
+)
+NESTED = (("extra_info", "answer"), ("reward_model", "ground_truth"))
+"""Where verl's rows may hold a response, the fuller one first: a ground truth is often the final number alone."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row after tokenisation. ``index`` is its position in the dataset; ``trained[i]`` is True where token i gets a
+    loss. The first token never does: nothing stands before it."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.trained) != len(self.token_ids) or not any(self.trained) or self.trained[0]:
+            raise DataError(
+                f"row {self.index}: trained={shortened(self.trained)} does not fit {len(self.token_ids)} tokens: it "
+                "has one entry a token, True somewhere but not at the first"
+            )
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first trained one, at least 1."""
+        return self.trained.index(True)
+
+    @property
+    def response_length(self) -> int:
+        """Tokens from the first trained one on, with those between that others wrote."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples that are kept, in the dataset's order. ``total`` counts all rows, ``dropped`` those left out, by
+    reason; ``source`` says which columns were read and what is trained on."""
+
+    examples: tuple[Example, ...]
+    total: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    source: str = ""
+
+    def summary(self) -> str:
+        """One line for a log."""
+        trained = [sum(example.trained) for example in self.examples]
+        return (
+            f"{len(self.examples)} of {self.total} examples, "
+            f"{span_text([len(example.token_ids) for example in self.examples])} tokens, {span_text(trained)} of them "
+            f"trained on; {dropped_text(self.dropped)}" + (f"; {self.source}" if self.source else "")
+        )
+
+
+def tokenise_examples(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    system_prompt: str | None = None,
+    chat_template: bool = True,
+    stop_ids: Collection[int] | None = None,
+) -> ExampleSet:
+    """Render and tokenise every row; what is left out is counted by reason.
+
+    Shapes, the first whose columns are there: ``messages``, a conversation; ``prompt`` with ``completion`` or
+    ``response``, strings or lists of messages; verl's, ``prompt`` as messages with ``extra_info.answer`` or
+    ``reward_model.ground_truth``; ``text``. The loss is on every message of the assistant that is not part of a prompt,
+    its end-of-turn token included, and on nothing else; in ``text`` on every token but the first. With
+    ``chat_template`` a string prompt becomes one user message, after ``system_prompt``, and a string response the
+    assistant's; without, both are tokenised as they stand and EOS is appended, as it is to ``text``. Lists of messages
+    always go through the chat template and bring their own system message. ``stop_ids`` are the tokens that may end a
+    turn beside the tokenizer's EOS (``tokenizers.stop_token_ids``).
+
+    Rows with an empty response, and those longer than ``max_tokens``, are dropped, never truncated. DataError where
+    columns, a row or the chat template cannot be used, or no row is left.
+    """
+    shape = _shape(rows)
+    reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
+    dropped, examples = DropCount(max_tokens), []
+    for index, row in enumerate(rows):
+        read = reader.read(row, shape, index)
+        if read is None:
+            dropped.add(EMPTY_RESPONSE)
+        elif dropped.fits(len(read[0])):
+            examples.append(Example(index, read[0], _mask(*read)))
+    if not examples:
+        raise dropped.nothing_left()
+    return ExampleSet(tuple(examples), len(rows), dict(dropped.reasons), _source(shape))
+
+
+def _shape(rows: datasets.Dataset) -> tuple[str, ...]:
+    """The columns that are read, as ``("prompt", "completion")`` or, verl's, ``("prompt", "extra_info.answer")``."""
+    columns = rows.column_names
+    if not len(rows):
+        raise DataError(f"the dataset {NO_ROWS}")
+    for shape in (("messages",), ("prompt", "completion"), ("prompt", "response")):
+        if set(shape) <= set(columns):
+            return shape
+    if "prompt" in columns and {outer for outer, _ in NESTED} & set(columns):
+        return "prompt", _nested(rows[0], columns)
+    if "text" in columns:
+        return ("text",)
+    raise unknown_columns(columns, UNDERSTOOD)
+
+
+def _nested(row: Mapping[str, Any], columns: list[str]) -> str:
+    """Which of verl's places holds the first row's response: all rows are read from there."""
+    for outer, inner in NESTED:
+        if isinstance(row.get(outer), Mapping) and isinstance(row[outer].get(inner), str):
+            return f"{outer}.{inner}"
+    raise DataError(
+        f"row 0: there is a prompt but no response: {' and '.join(f'{a}.{b}' for a, b in NESTED)} hold no string; the "
+        f"columns are {', '.join(columns)}: add a column completion or response"
+    )
+
+
+def _source(shape: tuple[str, ...]) -> str:
+    if shape == ("text",):
+        return "loss on every token of text but the first"
+    if shape == ("messages",):
+        return "loss on every assistant message of messages"
+    return f"prompts from {shape[0]}, loss on {shape[1]}"
+
+
+def _mask(token_ids: Ids, spans: list[Span]) -> tuple[bool, ...]:
+    trained = [False] * len(token_ids)
+    for start, stop in spans:
+        trained[start:stop] = [True] * (stop - start)
+    return tuple(trained)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """From a row to its token ids and the spans that are trained on; None for a row with an empty response."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    system_prompt: str | None
+    chat_template: bool
+    types: ColumnTypes
+
+    def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> tuple[Ids, list[Span]] | None:
+        values = [self._value(row, column, index) for column in shape]
+        if shape == ("text",):
+            return self._text(values[0], index)
+        if shape == ("messages",):
+            return self._conversation(messages_of(values[0], index=index, column="messages"), 0, index)
+        prompt, response = values
+        if isinstance(prompt, str) and isinstance(response, str) and not self.chat_template:
+            return self._plain(prompt, response, index)
+        given = prompt_messages(prompt, self.system_prompt, index=index)
+        return self._conversation([*given, *response_messages(response, shape[1], index=index)], len(given), index)
+
+    def _value(self, row: Mapping[str, Any], column: str, index: int) -> Any:
+        outer, _, inner = column.partition(".")
+        value = row[outer]
+        if inner:
+            value = value.get(inner) if isinstance(value, Mapping) else None
+            if not isinstance(value, str):
+                raise DataError(
+                    f"row {index}: {column} {shortened(value)} is no response; every row has to have one there as a "
+                    "string, or in a column completion or response"
+                )
+        self.types.check(value, index=index, column=column)
+        return value
+
+    def _text(self, text: Any, index: int) -> tuple[Ids, list[Span]] | None:
+        if not isinstance(text, str):
+            raise DataError(f"row {index}: text {shortened(text)} is not a string; repair that row")
+        if not text.strip():
+            return None
+        ids = plain_ids(text, self.tokenizer)
+        if not ids:
+            raise DataError(f"row {index}: text {shortened(text)} tokenises to nothing; fill or remove that row")
+        if ids[-1] not in self.stop_ids or len(ids) == 1:
+            ids = (*ids, int(self.tokenizer.eos_token_id))
+        return ids, [(1, len(ids))]
+
+    def _plain(self, prompt: str, response: str, index: int) -> tuple[Ids, list[Span]] | None:
+        if not response.strip():
+            return None
+        given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
+        return given + own, [(len(given), len(given) + len(own))]
+
+    def _conversation(self, messages: list[Message], first: int, index: int) -> tuple[Ids, list[Span]] | None:
+        check_order(messages, index=index)
+        own = [message for message in messages[first:] if message["role"] == "assistant"]
+        if not all(message["content"].strip() for message in own):
+            return None
+        return conversation(messages, self.tokenizer, first=first, stop_ids=self.stop_ids, index=index)

@@ -1,0 +1,210 @@
+"""Pairs of responses to one prompt, of which one is preferred: for reward models and for DPO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
+from rlhf_toolkit.data.prompts import NO_ROWS
+from rlhf_toolkit.data.responses import Ids, checked_stop_ids, conversation, plain_response
+from rlhf_toolkit.data.rows import (
+    CHOSEN_IS_REJECTED,
+    EMPTY_RESPONSE,
+    ColumnTypes,
+    DropCount,
+    dropped_text,
+    span_text,
+    unknown_columns,
+)
+from rlhf_toolkit.errors import DataError, shortened
+
+UNDERSTOOD = ("prompt, chosen, rejected", "chosen, rejected (whole conversations as lists of messages)")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row after tokenisation. ``index`` is its position in the dataset; each response ends with its stop token, and
+    ``prompt_ids + chosen_ids`` are the ids of the whole conversation. ``margin`` says by how much the chosen one is
+    better, in the dataset's own unit; 0.0 where it has none."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    margin: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longer response."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The pairs that are kept, in the dataset's order. ``total`` counts all rows, ``dropped`` those left out, by
+    reason; ``source`` says which columns were read."""
+
+    pairs: tuple[Pair, ...]
+    total: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    source: str = ""
+
+    def summary(self) -> str:
+        """One line for a log."""
+        prompt, chosen, rejected = (
+            span_text([len(getattr(pair, name)) for pair in self.pairs])
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        return (
+            f"{len(self.pairs)} of {self.total} pairs, {prompt} tokens of prompt, {chosen} of chosen and {rejected} of "
+            f"rejected response; {dropped_text(self.dropped)}" + (f"; {self.source}" if self.source else "")
+        )
+
+
+def tokenise_pairs(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    system_prompt: str | None = None,
+    chat_template: bool = True,
+    stop_ids: Collection[int] | None = None,
+) -> PairSet:
+    """Render and tokenise every row; what is left out is counted by reason.
+
+    Columns ``chosen`` and ``rejected``: strings or lists of messages, answers to the column ``prompt``; or whole
+    conversations that differ in the last message alone, the rest being the prompt. A ``prompt`` beside whole
+    conversations has to be what they begin with. A column ``margin`` holds finite numbers. ``system_prompt``,
+    ``chat_template`` and ``stop_ids`` are as in ``instructions.tokenise_examples``.
+
+    Rows with an empty response, with equal responses, and those where the prompt and one of them are longer than
+    ``max_tokens`` together, are dropped, never truncated. DataError where columns, a row or the chat template cannot be
+    used, or no row is left.
+    """
+    _check_columns(rows)
+    reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
+    dropped, pairs = DropCount(max_tokens), []
+    for index, row in enumerate(rows):
+        pair = reader.read(row, index)
+        if pair is None:
+            dropped.add(EMPTY_RESPONSE)
+        elif pair.chosen_ids == pair.rejected_ids:
+            dropped.add(CHOSEN_IS_REJECTED)
+        elif dropped.fits(pair.length):
+            pairs.append(pair)
+    if not pairs:
+        raise dropped.nothing_left()
+    columns = [name for name in ("prompt", "chosen", "rejected", "margin") if name in rows.column_names]
+    return PairSet(tuple(pairs), len(rows), dict(dropped.reasons), f"from columns {', '.join(columns)}")
+
+
+def _check_columns(rows: datasets.Dataset) -> None:
+    if not len(rows):
+        raise DataError(f"the dataset {NO_ROWS}")
+    if not {"chosen", "rejected"} <= set(rows.column_names):
+        raise unknown_columns(rows.column_names, UNDERSTOOD)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """From a row to its pair; None where a response is empty."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    system_prompt: str | None
+    chat_template: bool
+    types: ColumnTypes
+
+    def read(self, row: Mapping[str, Any], index: int) -> Pair | None:
+        for column in ("prompt", "chosen", "rejected"):
+            if column in row:
+                self.types.check(row[column], index=index, column=column)
+        values = [row.get("prompt"), row["chosen"], row["rejected"]]
+        if all(isinstance(value, str) for value in values) and not self.chat_template:
+            texts = [str(value) for value in values]
+            return self._plain(texts[0], texts[1:], _margin(row, index), index)
+        prompt, answers = self._messages(row, index)
+        if not all(answer["content"].strip() for answer in answers):
+            return None
+        parts = [self._response(prompt, answer, index) for answer in answers]
+        return Pair(index, parts[0][0], parts[0][1], parts[1][1], _margin(row, index))
+
+    def _plain(self, prompt: str, texts: list[str], margin: float, index: int) -> Pair | None:
+        if not all(text.strip() for text in texts):
+            return None
+        parts = [plain_response(prompt, text, self.tokenizer, stop_ids=self.stop_ids, index=index) for text in texts]
+        return Pair(index, parts[0][0], parts[0][1], parts[1][1], margin)
+
+    def _messages(self, row: Mapping[str, Any], index: int) -> tuple[list[Message], list[Message]]:
+        """The prompt's messages, and the last one of chosen and of rejected."""
+        sides = [_side(row, column, index) for column in ("chosen", "rejected")]
+        if sides[0][0]["role"] != "assistant" or "prompt" not in row:
+            prompt = _common_prompt(sides, index)
+            if "prompt" in row:
+                _check_same_prompt(row["prompt"], prompt, index)
+        else:
+            prompt = prompt_messages(row["prompt"], self.system_prompt, index=index)
+            sides = [
+                [*prompt, *response_messages(row[column], column, index=index)] for column in ("chosen", "rejected")
+            ]
+            _common_prompt(sides, index)
+        return prompt, [side[-1] for side in sides]
+
+    def _response(self, prompt: list[Message], answer: Message, index: int) -> tuple[Ids, Ids]:
+        messages = [*prompt, answer]
+        ids, spans = conversation(messages, self.tokenizer, first=len(prompt), stop_ids=self.stop_ids, index=index)
+        return ids[: spans[0][0]], ids[spans[0][0] :]
+
+
+def _side(row: Mapping[str, Any], column: str, index: int) -> list[Message]:
+    """Chosen or rejected as messages; a string is the assistant's answer, and needs a prompt."""
+    if isinstance(row[column], str) and "prompt" in row:
+        return response_messages(row[column], column, index=index)
+    if isinstance(row[column], str):
+        raise DataError(
+            f"row {index}: {column} {shortened(row[column], 80)} is a string and there is no column prompt, so that "
+            "nothing says where the response begins; add prompt, or give whole conversations as lists of messages"
+        )
+    return messages_of(row[column], index=index, column=column)
+
+
+def _common_prompt(sides: list[list[Message]], index: int) -> list[Message]:
+    """All messages but the last, which both sides share. DataError where they do not."""
+    for side in sides:
+        check_order(side, index=index)
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        at = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(map(len, sides)))
+        raise DataError(
+            f"row {index}: chosen ({len(chosen)} messages) and rejected ({len(rejected)}) differ from message {at} on; "
+            "they have to differ in the last message alone: cut both behind the first answer that differs"
+        )
+    return chosen[:-1]
+
+
+def _check_same_prompt(value: Any, prompt: list[Message], index: int) -> None:
+    """A prompt beside whole conversations is their last user message, or all of what they share."""
+    said = prompt[-1]["content"].strip()
+    same = value.strip() == said if isinstance(value, str) else value == prompt
+    if not same:
+        raise DataError(
+            f"row {index}: prompt {shortened(value, 80)} is not what chosen and rejected begin with, "
+            f"{shortened(said, 80)}; repair it, or remove the column prompt"
+        )
+
+
+def _margin(row: Mapping[str, Any], index: int) -> float:
+    if "margin" not in row:
+        return 0.0
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(
+            f"row {index}: margin {shortened(margin)} is not a finite number; repair it or remove the column"
+        )
+    return float(margin)

@@ -1,0 +1,148 @@
+"""FineTuner: SFT, reward models and DPO inside Trainer's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_toolkit.data.items import Batch, Cut, Item, ItemLoader, batch_of, counts_of
+from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.distributed.zero3 import gathered, whole
+from rlhf_toolkit.models.heads import ScalarHead
+from rlhf_toolkit.models.shared_base import REWARD
+from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
+from rlhf_toolkit.rollout.cutting import Layout
+from rlhf_toolkit.rollout.sampler import inference
+from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.objectives import Objective
+
+
+class FineTuner(RoleTrainer):
+    """Trains the roles of an ``objective`` on items (examples or pairs).
+
+    A training step is one mini-batch of ``cut.batch_size`` items over all ranks and one optimizer step, cut into
+    micro-batches by a token budget. Losses are divided by the counts of the whole mini-batch, so the cut, packing and
+    the number of ranks change nothing.
+    """
+
+    objective: Objective
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        items: Sequence[Item],
+        held_out: Sequence[Item] = (),
+        cut: Cut,
+        layout: Layout,
+        steps: int,
+        pad_id: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, train_dataset=list(items), eval_dataset=list(held_out) or None, **kwargs)
+        self.objective, self.items, self.held_out = objective, items, held_out
+        self.cut, self.layout, self.steps, self.pad_id = cut, layout, steps, pad_id
+
+    def get_train_dataloader(self) -> ItemLoader:  # type: ignore[override]
+        """The loader of mini-batches; it is not prepared by accelerate, on purpose."""
+        return ItemLoader(
+            self.items,
+            self.cut,
+            steps=self.steps,
+            seed=self.args.seed,
+            rank=rank(),
+            pad_id=self.pad_id,
+            steps_done=lambda: self.state.global_step,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, list[Batch]]], None]:
+        """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
+        parts = next(epoch_iterator, None)
+        return ([] if parts is None else [{"parts": parts}]), None
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, list[Batch]], num_items_in_batch: object = None
+    ) -> Tensor:
+        """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
+        ranks."""
+        model.train()
+        parts, total = inputs["parts"], torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts):
+            loss = self.compute_loss(model, part)
+            backward(model, loss, last=number == len(parts) - 1)
+            total += loss.detach()
+        for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
+            self.meter.add(f"{self.objective.prefix}/lr/{name}", group["lr"], 1)
+        return total * world_size()
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
+    ) -> Tensor:
+        """This micro-batch's share of the mini-batch's loss."""
+        return self._terms(model, inputs, self.objective.prefix, self.meter)
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Sequence[Item] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The objective's metrics on held-out items; the base is gathered once for it."""
+        metrics = self.measured(list(eval_dataset or self.held_out), metric_key_prefix)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measured(self, items: Sequence[Item], prefix: str) -> dict[str, float]:
+        """The objective's metrics over ``items``, the same on every rank. A collective."""
+        meter, counts = Meter(), counts_of(items)
+        mine = self.cut.among_ranks(range(len(items)), items)[rank()]
+        with gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
+            for part in mine:
+                self._terms(shared, batch_of([items[i] for i in part], counts, pad_id=self.pad_id), prefix, meter)
+        return combined(all_gather(meter.take()))
+
+    def normalise_rewards(self) -> tuple[float, float]:
+        """Scale and shift the reward head so that the scores of all training responses have mean 0 and variance 1;
+        return the mean and the deviation they had. A collective."""
+        scores: list[float] = []
+        counts = counts_of(self.items)
+        mine = self.cut.among_ranks(range(len(self.items)), self.items)[rank()]
+        with gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
+            for part in mine:
+                batch = batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id)
+                found = self._forward(shared, batch, (REWARD,))["reward_scores"]
+                scores += found[: 2 * len(part)].tolist()
+        everything = torch.tensor([score for share in all_gather(scores) for score in share], dtype=torch.float64)
+        mean, deviation = everything.mean().item(), everything.std().item()
+        head = cast(ScalarHead, self.model.scalar_heads[REWARD])
+        with whole(head.parameters(), write=True), torch.no_grad():
+            head.weight.div_(deviation)
+            head.bias.sub_(mean).div_(deviation)
+        return mean, deviation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Give Trainer's own numbers their place among ours."""
+        if "loss" in logs:
+            logs = {
+                "train/loss": logs["loss"],
+                "train/grad_norm": float(logs.get("grad_norm", 0.0)),
+                "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
+            }
+        super().log(logs, start_time)
+
+    def _terms(self, model: nn.Module, batch: Batch, prefix: str, meter: Meter) -> Tensor:
+        batch = self._prepare_input(batch)
+        terms = self.objective.terms(self._forward(model, batch, self.objective.roles), batch)
+        for name, (total, count) in terms.metrics.items():
+            meter.add(f"{prefix}/{name}", total, count)
+        return terms.loss
+
+    def _forward(self, model: nn.Module, batch: Batch, roles: Sequence[str]) -> dict[str, Tensor]:
+        batch = self._prepare_input(batch)
+        layout = self.layout(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
+        found: dict[str, Tensor] = model(layout, roles=roles)
+        return found

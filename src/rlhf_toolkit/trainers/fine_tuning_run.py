@@ -1,0 +1,254 @@
+"""A supervised run from one experiment: SFT, a reward adapter, or DPO, in the order in which things must happen."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
+from rlhf_toolkit.config_loading import load_experiment, parse_overrides
+from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
+from rlhf_toolkit.data.items import Cut, Item, Row
+from rlhf_toolkit.data.layout import packed, padded
+from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
+from rlhf_toolkit.data.prompts import load_rows
+from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
+from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
+from rlhf_toolkit.models.loading import adapter_config, load_model_config, load_tokenizer
+from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, REWARD, SharedBase
+from rlhf_toolkit.reporting.report import print_fine_tuning_report
+from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary
+from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.seeding import derive_seed
+from rlhf_toolkit.trainers.arguments import training_arguments
+from rlhf_toolkit.trainers.assembly import packs
+from rlhf_toolkit.trainers.callbacks import EngineCheck, EvaluationAtBothEnds
+from rlhf_toolkit.trainers.fine_tuner import FineTuner
+from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
+from rlhf_toolkit.trainers.ppo_run import fingerprint_of, load_adapted_base, start_wandb
+from rlhf_toolkit.trainers.task import generation_eos_of
+
+
+@dataclass
+class FineTuningRun:
+    """A prepared run. ``train`` runs it to its end and leaves adapters and ``summary.json`` in the run folder."""
+
+    experiment: FineTuning
+    topology: Topology
+    trainer: FineTuner
+    checkpoint: Path | None
+    mirror: WandbMirror | None
+    progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.experiment.run.output_dir)
+
+    def train(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
+        began, extra = time.perf_counter(), dict[str, Any]()
+        try:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            self.progress.bar.close()
+        if isinstance(self.experiment, RewardExperiment) and self.experiment.reward_model.normalise:
+            mean, deviation = self.trainer.normalise_rewards()
+            extra = {"score_mean": mean, "score_deviation": deviation}
+        self.trainer.save_model()
+        if not self.topology.is_main:
+            return {}
+        summary = write_fine_tuning_summary(
+            self.folder,
+            seconds=time.perf_counter() - began,
+            world_size=self.topology.world_size,
+            device=str(self.topology.device),
+            prefix=self.trainer.objective.prefix,
+            extra=extra,
+        )
+        if self.mirror is not None:
+            self.mirror.finish()
+        return summary
+
+
+def run_recipe(kind: type[FineTuning], description: str | None) -> None:
+    """The command line of a supervised recipe: read the experiment, run it, print its report."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="the experiment's YAML file")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last complete checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
+    arguments = parser.parse_args()
+    experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides), kind)
+    run = prepare_fine_tuning(experiment, resume=arguments.resume, overwrite=arguments.overwrite)
+    print_fine_tuning_report(run.folder, run.train())
+
+
+def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:
+    """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
+    topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
+    checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
+    config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    stop_ids = stop_token_ids(tokenizer, generation_eos_of(experiment.model.name, config), stop_strings=())
+    items, held_out = load_items(experiment, tokenizer, stop_ids)
+    if checkpoint is None:
+        on_main(lambda: claim_run_folder(folder, settings))
+    base, adapter = load_adapted_base(experiment.model, config, topology)
+    torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
+    shared = build_roles(experiment, base, adapter)
+    fingerprint = fingerprint_of(shared)
+    manifest = read_manifest(checkpoint, fingerprint=fingerprint, world_size=topology.world_size) if checkpoint else {}
+    mirror = start_wandb(experiment, topology, manifest.get("wandb_id"), axis="step")
+    steps = experiment.steps(len(items))
+    progress = Progress(num_rollouts=steps, updates_per_rollout=1, show=topology.is_main, unit="step")
+    pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size)
+    trainer = make_trainer(experiment, topology, shared, items, held_out, pad_id, tokenizer, progress)
+
+    def state() -> dict[str, Any]:
+        """What only the run knows, for the manifest of a checkpoint."""
+        return {
+            "wandb_id": mirror.run_id if mirror else None,
+            "base": fingerprint,
+            "world_size": topology.world_size,
+        }
+
+    sinks = () if mirror is None else (mirror,)
+    log = RunLog(folder, updates_per_rollout=1, samples=lambda kind: [], sinks=sinks, axis="step")
+    for callback in (EngineCheck(trainer, topology), log, EvaluationAtBothEnds(trainer), ManifestWriter(state)):
+        trainer.add_callback(callback)
+    return FineTuningRun(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def make_trainer(
+    experiment: FineTuning,
+    topology: Topology,
+    shared: SharedBase,
+    items: Sequence[Item],
+    held_out: Sequence[Item],
+    pad_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> FineTuner:
+    """The trainer of the experiment's objective."""
+    update, size = experiment.update, experiment.job.batch_size
+    packing = packs(update.packing, shared)
+    groups = shared.parameter_groups()
+    rows_per_rank = max(1, size // topology.world_size)
+    deepspeed = deepspeed_settings(
+        topology,
+        rows_per_rank=rows_per_rank,
+        max_grad_norm=update.max_grad_norm,
+        largest_adapter=max(element_count(p) for group in groups.values() for p in group),
+    )
+    steps = experiment.steps(len(items))
+    arguments = training_arguments(
+        experiment.run,
+        update,
+        deepspeed,
+        rounds=steps,
+        steps_per_round=1,
+        rows_per_rank=rows_per_rank,
+        learning_rate=update.lr,
+    )
+    return FineTuner(
+        model=shared,
+        args=arguments,
+        processing_class=tokenizer,
+        objective=objective_of(experiment),
+        items=items,
+        held_out=held_out,
+        cut=Cut(size, update.micro_batch_tokens, not packing, topology.world_size),
+        layout=packed if packing else padded,
+        steps=steps,
+        pad_id=pad_id,
+        learning_rates={name: update.head_lr if name.endswith("_head") else update.lr for name in groups},
+        callbacks=[progress],
+    )
+
+
+def objective_of(experiment: FineTuning) -> Objective:
+    """What the run minimises."""
+    if isinstance(experiment, RewardExperiment):
+        return BradleyTerry(experiment.reward_model.centring)
+    if isinstance(experiment, DPOExperiment):
+        return DPO(experiment.dpo.beta, experiment.dpo.label_smoothing, experiment.dpo.loss)
+    return SFT()
+
+
+def build_roles(experiment: FineTuning, base: PreTrainedModel, adapter: LoraConfig) -> SharedBase:
+    """The roles that the objective trains, and for DPO the reference: a frozen copy of the policy's start, or the bare
+    base."""
+    options: dict[str, Any] = {
+        "gradient_checkpointing": experiment.model.gradient_checkpointing,
+        "value_on": NOWHERE,
+    }
+    start, setting = experiment.model.policy_adapter, "model.policy_adapter"
+    if isinstance(experiment, RewardExperiment):
+        adapters = {REWARD: adapter if start is None else adapter_config(start, setting)}
+    else:
+        adapters = {POLICY: adapter if start is None else adapter_config(start, setting)}
+        if isinstance(experiment, DPOExperiment) and start is not None:
+            adapters[REFERENCE] = adapters[POLICY]
+    trained = REWARD if REWARD in adapters else POLICY
+    shared = SharedBase(base, adapters, trained=(trained,), **options)
+    for role in adapters if start is not None else ():
+        shared.load_role(role, str(start))
+    return shared
+
+
+def load_items(
+    experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> tuple[list[Item], list[Item]]:
+    """Training and held-out items, with a line about what was dropped from each."""
+    data = experiment.data
+    sources = [(data.train, data.train_split), (data.evaluation, data.evaluation_split)]
+    found = [
+        [] if source is None else _items(experiment, tokenizer, source, split, stop_ids) for source, split in sources
+    ]
+    return found[0], found[1]
+
+
+def _items(
+    experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, source: str, split: str, stop_ids: Sequence[int]
+) -> list[Item]:
+    data = experiment.data
+    options: dict[str, Any] = {
+        "max_tokens": data.max_tokens,
+        "system_prompt": data.system_prompt,
+        "chat_template": data.chat_template,
+        "stop_ids": stop_ids,
+    }
+    rows = load_rows(source, split)
+    found = (tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs)(rows, tokenizer, **options)
+    on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
+    return items_of(found)
+
+
+def items_of(found: ExampleSet | PairSet) -> list[Item]:
+    """Examples as items of one row, pairs as items of two: chosen, rejected."""
+    if isinstance(found, ExampleSet):
+        return [Item((Row(e.token_ids, e.prompt_length, e.trained[e.prompt_length :]),)) for e in found.examples]
+    return [
+        Item(
+            tuple(
+                Row((*pair.prompt_ids, *response), len(pair.prompt_ids), (True,) * len(response))
+                for response in (pair.chosen_ids, pair.rejected_ids)
+            ),
+            pair.margin,
+        )
+        for pair in found.pairs
+    ]

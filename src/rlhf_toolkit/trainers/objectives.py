@@ -1,0 +1,121 @@
+"""What supervised trainers minimise: SFT, reward model and DPO, each from one forward of its roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.preference_losses import DPO_LOSSES, bradley_terry, implicit_rewards, share_above
+from rlhf_toolkit.data.items import Batch
+from rlhf_toolkit.data.layout import unpack
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, REWARD
+
+
+class Terms(NamedTuple):
+    """A micro-batch's share of the mini-batch's loss, and sums with counts for the meter."""
+
+    loss: Tensor
+    metrics: dict[str, tuple[float, float]]
+
+
+class Objective(Protocol):
+    """A loss with the roles it needs."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its metrics begin with."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of its forward pass."""
+
+    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+        """The loss of a micro-batch, divided by the counts of the whole mini-batch, from what ``SharedBase.forward``
+        gives for ``roles``. An empty micro-batch gives 0 with a gradient of zeros."""
+
+
+@dataclass(frozen=True)
+class SFT:
+    """``- sum log pi(token) / tokens`` over the tokens that are trained."""
+
+    prefix: str = "sft"
+    roles: tuple[str, ...] = (POLICY,)
+
+    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+        """See ``Objective``."""
+        trained = batch["trained"]
+        logprobs, entropies = (_rows(out[f"policy_{name}"], trained, batch) for name in ("logprobs", "entropies"))
+        loss = -(logprobs * trained).sum()
+        tokens = float(trained.sum())
+        metrics = {"loss": (loss.item(), tokens), "entropy": ((entropies * trained).sum().item(), tokens)}
+        return Terms(loss / batch["token_count"], metrics)
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """``- log sigmoid(chosen - rejected - margin) + centring (chosen + rejected)^2``, mean over pairs."""
+
+    centring: float
+    prefix: str = "reward_model"
+    roles: tuple[str, ...] = (REWARD,)
+
+    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+        """See ``Objective``."""
+        chosen, rejected = _pairs(out["reward_scores"], batch)
+        losses = bradley_terry(chosen, rejected, batch["margins"], centring=self.centring)
+        loss = losses.sum() + 0.0 * out["reward_scores"].sum()
+        of_pairs = {
+            "loss": losses,
+            "accuracy": share_above(chosen, rejected),
+            "margin": chosen - rejected,
+            "chosen": chosen,
+            "rejected": rejected,
+        }
+        return Terms(loss / batch["items"], _metered(of_pairs))
+
+
+@dataclass(frozen=True)
+class DPO:
+    """DPO's loss of ``kind``, mean over pairs; the reference's log-probs come from the policy's own forward."""
+
+    beta: float
+    label_smoothing: float = 0.0
+    kind: str = "sigmoid"
+    prefix: str = "dpo"
+    roles: tuple[str, ...] = (POLICY, REFERENCE)
+
+    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+        """See ``Objective``."""
+        trained = batch["trained"]
+        policy = (_rows(out["policy_logprobs"], trained, batch) * trained).sum(1)
+        reference = (_rows(out["reference_logprobs"].detach(), trained, batch) * trained).sum(1)
+        (chosen, rejected), (ref_chosen, ref_rejected) = _pairs(policy, batch), _pairs(reference, batch)
+        difference = (chosen - ref_chosen) - (rejected - ref_rejected)
+        losses = DPO_LOSSES[self.kind](difference, beta=self.beta, label_smoothing=self.label_smoothing)
+        of_chosen = implicit_rewards(chosen, ref_chosen, beta=self.beta)
+        of_rejected = implicit_rewards(rejected, ref_rejected, beta=self.beta)
+        of_pairs = {
+            "loss": losses,
+            "accuracy": share_above(of_chosen, of_rejected),
+            "margin": of_chosen - of_rejected,
+            "chosen": of_chosen,
+            "rejected": of_rejected,
+        }
+        return Terms((losses.sum() + 0.0 * policy.sum()) / batch["items"], _metered(of_pairs))
+
+
+def _rows(packed: Tensor, trained: Tensor, batch: Batch) -> Tensor:
+    return unpack(packed, batch["response_lengths"], trained.shape[1])
+
+
+def _pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected (P,) of values (2 P,); an empty micro-batch has one row that belongs to none."""
+    pairs = values[: 2 * len(batch["margins"])].view(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _metered(of_pairs: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    return {name: (values.detach().sum().item(), float(len(values))) for name, values in of_pairs.items()}

@@ -1,0 +1,76 @@
+"""Tokenizers with chat templates that end the assistant's turns, and ChatML written out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tests.builders import tiny_tokenizer
+
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}</s> {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+"""Of whole words, for ``tiny_tokenizer``: ``<user> hello <assistant> world </s>``."""
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+SMOL_FOLDER = Path.home() / ".cache" / "rlhf_toolkit" / "SmolLM2-135M-Instruct"
+
+
+def word_tokenizer(chat_template: str | None = TURNS, **options: Any) -> PreTrainedTokenizerFast:
+    """Whole words, as ``tiny_tokenizer`` has them."""
+    return tiny_tokenizer(chat_template=chat_template, **options)
+
+
+def byte_tokenizer(
+    chat_template: str | None = CHATML, *, merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's and its descendants': bytes, ``merges`` of them, and the special tokens of ChatML."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, chat_template=chat_template, eos_token="<|im_end|>"
+    )
+
+
+def chatml_tokenizers() -> dict[str, tuple[PreTrainedTokenizerBase, str | None]]:
+    """Tokenizers that speak ChatML, and the system message their template writes where a conversation has none: a tiny
+    one, and SmolLM2's where a recipe has fetched it."""
+    found: dict[str, tuple[PreTrainedTokenizerBase, str | None]] = {
+        "tiny": (byte_tokenizer(), None),
+        "tiny with merges": (byte_tokenizer(merges=[("e", "l"), ("l", "o"), ("el", "lo"), ("Ġ", "t")]), None),
+    }
+    if SMOL_FOLDER.is_dir():
+        found["SmolLM2"] = (AutoTokenizer.from_pretrained(SMOL_FOLDER), SMOL_SYSTEM)
+    return found
+
+
+def chatml(messages: Sequence[dict[str, Any]], default_system: str | None) -> str:
+    """The text of a conversation, by a plain loop, up to the last end-of-turn token."""
+    text = ""
+    if default_system is not None and messages[0]["role"] != "system":
+        text += "<|im_start|>system\n" + default_system + "<|im_end|>\n"
+    for message in messages:
+        text += "<|im_start|>" + message["role"] + "\n" + message["content"] + "<|im_end|>\n"
+    return text[:-1]
+
+
+def said(role: str, content: str) -> dict[str, Any]:
+    """A message."""
+    return {"role": role, "content": content}
+
+
+def ask(*contents: str) -> list[dict[str, Any]]:
+    """Messages of user, assistant, user, ... in turn."""
+    return [said("assistant" if number % 2 else "user", content) for number, content in enumerate(contents)]
