@@ -23,10 +23,3 @@ def backward(model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
             model.step()
     else:
         loss.backward()
-
-
-def skip(model: nn.Module) -> None:
-    """Leave an optimizer step out: no gradient has been accumulated, and none is applied; the learning rate's schedule
-    goes on, as Trainer's does without DeepSpeed."""
-    if isinstance(model, DeepSpeedEngine) and model.lr_scheduler is not None:
-        model.lr_scheduler.step()

@@ -15,7 +15,7 @@ from rlhf_toolkit.algorithms.kl import approximate_kl
 from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
-from rlhf_toolkit.distributed.engine import backward, skip
+from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
@@ -85,16 +85,15 @@ class PPOTrainer(RoleTrainer):
         """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
         ranks.
 
-        Where ``kl_stop`` has ended the rollout's updates, nothing runs: no gradient, no step of the optimizer.
+        Where ``kl_stop`` has ended the rollout's updates, nothing runs: without a gradient Trainer's own step of the
+        optimizer moves nothing, and under DeepSpeed there is none. The schedule is Trainer's in both cases and goes on.
         """
         model.train()
         self._left_out = self._stopped and not bool(inputs["fresh"])
         if self.loss.kl_stop is not None:
             self.meter.add("actor/skipped_updates", float(self._left_out), 1)
         if self._left_out:
-            skip(model)
             return torch.zeros((), device=self.args.device)
-        self._meter_rates()  # before DeepSpeed's step, which moves them on
         micro = cut(self._prepare_input(inputs))
         total = torch.zeros((), device=self.args.device)
         with self.collector.clock.phase("update_actor"):
@@ -105,6 +104,7 @@ class PPOTrainer(RoleTrainer):
         if self._unscored:
             self._record_unscored()
         self._decide_whether_to_go_on()
+        self._meter_rates()
         self._meter_shares({"train/loss": total}, first=True)
         return total * world_size()
 
