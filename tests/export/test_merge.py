@@ -463,7 +463,7 @@ def test_verify_accepts_a_merged_model_and_refuses_others(tmp_path: Path, dtype:
 def weaken(adapter: dict[str, Tensor]) -> None:
     for name, tensor in adapter.items():
         if "lora_B" in name:
-            tensor.mul_(1e-6)
+            tensor.mul_(1e-4)
 
 
 def test_verify_says_where_rounding_lost_the_adapter(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_verify_says_where_rounding_lost_the_adapter(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "policy", base)
     change_adapter(adapter, weaken)
     done = merge(str(base), str(adapter), tmp_path / "out")
-    assert done.rounding > 0.99
+    assert done.rounding > 0.5
     with pytest.raises(ModelError, match="rounding to bfloat16 lost the adapter; merge with --dtype float32"):
         verify(str(base), str(adapter), tmp_path / "out", dtype=torch.bfloat16, sequences=2)
     merge(str(base), str(adapter), tmp_path / "exact", dtype=torch.float32)
