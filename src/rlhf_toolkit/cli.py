@@ -9,9 +9,11 @@ import argparse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from rlhf_toolkit.errors import reported
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error the user can mend ends the process with status 1 and one line."""
     parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_merge,):
+    for add in (_add_report, _add_card, _add_merge):
         add(commands)
     parsed = parser.parse_args(arguments)
     with reported():
@@ -27,10 +29,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parsed.run(parsed)
 
 
+# ---- report and card -------------------------------------------------------------------------------------------------
+
+
+def _add_report(commands: Commands) -> None:
+    parser = commands.add_parser("report", help="print what a finished run came to")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rlhf_toolkit.export.folders import read_run
+    from rlhf_toolkit.reporting.report import print_report
+
+    print_report(options.run_folder, read_run(options.run_folder).summary)
+
+
+def _add_card(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "card", help="write a finished run's model card, and send it and the adapters to the hub"
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
+    parser.add_argument("--push", metavar="REPO", help="send card and adapters to this name of the hub")
+    parser.set_defaults(run=_card)
+
+
+def _card(options: argparse.Namespace) -> None:
+    from huggingface_hub import HfApi
+
+    from rlhf_toolkit.export.card import push, write_card
+    from rlhf_toolkit.export.folders import read_run
+
+    run = read_run(options.run_folder)
+    print(f"wrote {write_card(run, options.push)}")
+    if options.push:
+        print(f"sent to {options.push}: {', '.join(push(run, options.push, HfApi()))}")
+
+
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 
-def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_merge(commands: Commands) -> None:
     parser = commands.add_parser(
         "merge", help="add a LoRA adapter to its base: one plain model, tensor by tensor on CPU"
     )
