@@ -6,6 +6,7 @@ Modules are imported by the command that needs them, so that ``rlhf --help`` ans
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error the user can mend ends the process with status 1 and one line."""
     parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_report, _add_card, _add_merge):
+    for add in (_add_report, _add_card, _add_merge, _add_chat):
         add(commands)
     parsed = parser.parse_args(arguments)
     with reported():
@@ -111,6 +112,40 @@ def _merge(options: argparse.Namespace) -> None:
             f"logits: largest difference from base + adapter {found.difference:.3g} (tolerance {found.tolerance:.3g}); "
             f"the adapter moves them by {found.moved:.3g}"
         )
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = commands.add_parser("chat", help="talk to a base and to adapters on it, side by side")
+    parser.add_argument("base", help="hub name or folder of the base model")
+    parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help="hub names or folders of adapters")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base; without it, the one it is stored in")
+    parser.add_argument("--max-new-tokens", type=_at_least_1, default=256, metavar="N", help="of an answer (256)")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature above 0 (0)")
+    _add_trust(parser)
+    parser.set_defaults(run=_chat)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    import torch
+
+    from rlhf_toolkit.export.chat import load_chat, typed
+
+    chat = load_chat(
+        options.base,
+        options.adapters,
+        sys.stdout,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        trust_remote_code=options.trust_remote_code,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    try:
+        chat.run(typed())
+    except KeyboardInterrupt:  # in the middle of an answer
+        print()
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
