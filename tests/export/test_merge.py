@@ -303,6 +303,15 @@ def test_a_start_that_changes_the_base_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_setting_of_a_newer_peft_is_refused(tmp_path: Path) -> None:
+    """PEFT itself drops what it does not know with a warning."""
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "policy", base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_tomorrows_lora": True, "other": None}))
+    assert "use_tomorrows_lora=True, which this version of PEFT does not know" in refused(tmp_path, base, adapter)
+
+
 def test_experts_that_transformers_stores_otherwise_are_refused(tmp_path: Path) -> None:
     """Mixtral's experts are one tensor in memory and many on disk; its attention merges."""
     config = MixtralConfig(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_toolkit.errors import ModelError, described
-from rlhf_toolkit.export.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rlhf_toolkit.export.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from rlhf_toolkit.models.targets import PLAIN_STARTS
 
 PART = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
@@ -89,6 +89,11 @@ def _plain_config(folder: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged here")
     plain = LoraConfig()
+    known = {field.name for field in fields(plain)}
+    unknown = {name: value for name, value in read_json(folder / ADAPTER_CONFIG).items() if name not in known and value}
+    if unknown:  # written by a newer PEFT; this one would only warn
+        name, value = next(iter(unknown.items()))
+        raise ModelError(f"{folder} has {name}={value!r}, which this version of PEFT does not know; update PEFT")
     for field in fields(plain):
         value = getattr(config, field.name)
         if field.name not in TAKEN_INTO_ACCOUNT and value and value != getattr(plain, field.name):
