@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from rlhf_toolkit.cli import main
 from rlhf_toolkit.reporting.report import print_report
 from tests.export.common import peft_model, write_adapter, write_base
 from tests.launch import run
+from tests.tiny import write_task
 
 
 @pytest.fixture
@@ -130,3 +132,21 @@ def test_the_command_starts_as_a_module(folders: tuple[Path, Path], tmp_path: Pa
 def test_help_needs_no_torch() -> None:
     code = "import sys, rlhf_toolkit.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     run([sys.executable, "-c", code], seconds=60).succeeded()
+
+
+def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = write_task(tmp_path)
+    rows = [{"prompt": "w1 w2", "completion": " w3 w4"}, {"prompt": "w5", "completion": " "}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = task["model"]["name"]
+    main(["data", "show", str(tmp_path / "rows.jsonl"), "--model", model, "--no-chat-template", "--count", "1"])
+    shown = capsys.readouterr().out
+    assert "w3 w4" in shown and "</s>" in shown and "1 empty response" in shown.replace("1 as ", "1 ")
+    assert ended(["data", "show", "none.jsonl", "--model", model], capsys).startswith("DataError: ")
+
+
+def test_report_of_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"losses": [2.0] * 10 + [1.0] * 10, "evaluations": [], "seconds": 60.0, "peak_memory_gib": 1.0}
+    print_report(tmp_path, summary)
+    shown = capsys.readouterr().out
+    assert re.search(r"loss, first tenth +2\.000", shown) and re.search(r"loss, last tenth +1\.000", shown)

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error the user can mend ends the process with status 1 and one line."""
     parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_report, _add_card, _add_merge, _add_chat):
+    for add in (_add_report, _add_card, _add_merge, _add_chat, _add_data):
         add(commands)
     parsed = parser.parse_args(arguments)
     with reported():
@@ -169,6 +169,49 @@ def _at_least_1(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
     return number
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _add_data(commands: Commands) -> None:
+    parser = commands.add_parser("data", help="look at training data as a model will see it")
+    show = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "show", help="print rows token by token, what is trained, and what is dropped"
+    )
+    show.add_argument("source", metavar="SOURCE", help="a hub dataset, or a json, jsonl, csv or parquet file")
+    show.add_argument("--model", required=True, help="hub name or folder, for its tokenizer")
+    show.add_argument(
+        "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
+    )
+    show.add_argument("--split", default="train", help="default: %(default)s")
+    show.add_argument("--count", type=int, default=3, help="rows to print; default: %(default)s")
+    show.add_argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s")
+    show.add_argument("--no-chat-template", action="store_true", help="take strings as they stand")
+    show.add_argument("--system-prompt", help="system message before string prompts")
+    show.set_defaults(run=_data_show)
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from rlhf_toolkit.data.instructions import tokenise_examples
+    from rlhf_toolkit.data.preferences import tokenise_pairs
+    from rlhf_toolkit.data.preview import preview
+    from rlhf_toolkit.data.prompts import load_rows
+    from rlhf_toolkit.data.tokenizers import stop_token_ids
+    from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
+    from rlhf_toolkit.trainers.task import generation_eos_of
+
+    tokenizer, config = load_tokenizer(options.model), load_model_config(options.model)
+    read = tokenise_examples if options.kind == "examples" else tokenise_pairs
+    found = read(
+        load_rows(options.source, options.split),
+        tokenizer,
+        max_tokens=options.max_tokens,
+        system_prompt=options.system_prompt,
+        chat_template=not options.no_chat_template,
+        stop_ids=stop_token_ids(tokenizer, generation_eos_of(options.model, config), stop_strings=()),
+    )
+    print(preview(found, tokenizer, options.count))
 
 
 if __name__ == "__main__":
