@@ -16,8 +16,9 @@ LAYERS = (
     {"errors", "types", "seeding", "plugins"},
     {"algorithms", "data", "distributed", "planning", "rewards"},
     {"knobs", "configs", "experiment", "config_loading", "checkpoints", "reporting", "models"},
-    {"rollout"},
+    {"rollout", "export"},
     {"trainers"},
+    {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")

@@ -14,8 +14,10 @@ SHOWN_CHARACTERS = 120
 
 def print_report(folder: Path, summary: dict[str, Any]) -> None:
     """Print the report of the run in ``folder``. An empty summary (ranks other than 0) prints nothing."""
-    if summary:
-        print("\n".join(["", *table(summary), "", *before_and_after(folder), "", *places(folder)]), flush=True)
+    if not summary:
+        return
+    lines = supervised_table(summary) if "losses" in summary else [*table(summary), "", *before_and_after(folder)]
+    print("\n".join(["", *lines, "", *places(folder)]), flush=True)
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -39,10 +41,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     return [f"  {name:<{width}}  {value:9.2f}" for name, value in rows]
 
 
-def print_fine_tuning_report(folder: Path, summary: dict[str, Any]) -> None:
-    """Print the report of the supervised run in ``folder``. An empty summary (ranks other than 0) prints nothing."""
-    if not summary:
-        return
+def supervised_table(summary: dict[str, Any]) -> list[str]:
+    """Losses at both ends, in training and held out, and what the run cost."""
     losses, tenth = summary["losses"], max(1, len(summary["losses"]) // 10)
     rows = [("loss, first tenth", _mean(losses[:tenth])), ("loss, last tenth", _mean(losses[-tenth:]))]
     if summary["evaluations"]:
@@ -51,8 +51,7 @@ def print_fine_tuning_report(folder: Path, summary: dict[str, Any]) -> None:
             rows += [(f"held out, {when}: {name[5:]}", summary["evaluations"][place][name]) for name in names]
     rows += [("minutes", summary["seconds"] / 60), ("peak memory of rank 0 (GiB)", summary["peak_memory_gib"])]
     width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:<{width}}  {value:9.3f}" for name, value in rows]
-    print("\n".join(["", *lines, "", *places(folder)]), flush=True)
+    return [f"  {name:<{width}}  {value:9.3f}" for name, value in rows]
 
 
 def before_and_after(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.models.loading import adapter_config, load_model_config, load_tokenizer
 from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, REWARD, SharedBase
-from rlhf_toolkit.reporting.report import print_fine_tuning_report
+from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.seeding import derive_seed
@@ -93,7 +93,7 @@ def run_recipe(kind: type[FineTuning], description: str | None) -> None:
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides), kind)
     run = prepare_fine_tuning(experiment, resume=arguments.resume, overwrite=arguments.overwrite)
-    print_fine_tuning_report(run.folder, run.train())
+    print_report(run.folder, run.train())
 
 
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:

@@ -1,0 +1,239 @@
+"""``rlhf chat``: one line typed, answered by the base and by each adapter, side by side.
+
+Plain transformers and PEFT: one model in memory, PEFT's own ``set_adapter`` and ``disable_adapter`` between answers. An
+answer is what ``generate`` of the same contestant alone would say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from rlhf_toolkit.errors import ModelError, described
+from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.seeding import derive_seed
+
+BASE = "base"
+COMMANDS = "/reset  /system TEXT  /temperature NUMBER (0: the likeliest token)  /quit"
+
+
+@dataclass
+class Contestant:
+    """Who answers: a label, PEFT's name of the adapter (None: the base) and the conversation so far.
+
+    ``messages`` are those of a chat template; ``text`` is everything said, where there is none.
+    """
+
+    label: str
+    adapter: str | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass
+class Chat:
+    """The conversation of every contestant, and how they speak.
+
+    Temperature 0 takes the likeliest token. Above it, tokens are drawn from the whole distribution, as in a rollout
+    with its defaults, every contestant from the same random stream; what else the model's generation config asks for,
+    such as a repetition penalty, stays as ``generate`` has it.
+    """
+
+    model: Any  # PreTrainedModel, or PeftModel around it
+    tokenizer: PreTrainedTokenizerBase
+    contestants: list[Contestant]
+    out: TextIO
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    system: str = ""
+    turn: int = 0
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer line after line until /quit or the end of the input. An empty line is passed over."""
+        self._say(f"{', '.join(c.label for c in self.contestants)}. {COMMANDS}")
+        for line in lines:
+            text = line.strip()
+            if text == "/quit":
+                return
+            if text.startswith("/"):
+                self._command(*text.partition(" ")[::2])
+            elif text:
+                self._round(text)
+
+    def _command(self, name: str, argument: str) -> None:
+        argument = argument.strip()
+        if name == "/reset":
+            self._reset()
+        elif name == "/system":
+            self._set_system(argument)
+        elif name == "/temperature":
+            self._set_temperature(argument)
+        else:
+            self._say(f"unknown command {name}; known are {COMMANDS}")
+
+    def _reset(self) -> None:
+        self.turn = 0
+        for contestant in self.contestants:
+            contestant.messages, contestant.text = [], ""
+        self._say("conversations begin again")
+
+    def _set_system(self, text: str) -> None:
+        if not self.tokenizer.chat_template:
+            self._say("the tokenizer has no chat template, so there is no system message; say it in a line")
+            return
+        self.system = text
+        self._reset()
+
+    def _set_temperature(self, text: str) -> None:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            self._say(f"/temperature {text} is no number from 0 up; say /temperature 0.7")
+            return
+        self.temperature = value
+        self._say(f"temperature {value:g}")
+
+    def _round(self, text: str) -> None:
+        self.turn += 1
+        for contestant in self.contestants:
+            self.out.write(f"[{contestant.label}] ")
+            self._answer(contestant, text)
+
+    def _answer(self, contestant: Contestant, text: str) -> None:
+        ids, mask = self._prompt(contestant, text)
+        length = ids.shape[1]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)  # ALiBi has none
+        if length + self.max_new_tokens > limit:
+            self._say(f"{length} tokens and an answer of {self.max_new_tokens} exceed the model's {limit}; /reset")
+            return
+        torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
+        with speaking(self.model, contestant.adapter):
+            tokens = self.model.generate(
+                input_ids=ids, attention_mask=mask, streamer=_Stream(self.tokenizer, self.out), **self._sampling()
+            )
+        answer = self._text(tokens[0, length:])
+        contestant.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        contestant.text = self._text(tokens[0]) + "\n"
+
+    def _text(self, tokens: Tensor) -> str:
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
+        """Token ids (1, P) and their mask."""
+        if self.tokenizer.chat_template:
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            found: Any = self.tokenizer.apply_chat_template(
+                [*system, *contestant.messages, {"role": "user", "content": text}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        else:
+            found = self.tokenizer(contestant.text + text, return_tensors="pt")
+        device = self.model.device
+        return found["input_ids"].to(device), found["attention_mask"].to(device)
+
+    def _sampling(self) -> dict[str, Any]:
+        common: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.model.generation_config.pad_token_id is None:  # nothing is padded; generate only wants to be told
+            common["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        if self.temperature == 0:
+            return {**common, "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        return {**common, "do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+
+    def _say(self, text: str) -> None:
+        self.out.write(f"{text}\n")
+        self.out.flush()
+
+
+def load_chat(
+    base: str, adapters: list[str], out: TextIO, *, dtype: torch.dtype | None, trust_remote_code: bool, **options: Any
+) -> Chat:
+    """Load the base once and every adapter on it; ``options`` go to Chat.
+
+    Without ``dtype`` the base has the one it is stored in. Raises ModelError where something does not fit.
+    """
+    folder, folders = model_folder(base), [adapter_folder(adapter) for adapter in adapters]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+        model = model.to(device)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base} does not load as a causal language model ({described(error)}); check it") from error
+    contestants = [Contestant(BASE, None)]
+    for number, (label, place) in enumerate(zip(adapters, folders, strict=True)):
+        name = f"adapter_{number}"
+        try:
+            model, odd = _with_adapter(model, str(place), name)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"{label} does not fit {base} ({described(error)}); give the base that it was trained on"
+            ) from error
+        if odd:
+            raise ModelError(
+                f"{label} does not fit {base}: only one of them has {odd[0]}; give the base that it was trained on"
+            )
+        contestants.append(Contestant(label, name))
+    return Chat(model.eval(), tokenizer, contestants, out, **options)
+
+
+@contextmanager
+def speaking(model: Any, adapter: str | None) -> Iterator[None]:
+    """Inside, ``model`` is the base (None) or the base with one adapter."""
+    if adapter is not None:
+        model.set_adapter(adapter)
+        yield
+    elif isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
+    """Lines from the terminal, until its end or Ctrl-C."""
+    while True:
+        try:
+            yield ask("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _with_adapter(model: Any, folder: str, name: str) -> tuple[PeftModel, list[str]]:
+    """``PeftModel.from_pretrained`` and ``load_adapter``, with the names that found no place, which they let pass."""
+    if not isinstance(model, PeftModel):
+        model = PeftModel(model, PeftConfig.from_pretrained(folder), adapter_name=name)
+    found: Any = model.load_adapter(folder, adapter_name=name)
+    return model, sorted([*found.unexpected_keys, *found.missing_keys])
+
+
+class _Stream(TextStreamer):
+    """transformers' streamer, into a file of our choice."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.file = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what has become certain."""
+        self.file.write(text + "\n" * stream_end)
+        self.file.flush()

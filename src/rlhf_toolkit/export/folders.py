@@ -1,0 +1,101 @@
+"""From what a command line names to a folder on this disk: a model, an adapter, a finished run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from rlhf_toolkit.checkpoints import RUN_FILE
+from rlhf_toolkit.errors import CheckpointError, ModelError, described
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEADS = ("value_head.safetensors", "reward_head.safetensors")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
+"""What is fetched of a model of the hub: weights, configs, tokenizer; not the copies for other frameworks."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder: the experiment's settings, section -> name -> value, the summary and each adapter's settings."""
+
+    folder: Path
+    settings: dict[str, dict[str, Any]]
+    summary: dict[str, Any]
+    adapters: dict[str, dict[str, Any]]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: ``name`` itself where it is one, else its files of the hub, fetched or from the cache.
+
+    Raises ModelError where it is neither.
+    """
+    return _located(name, "a model", MODEL_FILES)
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of a PEFT adapter for a language model; a name of the hub is fetched as ``model_folder`` does.
+
+    Raises ModelError where it is none, and for an adapter that belongs to a scalar head.
+    """
+    folder = _located(name, "an adapter", ("adapter_*", *HEADS))
+    if not (folder / ADAPTER_CONFIG).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        hint = f"it has {', '.join(f'{name}/{found}' for found in inside)}" if inside else "give a PEFT adapter"
+        raise ModelError(f"{name} has no {ADAPTER_CONFIG}; {hint}")
+    for head in HEADS:
+        if (folder / head).exists():
+            raise ModelError(
+                f"{name} holds {head}: its adapter works for that scalar head and says nothing as a language model; "
+                "give the policy's folder"
+            )
+    return folder
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a finished run. Raises CheckpointError where the folder holds none."""
+    if not (folder / RUN_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is not a run folder; give a run's run.output_dir")
+    if not (folder / "summary.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no summary.json, which is written when training ends; let the run end (--resume continues)"
+        )
+    adapters = {path.parent.name: read_json(path) for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))}
+    adapters = {name: config for name, config in adapters.items() if not name.startswith("checkpoint-")}
+    return FinishedRun(folder, read_json(folder / RUN_FILE), read_json(folder / "summary.json"), adapters)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({described(error)}); restore that file") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; restore that file")
+    return value
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a folder; those of the hub have one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _located(name: str, what: str, patterns: tuple[str, ...]) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or is_path(name):
+        raise ModelError(f"{name} is no folder; give the folder of {what}, or its name on the hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, HFValidationError) as error:  # hub errors are OSErrors: no such name, no access, no network
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name} is no folder here and the hub does not give it: {first}; give the folder of {what}, or its name "
+            "on the hub"
+        ) from error

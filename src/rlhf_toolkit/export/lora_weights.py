@@ -1,0 +1,124 @@
+"""A LoRA adapter as matrices: for each adapted layer A (r, in), B (out, r) and the scale of their product.
+
+Everything that is not plain LoRA or rsLoRA on linear layers is refused by name: merged without it, the model would not
+be the one that was trained.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf_toolkit.errors import ModelError, described
+from rlhf_toolkit.export.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from rlhf_toolkit.models.targets import PLAIN_STARTS
+
+PART = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
+HARMLESS_STARTS = (*PLAIN_STARTS, "eva")  # these leave the base as it is; PiSSA, OLoRA and the like do not
+TAKEN_INTO_ACCOUNT = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # which layers: the weights say
+    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of training and its start
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+"""Settings that may have any value here. Any other that is not at its default changes what the adapter computes."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """``update() = scale * B A``, (out, in) in float32."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer it adapts."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def update(self) -> Tensor:
+        """What it adds to the layer's weight (out, in)."""
+        return self.scale * (self.b.float() @ self.a.float())
+
+
+def read_lora(folder: Path) -> dict[str, LoraWeights]:
+    """Every adapted layer's matrices, by the layer's name in the model.
+
+    ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023), with the layer's own alpha and r where
+    ``alpha_pattern`` and ``rank_pattern`` give some. Raises ModelError for what is not plain LoRA.
+    """
+    config = _plain_config(folder)
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} has no readable {ADAPTER_WEIGHTS} ({described(error)}); load it with PEFT and save it again"
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = PART.fullmatch(name)
+        if match is None:
+            raise ModelError(
+                f"{folder} holds {name}, which is no LoRA matrix of a linear layer; merge in memory with PEFT's "
+                "merge_and_unload, or, where that is a frozen embedding, save with save_embedding_layers=False"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{folder} holds NaN or infinity in {name}; take an earlier checkpoint")
+        parts.setdefault(match["layer"], {})[match["part"]] = tensor
+    if not parts:
+        raise ModelError(f"{folder} holds no LoRA matrix; there is nothing to merge")
+    return {layer: _weights(folder, config, layer, pair) for layer, pair in sorted(parts.items())}
+
+
+def _plain_config(folder: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder}/{ADAPTER_CONFIG} cannot be read ({described(error)}); restore it") from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged here")
+    plain = LoraConfig()
+    known = {field.name for field in fields(plain)}
+    unknown = {name: value for name, value in read_json(folder / ADAPTER_CONFIG).items() if name not in known and value}
+    if unknown:  # written by a newer PEFT; this one would only warn
+        name, value = next(iter(unknown.items()))
+        raise ModelError(f"{folder} has {name}={value!r}, which this version of PEFT does not know; update PEFT")
+    for field in fields(plain):
+        value = getattr(config, field.name)
+        if field.name not in TAKEN_INTO_ACCOUNT and value and value != getattr(plain, field.name):
+            raise ModelError(
+                f"{folder} has {field.name}={value!r}, which a sum of base and B A would leave out; merge it with "
+                "PEFT's merge_and_unload, or use the adapter unmerged"
+            )
+    if config.init_lora_weights not in HARMLESS_STARTS:
+        raise ModelError(
+            f"{folder} has init_lora_weights={config.init_lora_weights!r}, which changes the base's weights; convert "
+            "it to a plain LoRA adapter first"
+        )
+    return config
+
+
+def _weights(folder: Path, config: LoraConfig, layer: str, pair: dict[str, Tensor]) -> LoraWeights:
+    if set(pair) != {"A", "B"}:
+        raise ModelError(f"{folder} has only lora_{'/'.join(pair)} of {layer}; save the adapter again")
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
+    found = (pair["A"].shape[0], pair["B"].shape[1])
+    if found != (rank, rank):
+        raise ModelError(
+            f"{folder} has lora_A and lora_B of ranks {found} in {layer}, but its {ADAPTER_CONFIG} says {rank}; "
+            "the two files do not belong together"
+        )
+    return LoraWeights(pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.use_rslora else rank))

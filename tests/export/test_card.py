@@ -1,0 +1,202 @@
+"""The card of a real run says what its files say; the code on it runs; a fake hub gets card and adapters only."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+from peft import PeftModel
+
+from rlhf_toolkit.cli import main
+from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.export.card import ROWS, TRAINED, _numbers, card, push, write_card
+from rlhf_toolkit.export.folders import read_run
+
+
+@pytest.fixture
+def folder(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may write to."""
+    shutil.copytree(finished_run / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """The rows below a heading, without its head and rule."""
+    part = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    rows = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows][2:]
+
+
+def block(text: str, language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return str(found)
+
+
+def test_the_tables_are_what_the_log_says(folder: Path) -> None:
+    text = card(read_run(folder))
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    evaluated = [record for record in records if record["kind"] == "eval"]
+    assert [float(row[1]) for row in table(text, "Training")] == [round(r["critic/score/mean"], 3) for r in train]
+    assert [row[0] for row in table(text, "Training")] == ["1", "2"]
+    scores = [round(record["eval/score/mean"], 3) for record in evaluated]
+    assert [float(row[1]) for row in table(text, "Evaluation")] == scores and len(scores) >= 2
+    assert all(cell for title in ("Training", "Evaluation") for row in table(text, title) for cell in row)
+    versions = json.loads((folder / "summary.json").read_text())["versions"]
+    assert versions.items() <= dict(map(tuple, table(text, "Machine and versions"))).items()  # type: ignore[arg-type]
+
+
+def test_settings_and_adapters(folder: Path) -> None:
+    text = card(read_run(folder))
+    recipe = {row[0].strip("`"): row[1].strip("`") for row in table(text, "Recipe")}
+    assert recipe["reward.function"] == "reward.py:low_words" and recipe["ppo.kl_coef"] == "0.05"
+    assert "reward.adapter" not in recipe
+    adapters = {row[0]: row[1:4] for row in table(text, "Adapters")}
+    assert adapters == {"`policy/`": ["4", "8", "8 / 4"], "`value/`": ["4", "8", "8 / 4"]}
+    settings = yaml.safe_load(block(text, "yaml"))
+    mine = json.loads((folder / "run.json").read_text())
+    assert settings["ppo"] == {**mine["ppo"], **{key: settings["ppo"][key] for key in mine["ppo"] if "kwargs" in key}}
+    assert list(settings) == list(mine)
+
+
+def test_no_place_of_this_machine_and_no_secret(folder: Path) -> None:
+    settings = json.loads((folder / "run.json").read_text())
+    settings["reward"]["kwargs"] = {"api_key": "hf_secret"}
+    settings["reward"]["functions"] = [{"function": "/home/me/a.py:f", "kwargs": {"token": "hf_secret"}}]
+    (folder / "run.json").write_text(json.dumps(settings))
+    text = card(read_run(folder))
+    assert "hf_secret" not in text and "/home/me" not in text and str(folder.parent) not in text
+    assert block(text, "yaml").count("(not shown)") == 2 and "a.py:f" in text
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+
+
+def test_a_base_of_the_hub_is_named_in_the_metadata(folder: Path) -> None:
+    settings = json.loads((folder / "run.json").read_text())
+    settings["model"]["name"] = "Qwen/Qwen2.5-7B"
+    (folder / "run.json").write_text(json.dumps(settings))
+    text = card(read_run(folder), "me/mine")
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen2.5-7B"
+    assert "\n# mine\n" in text and 'from_pretrained(base, "me/mine", subfolder="policy")' in text
+    assert "put its path" not in text
+
+
+def test_the_code_on_the_card_loads_the_policy(
+    finished_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished_run / "model", folder.parent / "model")
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, Any] = {}
+    exec(block(card(read_run(Path("run").resolve())), "python"), names)
+    model = names["model"]
+    assert isinstance(model, PeftModel) and names["tokenizer"]("w3 w4")["input_ids"]
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.equal(adapted, model(ids).logits)
+
+
+def test_a_long_curve_is_thinned_and_keeps_both_ends() -> None:
+    records = [{"rollout": i, "critic/score/mean": i / 7} for i in range(1, 101)]
+    rows = list(_numbers(records, TRAINED))
+    numbers = [int(row[0]) for row in rows]
+    assert len(rows) == ROWS and numbers[0] == 1 and numbers[-1] == 100
+    assert max(b - a for a, b in pairwise(numbers)) == 11
+    assert rows[0][2] == ""  # a run without a reference has no KL
+    for count in (0, 1, 9, 10, 11):
+        assert len(list(_numbers(records[:count], TRAINED))) == min(count, ROWS)
+
+
+def test_a_readme_of_somebody_else_stays(folder: Path) -> None:
+    assert "Model Card for Model ID" in (folder / "README.md").read_text()  # PEFT's form, which Trainer leaves there
+    write_card(read_run(folder))
+    write_card(read_run(folder), "me/mine")  # our own may be replaced
+    assert "me/mine" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("my notes")
+    with pytest.raises(CheckpointError, match="written by somebody else; move it away"):
+        write_card(read_run(folder))
+    assert (folder / "README.md").read_text() == "my notes"
+
+
+# ---- push ------------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    """Takes what HfApi takes and keeps the files that fit the patterns."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.repos, self.files = error, [], set[str]()
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        if self.error is not None:
+            raise self.error
+        self.repos.append((repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], commit_message: str) -> None:
+        paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        names = [str(path.relative_to(folder_path)) for path in paths]
+        self.files = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)}
+
+
+def test_card_and_adapters_are_sent_and_nothing_else(folder: Path) -> None:
+    assert list(folder.glob("checkpoint-*/policy/adapter_config.json"))  # there is something to leave behind
+    hub, run = FakeHub(), read_run(folder)
+    write_card(run, "me/mine")
+    push(run, "me/mine", hub)
+    assert hub.repos == [("me/mine", True, True)]
+    assert hub.files == {
+        "README.md",
+        *(
+            f"{role}/{name}"
+            for role in ("policy", "value")
+            for name in ("adapter_config.json", "adapter_model.safetensors")
+        ),
+        "value/value_head.safetensors",
+    }
+
+
+def test_a_head_without_an_adapter_is_sent_too(folder: Path) -> None:
+    (folder / "value/adapter_config.json").unlink()
+    (folder / "value/adapter_model.safetensors").unlink()
+    assert push(read_run(folder), "me/mine", FakeHub()) == ["README.md", "policy/*", "value/value_head.safetensors"]
+
+
+def test_what_the_hub_says_is_one_line(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"could not be sent to me/mine \(LocalTokenNotFoundError: no token\)"):
+        push(read_run(folder), "me/mine", FakeHub(LocalTokenNotFoundError("no token")))
+
+
+def test_the_real_hub_takes_what_the_fake_one_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """HfApi itself, which is offline here: its signature fits and its refusal is one line."""
+    with pytest.raises(CheckpointError, match=r"could not be sent to me/mine \(OfflineModeIsEnabled"):
+        push(read_run(folder), "me/mine", HfApi())
+    with pytest.raises(SystemExit) as ended:
+        main(["card", str(folder), "--push", "me/mine"])
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == f"wrote {folder}/README.md\n"
+    assert err.startswith("CheckpointError: ") and err.count("\n") == 1
+
+
+# ---- folders that hold no finished run -------------------------------------------------------------------------------
+
+
+def test_unfinished_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no run\.json, so it is not a run folder"):
+        read_run(tmp_path)
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"summary\.json cannot be read"):
+        read_run(folder)
+    (folder / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no summary\.json, which is written when training ends"):
+        read_run(folder)
