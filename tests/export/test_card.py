@@ -176,8 +176,11 @@ def test_what_the_hub_says_is_one_line(folder: Path) -> None:
         push(read_run(folder), "me/mine", FakeHub(LocalTokenNotFoundError("no token")))
 
 
-def test_the_real_hub_takes_what_the_fake_one_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """HfApi itself, which is offline here: its signature fits and its refusal is one line."""
+def test_the_real_hub_takes_what_the_fake_one_takes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HfApi itself, which is made to be offline: its signature fits and its refusal is one line."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"could not be sent to me/mine \(OfflineModeIsEnabled"):
         push(read_run(folder), "me/mine", HfApi())
     with pytest.raises(SystemExit) as ended:
