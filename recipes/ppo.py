@@ -3,29 +3,17 @@
 
 from __future__ import annotations
 
-import argparse
-
-from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.errors import reported
 from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.trainers.run import read_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="the experiment's YAML file")
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last complete checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
-    )
-    arguments = parser.parse_args()
-
-    experiment: Experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides))
-    run = prepare(experiment, resume=arguments.resume, overwrite=arguments.overwrite)
-    summary = run.train()
-    print_report(run.folder, summary)
+    command = read_command(Experiment, __doc__)
+    run = prepare(command.experiment, resume=command.resume, overwrite=command.overwrite)
+    print_report(run.folder, run.train())
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ class Experience:
     the token, and ``response_mask``, True where it is trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and
     ``rollout_logprobs``; ``values``, ``advantages``, ``returns``; all fp32. ``old_logprobs`` are None where the only
     update on the rollout makes its own, ``advantages``, ``returns`` and ``values`` with them where that update
-    completes the experience (``Collector.complete``), ``values`` where there is no critic, and ``ref_logprobs`` where
-    no KL is asked for.
+    completes the experience (``Collector.complete``), ``values`` where no value is trained, and ``ref_logprobs``
+    where no KL is asked for.
     """
 
     sequences: torch.Tensor

@@ -145,6 +145,7 @@ def test_masked_weights_agree_with_a_plain_loop_with_poison_outside() -> None:
         seen |= {(rho < 0.4, rho > 3), (product < 0.4, product > 3)}
     assert seen == {(False, False), (True, False), (False, True)}
     assert blank_outside(tokens) and blank_outside(rows)
+    assert Correction("token_mask", cap=2.1).cut_share(poisoned(tokens), MASK) == masked_share(poisoned(tokens), MASK)
     assert masked_share(poisoned(tokens), MASK).item() == pytest.approx(
         sum(tokens[at].item() == 0 for at in real()) / 17
     )

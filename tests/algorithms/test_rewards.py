@@ -11,7 +11,6 @@ from rlhf_toolkit.algorithms.rewards import (
     shape_rewards,
     soft_overlong_penalty,
     whiten_scores,
-    whiten_scores_in_groups,
 )
 from rlhf_toolkit.errors import ConfigError, DataError
 from tests.algorithms.batches import MASK, like_mask, noise, poisoned, real, widened
@@ -88,20 +87,10 @@ def test_whitened_scores_agree_with_pythons_own_statistics() -> None:
     assert whitened.dtype == torch.float32 and whitened.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_scores_whitened_in_groups_are_each_group_whitened_by_itself() -> None:
-    scores, groups = noise(7, seed=6), torch.tensor([4, 1, 4, 9, 1, 4, 1])
-    whitened = whiten_scores_in_groups(scores, groups)
-    for number in (1, 4):
-        torch.testing.assert_close(
-            whitened[groups == number], whiten_scores(scores[groups == number]), rtol=1e-4, atol=0
-        )
-    assert whitened[3] == 0
-
-
 @pytest.mark.parametrize("score", [1.7, 0.1])
 def test_equal_scores_whiten_to_exactly_zero(score: float) -> None:
     scores = torch.full((3,), score)
-    assert not whiten_scores(scores).any() and not whiten_scores_in_groups(scores, torch.zeros(3).long()).any()
+    assert not whiten_scores(scores).any()
 
 
 def test_one_score_has_no_deviation() -> None:

@@ -121,6 +121,12 @@ class Correction:
         bounds = {"floor": self.floor, "cap": self.cap} if self.kind in _MASKED else {"threshold": self.cap}
         return WEIGHTS[self.kind](old_logprobs, rollout_logprobs, mask, **bounds)
 
+    def cut_share(self, weights: Tensor, mask: Tensor) -> Tensor:
+        """The share of real tokens whose weight is at the cap or, for the mask kinds, 0. (B, R) -> scalar."""
+        if self.kind in _MASKED:
+            return masked_share(weights, mask)
+        return capped_share(weights, mask, threshold=self.cap)
+
 
 def mean_weight(weights: Tensor, mask: Tensor) -> Tensor:
     """Average the weights over real tokens: 1 in expectation for token weights without a cap. (B, R) -> scalar."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.groups import group_deviations, group_means
 from rlhf_toolkit.algorithms.masking import last_index, zero_outside
 from rlhf_toolkit.errors import ConfigError, DataError
 
@@ -47,18 +46,6 @@ def whiten_scores(scores: Tensor, *, of: Tensor | None = None, epsilon: float = 
     if len(wide) < 2:
         raise DataError(f"the deviation of {len(wide)} score(s) is undefined: it takes at least 2; use a larger batch")
     return ((scores.double() - wide.mean()) / (wide.std() + epsilon)).to(scores.dtype)
-
-
-def whiten_scores_in_groups(scores: Tensor, groups: Tensor, *, epsilon: float = 1e-6) -> Tensor:
-    """Whiten the scores of each prompt's responses by themselves; equal scores, or a single one, become exactly 0.
-
-    ``(s - mean) / (std + epsilon)``, mean and unbiased std of the rows of equal ``groups``: GRPO's measure of a score,
-    for estimators that do not take groups.
-
-    Shapes: scores (B,), groups (B,) int64 -> (B,).
-    """
-    deviations = group_deviations(scores, groups)
-    return ((scores - group_means(scores, groups)) / (deviations + epsilon)).to(scores.dtype)
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

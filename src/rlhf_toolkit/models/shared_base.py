@@ -53,7 +53,7 @@ class SharedBase(PeftModel):
         gradient_checkpointing: recompute layers in backward; each recomputation runs under the roles of its forward.
         value_head_std: standard deviation of the value head's start; 0 starts it at zero.
         value_on: ``adapter``: the value has an entry in ``adapters``; ``policy_trunk``: it has none, and its head reads
-            the policy's states, detached, so that its loss moves nothing but the head; ``nowhere``: there is no critic.
+            the policy's states, detached, so that its loss moves nothing but the head; ``nowhere``: no value role.
 
     Raises:
         ModelError: the architecture or an adapter cannot work, by name.

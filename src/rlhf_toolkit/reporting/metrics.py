@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.importance import Correction, capped_share, effective_sample_share, mean_weight
+from rlhf_toolkit.algorithms.importance import Correction, effective_sample_share, mean_weight
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_mean, masked_sum
 from rlhf_toolkit.types import Experience, present
@@ -29,7 +29,7 @@ def rollout_metrics(
     experience: Experience, *, scores: Tensor, raw_scores: Tensor, rewards: Tensor, finished: Tensor
 ) -> dict[str, float]:
     """What sampling and scoring gave. ``scores`` (n,) after shaping and ``rewards`` (n, R) after the KL are of the
-    responses that have a score. Without a critic nothing is said about values."""
+    responses that have a score. Without a value role nothing is said about values."""
     mask = experience.response_mask
     advantages, returns = (present(column)[mask] for column in (experience.advantages, experience.returns))
     metrics = {
@@ -109,7 +109,7 @@ def policy_metrics(
     weights = correction.weights(old_logprobs, rollout_logprobs, trained)
     if weights is not None:
         metrics["rollout/importance_mean"] = mean_weight(weights, trained).item()
-        metrics["rollout/importance_capped"] = capped_share(weights, trained, threshold=correction.cap).item()
+        metrics["rollout/importance_capped"] = correction.cut_share(weights, trained).item()
         metrics["rollout/importance_ess"] = effective_sample_share(weights, trained).item()
     return metrics
 

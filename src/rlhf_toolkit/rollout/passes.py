@@ -40,40 +40,40 @@ class Needs:
     """What decides which roles must score a rollout before its update.
 
     ``kl_asked``: the coefficient of the KL is not 0, or a controller may move it; ``kl_in_reward``: rewards need it;
-    ``critic``: advantages need values; ``old_logprobs``: the loss needs them before its own forward pass.
+    ``value``: advantages need it; ``old_logprobs``: the loss needs them before its own forward pass.
     """
 
     updates_per_rollout: int = 2
     kl_in_reward: bool = True
     kl_asked: bool = True
-    critic: bool = True
+    value: bool = True
     old_logprobs: bool = False
 
     def roles(self, *, one_forward: bool) -> tuple[str, ...]:
         """The roles whose numbers the rollout's update does not make itself.
 
-        The reference scores where a KL is asked for, the value where there is a critic. An update that is the rollout's
-        only one makes the old log-probs itself, detached, unless rewards need their KL before it. Where it is also
-        ``one_forward`` pass on each rank, its log-probs and values become rewards and advantages between that pass and
-        its backward (``Collector.complete``), and neither policy nor value scores.
+        The reference scores where a KL is asked for, the value where advantages need it. The update, where it is the
+        rollout's only one, makes the old log-probs itself, detached, unless rewards need their KL before it. Where it
+        is also ``one_forward`` pass on each rank, its log-probs and values become rewards and advantages between that
+        pass and its backward (``Collector.complete``), and neither policy nor value scores.
         """
         completes = self._completes(one_forward)
         own_logprobs = completes or (self._only_update and not self._kl_shapes)
         needed = {
             POLICY: not own_logprobs or self.old_logprobs,
-            VALUE: self.critic and not completes,
+            VALUE: self.value and not completes,
             REFERENCE: self.kl_asked,
         }
         return tuple(role for role in SCORED_ROLES if needed[role])
 
     def incomplete(self, *, one_forward: bool) -> bool:
         """Whether rewards and advantages wait for the update's forward pass."""
-        return self._completes(one_forward) and (self.critic or self._kl_shapes)
+        return self._completes(one_forward) and (self.value or self._kl_shapes)
 
     @property
     def everything(self) -> tuple[str, ...]:
         """All roles that there are."""
-        return tuple(role for role in SCORED_ROLES if role != VALUE or self.critic)
+        return tuple(role for role in SCORED_ROLES if role != VALUE or self.value)
 
     @property
     def _only_update(self) -> bool:

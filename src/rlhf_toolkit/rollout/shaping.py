@@ -27,7 +27,7 @@ OFFERED = ("rewards", "mask", "values", "groups", "baselines", "bootstrap", "gam
 class Estimator:
     """An advantage estimator with its constants: ``function(rewards=..., mask=..., ...)`` to (advantages, returns).
 
-    It takes of ``OFFERED`` what its parameters name: a critic is trained where it takes ``values``, and a greedy
+    It takes of ``OFFERED`` what its parameters name: a value role is trained where it takes ``values``, and a greedy
     response to every prompt is sampled and scored where it takes ``baselines``. ``whiten``: advantages are centred and
     scaled afterwards. Raises ConfigError where ``kwargs`` do not fit the function.
     """
@@ -37,8 +37,8 @@ class Estimator:
     whiten: bool = False
 
     def __post_init__(self) -> None:
-        without_critic = [name for name in OFFERED if name != "bootstrap"]
-        offered = OFFERED if self.needs("values") else without_critic
+        without_value = [name for name in OFFERED if name != "bootstrap"]
+        offered = OFFERED if self.needs("values") else without_value
         arguments_for(self.function, dict.fromkeys(offered), self.kwargs, setting="ppo.advantage")
 
     def needs(self, name: str) -> bool:

@@ -200,7 +200,7 @@ def make_collector(
             updates_per_rollout=experiment.updates_per_rollout,
             kl_in_reward=ppo.kl_in == "reward",
             kl_asked=experiment.kl_asked,
-            critic=estimator_of(ppo).needs("values"),
+            value=estimator_of(ppo).needs("values"),
             old_logprobs=policy_loss_of(ppo).select is not None,
         ),
         correction=correction_of(ppo),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
-from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
 from rlhf_toolkit.data.items import Cut, Item, Row
 from rlhf_toolkit.data.layout import packed, padded
@@ -28,7 +25,6 @@ from rlhf_toolkit.models.loading import adapter_config, load_model_config, load_
 from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, REWARD, SharedBase
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary
-from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.arguments import training_arguments
 from rlhf_toolkit.trainers.assembly import packs
@@ -36,32 +32,17 @@ from rlhf_toolkit.trainers.callbacks import EngineCheck, EvaluationAtBothEnds
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
 from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
 from rlhf_toolkit.trainers.ppo_run import fingerprint_of, load_adapted_base, start_wandb
+from rlhf_toolkit.trainers.run import Run, read_command
 from rlhf_toolkit.trainers.task import generation_eos_of
 
 
-@dataclass
-class FineTuningRun:
-    """A prepared run. ``train`` runs it to its end and leaves adapters and ``summary.json`` in the run folder."""
-
-    experiment: FineTuning
-    topology: Topology
-    trainer: FineTuner
-    checkpoint: Path | None
-    mirror: WandbMirror | None
-    progress: Progress
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.experiment.run.output_dir)
+class FineTuningRun(Run[FineTuning, FineTuner]):
+    """A prepared supervised run. ``train`` runs it to its end and leaves adapters and ``summary.json`` behind."""
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
         began, extra = time.perf_counter(), dict[str, Any]()
-        try:
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        finally:
-            self.progress.bar.close()
+        self.fit()
         if isinstance(self.experiment, RewardExperiment) and self.experiment.reward_model.normalise:
             mean, deviation = self.trainer.normalise_rewards()
             extra = {"score_mean": mean, "score_deviation": deviation}
@@ -82,17 +63,9 @@ class FineTuningRun:
 
 
 def run_recipe(kind: type[FineTuning], description: str | None) -> None:
-    """The command line of a supervised recipe: read the experiment, run it, print its report."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="the experiment's YAML file")
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last complete checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
-    )
-    arguments = parser.parse_args()
-    experiment = load_experiment(arguments.config, parse_overrides(arguments.overrides), kind)
-    run = prepare_fine_tuning(experiment, resume=arguments.resume, overwrite=arguments.overwrite)
+    """A supervised recipe: read its command line, run the experiment, print the report."""
+    command = read_command(kind, description)
+    run = prepare_fine_tuning(command.experiment, resume=command.resume, overwrite=command.overwrite)
     print_report(run.folder, run.train())
 
 

@@ -266,11 +266,11 @@ class PPOTrainer(RoleTrainer):
         self.collector.record_policy(**whole)
 
     def _passes(self, model: nn.Module, batch: Experience) -> Said:
-        """What policy and, where there is a critic, value say about the response tokens, in one forward."""
+        """What policy and, where it is trained, value say about the response tokens, in one forward."""
         layout = self.collector.cutting.layout(batch.sequences, batch.prompt_lengths, batch.response_lengths)
         out = model(
             layout,
-            roles=(POLICY, VALUE) if self.collector.needs.critic else (POLICY,),
+            roles=(POLICY, VALUE) if self.collector.needs.value else (POLICY,),
             temperature=self.loss.temperature,
             entropy_gradient=self.loss.entropy_coef != 0,
         )

@@ -69,7 +69,7 @@ class PolicyLoss:
 
 
 class Said(NamedTuple):
-    """What policy and value say about a micro-batch: (n, R), ``final_values`` (n,); None without a critic."""
+    """What policy and value say about a micro-batch: (n, R), ``final_values`` (n,); None without a value role."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -125,7 +125,7 @@ class PPOLoss:
         """``policy_weight`` (policy loss - entropy_coef entropy + kl_coef KL) + value_coef value loss.
 
         ``reduce`` takes a loss per token to this micro-batch's share of the mini-batch's. The KL is a term where
-        ``kl_in_loss``, the value loss where there is a critic.
+        ``kl_in_loss``, the value loss where the value is trained.
         """
         mask = batch.response_mask
         policy = self._policy_terms(batch, said.logprobs, old_logprobs, selected)

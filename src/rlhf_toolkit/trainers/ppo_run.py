@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,32 +36,19 @@ from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.assembly import check_algorithm, estimator_of, make_trainer
 from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
 from rlhf_toolkit.trainers.ppo import PPOTrainer
+from rlhf_toolkit.trainers.run import Run
 from rlhf_toolkit.trainers.task import load_task
 
 
-@dataclass
-class PPORun:
-    """A prepared run. ``train`` runs it to its end and leaves adapters and ``summary.json`` in the run folder."""
-
-    experiment: Experiment
-    topology: Topology
-    trainer: PPOTrainer
-    checkpoint: Path | None
-    mirror: WandbMirror | None
-    progress: Progress
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.experiment.run.output_dir)
+class PPORun(Run[Experiment, PPOTrainer]):
+    """A prepared run of PPO. ``train`` runs it to its end and leaves adapters and ``summary.json`` in the folder."""
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
         began = time.perf_counter()
         try:
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            self.fit()
         finally:
-            self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
             self.trainer.collector.scorer.close()
         self.trainer.save_model()
         if not self.topology.is_main:

@@ -1,0 +1,65 @@
+"""What all runs have in common: the parts of a prepared one, its training, and the command line of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from rlhf_toolkit.config_loading import load_experiment, parse_overrides
+from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.experiment import Experiment, FineTuning
+from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.trainers.base import RoleTrainer
+
+E = TypeVar("E", bound=Experiment | FineTuning)
+T = TypeVar("T", bound=RoleTrainer)
+
+
+@dataclass
+class Run(Generic[E, T]):
+    """A prepared run."""
+
+    experiment: E
+    topology: Topology
+    trainer: T
+    checkpoint: Path | None
+    mirror: WandbMirror | None
+    progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.experiment.run.output_dir)
+
+    def fit(self) -> None:
+        """Train to the end, from the checkpoint if there is one."""
+        try:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
+
+
+@dataclass(frozen=True)
+class Command(Generic[E]):
+    """What a recipe was told on its command line."""
+
+    experiment: E
+    resume: bool
+    overwrite: bool
+
+
+def read_command(kind: type[E], description: str | None) -> Command[E]:
+    """The command line of every recipe: the experiment's YAML file, overrides, and what to do with an earlier run."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="the experiment's YAML file")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last complete checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
+    options = parser.parse_args()
+    experiment = load_experiment(options.config, parse_overrides(options.overrides), kind)
+    return Command(experiment, options.resume, options.overwrite)
