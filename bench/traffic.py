@@ -25,7 +25,7 @@ from common import arguments, experiment, keep, models, prepared, rounded
 from ranks import on_ranks
 
 PHASES = ("rollout", "update", "step", "between")
-RANKS, ROLLOUTS, MICRO_BATCH_TOKENS = 2, 4, 224
+RANKS, ROLLOUTS, MICRO_BATCH_TOKENS = 2, 4, 448
 CHANGES = {
     "ppo.num_rollouts": ROLLOUTS,
     "rollout.prompts_per_rollout": 16,

@@ -256,7 +256,9 @@ class OptimizerConfig(Section):
 
     SECTION = "update"
 
-    micro_batch_tokens: int = knob(4096, "a role's tokens of one forward pass: those it computes, padding too", ABOVE_0)
+    micro_batch_tokens: int = knob(
+        4096, "tokens of an update's forward pass, its roles together: those it computes, padding too", ABOVE_0
+    )
     packing: str = knob(
         "auto",
         "sequences end to end, shared prefixes once: on, off (padded rows) or auto (on where the model can)",

@@ -22,7 +22,7 @@ from rlhf_toolkit.errors import ConfigError, ModelError
 from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.reward_model import load_reward_model
-from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
@@ -220,8 +220,10 @@ def curriculum_of(experiment: Experiment, task: Task) -> Curriculum | None:
 
 
 def make_cutting(experiment: Experiment, *, packing: bool) -> Cutting:
-    """How rollouts are cut."""
-    return Cutting(experiment.ppo.mini_batches, experiment.update.micro_batch_tokens, packing)
+    """How rollouts are cut: policy and value share the tokens of an update's forward pass, so that a critic adds an
+    adapter to the memory and no activations."""
+    trained = 2 if experiment.model.value_on == ON_ADAPTER and estimator_of(experiment.ppo).needs("values") else 1
+    return Cutting(experiment.ppo.mini_batches, experiment.update.micro_batch_tokens // trained, packing)
 
 
 def make_model_rewards(experiment: Experiment, topology: Topology, *, packing: bool) -> list[ModelReward]:

@@ -117,7 +117,7 @@ def make_trainer(
     progress: Progress,
 ) -> FineTuner:
     """The trainer of the experiment's objective."""
-    update, size = experiment.update, experiment.job.batch_size
+    update, size, objective = experiment.update, experiment.job.batch_size, objective_of(experiment)
     packing = packs(update.packing, shared)
     groups = shared.parameter_groups()
     rows_per_rank = max(1, size // topology.world_size)
@@ -141,10 +141,10 @@ def make_trainer(
         model=shared,
         args=arguments,
         processing_class=tokenizer,
-        objective=objective_of(experiment),
+        objective=objective,
         items=items,
         held_out=held_out,
-        cut=Cut(size, update.micro_batch_tokens, not packing, topology.world_size),
+        cut=Cut(size, update.micro_batch_tokens // len(objective.roles), not packing, topology.world_size),
         layout=packed if packing else padded,
         steps=steps,
         pad_id=pad_id,
