@@ -18,9 +18,16 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from peft import PeftModel
 
 from rlhf_toolkit.cli import main
+from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import CheckpointError
-from rlhf_toolkit.export.card import ROWS, TRAINED, _numbers, card, push, write_card
+from rlhf_toolkit.experiment import RewardExperiment
+from rlhf_toolkit.export.card import ROWS, _numbers, card, push, write_card
+from rlhf_toolkit.export.card_kinds import KINDS
 from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
+from tests.builders import tiny_tokenizer
+from tests.tiny import WORDS
+from tests.trainers.test_fine_tuning import prepared, sections
 
 
 @pytest.fixture
@@ -99,22 +106,105 @@ def test_the_code_on_the_card_loads_the_policy(
     exec(block(card(read_run(Path("run").resolve())), "python"), names)
     model = names["model"]
     assert isinstance(model, PeftModel) and names["tokenizer"]("w3 w4")["input_ids"]
+    assert adapter_speaks(model)
+
+
+def adapter_speaks(model: PeftModel) -> bool:
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         adapted = model(ids).logits
         with model.disable_adapter():
-            assert not torch.equal(adapted, model(ids).logits)
+            return not torch.equal(adapted, model(ids).logits)
+
+
+# ---- supervised runs -------------------------------------------------------------------------------------------------
+
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{% if m['role'] == 'assistant' %} </s>{% endif %} "
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+SETTINGS = {
+    "sft": {"sft.epochs": "2.0", "sft.batch_size": "6"},
+    "reward_model": {"reward_model.centring": "0.3", "reward_model.normalise": "True"},
+    "dpo": {"dpo.beta": "0.5", "dpo.loss": "sigmoid", "dpo.label_smoothing": "0.1"},
+}
+HEADS = {
+    "sft": ["step", "loss", "entropy"],
+    "reward_model": ["step", "loss", "accuracy", "margin"],
+    "dpo": ["step", "loss", "accuracy", "margin"],
+}
+
+
+def names_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the card's code defines, run beside the run folder as the card asks."""
+    monkeypatch.chdir(run.parent)
+    names: dict[str, Any] = {}
+    exec(block(card(read_run(run)), "python"), names)
+    return names
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_card_of_a_supervised_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"reward_model.normalise": True} if kind == "reward_model" else {}
+    summary = prepared(tmp_path, kind, **more).train()
+    run = tmp_path / "run"
+    text = write_card(read_run(run)).read_text()
+    head = text.partition("\n## Training\n\n")[2].splitlines()[0]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == HEADS[kind]
+    rows = table(text, "Training")
+    assert [float(row[1]) for row in rows] == [round(loss, 3) for loss in summary["losses"]] and len(rows) == 3
+    assert f"in {len(rows)} steps" in text and "rollout" not in text.partition("## All settings")[0]
+    held_out = summary["evaluations"]
+    evaluated = table(text, "Evaluation")
+    assert [float(row[1]) for row in evaluated] == [round(each["eval/loss"], 3) for each in held_out]
+    if kind != "sft":
+        assert [row[2] for row in rows] == [f"{share:.1%}" for share in summary["accuracies"]]
+        assert [row[2] for row in evaluated] == [f"{each['eval/accuracy']:.1%}" for each in held_out]
+    recipe = {row[0].strip("`"): row[1].strip("`") for row in table(text, "Recipe")}
+    assert SETTINGS[kind].items() <= recipe.items() and recipe["update.lr"] == "0.01"
+    assert ("before, their mean was" in text) == (kind == "reward_model")
+    if kind != "reward_model":
+        assert adapter_speaks(names_of(run, monkeypatch)["model"])
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain text", "chat template"])
+def test_the_code_on_a_reward_models_card_scores_as_the_run_did(
+    chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of all training responses were normalised; only head, adapter and tokens as in the run give that again."""
+    settings = sections(tmp_path, "reward_model", {"reward_model.normalise": True, "data.chat_template": chat})
+    tiny_tokenizer(words=WORDS, pad="</s>", chat_template=TURNS).save_pretrained(tmp_path / "model")
+    prepare_fine_tuning(experiment_from_dict(settings, RewardExperiment)).train()
+    score = names_of(tmp_path / "run", monkeypatch)["score"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = []
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            asked = {"role": "user", "content": row["prompt"]}
+            answer = {"role": "assistant", "content": row[side]}
+            found.append(score([asked, answer]) if chat else score(row["prompt"], row[side]))
+    assert sum(found) / len(found) == pytest.approx(0, abs=1e-4)
+    assert torch.tensor(found).std().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_reward_model_of_the_hub_gets_its_head_from_there(tmp_path: Path) -> None:
+    prepared(tmp_path, "reward_model").train()
+    text = card(read_run(tmp_path / "run"), "me/mine")
+    code = block(text, "python")
+    assert 'load_file(hf_hub_download("me/mine", "reward/reward_head.safetensors"))' in code
+    assert "from huggingface_hub import hf_hub_download" in code and "text-classification" in text
+    compile(code, "card", "exec")
 
 
 def test_a_long_curve_is_thinned_and_keeps_both_ends() -> None:
-    records = [{"rollout": i, "critic/score/mean": i / 7} for i in range(1, 101)]
-    rows = list(_numbers(records, TRAINED))
+    records, trained = [{"rollout": i, "critic/score/mean": i / 7} for i in range(1, 101)], KINDS["ppo"].trained
+    rows = list(_numbers(records, trained))
     numbers = [int(row[0]) for row in rows]
     assert len(rows) == ROWS and numbers[0] == 1 and numbers[-1] == 100
     assert max(b - a for a, b in pairwise(numbers)) == 11
     assert rows[0][2] == ""  # a run without a reference has no KL
     for count in (0, 1, 9, 10, 11):
-        assert len(list(_numbers(records[:count], TRAINED))) == min(count, ROWS)
+        assert len(list(_numbers(records[:count], trained))) == min(count, ROWS)
 
 
 def test_a_readme_of_somebody_else_stays(folder: Path) -> None:

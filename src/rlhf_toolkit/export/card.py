@@ -11,34 +11,14 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.errors import CheckpointError, described
+from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
 from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path
 from rlhf_toolkit.reporting.run_log import Record, read_records
 
-CARD, POLICY = "README.md", "policy"
+CARD, REWARD_HEAD = "README.md", "reward_head.safetensors"
 MARK = "<!-- made by rlhf card from run.json, log.jsonl and summary.json -->"
 PEFTS_OWN = "# Model Card for Model ID"  # the empty form that PEFT leaves in every folder it saves to
 ROWS = 10
-RECIPE = (
-    *("model.name", "model.dtype", "data.train", "data.evaluation"),
-    *("reward.function", "reward.functions", "reward.adapter", "reward.model"),
-    *("rollout.prompts_per_rollout", "rollout.responses_per_prompt", "rollout.max_new_tokens", "rollout.temperature"),
-    *("ppo.num_rollouts", "ppo.num_ppo_epochs", "ppo.mini_batches", "ppo.advantage", "ppo.policy_loss"),
-    *("ppo.kl_in", "ppo.kl_coef", "update.policy_lr", "update.value_lr", "run.seed"),
-)
-"""Settings of the short table; all of them follow at the end of the card."""
-TRAINED = {
-    "rollout": ("rollout", "{}"),
-    "mean score": ("critic/score/mean", "{:.3f}"),
-    "KL to the reference (nats a response)": ("actor/ref_kl", "{:.3f}"),
-    "tokens of a response": ("response_length/mean", "{:.1f}"),
-}
-EVALUATED = {
-    "after rollout": ("rollout", "{}"),
-    "mean score": ("eval/score/mean", "{:.3f}"),
-    "KL to the reference": ("eval/ref_kl", "{:.3f}"),
-    "tokens of a response": ("eval/response_length", "{:.1f}"),
-    "cut off by the budget": ("eval/clip_ratio", "{:.1%}"),
-}
 
 
 class Uploader(Protocol):
@@ -73,12 +53,13 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
     """
     if not run.adapters:
         raise CheckpointError(f"{run.folder} has no adapter folder; restore policy/, or give another run")
-    trained, evaluated = read_records(run.folder, "train"), read_records(run.folder, "eval")
+    kind = kind_of(run.settings)
+    trained, evaluated = (read_records(run.folder, name, kind.axis) for name in ("train", "eval"))
     sections = [
         _metadata(run),
         MARK,
         f"# {(repo or run.folder.resolve().name).rpartition('/')[2]}",
-        _opening(run),
+        _opening(run, len(trained)),
         "## Loading",
         _loading(run, repo),
         "## Recipe",
@@ -86,9 +67,9 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
         "## Adapters",
         _table(("folder", "rank", "alpha", "scale", "layers"), _adapters(run.adapters)),
         "## Training",
-        _table(tuple(TRAINED), _numbers(trained, TRAINED)),
+        _table(tuple(kind.trained), _numbers(trained, kind.trained)),
         "## Evaluation",
-        _table(tuple(EVALUATED), _numbers(evaluated, EVALUATED)) if evaluated else "No held-out prompts were given.",
+        _table(tuple(kind.evaluated), _numbers(evaluated, kind.evaluated)) if evaluated else "Nothing was held out.",
         "## Machine and versions",
         _table(("", ""), _machine(run.summary)),
         "## All settings",
@@ -127,44 +108,71 @@ def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
 
 def _metadata(run: FinishedRun) -> str:
     name = run.settings["model"]["name"]
-    known = {} if _is_local(name) else {"base_model": name}
-    fields = {
-        **known,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "reinforcement-learning"],
-    }
+    known, kind = {} if _is_local(name) else {"base_model": name}, kind_of(run.settings)
+    fields = {**known, "library_name": "peft", "pipeline_tag": kind.task, "tags": list(kind.tags)}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _opening(run: FinishedRun) -> str:
-    scores = run.summary["mean_scores"]
-    names = " and ".join(f"`{name}/`" for name in run.adapters)
-    return (
-        f"LoRA adapters ({names}) on `{_shown(run.settings['model']['name'])}`, trained with rlhf_toolkit in "
-        f"{len(scores)} rollouts. A score is what the reward gave a response; it is comparable within this run only."
+def _opening(run: FinishedRun, count: int) -> str:
+    names, base = " and ".join(f"`{name}/`" for name in run.adapters), _shown(run.settings["model"]["name"])
+    text = (
+        f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on `{base}`, trained with rlhf_toolkit "
+        f"{kind_of(run.settings).done.format(count=count)}"
     )
+    if "score_mean" in run.summary:
+        text += (
+            " At the end the head was scaled and shifted so that the scores of all training responses have mean 0 and "
+            f"variance 1; before, their mean was {run.summary['score_mean']:.3f} and their deviation "
+            f"{run.summary['score_deviation']:.3f}."
+        )
+    return text
 
 
 def _loading(run: FinishedRun, repo: str | None) -> str:
+    """Code that loads the adapter; that of a reward model with its head, and scores with both."""
     model = run.settings["model"]
     base, place = _shown(model["name"]), repo or _shown(str(run.folder))
-    adapter = POLICY if POLICY in run.adapters else next(iter(run.adapters))
+    scores = "reward_model" in run.settings
+    adapter = next(name for name in ("reward" if scores else "policy", *run.adapters) if name in run.adapters)
+    imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and repo)]
+    imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
     lines = [
-        "import torch",
-        "from peft import PeftModel",
+        *imports,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{model["dtype"]})',
         f'model = PeftModel.from_pretrained(base, "{place}", subfolder="{adapter}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
     ]
+    if scores:
+        file = f"{adapter}/{REWARD_HEAD}"
+        path = f'hf_hub_download("{place}", "{file}")' if repo else f'"{place}/{file}"'
+        lines += [f"head = load_file({path})", *_scoring(chat=run.settings["data"]["chat_template"])]
     note = "\n\nThe base was a folder on the machine that trained; put its path in place of the name." * _is_local(base)
     return "```python\n" + "\n".join(lines) + "\n```" + note
 
 
+def _scoring(*, chat: bool) -> list[str]:
+    """A function that scores as the run did: the text ends with the token that ends the response."""
+    text = (
+        "tokenizer.apply_chat_template(messages, tokenize=False).rstrip()"
+        if chat
+        else "prompt + response + tokenizer.eos_token"
+    )
+    return [
+        "",
+        "",
+        f"def score({'messages' if chat else 'prompt, response'}):",
+        f"    text = {text}",
+        f'    ids = tokenizer(text, return_tensors="pt"{", add_special_tokens=False" * chat}).input_ids',
+        "    with torch.no_grad():",
+        "        states = model.get_base_model().base_model(ids).last_hidden_state",
+        '    return (states[0, -1].float() @ head["weight"] + head["bias"]).item()',
+    ]
+
+
 def _recipe(settings: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
-    for name in RECIPE:
+    for name in (*EVERY_RUN, *kind_of(settings).recipe):
         section, _, key = name.partition(".")
         value = _public(settings.get(section, {})).get(key)
         if value not in (None, "", [], {}):
@@ -185,7 +193,7 @@ def _adapters(adapters: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, 
         )
 
 
-def _numbers(records: Sequence[Record], columns: Mapping[str, tuple[str, str]]) -> Iterable[tuple[str, ...]]:
+def _numbers(records: Sequence[Record], columns: Columns) -> Iterable[tuple[str, ...]]:
     """At most ROWS records, evenly spaced, the first and the last among them."""
     last = len(records) - 1
     chosen = sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)}) if last >= ROWS else range(last + 1)
@@ -197,7 +205,8 @@ def _numbers(records: Sequence[Record], columns: Mapping[str, tuple[str, str]]) 
 def _machine(summary: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     yield "processes", f"{summary['world_size']}, rank 0 on `{summary['device']}`"
     yield "minutes", f"{summary['seconds'] / 60:.1f}"
-    yield "tokens per second", f"{summary['tokens_per_second']:.1f}"
+    if "tokens_per_second" in summary:
+        yield "tokens per second", f"{summary['tokens_per_second']:.1f}"
     yield "peak memory of rank 0", f"{summary['peak_memory_gib']:.2f} GiB"
     yield from summary["versions"].items()
 
