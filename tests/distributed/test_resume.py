@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_recipe
+from rlhf_toolkit.config_loading import experiment_from_dict
+from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.experiment import SFTExperiment
+from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
+from tests.launch import ROOT, run_recipe
 from tests.tiny import merged, write_experiment, write_task
+from tests.trainers.test_fine_tuning import sections
 
 KILLER = '''
 import os
@@ -60,10 +65,21 @@ GROUPS = {
 """Prompts are replaced, updates are left out, and there is no critic."""
 
 
-def records(folder: Path) -> list[dict[str, float]]:
+def records(folder: Path, axis: str = "rollout") -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in line.items() if not k.startswith(("timing_s", "perf"))} for line in lines]
-    return [*{line["rollout"]: line for line in timeless}.values()]
+    return [*{(line["kind"], line[axis]): line for line in timeless}.values()]
+
+
+def assert_same_tensors(straight: Path, broken: Path, *, files: int) -> None:
+    """Adapters and heads, bit for bit."""
+    names = [str(path.relative_to(straight)) for path in straight.glob("[pvr]*/*.safetensors")]
+    assert len(names) == files
+    for file in names:
+        expected, result = load_file(straight / file), load_file(broken / file)
+        assert expected.keys() == result.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, result[name]), f"{file}: {name} differs after the resume"
 
 
 @pytest.mark.timeout(400)
@@ -88,18 +104,85 @@ def test_killed_and_resumed_equals_straight(
     (tmp_path / "kill_at").unlink()
     run_recipe(broken, "--resume", processes=processes, stage=stage).succeeded()
 
-    files = [
-        str(path.relative_to(tmp_path / "straight")) for path in (tmp_path / "straight").glob("[pv]*/*.safetensors")
-    ]
-    assert len(files) == (1 if more is GROUPS else 2 if more else 3)
-    for file in files:
-        expected, result = load_file(tmp_path / "straight" / file), load_file(tmp_path / "broken" / file)
-        assert expected.keys() == result.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, result[name]), f"{file}: {name} differs after the resume"
+    files = 1 if more is GROUPS else 2 if more else 3
+    assert_same_tensors(tmp_path / "straight", tmp_path / "broken", files=files)
     assert records(tmp_path / "broken") == records(tmp_path / "straight")
     if more is GROUPS:
         assert any(record["actor/skipped_updates"] for record in records(tmp_path / "straight")[2:])
+
+
+MORTAL = """
+import os
+import runpy
+from pathlib import Path
+
+from rlhf_toolkit.trainers.fine_tuner import FineTuner
+
+real_step = FineTuner.training_step
+
+
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os._exit(9)
+    return real_step(self, *args, **kwargs)
+
+
+FineTuner.training_step = training_step
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+"""A recipe that dies in its sixth step, before that step has moved anything."""
+SUPERVISED = {
+    "run.save_every": 2,
+    "run.evaluate_every": 3,
+    "update.schedule": "linear",
+    "update.weight_decay": 0.1,
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+@pytest.mark.parametrize(("processes", "stage"), [(2, 3), (1, None)], ids=["two ranks, ZeRO-3", "one process"])
+def test_a_supervised_run_killed_and_resumed_equals_straight(
+    tmp_path: Path, processes: int, stage: int | None, kind: str
+) -> None:
+    """Eight steps; the sixth kills the run, which goes on from the fourth. Evaluations lie on both sides."""
+    more = {"reward_model.normalise": True} if kind == "reward_model" else {}
+    task = sections(tmp_path, kind, {**SUPERVISED, f"{kind}.batch_size": 5, f"{kind}.epochs": 4.0, **more})
+    paths = {
+        name: write_experiment(tmp_path / f"{name}.yaml", merged(task, {"run.output_dir": str(tmp_path / name)}))
+        for name in ("straight", "broken")
+    }
+    recipe = f"recipes/{kind}.py"
+    (tmp_path / "mortal.py").write_text(MORTAL.format(recipe=str(ROOT / recipe)))
+    ranks: dict[str, Any] = {"processes": processes, "stage": stage}
+    run_recipe(paths["straight"], recipe=recipe, **ranks).succeeded()
+    assert run_recipe(paths["broken"], recipe=str(tmp_path / "mortal.py"), **ranks).status != 0
+    assert (tmp_path / "broken/checkpoint-4/manifest.json").is_file()
+    assert not list((tmp_path / "broken").glob("[pr]*/*.safetensors")), "the run was to be killed before its end"
+    run_recipe(paths["broken"], "--resume", recipe=recipe, **ranks).succeeded()
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert_same_tensors(straight, broken, files=2 if kind == "reward_model" else 1)
+    assert records(broken, "step") == records(straight, "step")
+    assert {(r["kind"], r["step"]) for r in records(straight, "step")} == {
+        *(("train", step) for step in range(1, 9)),
+        *(("eval", step) for step in (0, 3, 6, 8)),
+    }
+    timed = ("seconds", "peak_memory_gib", "evaluations")
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (straight, broken))
+    assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_a_supervised_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    """In the words that PPO has."""
+    settings = sections(tmp_path, "sft", {})
+    experiment = experiment_from_dict(settings, SFTExperiment)
+    with pytest.raises(CheckpointError, match=r"--resume, but run\.output_dir=.* holds no run; start without --resume"):
+        prepare_fine_tuning(experiment, resume=True)
+    prepare_fine_tuning(experiment).train()
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint to resume from; set run\.save_every, or start"):
+        prepare_fine_tuning(experiment, resume=True)
+    assert (tmp_path / "run/policy/adapter_model.safetensors").is_file(), "what the run left stays"
 
 
 def test_checkpoints_hold_no_base_weights(tmp_path: Path) -> None:
