@@ -53,7 +53,13 @@ def whole_runs(model: str) -> dict[str, Any]:
         alone = {"ppo.advantage": "grpo", "ppo.kl_coef": 0.0}
         together = {"model.policy_adapter": f"{folder}/policy", "reward.adapter": f"{folder}/reward"}
         policy, four = (
-            on_ranks(__file__, {"model": model, "phase": "run", "changes": {**RUN, **changes}}, ranks=1, stage=None)
+            on_ranks(
+                __file__,
+                {"model": model, "phase": "run", "changes": {**RUN, **changes}},
+                ranks=1,
+                stage=None,
+                seconds=1200,
+            )
             for changes in (alone, together)
         )
     own = [one["peak_gib"] - one["libraries_gib"] for one in (policy, four)]
