@@ -101,6 +101,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "clip": None,
         "scale": 1.0,
         "whiten": False,
+        "passes_at": None,
+        "answer": None,
     },
     "rollout": {
         "prompts_per_rollout": 32,

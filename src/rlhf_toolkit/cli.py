@@ -6,6 +6,7 @@ Modules are imported by the command that needs them, so that ``rlhf --help`` ans
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error the user can mend ends the process with status 1 and one line."""
     parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_report, _add_card, _add_merge, _add_chat, _add_data):
+    for add in (_add_report, _add_card, _add_merge, _add_chat, _add_evaluate, _add_data):
         add(commands)
     parsed = parser.parse_args(arguments)
     with reported():
@@ -146,6 +147,44 @@ def _chat(options: argparse.Namespace) -> None:
         chat.run(typed())
     except KeyboardInterrupt:  # in the middle of an answer
         print()
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "evaluate", help="have adapters and their base answer an experiment's held-out prompts, and compare them"
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="a YAML file of PPO: prompts, rewards, sampling")
+    parser.add_argument(
+        "contestants", nargs="+", metavar="CONTESTANT", help="adapter folders, their names on the hub, or base"
+    )
+    parser.add_argument("--samples", type=_at_least_1, metavar="N", help="sampled responses to each prompt as well")
+    parser.add_argument("--no-greedy", action="store_true", help="sampled responses only")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write estimates and win rates there, as JSON")
+    parser.add_argument("--responses", type=Path, metavar="FILE", help="write every response there, as JSON lines")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rlhf_toolkit.config_loading import load_experiment, parse_overrides
+    from rlhf_toolkit.experiment import Experiment
+    from rlhf_toolkit.reporting.report import evaluation_lines
+    from rlhf_toolkit.trainers.evaluation import evaluate
+
+    overrides = parse_overrides(options.set)
+    if options.samples:
+        overrides["run.evaluation_samples"] = options.samples
+    experiment = load_experiment(options.experiment, overrides, Experiment)
+    found = evaluate(experiment, options.contestants, greedy=not options.no_greedy)
+    plain = found.as_dict()
+    print("\n".join(evaluation_lines(plain)))
+    if options.out:
+        options.out.write_text(json.dumps({**plain, "experiment": experiment.as_dict()}, indent=2) + "\n")
+    if options.responses:
+        found.write_responses(options.responses)
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------

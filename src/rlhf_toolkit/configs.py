@@ -127,6 +127,10 @@ class RewardConfig(Section):
     clip: float | None = knob(None, "scores are cut to +- this, after penalties; none: off", ABOVE_0)
     scale: float = knob(1.0, "scores and token rewards are multiplied by this, after the clip", ABOVE_0)
     whiten: bool = knob(False, "centre and scale the scores of a rollout, after the scale")
+    passes_at: float | None = knob(None, "evaluations give pass@k, where a response with this score or more passes")
+    answer: str | None = knob(
+        None, "path/to/file.py:name of (responses) -> answers, which vote for maj@k in evaluations; needs passes_at"
+    )
 
     def __post_init__(self) -> None:
         """One way to name rewards, not two."""
@@ -134,6 +138,11 @@ class RewardConfig(Section):
         if self.functions and (self.function or self.kwargs):
             raise ConfigError(
                 "reward.functions and reward.function are both set; put the one function into the list of functions"
+            )
+        if self.answer is not None and self.passes_at is None:
+            raise ConfigError(
+                f"reward.answer={self.answer} votes for maj@k, but nothing says which answers are right; set "
+                "reward.passes_at, such as 1.0, or drop it"
             )
 
     @property
