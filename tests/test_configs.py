@@ -80,6 +80,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train_split": "train",
         "evaluation": None,
         "evaluation_split": "train",
+        "streaming": False,
+        "max_rows": None,
         "prompt_column": "prompt",
         "chat_template": True,
         "system_prompt": None,

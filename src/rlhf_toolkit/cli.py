@@ -224,6 +224,8 @@ def _add_data(commands: Commands) -> None:
         "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
     )
     show.add_argument("--split", default="train", help="default: %(default)s")
+    show.add_argument("--streaming", action="store_true", help="read rows while they are tokenised, store none")
+    show.add_argument("--max-rows", type=_at_least_1, metavar="N", help="read only the first N rows")
     show.add_argument("--count", type=int, default=3, help="rows to print; default: %(default)s")
     show.add_argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s")
     show.add_argument("--no-chat-template", action="store_true", help="take strings as they stand")
@@ -232,6 +234,10 @@ def _add_data(commands: Commands) -> None:
 
 
 def _data_show(options: argparse.Namespace) -> None:
+    import logging
+
+    import datasets
+
     from rlhf_toolkit.data.instructions import tokenise_examples
     from rlhf_toolkit.data.preferences import tokenise_pairs
     from rlhf_toolkit.data.preview import preview
@@ -240,10 +246,12 @@ def _data_show(options: argparse.Namespace) -> None:
     from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
     from rlhf_toolkit.trainers.task import generation_eos_of
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too
     tokenizer, config = load_tokenizer(options.model), load_model_config(options.model)
     read = tokenise_examples if options.kind == "examples" else tokenise_pairs
     found = read(
-        load_rows(options.source, options.split),
+        load_rows(options.source, options.split, streaming=options.streaming, max_rows=options.max_rows),
         tokenizer,
         max_tokens=options.max_tokens,
         system_prompt=options.system_prompt,
