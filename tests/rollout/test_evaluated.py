@@ -12,7 +12,7 @@ from rlhf_toolkit.rollout.evaluated import Passing, response_kl, values_by_promp
 from rlhf_toolkit.rollout.sampled import Sampled
 
 GROUPS = [7, 7, 7, 3, 3, 3]
-SCORES = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 9.0])
+SCORES = torch.tensor([1.0, 0.0, 0.5, 0.25, 0.25, 9.0])
 
 
 def sampled(**changes: Any) -> Sampled:
@@ -39,7 +39,7 @@ def test_a_value_is_a_prompts_mean_and_a_missing_score_counts_nowhere() -> None:
     kl = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     parts = {"x": torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0, float("nan")]), "y": torch.zeros(6)}
     assert values_by_prompt(sampled(parts=parts), SCORES, kl) == {
-        "score": [0.5, 0.0],
+        "score": [0.5, 0.25],
         "reward/x": [2.0, 5.0],
         "reward/y": [0.0, 0.0],
         "response_length": [2.0, 3.0],
