@@ -170,15 +170,10 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from rlhf_toolkit.config_loading import load_experiment, parse_overrides
-    from rlhf_toolkit.experiment import Experiment
     from rlhf_toolkit.reporting.report import evaluation_lines
-    from rlhf_toolkit.trainers.evaluation import evaluate
+    from rlhf_toolkit.trainers.evaluation import evaluate, read_experiment
 
-    overrides = parse_overrides(options.set)
-    if options.samples:
-        overrides["run.evaluation_samples"] = options.samples
-    experiment = load_experiment(options.experiment, overrides, Experiment)
+    experiment = read_experiment(options.experiment, options.set, samples=options.samples)
     found = evaluate(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
     plain = found.as_dict()
     print("\n".join(evaluation_lines(plain)))

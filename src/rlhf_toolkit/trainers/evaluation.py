@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
+from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.errors import ConfigError, TopologyError
@@ -102,6 +103,14 @@ class Evaluation:
                 for way, said in ways.items():
                     file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, said))
         unfinished.rename(path)
+
+
+def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None) -> Experiment:
+    """The experiment of a command line; ``samples`` stands for ``run.evaluation_samples``."""
+    settings = parse_overrides(list(overrides))
+    if samples is not None:
+        settings["run.evaluation_samples"] = samples
+    return load_experiment(path, settings, Experiment)
 
 
 def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True) -> Evaluation:
