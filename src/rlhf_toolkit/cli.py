@@ -162,6 +162,7 @@ def _add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument("--samples", type=_at_least_1, metavar="N", help="sampled responses to each prompt as well")
     parser.add_argument("--no-greedy", action="store_true", help="sampled responses only")
+    parser.add_argument("--no-kl", action="store_true", help="leave out the pass that the KL to the reference needs")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write estimates and win rates there, as JSON")
     parser.add_argument("--responses", type=Path, metavar="FILE", help="write every response there, as JSON lines")
@@ -169,16 +170,11 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from rlhf_toolkit.config_loading import load_experiment, parse_overrides
-    from rlhf_toolkit.experiment import Experiment
     from rlhf_toolkit.reporting.report import evaluation_lines
-    from rlhf_toolkit.trainers.evaluation import evaluate
+    from rlhf_toolkit.trainers.evaluation import evaluate, read_experiment
 
-    overrides = parse_overrides(options.set)
-    if options.samples:
-        overrides["run.evaluation_samples"] = options.samples
-    experiment = load_experiment(options.experiment, overrides, Experiment)
-    found = evaluate(experiment, options.contestants, greedy=not options.no_greedy)
+    experiment = read_experiment(options.experiment, options.set, samples=options.samples)
+    found = evaluate(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
     plain = found.as_dict()
     print("\n".join(evaluation_lines(plain)))
     if options.out:

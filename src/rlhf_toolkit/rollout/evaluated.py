@@ -51,7 +51,7 @@ class Passing:
         return found
 
 
-def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor) -> Values:
+def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor | None) -> Values:
     """A prompt's means of ``score``, of each reward where there are several, of ``response_length``, of ``ref_kl`` and
     of ``clip_ratio``, the share cut off by the budget.
 
@@ -61,7 +61,7 @@ def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor) -> Values:
         "score": torch.where(sampled.kept, scores, torch.nan),
         **({f"reward/{name}": part for name, part in sampled.parts.items()} if len(sampled.parts) > 1 else {}),
         "response_length": sampled.response_lengths.float(),
-        "ref_kl": kl,
+        **({} if kl is None else {"ref_kl": kl}),
         "clip_ratio": (~sampled.finished).float(),
     }
     groups = rows_by_prompt(sampled)

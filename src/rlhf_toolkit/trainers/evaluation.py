@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
+from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.errors import ConfigError, TopologyError
@@ -43,11 +44,12 @@ GREEDY, SAMPLED = "greedy", "sampled"
 
 @dataclass(frozen=True)
 class Responses:
-    """What one contestant said in one way of decoding: rows in the order of the prompts, scores and KL (B,)."""
+    """What one contestant said in one way of decoding: rows in the order of the prompts, scores and KL (B,), None where
+    it was not asked for."""
 
     sampled: Sampled
     scores: Tensor
-    kl: Tensor
+    kl: Tensor | None
 
     @property
     def rewards(self) -> dict[str, Tensor]:
@@ -95,15 +97,25 @@ class Evaluation:
 
         A score that could not be had is null.
         """
-        with path.open("w", encoding="utf-8") as file:
+        unfinished = path.with_name(path.name + ".part")  # renamed at the end: a file is whole or not there
+        with unfinished.open("w", encoding="utf-8") as file:
             for label, ways in self.responses.items():
                 for way, said in ways.items():
                     file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, said))
+        unfinished.rename(path)
 
 
-def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True) -> Evaluation:
+def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None) -> Experiment:
+    """The experiment of a command line; ``samples`` stands for ``run.evaluation_samples``."""
+    settings = parse_overrides(list(overrides))
+    if samples is not None:
+        settings["run.evaluation_samples"] = samples
+    return load_experiment(path, settings, Experiment)
+
+
+def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True) -> Evaluation:
     """Have every contestant answer the held-out prompts, once greedily with ``greedy`` and ``run.evaluation_samples``
-    times at random.
+    times at random. Without ``kl`` the pass of policy and reference over the responses is left out.
 
     Contestants are adapter folders, names of the hub, or ``base``. Raises a subclass of RLHFError for everything the
     user can mend.
@@ -119,7 +131,7 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     said: dict[str, dict[str, Responses]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
-            said[label] = _answers(experiment, config, topology, task, progress, folder, greedy=greedy)
+            said[label] = _answers(experiment, config, topology, task, progress, folder, greedy=greedy, kl=kl)
             progress.bar.update(1)
     finally:
         task.reward.close()
@@ -187,6 +199,7 @@ def _answers(
     folder: str | None,
     *,
     greedy: bool,
+    kl: bool,
 ) -> dict[str, Responses]:
     """What one contestant says."""
     shared = _roles(experiment, config, topology, folder).to(topology.device)
@@ -201,9 +214,9 @@ def _answers(
     samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
     with collector.sampler.opened(shared) as opened:
         if greedy:
-            found[GREEDY] = _responses(opened, collector, 1, greedy=True)
+            found[GREEDY] = _responses(opened, collector, 1, greedy=True, kl=kl)
         if samples:
-            found[SAMPLED] = _responses(opened, collector, samples, greedy=False)
+            found[SAMPLED] = _responses(opened, collector, samples, greedy=False, kl=kl)
     return found
 
 
@@ -220,15 +233,17 @@ def _roles(experiment: Experiment, config: PretrainedConfig, topology: Topology,
     )
 
 
-def _responses(shared: SharedBase, collector: Collector, samples: int, *, greedy: bool) -> Responses:
+def _responses(shared: SharedBase, collector: Collector, samples: int, *, greedy: bool, kl: bool) -> Responses:
     rows = rollout_rows(collector.prompts, samples)
     sampling = replace(collector.sampling, greedy=greedy)
     stream = () if greedy else (collector.seed, "evaluation")
     sampled = collector.sample(shared, rows, in_turn(len(rows)), sampling, stream=stream)
-    plan, layout = collector.evaluation_plan(sampled), collector.cutting.layout
-    passes = score(shared, sampled, plan, layout, sampling.temperature, roles=(POLICY, REFERENCE))
-    kl = response_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
-    return Responses(sampled, collector.evaluation_scores(sampled), kl)
+    found = None
+    if kl:
+        plan, layout = collector.evaluation_plan(sampled), collector.cutting.layout
+        passes = score(shared, sampled, plan, layout, sampling.temperature, roles=(POLICY, REFERENCE))
+        found = response_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
+    return Responses(sampled, collector.evaluation_scores(sampled), found)
 
 
 def _lines(label: str, way: str, said: Responses) -> list[dict[str, Any]]:
@@ -246,7 +261,7 @@ def _lines(label: str, way: str, said: Responses) -> list[dict[str, Any]]:
                 "response": sampled.responses[i],
                 "finished": bool(sampled.finished[i]),
                 "tokens": int(sampled.response_lengths[i]),
-                "ref_kl": said.kl[i].item(),
+                **({} if said.kl is None else {"ref_kl": said.kl[i].item()}),
                 **{name: None if column[i] != column[i] else column[i] for name, column in rewards.items()},
             }
         )
