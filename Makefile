@@ -16,10 +16,11 @@ endif
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install demo test lint check format bench clean
+.PHONY: help install demo pipeline test lint check format bench clean
 
 help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN)"
+	@echo "make pipeline  SFT, reward model, PPO, DPO, evaluation, merged model (about half an hour); goes on where it stopped"
 	@echo "make test    all tests, two ranks under real ZeRO-3 among them"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
@@ -39,6 +40,10 @@ demo: install
 	MODEL=$$($(BIN)/python recipes/sentiment/fetch_model.py) && \
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_zero3.yaml --num_processes $(PROCESSES) \
 	  recipes/ppo.py --config recipes/sentiment/ppo.yaml --overwrite model.name="$$MODEL" run.output_dir=$(RUN)
+
+pipeline: RUN = runs/gold_reward
+pipeline: install
+	$(BIN)/python recipes/gold_reward/run.py --to $(RUN) --processes $(PROCESSES)
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,6 +1,5 @@
 """Curves of finished runs, several seeds of each kind, side by side:
 
-pip install matplotlib
 python recipes/plot_runs.py curve.svg PPO=runs/ppo0,runs/ppo1 GRPO=runs/grpo0,runs/grpo1
 """
 

@@ -536,6 +536,34 @@ OF_TRAINER = [
         ("clip bounds swapped in the settings", "a_knob_of_the_experiment_becomes_the_knob_of_that_name",
          "clip_range_low=ppo.clip_range_low", "clip_range_low=ppo.clip_range_high")),
 ]
+OF_EVALUATION = [
+    *within("algorithms/evaluation.py", "tests/algorithms/test_evaluation.py",
+        ("pass@k: with replacement", "pass_at_k_is_the_share_of_subsets_that_hold_one_that_passes",
+         "comb(samples - passed, k) / comb(samples, k)", "((samples - passed) / samples) ** k"),
+        ("pass@k: all must pass", "pass_at_k_is_the_share_of_subsets_that_hold_one_that_passes",
+         "1.0 - comb(samples - passed, k)", "comb(passed, k)"),
+        ("maj@k: no answer is an answer", "majority_at_k_counts_the_votes_of_every_subset",
+         "for i in subset if answers[i] is not None", "for i in subset"),
+        ("maj@k: the first of equals", "majority_at_k_counts_the_votes_of_every_subset",
+         "if count == most]", "if count == most][:1]"),
+        ("win rate: ties to the first", "win_rate_compares_every_pair",
+         "(ahead > 0).double() + 0.5 * (ahead == 0)", "(ahead >= 0).double()"),
+        ("interval: of the values", "the_interval_is_the_normal_laws_where_that_holds",
+         "torch.quantile(means,", "torch.quantile(column,"),
+        ("interval: one-sided", "the_interval_is_the_normal_laws_where_that_holds",
+         "[0.025, 0.975]", "[0.05, 0.95]"),
+    ),
+    *within("rollout/evaluated.py", "tests/rollout/test_evaluated.py",
+        ("pass@k: a missing score passes", "passing_is_by_score_and_a_response_without_one_does_not_pass",
+         "(scores >= self.at) & sampled.kept", "scores >= self.at"),
+        ("pass@k: above the threshold", "passing_is_by_score_and_a_response_without_one_does_not_pass",
+         "scores >= self.at", "scores > self.at"),
+        ("evaluation: missing scores are 0", "a_value_is_a_prompts_mean_and_a_missing_score_counts_nowhere",
+         "torch.where(sampled.kept, scores, torch.nan)", "torch.where(sampled.kept, scores, 0.0)"),
+        ("evaluation: KL of padding", "kl_of_a_response_is_over_its_tokens",
+         "torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)", "(logprobs - ref_logprobs).sum(1)"),
+    ),
+]
 # fmt: on
 
 MUTATIONS: list[Mutation] = [
@@ -547,6 +575,7 @@ MUTATIONS: list[Mutation] = [
     *OF_MODELS,
     *OF_ROLLOUT,
     *OF_TRAINER,
+    *OF_EVALUATION,
 ]
 
 

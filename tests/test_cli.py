@@ -8,12 +8,14 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlhf_toolkit.cli import main
 from rlhf_toolkit.reporting.report import print_report
+from tests.data.chat_tokenizers import TURNS, ask
 from tests.export.common import peft_model, write_adapter, write_base
 from tests.launch import run
 from tests.tiny import write_task
@@ -143,6 +145,69 @@ def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "w3 w4" in shown and "</s>" in shown and "1 empty response" in shown.replace("1 as ", "1 ")
     assert ended(["data", "show", "none.jsonl", "--model", model], capsys).startswith("DataError: ")
+
+
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "messages": [{"messages": ask("w1", answer)} for answer in ("w2 w3", "", "w4")],
+    "prompt and completion": [{"prompt": "w1", "completion": answer} for answer in ("w2 w3", "", "w4")],
+    "prompt and response": [{"prompt": ask("w1"), "response": answer} for answer in ("w2 w3", "", "w4")],
+    "verl": [{"prompt": ask("w1"), "reward_model": {"ground_truth": answer}} for answer in ("w2 w3", "", "w4")],
+    "ShareGPT": [
+        {"conversations": [{"from": "human", "value": "w1"}, {"from": "gpt", "value": answer}]}
+        for answer in ("w2 w3", "", "w4")
+    ],
+    "Alpaca": [{"instruction": "w1", "input": "", "output": answer} for answer in ("w2 w3", "", "w4")],
+}
+PAIRS: dict[str, list[dict[str, Any]]] = {
+    "strings": [{"prompt": "w1", "chosen": answer, "rejected": "w5"} for answer in ("w2 w3", "w5", "w4")],
+    "whole conversations": [
+        {"chosen": ask("w1", answer), "rejected": ask("w1", "w5")} for answer in ("w2 w3", "w5", "w4")
+    ],
+    "transcripts": [
+        {"chosen": f"\n\nHuman: w1\n\nAssistant: {answer}", "rejected": "\n\nHuman: w1\n\nAssistant: w5"}
+        for answer in ("w2 w3", "w5", "w4")
+    ],
+    "ShareGPT": [
+        {
+            "conversations": [{"from": "human", "value": "w1"}],
+            "chosen": {"from": "gpt", "value": answer},
+            "rejected": {"from": "gpt", "value": "w5"},
+        }
+        for answer in ("w2 w3", "w5", "w4")
+    ],
+    "Alpaca": [{"instruction": "w1", "chosen": answer, "rejected": "w5"} for answer in ("w2 w3", "w5", "w4")],
+}
+
+
+def test_data_show_of_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them show the same tokens, at once or streamed; the third row is beyond --max-rows."""
+    words, rows = ["--model", write_task(tmp_path, chat_template=TURNS)["model"]["name"]], tmp_path / "rows.jsonl"
+    for kind, shapes in (("examples", EXAMPLES), ("pairs", PAIRS)):
+        for name, lines in shapes.items():
+            rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            for option in ([], ["--streaming"]):
+                main(["data", "show", str(rows), *words, "--as", kind, "--max-rows", "2", *option])
+                shown = capsys.readouterr().out.splitlines()
+                assert shown[1].endswith("3 | <user> w1 <assistant>"), (name, shown)
+                assert shown[2].endswith("3 > w2 w3 </s>"), (name, shown)
+                assert shown[3].endswith("2 > w5 </s>" if kind == "pairs" else "mask 3x0 3x1"), (name, shown)
+                reason = "chosen equals rejected" if kind == "pairs" else "empty response"
+                assert f"1 of 2 {kind}," in shown[4] and f"dropped 1 {reason};" in shown[4], (name, shown)
+    rows.write_text('{"text": "w1 w2"}\n')
+    main(["data", "show", str(rows), *words])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1].endswith("1 | w1") and shown[2].endswith("2 > w2 </s>") and shown[3] == "  mask 1x0 2x1"
+
+
+def test_data_show_of_broken_rows_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, rows = ["--model", write_task(tmp_path)["model"]["name"]], tmp_path / "rows.jsonl"
+    for option in ([], ["--streaming"]):
+        rows.write_text('{"text": "w1"}\n{"text" "w2"}\n')
+        line = ended(["data", "show", str(rows), *words, *option], capsys)
+        assert line.endswith(": line 2: Expecting ':' delimiter; repair that line\n")
+        rows.write_text('{"conversations": [{"from": "bot", "value": "w1"}]}\n')
+        line = ended(["data", "show", str(rows), *words, *option], capsys)
+        assert line.startswith("DataError: row 0: conversations has a turn from 'bot'; those who speak are human, ")
 
 
 def test_report_of_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

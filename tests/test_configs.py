@@ -80,6 +80,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train_split": "train",
         "evaluation": None,
         "evaluation_split": "train",
+        "streaming": False,
+        "max_rows": None,
         "prompt_column": "prompt",
         "chat_template": True,
         "system_prompt": None,
@@ -101,6 +103,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "clip": None,
         "scale": 1.0,
         "whiten": False,
+        "passes_at": None,
+        "answer": None,
     },
     "rollout": {
         "prompts_per_rollout": 32,

@@ -6,6 +6,7 @@ Modules are imported by the command that needs them, so that ``rlhf --help`` ans
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error the user can mend ends the process with status 1 and one line."""
     parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_report, _add_card, _add_merge, _add_chat, _add_data):
+    for add in (_add_report, _add_card, _add_merge, _add_chat, _add_evaluate, _add_data):
         add(commands)
     parsed = parser.parse_args(arguments)
     with reported():
@@ -148,6 +149,40 @@ def _chat(options: argparse.Namespace) -> None:
         print()
 
 
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "evaluate", help="have adapters and their base answer an experiment's held-out prompts, and compare them"
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="a YAML file of PPO: prompts, rewards, sampling")
+    parser.add_argument(
+        "contestants", nargs="+", metavar="CONTESTANT", help="adapter folders, their names on the hub, or base"
+    )
+    parser.add_argument("--samples", type=_at_least_1, metavar="N", help="sampled responses to each prompt as well")
+    parser.add_argument("--no-greedy", action="store_true", help="sampled responses only")
+    parser.add_argument("--no-kl", action="store_true", help="leave out the pass that the KL to the reference needs")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write estimates and win rates there, as JSON")
+    parser.add_argument("--responses", type=Path, metavar="FILE", help="write every response there, as JSON lines")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rlhf_toolkit.reporting.report import evaluation_lines
+    from rlhf_toolkit.trainers.evaluation import evaluate, read_experiment
+
+    experiment = read_experiment(options.experiment, options.set, samples=options.samples)
+    found = evaluate(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
+    plain = found.as_dict()
+    print("\n".join(evaluation_lines(plain)))
+    if options.out:
+        options.out.write_text(json.dumps({**plain, "experiment": experiment.as_dict()}, indent=2) + "\n")
+    if options.responses:
+        found.write_responses(options.responses)
+
+
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +220,8 @@ def _add_data(commands: Commands) -> None:
         "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
     )
     show.add_argument("--split", default="train", help="default: %(default)s")
+    show.add_argument("--streaming", action="store_true", help="read rows while they are tokenised, store none")
+    show.add_argument("--max-rows", type=_at_least_1, metavar="N", help="read only the first N rows")
     show.add_argument("--count", type=int, default=3, help="rows to print; default: %(default)s")
     show.add_argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s")
     show.add_argument("--no-chat-template", action="store_true", help="take strings as they stand")
@@ -193,6 +230,10 @@ def _add_data(commands: Commands) -> None:
 
 
 def _data_show(options: argparse.Namespace) -> None:
+    import logging
+
+    import datasets
+
     from rlhf_toolkit.data.instructions import tokenise_examples
     from rlhf_toolkit.data.preferences import tokenise_pairs
     from rlhf_toolkit.data.preview import preview
@@ -201,10 +242,12 @@ def _data_show(options: argparse.Namespace) -> None:
     from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
     from rlhf_toolkit.trainers.task import generation_eos_of
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too
     tokenizer, config = load_tokenizer(options.model), load_model_config(options.model)
     read = tokenise_examples if options.kind == "examples" else tokenise_pairs
     found = read(
-        load_rows(options.source, options.split),
+        load_rows(options.source, options.split, streaming=options.streaming, max_rows=options.max_rows),
         tokenizer,
         max_tokens=options.max_tokens,
         system_prompt=options.system_prompt,

@@ -45,6 +45,8 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 """Those of transformers' ``SchedulerType`` that need nothing but a number of steps."""
+STREAMING = "read rows while they are tokenised; the source is never stored as a whole"
+MAX_ROWS = "only so many rows are read, the first ones, of train and of evaluation each; none: all"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class DataConfig(Section):
     train_split: str = knob("train", "split of the training prompts")
     evaluation: str | None = knob(None, "held-out prompts: hub name or file; none: no evaluation")
     evaluation_split: str = knob("train", "split of the held-out prompts")
+    streaming: bool = knob(False, STREAMING)
+    max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     prompt_column: str = knob("prompt", "column of strings or lists of chat messages; other columns go to the reward")
     chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
     system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
@@ -127,6 +131,10 @@ class RewardConfig(Section):
     clip: float | None = knob(None, "scores are cut to +- this, after penalties; none: off", ABOVE_0)
     scale: float = knob(1.0, "scores and token rewards are multiplied by this, after the clip", ABOVE_0)
     whiten: bool = knob(False, "centre and scale the scores of a rollout, after the scale")
+    passes_at: float | None = knob(None, "evaluations give pass@k, where a response with this score or more passes")
+    answer: str | None = knob(
+        None, "path/to/file.py:name of (responses) -> answers, which vote for maj@k in evaluations; needs passes_at"
+    )
 
     def __post_init__(self) -> None:
         """One way to name rewards, not two."""
@@ -134,6 +142,11 @@ class RewardConfig(Section):
         if self.functions and (self.function or self.kwargs):
             raise ConfigError(
                 "reward.functions and reward.function are both set; put the one function into the list of functions"
+            )
+        if self.answer is not None and self.passes_at is None:
+            raise ConfigError(
+                f"reward.answer={self.answer} votes for maj@k, but nothing says which answers are right; set "
+                "reward.passes_at, such as 1.0, or drop it"
             )
 
     @property
@@ -311,6 +324,8 @@ class DatasetConfig(Section):
     train_split: str = knob("train", "split of the training rows")
     evaluation: str | None = knob(None, "held-out rows: hub name or file; none: no evaluation")
     evaluation_split: str = knob("train", "split of the held-out rows")
+    streaming: bool = knob(False, STREAMING)
+    max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     chat_template: bool = knob(True, "wrap strings as messages in the tokenizer's chat template")
     system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
     max_tokens: int = knob(1024, "longer rows, prompt and response together, are dropped and counted", ABOVE_0)

@@ -322,7 +322,8 @@ def test_all_dropped() -> None:
 def test_unknown_columns() -> None:
     assert fault([{"question": "a", "answer": "b"}]) == (
         "the columns question, answer are not of a known shape; rename them to one of: messages; prompt, completion; "
-        "prompt, response; prompt with reward_model.ground_truth or extra_info.answer (verl); text"
+        "prompt, response; prompt with reward_model.ground_truth or extra_info.answer (verl); conversations "
+        "(ShareGPT); instruction, output (Alpaca); text"
     )
 
 

@@ -208,7 +208,8 @@ def test_a_missing_column(missing: str) -> None:
     columns = [name for name in STRINGS if name != missing]
     assert fault([{name: STRINGS[name] for name in columns}]) == (
         f"the columns {', '.join(columns)} are not of a known shape; rename them to one of: prompt, chosen, rejected; "
-        "chosen, rejected (whole conversations as lists of messages)"
+        "chosen, rejected (whole conversations as lists of messages, or Human/Assistant transcripts); conversations, "
+        "chosen, rejected (ShareGPT); instruction, chosen, rejected (Alpaca)"
     )
 
 

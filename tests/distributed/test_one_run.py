@@ -53,6 +53,11 @@ def flaky(prompts, responses, **columns):
     return [float(len(response)) for response in responses]
 """
 
+ANSWERS = """
+def first_words(responses):
+    return [response.split()[0] if response.split() else None for response in responses]
+"""
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,6 +66,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run.wandb": "offline",
         "run.evaluate_every": 2,
         "run.evaluation_samples": 3,
+        "reward.passes_at": 0.5,
+        "reward.answer": f"{folder}/answers.py:first_words",
         "data.evaluation": str(folder / "heldout.jsonl"),
         "ppo.num_rollouts": 4,
         "ppo.mini_batches": 2,
@@ -79,6 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task = merged(write_task(folder), changes)
     (folder / "reward.py").write_text(WATCH_WANDB)
     (folder / "flaky.py").write_text(FLAKY)
+    (folder / "answers.py").write_text(ANSWERS)
     finished: Finished = run_recipe(write_experiment(folder / "run.yaml", task), processes=2, stage=3)
     finished.succeeded()
     (folder / "output.txt").write_text(finished.output)
@@ -112,7 +120,7 @@ def test_every_logged_key_is_documented_and_every_documented_key_is_logged(run: 
     logged = {key for call in calls(run, "log") for key in call["keys"]}  # type: ignore[attr-defined]
     logged |= {key for record in log(run, "train") + log(run, "eval") for key in record if key != "kind"}
     documented = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
-    assert {re.sub("low_words|flaky", "NAME", name) for name in logged} == documented
+    assert {re.sub("low_words|flaky", "NAME", re.sub(r"@\d+$", "@K", name)) for name in logged} == documented
 
 
 def test_the_first_ratio_of_every_rollout_is_exactly_one(run: Path) -> None:

@@ -267,7 +267,9 @@ def test_a_borrowing_value_has_no_adapter_on_disk_nor_in_the_optimizer(tmp_path:
 
 def test_it_may_start_from_an_adapter_too(tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), lora()).save_pretrained(tmp_path)
-    shared = build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path), value_on="policy_trunk")
+    shared = build_ppo_roles(
+        tiny_llama(), lora(), policy_adapter=str(tmp_path), reference_adapter=str(tmp_path), value_on="policy_trunk"
+    )
     assert set(shared.peft_config) == {"policy", "reference"} and set(shared.scalar_heads) == {"value"}
 
 
@@ -376,7 +378,10 @@ def start(tmp_path: Path) -> Path:
 
 
 def test_reference_is_a_frozen_copy_of_the_policys_start(start: Path) -> None:
-    shared, (ids, mask) = build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(start)), sequences_and_mask(*LENGTHS)
+    shared, (ids, mask) = (
+        build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(start), reference_adapter=str(start)),
+        sequences_and_mask(*LENGTHS),
+    )
     assert shared.parameter_groups().keys() == {"policy", "value", "value_head"}
     assert not any(p.requires_grad for name, p in shared.named_parameters() if ".reference." in name)
     with torch.no_grad():
@@ -389,7 +394,10 @@ def test_reference_is_a_frozen_copy_of_the_policys_start(start: Path) -> None:
 
 
 def test_it_stays_where_it_was_when_the_policy_moves(start: Path) -> None:
-    shared, (ids, mask) = build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(start)), sequences_and_mask(*LENGTHS)
+    shared, (ids, mask) = (
+        build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(start), reference_adapter=str(start)),
+        sequences_and_mask(*LENGTHS),
+    )
     optimizer = torch.optim.SGD([p for p in shared.parameters() if p.requires_grad], lr=0.1)
     before = shared(rows_of(ids, mask), roles=("policy", "reference"))
     before["policy_logprobs"].sum().backward()
@@ -412,11 +420,11 @@ def test_without_an_adapter_to_start_from_policy_is_reference_is_base() -> None:
 
 def test_a_start_that_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no adapter_config\.json"):
-        build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path))
+        build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path), reference_adapter=str(tmp_path))
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(tiny_llama(), ia3).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="IA3 adapter; role slices need LoRA"):
-        build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path))
+        build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path), reference_adapter=str(tmp_path))
 
 
 def test_the_base_is_not_registered_twice() -> None:

@@ -1,7 +1,7 @@
 """Examples for supervised fine-tuning: token ids, and at which of them there is a loss.
 
-The shapes of rows are those of the ecosystem, found by their columns: conversations in ``messages``, prompt and
-response in two columns, verl's nested ones, and plain text.
+The shapes of rows are those of the ecosystem, found by their columns: conversations in ``messages`` or, ShareGPT's, in
+``conversations``, prompt and response in two columns, verl's nested ones, Alpaca's, and plain text.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, check_order, messages_of, plain_ids, prompt_messages, response_messages
 from rlhf_toolkit.data.prompts import NO_ROWS
 from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response
 from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
+from rlhf_toolkit.data.shapes import alpaca_prompt, columns_read, sharegpt_messages
+from rlhf_toolkit.data.streams import Rows, first_row
 from rlhf_toolkit.errors import DataError, shortened
 
 UNDERSTOOD = (
@@ -24,10 +25,13 @@ UNDERSTOOD = (
     "prompt, completion",
     "prompt, response",
     "prompt with reward_model.ground_truth or extra_info.answer (verl)",
+    "conversations (ShareGPT)",
+    "instruction, output (Alpaca)",
     "text",
 )
 NESTED = (("extra_info", "answer"), ("reward_model", "ground_truth"))
 """Where verl's rows may hold a response, the fuller one first: a ground truth is often the final number alone."""
+CONVERSATIONS, ALPACA = ("conversations",), ("instruction", "output")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class ExampleSet:
 
 
 def tokenise_examples(
-    rows: datasets.Dataset,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
@@ -90,7 +94,8 @@ def tokenise_examples(
 
     Shapes, the first whose columns are there: ``messages``, a conversation; ``prompt`` with ``completion`` or
     ``response``, strings or lists of messages; verl's, ``prompt`` as messages with ``extra_info.answer`` or
-    ``reward_model.ground_truth``; ``text``. The loss is on every message of the assistant that is not part of a prompt,
+    ``reward_model.ground_truth``; ``conversations``, lists of turns with ``from`` and ``value``; ``output`` with
+    ``instruction`` and ``input``; ``text``. The loss is on every message of the assistant that is not part of a prompt,
     its end-of-turn token included, and on nothing else; in ``text`` on every token but the first. With
     ``chat_template`` a string prompt becomes one user message, after ``system_prompt``, and a string response the
     assistant's; without, both are tokenised as they stand and EOS is appended, as it is to ``text``. Lists of messages
@@ -102,8 +107,9 @@ def tokenise_examples(
     """
     shape = _shape(rows)
     reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
-    dropped, examples = DropCount(max_tokens), []
+    dropped, examples, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):
+        total += 1
         read = reader.read(row, shape, index)
         if read is None:
             dropped.add(EMPTY_RESPONSE)
@@ -111,21 +117,22 @@ def tokenise_examples(
             examples.append(Example(index, read[0], _mask(*read)))
     if not examples:
         raise dropped.nothing_left()
-    return ExampleSet(tuple(examples), len(rows), dict(dropped.reasons), _source(shape))
+    return ExampleSet(tuple(examples), total, dict(dropped.reasons), _source(shape, rows.column_names))
 
 
-def _shape(rows: datasets.Dataset) -> tuple[str, ...]:
+def _shape(rows: Rows) -> tuple[str, ...]:
     """The columns that are read, as ``("prompt", "completion")`` or, verl's, ``("prompt", "extra_info.answer")``."""
-    columns = rows.column_names
-    if not len(rows):
+    columns, first = rows.column_names, first_row(rows)
+    if first is None:
         raise DataError(f"the dataset {NO_ROWS}")
     for shape in (("messages",), ("prompt", "completion"), ("prompt", "response")):
         if set(shape) <= set(columns):
             return shape
     if "prompt" in columns and {outer for outer, _ in NESTED} & set(columns):
-        return "prompt", _nested(rows[0], columns)
-    if "text" in columns:
-        return ("text",)
+        return "prompt", _nested(first, columns)
+    for shape in (CONVERSATIONS, ALPACA, ("text",)):
+        if set(shape) <= set(columns):
+            return shape
     raise unknown_columns(columns, UNDERSTOOD)
 
 
@@ -140,12 +147,12 @@ def _nested(row: Mapping[str, Any], columns: list[str]) -> str:
     )
 
 
-def _source(shape: tuple[str, ...]) -> str:
+def _source(shape: tuple[str, ...], columns: list[str]) -> str:
     if shape == ("text",):
         return "loss on every token of text but the first"
-    if shape == ("messages",):
-        return "loss on every assistant message of messages"
-    return f"prompts from {shape[0]}, loss on {shape[1]}"
+    if len(shape) == 1:
+        return f"loss on every assistant message of {columns_read(shape[0], columns)}"
+    return f"prompts from {columns_read(shape[0], columns)}, loss on {shape[1]}"
 
 
 def _mask(token_ids: Ids, spans: list[Span]) -> tuple[bool, ...]:
@@ -171,7 +178,11 @@ class _Reader:
             return self._text(values[0], index)
         if shape == ("messages",):
             return self._conversation(messages_of(values[0], index=index, column="messages"), 0, index)
+        if shape == CONVERSATIONS:
+            return self._conversation(sharegpt_messages(row, index=index), 0, index)
         prompt, response = values
+        if shape == ALPACA:
+            prompt = alpaca_prompt(row, index=index)
         if isinstance(prompt, str) and isinstance(response, str) and not self.chat_template:
             return self._plain(prompt, response, index)
         given = prompt_messages(prompt, self.system_prompt, index=index)

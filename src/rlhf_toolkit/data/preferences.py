@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
@@ -22,9 +21,24 @@ from rlhf_toolkit.data.rows import (
     span_text,
     unknown_columns,
 )
+from rlhf_toolkit.data.shapes import (
+    BESIDE,
+    alpaca_prompt,
+    columns_read,
+    is_transcript,
+    sharegpt_messages,
+    transcript_messages,
+    turns_of,
+)
+from rlhf_toolkit.data.streams import Rows, first_row
 from rlhf_toolkit.errors import DataError, shortened
 
-UNDERSTOOD = ("prompt, chosen, rejected", "chosen, rejected (whole conversations as lists of messages)")
+UNDERSTOOD = (
+    "prompt, chosen, rejected",
+    "chosen, rejected (whole conversations as lists of messages, or Human/Assistant transcripts)",
+    "conversations, chosen, rejected (ShareGPT)",
+    "instruction, chosen, rejected (Alpaca)",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class PairSet:
 
 
 def tokenise_pairs(
-    rows: datasets.Dataset,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
@@ -79,18 +93,21 @@ def tokenise_pairs(
     """Render and tokenise every row; what is left out is counted by reason.
 
     Columns ``chosen`` and ``rejected``: strings or lists of messages, answers to the column ``prompt``; or whole
-    conversations that differ in the last message alone, the rest being the prompt. A ``prompt`` beside whole
-    conversations has to be what they begin with. A column ``margin`` holds finite numbers. ``system_prompt``,
-    ``chat_template`` and ``stop_ids`` are as in ``instructions.tokenise_examples``.
+    conversations that differ in the last message alone, the rest being the prompt: lists of messages, or transcripts
+    with ``Human:`` and ``Assistant:``, which become messages. A ``prompt`` beside whole conversations has to be what
+    they begin with. The prompt may also stand in ``conversations``, a list of turns with ``from`` and ``value``, or in
+    ``instruction`` and ``input``. A column ``margin`` holds finite numbers. ``system_prompt``, ``chat_template`` and
+    ``stop_ids`` are as in ``instructions.tokenise_examples``.
 
     Rows with an empty response, with equal responses, and those where the prompt and one of them are longer than
     ``max_tokens`` together, are dropped, never truncated. DataError where columns, a row or the chat template cannot be
     used, or no row is left.
     """
-    _check_columns(rows)
+    source = _source(rows)
     reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
-    dropped, pairs = DropCount(max_tokens), []
+    dropped, pairs, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):
+        total += 1
         pair = reader.read(row, index)
         if pair is None:
             dropped.add(EMPTY_RESPONSE)
@@ -100,15 +117,43 @@ def tokenise_pairs(
             pairs.append(pair)
     if not pairs:
         raise dropped.nothing_left()
-    columns = [name for name in ("prompt", "chosen", "rejected", "margin") if name in rows.column_names]
-    return PairSet(tuple(pairs), len(rows), dict(dropped.reasons), f"from columns {', '.join(columns)}")
+    return PairSet(tuple(pairs), total, dict(dropped.reasons), source)
 
 
-def _check_columns(rows: datasets.Dataset) -> None:
-    if not len(rows):
+def _source(rows: Rows) -> str:
+    first, columns = first_row(rows), rows.column_names
+    if first is None:
         raise DataError(f"the dataset {NO_ROWS}")
-    if not {"chosen", "rejected"} <= set(rows.column_names):
-        raise unknown_columns(rows.column_names, UNDERSTOOD)
+    if not {"chosen", "rejected"} <= set(columns):
+        raise unknown_columns(columns, UNDERSTOOD)
+    prompt = _prompt_column(first)
+    read = [columns_read(prompt, columns)] if prompt else []
+    return f"from columns {', '.join([*read, 'chosen', 'rejected', *(['margin'] if 'margin' in columns else [])])}"
+
+
+def _prompt_column(row: Mapping[str, Any]) -> str | None:
+    """Where the prompt stands; None where chosen is a list of messages that brings it, or a transcript."""
+    if "prompt" in row:
+        return "prompt"
+    return None if isinstance(row["chosen"], list) else next((column for column in BESIDE if column in row), None)
+
+
+def _as_pair(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """A row of ShareGPT's or Alpaca's columns, or of transcripts, with prompt, chosen and rejected as other rows."""
+    column, sides = _prompt_column(row), {name: row[name] for name in ("chosen", "rejected")}
+    if column == "conversations":
+        answers = {
+            name: response_messages(
+                side if isinstance(side, str) else turns_of(side, name, index=index), name, index=index
+            )
+            for name, side in sides.items()
+        }
+        return {**row, "prompt": sharegpt_messages(row, index=index), **answers}
+    if column == "instruction":
+        return {**row, "prompt": alpaca_prompt(row, index=index)}
+    if column is None and any(is_transcript(side) for side in sides.values()):
+        return {**row, **{name: transcript_messages(side, name, index=index) for name, side in sides.items()}}
+    return row
 
 
 @dataclass(frozen=True)
@@ -122,9 +167,10 @@ class _Reader:
     types: ColumnTypes
 
     def read(self, row: Mapping[str, Any], index: int) -> Pair | None:
-        for column in ("prompt", "chosen", "rejected"):
-            if column in row:
+        for column in (_prompt_column(row), "chosen", "rejected"):
+            if column is not None:
                 self.types.check(row[column], index=index, column=column)
+        row = _as_pair(row, index)
         values = [row.get("prompt"), row["chosen"], row["rejected"]]
         if all(isinstance(value, str) for value in values) and not self.chat_template:
             texts = [str(value) for value in values]

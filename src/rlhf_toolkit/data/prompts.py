@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, is_message_list, render, user_message
+from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
@@ -89,23 +91,31 @@ class PromptSchedule:
 # ---- reading rows ----------------------------------------------------------------------------------------------------
 
 
-def load_rows(source: str, split: str) -> datasets.Dataset:
-    """The rows of a local json, jsonl, csv or parquet file, or of a hub dataset ``name`` or ``name:configuration``.
+def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int | None = None) -> Rows:
+    """The rows of a local json, jsonl, csv or parquet file, or of a hub dataset ``name`` or ``name:configuration``;
+    with ``max_rows`` only the first so many.
 
     A file is read anew each time, so that an edit always counts; all of it is ``split``, whose slices, such as
     ``train[:100]``, work as on the hub. Values are as ``datasets`` reads them: a column of ISO dates holds datetimes.
-    DataError where there is no such file or dataset, it cannot be read, or it is empty.
+    With ``streaming`` rows are read while they are iterated over and never stored as a whole; there are no slices.
+    DataError where there is no such file or dataset, it cannot be read, or it is empty; of a stream, what is broken
+    further on is found when it is read.
     """
     path = Path(source)
-    if path.suffix.lower() in FORMATS:
-        rows = _rows_of_file(path, split)
-    elif path.is_file():
+    is_file = path.suffix.lower() in FORMATS
+    if not is_file and path.is_file():
         raise DataError(
             f"cannot read {source}: its suffix {path.suffix!r} is not one of {', '.join(FORMATS)}; convert or rename it"
         )
+    if is_file and not path.is_file():
+        raise DataError(f"there is no file {path} (looked in {Path.cwd()}); check data.train or data.evaluation")
+    rows: Rows
+    if streaming:
+        rows = _stream(source, split, max_rows)
     else:
-        rows = _rows_of_hub(source, split)
-    if len(rows) == 0:
+        rows = _rows_of_file(path, split) if is_file else _rows_of_hub(source, split)
+        rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+    if first_row(rows) is None:
         raise DataError(f"{source} (split {split}) {NO_ROWS}")
     return rows
 
@@ -115,8 +125,6 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
     The cache of ``datasets`` is shared by all ranks, and knows a file by its time of change, not by its content.
     """
-    if not path.is_file():
-        raise DataError(f"there is no file {path} (looked in {Path.cwd()}); check data.train or data.evaluation")
     if path.suffix.lower() != ".parquet":
         _check_utf8(path)
     with tempfile.TemporaryDirectory() as cache:
@@ -129,7 +137,60 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
                 keep_in_memory=True,
             )
         except Exception as error:  # whatever datasets, pyarrow or pandas raise
-            raise DataError(f"cannot read {path} (split {split}): {_fault(path, error)}") from error
+            raise _fault_of_file(path, split, error) from error
+
+
+def _rows_of_hub(source: str, split: str) -> datasets.Dataset:
+    name, _, configuration = source.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # network, hub, cache and dataset fail in many ways
+        raise _fault_of_hub(source, split, error) from error
+
+
+def _stream(source: str, split: str, max_rows: int | None) -> StreamedRows:
+    if set(split) & set("[+"):
+        raise DataError(
+            f"the split {split!r} cannot be streamed; name one split without a slice, with data.max_rows for its "
+            "beginning, or set data.streaming to false"
+        )
+    path = Path(source)
+    if path.suffix.lower() in FORMATS:
+        files = {split: glob.escape(str(path))}
+        load = partial(datasets.load_dataset, FORMATS[path.suffix.lower()], data_files=files)
+        fault = partial(_fault_of_file, path, split)
+    else:
+        name, _, configuration = source.partition(":")
+        load, fault = partial(datasets.load_dataset, name, configuration or None), partial(_fault_of_hub, source, split)
+    return StreamedRows(source, partial(load, split=split, streaming=True), fault, max_rows)
+
+
+# ---- what is wrong with a file or a dataset --------------------------------------------------------------------------
+
+
+def _fault_of_file(path: Path, split: str, error: Exception, count: int = 0) -> DataError:
+    """What is wrong with a file, by line where that can be found out, and the way out."""
+    if isinstance(error, UnicodeDecodeError):
+        _check_utf8(path)
+    if path.stat().st_size == 0 or "corresponds to no data" in str(error):
+        what = f"it {NO_ROWS}"
+    elif line := _broken_json(path) if FORMATS[path.suffix.lower()] == "json" else None:
+        what = f"{line}; repair that line"
+    else:
+        what = f"{described(error.__cause__ or error)}; repair the file or name another split"
+    return DataError(f"cannot read {path} (split {split}){_after(count)}: {what}")
+
+
+def _fault_of_hub(source: str, split: str, error: Exception, count: int = 0) -> DataError:
+    name, _, configuration = source.partition(":")
+    return DataError(
+        f"cannot load dataset {name!r} (configuration {configuration or 'default'}, split {split!r}){_after(count)}: "
+        f"{described(error)}; check these names and the network, or use a local file ({', '.join(FORMATS)})"
+    )
+
+
+def _after(count: int) -> str:
+    return f" after {count} rows" if count else ""
 
 
 def _check_utf8(path: Path) -> None:
@@ -142,41 +203,20 @@ def _check_utf8(path: Path) -> None:
                 raise DataError(f"cannot read {path}: line {number} is not UTF-8; save the file as UTF-8") from error
 
 
-def _rows_of_hub(source: str, split: str) -> datasets.Dataset:
-    name, _, configuration = source.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # network, hub, cache and dataset fail in many ways
-        raise DataError(
-            f"cannot load dataset {name!r} (configuration {configuration or 'default'}, split {split!r}): "
-            f"{described(error)}; check these names and the network, or use a local file ({', '.join(FORMATS)})"
-        ) from error
-
-
-def _fault(path: Path, error: Exception) -> str:
-    """What is wrong with a file, by line where that can be found out, and the way out."""
-    if path.stat().st_size == 0 or "corresponds to no data" in str(error):
-        return f"it {NO_ROWS}"
-    line = _broken_json(path) if FORMATS[path.suffix.lower()] == "json" else None
-    if line:
-        return f"{line}; repair that line"
-    return f"{described(error.__cause__ or error)}; repair the file or name another split"
-
-
 def _broken_json(path: Path) -> str | None:
     """Where JSON is broken, as ``line 3: Expecting value``; None where each line, or the file as a whole, is sound."""
-    data = path.read_bytes()
     if path.suffix.lower() == ".json":
         try:
-            json.loads(data)
+            json.loads(path.read_bytes())
             return None
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # one value after another is JSON lines under the other suffix
                 return f"line {error.lineno}: {error.msg}"
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        fault = _broken_line(line) if line.strip() else None
-        if fault:
-            return f"line {number}: {fault}"
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            fault = _broken_line(line.rstrip(b"\n")) if line.strip() else None
+            if fault:
+                return f"line {number}: {fault}"
     return None
 
 
@@ -192,7 +232,7 @@ def _broken_line(line: bytes) -> str | None:
 
 
 def tokenise_prompts(
-    rows: datasets.Dataset,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     column: str,

@@ -90,6 +90,7 @@ def build_ppo_roles(
     adapter: LoraConfig,
     *,
     policy_adapter: str | None,
+    reference_adapter: str | None = None,
     value_adapter: str | None = None,
     reward_adapter: str | None = None,
     value_on: str = ON_ADAPTER,
@@ -97,20 +98,21 @@ def build_ppo_roles(
 ) -> SharedBase:
     """Policy and value on ``base``, and a frozen reward where a folder is given.
 
-    With ``policy_adapter`` the policy starts from that LoRA folder and the reference is a frozen copy. With
-    ``value_adapter`` the value starts from a reward adapter and its head: at the last token its value is that score.
+    With ``policy_adapter`` the policy starts from that LoRA folder. The reference is ``reference_adapter``, frozen, in
+    training the same folder, or without one the bare base. With ``value_adapter`` the value starts from a reward
+    adapter and its head: at the last token its value is that score.
     Adapters may differ in rank and in the layers they adapt. ``options`` go to SharedBase.
     """
-    adapters = {POLICY: adapter} if policy_adapter is None else {}
-    if policy_adapter is not None:
-        adapters = dict.fromkeys((POLICY, REFERENCE), adapter_config(policy_adapter, "model.policy_adapter"))
+    adapters = {POLICY: adapter if policy_adapter is None else adapter_config(policy_adapter, "model.policy_adapter")}
+    if reference_adapter is not None:
+        adapters[REFERENCE] = adapter_config(reference_adapter, "model.policy_adapter")
     if value_on == ON_ADAPTER:
         start = None if value_adapter is None else adapter_config(value_adapter, "model.value_adapter")
         adapters[VALUE] = start or adapter
     if reward_adapter is not None:
         adapters[REWARD] = adapter_config(reward_adapter, "reward.adapter")
     shared = SharedBase(base, adapters, value_on=value_on, **options)
-    folders = {POLICY: policy_adapter, REFERENCE: policy_adapter, VALUE: value_adapter, REWARD: reward_adapter}
+    folders = {POLICY: policy_adapter, REFERENCE: reference_adapter, VALUE: value_adapter, REWARD: reward_adapter}
     for role, folder in folders.items():
         if role in adapters and folder is not None:
             shared.load_role(role, folder)

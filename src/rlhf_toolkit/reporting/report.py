@@ -54,6 +54,37 @@ def supervised_table(summary: dict[str, Any]) -> list[str]:
     return [f"  {name:<{width}}  {value:9.3f}" for name, value in rows]
 
 
+def evaluation_lines(found: dict[str, Any]) -> list[str]:
+    """An evaluation as a table, a column for each contestant: means over prompts with their 95% intervals; then who
+    beats whom. ``found`` is ``Evaluation.as_dict``."""
+    estimates = found["estimates"]
+    lines = [
+        f"  {found['prompts']} prompts, {found['samples']} samples of each; means and 95% intervals over prompts",
+        "",
+    ]
+    for way in next(iter(estimates.values())):
+        lines += [*_columns(way, {label: ways[way] for label, ways in estimates.items()}), ""]
+    rates = [
+        f"  {rate['of']} over {rate['over']}, by {rate['by']} ({rate['decoding']}): {_interval(rate['rate'], '.1%')}"
+        for rate in found["win_rates"]
+    ]
+    return lines[:-1] if not rates else [*lines, "  win rates, ties a half", *rates]
+
+
+def _columns(way: str, estimates: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    names = list(dict.fromkeys(name for found in estimates.values() for name in found))
+    rows = [[way, *estimates]]
+    rows += [[n, *(_interval(found[n], ".3f") if n in found else "" for found in estimates.values())] for n in names]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _interval(value: dict[str, float], form: str) -> str:
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
 def before_and_after(folder: Path) -> list[str]:
     """The same held-out prompts answered before the first update and after the last."""
     path = folder / "samples.jsonl"

@@ -28,6 +28,7 @@ from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
 from rlhf_toolkit.rollout.curriculum import CURRICULA, Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting
+from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
 from rlhf_toolkit.rollout.passes import Needs
@@ -160,6 +161,7 @@ def make_trainer(
         over_mini_batch=over_mini_batch(experiment),
         held_out=task.held_out,
         evaluation_samples=experiment.run.evaluation_samples,
+        passing=passing_of(experiment),
         learning_rates=rates,
         callbacks=[progress],
     )
@@ -267,6 +269,14 @@ def over_mini_batch(experiment: Experiment) -> OverMiniBatch:
     """What is done over all rows of a mini-batch."""
     ppo = experiment.ppo
     return OverMiniBatch(whitens(ppo) and not over_rollout(ppo), policy_loss_of(ppo).select, experiment.run.seed)
+
+
+def passing_of(experiment: Experiment) -> Passing | None:
+    """When a response passes, for pass@k and maj@k; None where the experiment does not say."""
+    reward = experiment.reward
+    if reward.passes_at is None:
+        return None
+    return Passing(reward.passes_at, load_function(reward.answer, "reward.answer") if reward.answer else None)
 
 
 def correction_of(ppo: PPOConfig) -> Correction:

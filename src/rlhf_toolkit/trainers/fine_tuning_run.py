@@ -205,7 +205,7 @@ def _items(
         "chat_template": data.chat_template,
         "stop_ids": stop_ids,
     }
-    rows = load_rows(source, split)
+    rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
     found = (tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs)(rows, tokenizer, **options)
     on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
     return items_of(found)

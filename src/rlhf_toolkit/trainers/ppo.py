@@ -21,9 +21,10 @@ from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
 from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader
 from rlhf_toolkit.rollout.passes import score
-from rlhf_toolkit.rollout.sampled import Sample, as_samples
+from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.ppo_loss import PPOLoss, Said
@@ -52,6 +53,7 @@ class PPOTrainer(RoleTrainer):
         over_mini_batch: OverMiniBatch = OverMiniBatch(),  # noqa: B008  frozen
         held_out: Sequence[Prompt] = (),
         evaluation_samples: int = 0,
+        passing: Passing | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, train_dataset=list(collector.prompts), eval_dataset=list(held_out) or None, **kwargs)
@@ -60,6 +62,7 @@ class PPOTrainer(RoleTrainer):
         self._unscored: list[dict[str, Tensor]] = []
         self._kl_sums, self._stopped, self._left_out = torch.zeros(2), False, False
         self.over_mini_batch, self.evaluation_samples_per_prompt = over_mini_batch, evaluation_samples
+        self.passing = passing
         collector.model = lambda: self.model_wrapped
 
     def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
@@ -170,7 +173,7 @@ class PPOTrainer(RoleTrainer):
             sampled = self.collector.sample(shared, rows, in_turn(len(rows)), greedy, stream=())
             plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
             passes = score(shared, sampled, plan, layout, greedy.temperature, roles=(POLICY, REFERENCE))
-            at_random = self._sampled_scores(shared, prompts)
+            at_random = self._sampled(shared, prompts)
         scores = self.collector.evaluation_scores(sampled)
         self.evaluation_samples = as_samples(sampled, scores)
         kl = reference_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
@@ -179,21 +182,27 @@ class PPOTrainer(RoleTrainer):
             f"{metric_key_prefix}/ref_kl": kl["actor/ref_kl"],
             f"{metric_key_prefix}/response_length": sampled.response_lengths.float().mean().item(),
             f"{metric_key_prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
-            **({} if at_random is None else spread(f"{metric_key_prefix}/sampled_score", at_random)),
+            **({} if at_random is None else self._sampled_metrics(at_random, metric_key_prefix)),
         }
         self.log(dict(metrics))
         # Callbacks hear of it, and Trainer learns that this step's evaluation has been done.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _sampled_scores(self, shared: SharedBase, prompts: list[Prompt]) -> Tensor | None:
-        """Scores of responses sampled as in training, from the same random numbers in every evaluation."""
+    def _sampled(self, shared: SharedBase, prompts: list[Prompt]) -> Sampled | None:
+        """Responses sampled as in training, from the same random numbers in every evaluation."""
         if not self.evaluation_samples_per_prompt:
             return None
         collector, rows = self.collector, rollout_rows(prompts, self.evaluation_samples_per_prompt)
         stream = (collector.seed, "evaluation")
-        sampled = collector.sample(shared, rows, in_turn(len(rows)), collector.sampling, stream=stream)
-        return collector.evaluation_scores(sampled)[sampled.kept]
+        return collector.sample(shared, rows, in_turn(len(rows)), collector.sampling, stream=stream)
+
+    def _sampled_metrics(self, sampled: Sampled, prefix: str) -> dict[str, float]:
+        """The spread of their scores, and pass@k and maj@k where the experiment says what passes."""
+        scores = self.collector.evaluation_scores(sampled)
+        passing = {} if self.passing is None else self.passing.values(sampled, scores)
+        means = {f"{prefix}/{name}": sum(values) / len(values) for name, values in passing.items()}
+        return {**spread(f"{prefix}/sampled_score", scores[sampled.kept]), **means}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Give Trainer's gradient norm its place among ours and add what the rollout and its phases measured.

@@ -115,6 +115,7 @@ def load_roles(experiment: Experiment, config: PretrainedConfig, topology: Topol
         base,
         adapter,
         policy_adapter=model.policy_adapter,
+        reference_adapter=model.policy_adapter,
         value_adapter=model.value_adapter,
         reward_adapter=experiment.reward.adapter,
         value_on=model.value_on if estimator_of(experiment.ppo).needs("values") else NOWHERE,

@@ -72,7 +72,7 @@ def load_prompts(
 ) -> tuple[Prompt, ...]:
     """The prompts of one source, at least one for each process, and a line about what was dropped."""
     found = tokenise_prompts(
-        load_rows(source, split),
+        load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows),
         tokenizer,
         column=data.prompt_column,
         chat_template=data.chat_template,

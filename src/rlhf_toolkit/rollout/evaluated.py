@@ -1,0 +1,87 @@
+"""What an evaluation says of a rollout: a value for each prompt and each quantity, whose mean over prompts counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_toolkit.algorithms.evaluation import majority_at_k, pass_at_k
+from rlhf_toolkit.errors import DataError, shortened
+from rlhf_toolkit.rollout.sampled import Sampled
+
+Values = dict[str, list[float]]
+Answers = Callable[[list[str]], Sequence[Hashable | None]]
+
+
+@dataclass(frozen=True)
+class Passing:
+    """When a response passes: its score is ``at`` or more. ``answers`` reads the answer that it votes for, None where
+    it has none; without that function there is no vote."""
+
+    at: float
+    answers: Answers | None = None
+
+    def values(self, sampled: Sampled, scores: Tensor) -> Values:
+        """``pass@k`` and ``maj@k`` for k = 1, 2, 4, ... up to the samples of a prompt. A response without a score does
+        not pass."""
+        groups = rows_by_prompt(sampled)
+        passed = ((scores >= self.at) & sampled.kept).tolist()
+        answers = self._answers(sampled.responses)
+        values: Values = {}
+        for k in powers_of_two(min(map(len, groups))):
+            values[f"pass@{k}"] = [pass_at_k(len(rows), sum(passed[i] for i in rows), k) for rows in groups]
+            if answers is not None:
+                values[f"maj@{k}"] = [
+                    majority_at_k([answers[i] for i in rows], [passed[i] for i in rows], k) for rows in groups
+                ]
+        return values
+
+    def _answers(self, responses: list[str]) -> Sequence[Hashable | None] | None:
+        if self.answers is None:
+            return None
+        found = list(self.answers(list(responses)))
+        if len(found) != len(responses):
+            raise DataError(
+                f"reward.answer gave {len(found)} answers for {len(responses)} responses ({shortened(found)}); give "
+                "one for each, None where there is none"
+            )
+        return found
+
+
+def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor | None) -> Values:
+    """A prompt's means of ``score``, of each reward where there are several, of ``response_length``, of ``ref_kl`` and
+    of ``clip_ratio``, the share cut off by the budget.
+
+    Means of scores are over responses that have one; a prompt whose responses have none is left out of them.
+    """
+    columns = {
+        "score": torch.where(sampled.kept, scores, torch.nan),
+        **({f"reward/{name}": part for name, part in sampled.parts.items()} if len(sampled.parts) > 1 else {}),
+        "response_length": sampled.response_lengths.float(),
+        **({} if kl is None else {"ref_kl": kl}),
+        "clip_ratio": (~sampled.finished).float(),
+    }
+    groups = rows_by_prompt(sampled)
+    means = {name: [column[rows].double().nanmean().item() for rows in groups] for name, column in columns.items()}
+    return {name: [value for value in values if value == value] for name, values in means.items()}
+
+
+def response_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """(B,) each response's sum of log(policy / reference), whose mean over samples of the policy is their KL."""
+    return torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
+
+
+def rows_by_prompt(sampled: Sampled) -> list[list[int]]:
+    """The rows of each prompt, in the order in which prompts first come."""
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(sampled.groups.tolist()):
+        rows.setdefault(group, []).append(row)
+    return list(rows.values())
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... up to ``largest``, and ``largest``."""
+    return sorted({*(1 << i for i in range(largest.bit_length())), largest})

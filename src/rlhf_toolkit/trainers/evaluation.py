@@ -1,0 +1,268 @@
+"""``rlhf evaluate``: adapters and their base, side by side, on the held-out prompts of an experiment.
+
+An experiment's own YAML file says what is evaluated: ``data.evaluation``, the rewards, how to sample. One contestant at
+a time is in memory; each answers the same prompts from the same random streams, and the reference of the KL is the
+experiment's (``model.policy_adapter``, or the bare base).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
+from rlhf_toolkit.config_loading import load_experiment, parse_overrides
+from rlhf_toolkit.data.prompts import PromptSchedule
+from rlhf_toolkit.distributed.topology import Topology, start
+from rlhf_toolkit.errors import ConfigError, TopologyError
+from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.export.folders import adapter_folder
+from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
+from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, SharedBase
+from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, values_by_prompt
+from rlhf_toolkit.rollout.passes import score
+from rlhf_toolkit.rollout.sampled import Sampled
+from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
+from rlhf_toolkit.trainers.assembly import make_collector, make_model_rewards, packs, passing_of
+from rlhf_toolkit.trainers.ppo_run import load_adapted_base
+from rlhf_toolkit.trainers.task import Task, load_prompts, load_rewards, make_sampling
+from rlhf_toolkit.types import present
+
+BASE = "base"
+GREEDY, SAMPLED = "greedy", "sampled"
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What one contestant said in one way of decoding: rows in the order of the prompts, scores and KL (B,), None where
+    it was not asked for."""
+
+    sampled: Sampled
+    scores: Tensor
+    kl: Tensor | None
+
+    @property
+    def rewards(self) -> dict[str, Tensor]:
+        """(B,) scores by the name of what gave them: ``score``, and each reward where there are several."""
+        parts = self.sampled.parts if len(self.sampled.parts) > 1 else {}
+        return {"score": torch.where(self.sampled.kept, self.scores, torch.nan), **parts}
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often responses of ``of`` score above those of ``over``, by one reward, in one way of decoding."""
+
+    of: str
+    over: str
+    by: str
+    decoding: str
+    rate: Estimate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Estimates by contestant, way of decoding and quantity; win rates of each later contestant over each earlier."""
+
+    prompts: int
+    samples: int
+    estimates: dict[str, dict[str, dict[str, Estimate]]]
+    win_rates: list[WinRate]
+    responses: dict[str, dict[str, Responses]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the responses, as JSON takes it."""
+        plain = {
+            label: {way: {name: asdict(value) for name, value in found.items()} for way, found in ways.items()}
+            for label, ways in self.estimates.items()
+        }
+        return {
+            "prompts": self.prompts,
+            "samples": self.samples,
+            "estimates": plain,
+            "win_rates": [asdict(rate) for rate in self.win_rates],
+        }
+
+    def write_responses(self, path: Path) -> None:
+        """One JSON line for each response: contestant, way of decoding, ``row`` of the dataset, sample, texts, scores.
+
+        A score that could not be had is null.
+        """
+        unfinished = path.with_name(path.name + ".part")  # renamed at the end: a file is whole or not there
+        with unfinished.open("w", encoding="utf-8") as file:
+            for label, ways in self.responses.items():
+                for way, said in ways.items():
+                    file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, said))
+        unfinished.rename(path)
+
+
+def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None) -> Experiment:
+    """The experiment of a command line; ``samples`` stands for ``run.evaluation_samples``."""
+    settings = parse_overrides(list(overrides))
+    if samples is not None:
+        settings["run.evaluation_samples"] = samples
+    return load_experiment(path, settings, Experiment)
+
+
+def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True) -> Evaluation:
+    """Have every contestant answer the held-out prompts, once greedily with ``greedy`` and ``run.evaluation_samples``
+    times at random. Without ``kl`` the pass of policy and reference over the responses is left out.
+
+    Contestants are adapter folders, names of the hub, or ``base``. Raises a subclass of RLHFError for everything the
+    user can mend.
+    """
+    _check(experiment, contestants, greedy)
+    folders = [None if name == BASE else str(adapter_folder(name)) for name in contestants]
+    topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    if topology.world_size > 1:
+        raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
+    config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    task = load_held_out(experiment, config)
+    progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
+    said: dict[str, dict[str, Responses]] = {}
+    try:
+        for label, folder in zip(contestants, folders, strict=True):
+            said[label] = _answers(experiment, config, topology, task, progress, folder, greedy=greedy, kl=kl)
+            progress.bar.update(1)
+    finally:
+        task.reward.close()
+        progress.bar.close()
+    return compare(experiment, said, prompts=len(task.held_out))
+
+
+def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
+    """Reward, tokenizer and held-out prompts."""
+    model, data = experiment.model, experiment.data
+    reward = load_rewards(experiment)
+    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    prompts = load_prompts(data, tokenizer, str(data.evaluation), data.evaluation_split, 1)
+    schedule = PromptSchedule(len(prompts), 1, experiment.run.seed)
+    return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
+
+
+def compare(experiment: Experiment, said: dict[str, dict[str, Responses]], *, prompts: int) -> Evaluation:
+    """Estimates and win rates from what everybody said."""
+    seed, passing = experiment.run.seed, passing_of(experiment)
+
+    def estimates(found: Responses) -> dict[str, Estimate]:
+        values: Values = values_by_prompt(found.sampled, found.scores, found.kl)
+        if passing is not None:
+            values |= passing.values(found.sampled, found.scores)
+        return {name: estimate(of_prompts, seed=seed) for name, of_prompts in values.items()}
+
+    by_label = {label: {way: estimates(found) for way, found in ways.items()} for label, ways in said.items()}
+    rates = [
+        WinRate(later, earlier, by, way, estimate(rates_by_prompt(said[later][way], said[earlier][way], by), seed=seed))
+        for earlier, later in combinations(said, 2)
+        for way in said[later]
+        for by in said[later][way].rewards
+    ]
+    return Evaluation(prompts, experiment.run.evaluation_samples, by_label, rates, said)
+
+
+def rates_by_prompt(mine: Responses, theirs: Responses, by: str) -> list[float]:
+    """The win rate at each prompt to which both gave a response with a score."""
+    rates = []
+    for rows in rows_by_prompt(mine.sampled):
+        pair = [side.rewards[by][rows] for side in (mine, theirs)]
+        ours, others = (scores[~scores.isnan()] for scores in pair)
+        if len(ours) and len(others):
+            rates.append(win_rate(ours, others))
+    return rates
+
+
+def _check(experiment: Experiment, contestants: Sequence[str], greedy: bool) -> None:
+    if not experiment.data.evaluation:
+        raise ConfigError("data.evaluation is missing; name held-out prompts there, or as --set data.evaluation=FILE")
+    twice = sorted({name for name in contestants if contestants.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{twice[0]} is named twice; name each contestant once")
+    if not greedy and not experiment.run.evaluation_samples:
+        raise ConfigError("nothing to decode: --no-greedy leaves the samples only; ask for them with --samples 4")
+
+
+def _answers(
+    experiment: Experiment,
+    config: PretrainedConfig,
+    topology: Topology,
+    task: Task,
+    progress: Progress,
+    folder: str | None,
+    *,
+    greedy: bool,
+    kl: bool,
+) -> dict[str, Responses]:
+    """What one contestant says."""
+    shared = _roles(experiment, config, topology, folder).to(topology.device)
+    packing = packs(experiment.update.packing, shared)
+    collector = make_collector(
+        experiment,
+        task,
+        progress,
+        packing=packing,
+        model_rewards=make_model_rewards(experiment, topology, packing=packing),
+    )
+    samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
+    with collector.sampler.opened(shared) as opened:
+        if greedy:
+            found[GREEDY] = _responses(opened, collector, 1, greedy=True, kl=kl)
+        if samples:
+            found[SAMPLED] = _responses(opened, collector, samples, greedy=False, kl=kl)
+    return found
+
+
+def _roles(experiment: Experiment, config: PretrainedConfig, topology: Topology, folder: str | None) -> SharedBase:
+    """The contestant as policy; the bare base speaks through a new adapter, which adds nothing."""
+    base, adapter = load_adapted_base(experiment.model, config, topology)
+    return build_ppo_roles(
+        base,
+        adapter,
+        policy_adapter=folder,
+        reference_adapter=experiment.model.policy_adapter,
+        reward_adapter=experiment.reward.adapter,
+        value_on=NOWHERE,
+    )
+
+
+def _responses(shared: SharedBase, collector: Collector, samples: int, *, greedy: bool, kl: bool) -> Responses:
+    rows = rollout_rows(collector.prompts, samples)
+    sampling = replace(collector.sampling, greedy=greedy)
+    stream = () if greedy else (collector.seed, "evaluation")
+    sampled = collector.sample(shared, rows, in_turn(len(rows)), sampling, stream=stream)
+    found = None
+    if kl:
+        plan, layout = collector.evaluation_plan(sampled), collector.cutting.layout
+        passes = score(shared, sampled, plan, layout, sampling.temperature, roles=(POLICY, REFERENCE))
+        found = response_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
+    return Responses(sampled, collector.evaluation_scores(sampled), found)
+
+
+def _lines(label: str, way: str, said: Responses) -> list[dict[str, Any]]:
+    sampled, seen, lines = said.sampled, dict[int, int](), list[dict[str, Any]]()
+    rewards = {name: column.tolist() for name, column in said.rewards.items()}
+    for i, row in enumerate(sampled.groups.tolist()):
+        number = seen[row] = seen.get(row, -1) + 1
+        lines.append(
+            {
+                "contestant": label,
+                "decoding": way,
+                "row": row,
+                "sample": number,
+                "prompt": sampled.prompts[i],
+                "response": sampled.responses[i],
+                "finished": bool(sampled.finished[i]),
+                "tokens": int(sampled.response_lengths[i]),
+                **({} if said.kl is None else {"ref_kl": said.kl[i].item()}),
+                **{name: None if column[i] != column[i] else column[i] for name, column in rewards.items()},
+            }
+        )
+    return lines
