@@ -31,7 +31,7 @@ from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
-from rlhf_toolkit.rollout.passes import Needs
+from rlhf_toolkit.rollout.passes import SCORED_ROLES, Needs
 from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.rollout.turns import Environment
@@ -222,10 +222,15 @@ def curriculum_of(experiment: Experiment, task: Task) -> Curriculum | None:
 
 
 def make_cutting(experiment: Experiment, *, packing: bool) -> Cutting:
-    """How rollouts are cut: policy and value share the tokens of an update's forward pass, so that a critic adds an
-    adapter to the memory and no activations."""
+    """How rollouts are cut."""
+    return Cutting(experiment.ppo.mini_batches, tokens_of_a_role(experiment), packing)
+
+
+def tokens_of_a_role(experiment: Experiment) -> int:
+    """Policy and value share the tokens of an update's forward pass, so that a value adapter adds itself to the memory
+    and no activations."""
     trained = 2 if experiment.model.value_on == ON_ADAPTER and estimator_of(experiment.ppo).needs("values") else 1
-    return Cutting(experiment.ppo.mini_batches, experiment.update.micro_batch_tokens // trained, packing)
+    return experiment.update.micro_batch_tokens // trained
 
 
 def make_model_rewards(experiment: Experiment, topology: Topology, *, packing: bool) -> list[ModelReward]:
@@ -292,7 +297,7 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Samp
             rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
         ),
         columns=max(len(p.token_ids) for p in (*task.prompts, *task.held_out)) + rollout.max_new_tokens,
-        scoring_tokens=3 * experiment.update.micro_batch_tokens,
+        scoring_tokens=len(SCORED_ROLES) * tokens_of_a_role(experiment),
     )
     return Sampler(
         task.tokenizer,
