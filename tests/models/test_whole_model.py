@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -166,7 +167,9 @@ def test_saved_loaded_and_plain(tmp_path: Path, tied: bool) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
-    model.save_pretrained(tmp_path)
+    clones = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # as under ZeRO: no ties to be seen
+    model.save_pretrained(tmp_path, state_dict=clones)
+    assert ("lm_head.weight" in load_file(tmp_path / "policy/model.safetensors")) is not tied
     other.load_trained(tmp_path)
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype="auto").eval()
