@@ -30,6 +30,7 @@ from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment,
 from rlhf_toolkit.knobs import Section
 
 EXPERIMENTS = (Experiment, SFTExperiment, RewardExperiment, DPOExperiment)
+PPO_RATES = ("policy_lr", "value_lr", "value_head_lr")
 REQUIRED = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}, "reward": {"function": "r.py:f"}}
 
 
@@ -37,6 +38,14 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
     """The smallest experiment, with the settings in ``sections`` changed."""
     names = {**REQUIRED, **sections}
     return experiment_from_dict({name: {**REQUIRED.get(name, {}), **names[name]} for name in names})
+
+
+def supervised(kind: Any = SFTExperiment, **sections: dict[str, Any]) -> Any:
+    """The smallest supervised experiment, with the settings in ``sections`` changed."""
+    names = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}}
+    for section, settings in sections.items():
+        names[section] = {**names.get(section, {}), **settings}
+    return experiment_from_dict(names, kind)
 
 
 def error_of(section: str, **settings: Any) -> str:
@@ -187,6 +196,26 @@ def test_defaults() -> None:
     assert experiment().as_dict() == DEFAULTS
 
 
+def test_defaults_of_supervised_runs() -> None:
+    """The sections that PPO has too are listed above."""
+    update = {name: value for name, value in DEFAULTS["update"].items() if name not in PPO_RATES}
+    data = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
+    data |= {"chat_template": True, "system_prompt": None, "max_tokens": 1024}
+    common = {"model": DEFAULTS["model"], "run": DEFAULTS["run"], "data": data}
+    common["update"] = {**update, "lr": None, "head_lr": 1e-3}
+    own = {
+        SFTExperiment: {"sft": {"full": False, "epochs": 1.0, "batch_size": 32}},
+        RewardExperiment: {"reward_model": {"epochs": 1.0, "batch_size": 32, "centring": 0.01, "normalise": True}},
+        DPOExperiment: {
+            "dpo": {"epochs": 1.0, "batch_size": 32, "beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0}
+        },
+    }
+    for kind, section in own.items():
+        built = supervised(kind)
+        assert built.as_dict() == {**common, **section}
+        assert (built.lr, built.full) == (1e-4, False)
+
+
 def test_every_setting_has_one_line_of_help() -> None:
     kinds = {
         kind for experiment in EXPERIMENTS for kind in get_type_hints(experiment).values() if isinstance(kind, type)
@@ -210,6 +239,61 @@ def test_instances_do_not_share_their_lists() -> None:
     RewardConfig().kwargs["x"] = 1
     assert RolloutConfig().stop_strings == []
     assert RewardConfig().kwargs == {}
+
+
+# ---- sft.full --------------------------------------------------------------------------------------------------------
+
+
+def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
+    built = supervised(sft={"full": True}, update={"lr": 1e-5}, model={"dtype": "float32"})
+    assert (built.full, built.lr) == (True, 1e-5)
+    assert supervised(sft={"full": True}, update={"lr": 1e-4}).lr == 1e-4, "said is meant"
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        (
+            "model",
+            {name: value},
+            f"model.{name}={value} is about an adapter, and sft.full trains none; leave one of them out",
+        )
+        for name, value in {
+            "lora_rank": 8,
+            "lora_alpha": 8,
+            "rslora": True,
+            "target_modules": ["q_proj"],
+            "exclude_modules": ["q_proj"],
+        }.items()
+    ]
+    + [
+        (
+            "model",
+            {"policy_adapter": "runs/a/policy"},
+            "model.policy_adapter=runs/a/policy is an adapter to go on with, but sft.full trains none; add it to its "
+            "base with rlhf merge and name the merged model in model.name",
+        ),
+        (
+            "model",
+            {"dtype": "float16"},
+            "model.dtype=float16 under sft.full: gradients of float16 products may vanish; set it to bfloat16 or "
+            "float32",
+        ),
+        (
+            "update",
+            {"lr": None},
+            "update.lr is missing: its default, 0.0001, suits adapters and is too high for sft.full; set it, to 1e-5 "
+            "for a start",
+        ),
+    ],
+)
+def test_what_full_fine_tuning_refuses(section: str, settings: dict[str, Any], message: str) -> None:
+    sections = {"sft": {"full": True}, "update": {"lr": 1e-5}}
+    sections[section] = {**sections.get(section, {}), **settings}
+    with pytest.raises(ConfigError) as caught:
+        supervised(**sections)
+    assert line_of(caught) == message
+    supervised(**{**sections, "sft": {}})  # the same is fine for an adapter
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

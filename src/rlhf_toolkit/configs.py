@@ -54,7 +54,11 @@ class ModelConfig(Section):
     """The frozen base and the adapters on it."""
 
     name: str = knob("", "hub name or local folder of a decoder-only model")
-    dtype: str = knob("bfloat16", "of the frozen base; adapters and heads are float32", choices=DTYPES)
+    dtype: str = knob(
+        "bfloat16",
+        "of the frozen base, whose adapters and heads are float32; with sft.full of the products of float32 weights",
+        choices=DTYPES,
+    )
     attention: str = knob("sdpa", "transformers' attn_implementation: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = knob(False, "run model code from the hub")
     lora_rank: int = knob(16, "rank of the policy's and the value's adapter", ABOVE_0)
@@ -280,7 +284,7 @@ class OptimizerConfig(Section):
     schedule: str = knob("constant", "transformers' scheduler type, of all groups", choices=SCHEDULES)
     warmup_steps: int = knob(0, "optimizer steps of linear warm-up, for schedules that have one", NOT_NEGATIVE)
     max_grad_norm: float = knob(1.0, "the gradient of all groups together is clipped to this norm", ABOVE_0)
-    weight_decay: float = knob(0.0, "AdamW's weight decay on adapters", NOT_NEGATIVE)
+    weight_decay: float = knob(0.0, "AdamW's weight decay on all that is trained", NOT_NEGATIVE)
     adam_beta1: float = knob(0.9, "AdamW", FROM_0_TO_BELOW_1)
     adam_beta2: float = knob(0.95, "AdamW", FROM_0_TO_BELOW_1)
     adam_epsilon: float = knob(1e-5, "AdamW; PyTorch's 1e-8 makes the first PPO updates too bold", ABOVE_0)
@@ -310,7 +314,9 @@ class UpdateConfig(OptimizerConfig):
 class FineTuneUpdateConfig(OptimizerConfig):
     """The optimizer of SFT, reward models and DPO."""
 
-    lr: float = knob(1e-4, "learning rate of the adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
+    lr: float | None = knob(
+        None, "learning rate; none: 1e-4, which suits adapters; sft.full needs one of its own, about 1e-5", NOT_NEGATIVE
+    )
     head_lr: float = knob(1e-3, "learning rate of the reward head", NOT_NEGATIVE)
 
 
@@ -335,6 +341,7 @@ class DatasetConfig(Section):
 class SFTConfig(Section):
     """Supervised fine-tuning."""
 
+    full: bool = knob(False, "train all of the model's weights instead of an adapter")
     epochs: float = knob(1.0, "passes over the training rows", ABOVE_0)
     batch_size: int = knob(32, "examples of one optimizer step, over all ranks", ABOVE_0)
 

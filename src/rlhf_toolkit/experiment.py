@@ -170,6 +170,7 @@ class FineTuning:
                 f"(data.max_tokens); set it to {longest} or more"
             )
 
+    ADAPTER_LR: ClassVar[float] = 1e-4
     JOB: ClassVar[str]  # the section with epochs and batch size
 
     @property
@@ -177,6 +178,16 @@ class FineTuning:
         """The section with epochs and batch size."""
         section: SFTConfig | RewardModelConfig | DPOConfig = getattr(self, self.JOB)
         return section
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of all but a head."""
+        return self.ADAPTER_LR if self.update.lr is None else self.update.lr
+
+    @property
+    def full(self) -> bool:
+        """Whether all of the model's weights are trained."""
+        return False
 
     def steps(self, items: int) -> int:
         """Optimizer steps for so many training items."""
@@ -193,6 +204,39 @@ class SFTExperiment(FineTuning):
 
     sft: SFTConfig = field(default_factory=SFTConfig)
     JOB = "sft"
+
+    def __post_init__(self) -> None:
+        """What is about an adapter has no place where there is none."""
+        super().__post_init__()
+        if not self.full:
+            return
+        default = ModelConfig()
+        for name in ("lora_rank", "lora_alpha", "rslora", "target_modules", "exclude_modules"):
+            value = getattr(self.model, name)
+            if value != getattr(default, name):
+                raise ConfigError(
+                    f"model.{name}={value} is about an adapter, and sft.full trains none; leave one of them out"
+                )
+        if self.model.policy_adapter is not None:
+            raise ConfigError(
+                f"model.policy_adapter={self.model.policy_adapter} is an adapter to go on with, but sft.full trains "
+                "none; add it to its base with rlhf merge and name the merged model in model.name"
+            )
+        if self.model.dtype == "float16":
+            raise ConfigError(
+                "model.dtype=float16 under sft.full: gradients of float16 products may vanish; set it to bfloat16 or "
+                "float32"
+            )
+        if self.update.lr is None:
+            raise ConfigError(
+                f"update.lr is missing: its default, {self.ADAPTER_LR:g}, suits adapters and is too high for sft.full; "
+                "set it, to 1e-5 for a start"
+            )
+
+    @property
+    def full(self) -> bool:
+        """As ``sft.full`` says."""
+        return self.sft.full
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,9 @@ def test_deepspeed_settings_of_zero3(tmp_path: Path) -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    without = deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=None)
+    assert without is not None
+    assert "stage3_param_persistence_threshold" not in without["zero_optimization"], "a whole model would stay whole"
 
 
 def test_without_deepspeed_there_are_no_settings_and_nothing_to_check() -> None:

@@ -139,12 +139,13 @@ def start(*, max_grad_norm: float) -> Topology:
 
 
 def deepspeed_settings(
-    topology: Topology, *, rows_per_rank: int, max_grad_norm: float, largest_adapter: int
+    topology: Topology, *, rows_per_rank: int, max_grad_norm: float, largest_adapter: int | None
 ) -> dict[str, Any] | None:
     """DeepSpeed's whole configuration, or None without DeepSpeed.
 
     ``largest_adapter``: elements of the largest adapter matrix. Parameters up to that size stay whole on every rank,
-    since gathering some 900 tiny matrices one by one costs more than it saves.
+    since gathering some 900 tiny matrices one by one costs more than it saves. None: there are no adapters, and
+    DeepSpeed's own threshold is right.
     """
     launch = topology.launch
     if launch.zero_stage is None:
@@ -152,7 +153,8 @@ def deepspeed_settings(
     on_gpu = topology.device.type == "cuda"
     zero: dict[str, Any] = {"stage": launch.zero_stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
     if launch.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = largest_adapter
+        if largest_adapter is not None:
+            zero["stage3_param_persistence_threshold"] = largest_adapter
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     zero |= _offload(topology)
     if launch.offload_optimizer != "none":

@@ -40,10 +40,16 @@ def model_folder(name: str) -> Path:
 def adapter_folder(name: str) -> Path:
     """The folder of a PEFT adapter for a language model; a name of the hub is fetched as ``model_folder`` does.
 
-    Raises ModelError where it is none, and for an adapter that belongs to a scalar head.
+    Raises ModelError where it is none, a whole model among these, and for an adapter that belongs to a scalar head.
     """
     folder = _located(name, "an adapter", ("adapter_*", *HEADS))
     if not (folder / ADAPTER_CONFIG).is_file():
+        whole = [place for place in (folder, folder / "policy") if (place / "config.json").is_file()]
+        if whole:
+            raise ModelError(
+                f"{name} is no adapter: {whole[0]} holds a whole model, as sft.full trains it, and has nothing to be "
+                "merged or to be put on a base; use it as a base itself"
+            )
         inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f"it has {', '.join(f'{name}/{found}' for found in inside)}" if inside else "give a PEFT adapter"
         raise ModelError(f"{name} has no {ADAPTER_CONFIG}; {hint}")

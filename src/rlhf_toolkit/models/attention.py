@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.segment_attention import LARGEST_SCORES, SegmentAttention
 
@@ -85,9 +86,12 @@ def role_attention(
 ) -> tuple[torch.Tensor, None]:
     """What transformers' models call: the packed micro-batch's own attention where there is one, else as ever.
 
-    ``segments`` comes from SharedBase.forward as an argument that transformers hands down from layer to layer, so that
+    ``segments`` comes from ``trunk_inputs`` as an argument that transformers hands down from layer to layer, so that
     recomputation under gradient checkpointing gets it too.
     """
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have widened queries and keys, not values
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if segments is None and (attention_mask is None or attention_mask.numel() > 0):
         return short_causal_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     more = [name for name in ("softcap", "position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
@@ -98,6 +102,16 @@ def role_attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return segments(query, key, value, scale=scale, window=kwargs.get("sliding_window")), None
+
+
+def trunk_inputs(layout: TokenLayout, roles: int = 1) -> dict[str, Any]:
+    """What a trunk's forward pass takes, with the rows of ``layout`` once for each of ``roles``."""
+    inputs: dict[str, Any] = {"input_ids": layout.tokens.repeat(roles, 1), "use_cache": False}
+    if layout.positions is not None:
+        inputs["position_ids"] = layout.positions.repeat(roles, 1)
+        inputs["attention_mask"] = no_mask(layout.tokens.device)
+        inputs["segments"] = SegmentAttention(layout)
+    return inputs
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -118,7 +118,7 @@ class TokenScores(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies (K,); the gradient's vectors are kept for backward."""
         vectors = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
-        (positions, width), space = _tile_shape(hidden), Workspace(hidden.device)
+        (positions, width), space = tile_shape(hidden), Workspace(hidden.device)
         outputs: list[tuple[torch.Tensor, ...]] = []
         for h, t in zip(hidden.split(positions), targets.split(positions), strict=True):
             running = RunningScores(h, t, transform, space, vectors=vectors)
@@ -180,10 +180,8 @@ class RunningScores:
 
     def add(self, weight: torch.Tensor, bias: torch.Tensor | None, start: int) -> None:
         """Take in the tokens ``start`` and following, whose rows of the output layer are ``weight`` and ``bias``."""
-        raw = self._logits(weight)
-        z, bend = self.transform.apply_(raw if bias is None else raw.add_(bias))
-        index = self.targets - start
-        here, index = (index >= 0) & (index < len(weight)), index.clamp(0, len(weight) - 1)[:, None]
+        z, bend = self.logits(weight, bias)
+        here, index = self.targets_in(start, len(weight))
         self.target_z = torch.where(here, z.gather(-1, index).squeeze(-1), self.target_z)
         self._rescale(torch.maximum(self.largest, z.amax(-1)))
         z.sub_(self.largest[:, None])
@@ -195,9 +193,19 @@ class RunningScores:
             self.target_bend = torch.where(here, bend.gather(-1, index).squeeze(-1), self.target_bend)
             e, z = e.mul_(bend), z.mul_(bend)
         for product, factor in zip(self.products, (e, z), strict=False):
-            self._add_product(product, factor, weight)
+            self.add_product(product, factor, weight)
 
-    def _logits(self, weight: torch.Tensor) -> torch.Tensor:
+    def logits(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z of the tokens whose rows of the output layer these are, with softcap's bend (``LogitTransform.apply_``)."""
+        raw = self._raw_logits(weight)
+        return self.transform.apply_(raw if bias is None else raw.add_(bias))
+
+    def targets_in(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which targets are among ``count`` tokens from ``start`` on (C,), and their places there (C, 1)."""
+        index = self.targets - start
+        return (index >= 0) & (index < count), index.clamp(0, count - 1)[:, None]
+
+    def _raw_logits(self, weight: torch.Tensor) -> torch.Tensor:
         """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. A GPU gives products of
         bf16 factors in fp32; a CPU needs the factors in fp32."""
         if weight.is_cuda and weight.dtype != self.dtype:
@@ -207,7 +215,8 @@ class RunningScores:
         shape = torch.Size((len(self.hidden), len(weight)))
         return torch.mm(self.hidden, weight.t(), out=self.space.matrix("z", shape, self.dtype))
 
-    def _add_product(self, product: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> None:
+    def add_product(self, product: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add ``factor @ weight`` to ``product``."""
         if weight.dtype == self.dtype:
             product.addmm_(factor, weight)
             return
@@ -232,6 +241,11 @@ class RunningScores:
         """Log-probs and entropies (C,), after the last tile."""
         z, e, total = self._with_target()
         return z - total.log(), total.log() - (self.sum_z + e * z) / total
+
+    def normaliser(self) -> torch.Tensor:
+        """logsumexp(z) (C,), after the last tile."""
+        _, _, total = self._with_target()
+        return self.largest + total.log()
 
     def gradients(self, weight: torch.Tensor) -> list[torch.Tensor]:
         """The gradients' vectors (C, H) in the dtype of ``hidden``; ``weight`` is the whole output layer (V, H)."""
@@ -268,7 +282,7 @@ class Workspace:
         return self._flat[name][: shape.numel()].view(shape)
 
 
-def _tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
+def tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
     """How many positions and tokens to take at a time: logits, fp32 rows of the output layer and the running
     (positions, H) products all stay within the bound, and the chunks of positions are of equal size."""
     (count, size), tile = hidden.shape, CPU_TILE if hidden.device.type == "cpu" else GPU_TILE

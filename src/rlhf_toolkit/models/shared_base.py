@@ -19,11 +19,10 @@ from transformers import Cache, PreTrainedModel
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
-from rlhf_toolkit.models.attention import no_mask
+from rlhf_toolkit.models.attention import trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
-from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
@@ -141,13 +140,8 @@ class SharedBase(PeftModel):
 
     def _states(self, layout: TokenLayout, roles: Sequence[str]) -> tuple[torch.Tensor, ...]:
         """The trunk's last states (n N, H) of each role."""
-        inputs: dict[str, Any] = {"input_ids": layout.tokens.repeat(len(roles), 1), "use_cache": False}
-        if layout.positions is not None:
-            inputs["position_ids"] = layout.positions.repeat(len(roles), 1)
-            inputs["attention_mask"] = no_mask(layout.tokens.device)
-            inputs["segments"] = SegmentAttention(layout)
         with self.slices.layout(roles, layout.tokens.shape[0]):
-            hidden = self.causal_lm.base_model(**inputs).last_hidden_state
+            hidden = self.causal_lm.base_model(**trunk_inputs(layout, len(roles))).last_hidden_state
         return cast(tuple[torch.Tensor, ...], hidden.view(len(roles), -1, hidden.shape[-1]).unbind(0))
 
     def trunks(self, roles: Sequence[str]) -> tuple[str, ...]:
@@ -197,7 +191,7 @@ class SharedBase(PeftModel):
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         trained = [role for role in self.trained_roles if role in self.peft_config]
-        _refuse_empty(
+        refuse_empty(
             {name: tensor for name, tensor in state_dict.items() if "lora_" in name or "scalar_heads." in name}
         )
         kwargs["save_embedding_layers"] = False
@@ -297,7 +291,8 @@ def _require_same_shapes(mine: Mapping[str, torch.Tensor], found: Mapping[str, t
             raise CheckpointError(f"{misfit}: {name} has shape {there}, expected {here}; None means that it is missing")
 
 
-def _refuse_empty(tensors: Mapping[str, torch.Tensor]) -> None:
+def refuse_empty(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError where a tensor is a placeholder of ZeRO-3's."""
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise CheckpointError(f"{len(empty)} tensors are empty, first {empty[0]}: they were not gathered before saving")

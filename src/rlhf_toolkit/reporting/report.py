@@ -103,12 +103,13 @@ def before_and_after(folder: Path) -> list[str]:
 
 
 def places(folder: Path) -> list[str]:
-    """Where adapters, logs and W&B's folder lie."""
+    """Where logs, what was trained and W&B's folder lie."""
     adapters = [folder / role for role in ("policy", "value", "reward")]
+    kind = "model" if (folder / "policy/config.json").exists() else "adapters"
     lines = [
         f"  run folder  {folder}",
         f"  log         {folder / 'log.jsonl'}",
-        f"  adapters    {', '.join(str(path) for path in adapters if path.is_dir())}",
+        f"  {kind:<10}  {', '.join(str(path) for path in adapters if path.is_dir())}",
     ]
     runs = sorted((folder / "wandb").glob("*run-*"), key=lambda run: run.name.partition("run-")[2])  # by time
     return [*lines, f"  W&B         {runs[-1]}"] if runs else lines

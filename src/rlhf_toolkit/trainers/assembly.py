@@ -23,6 +23,7 @@ from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
@@ -167,10 +168,10 @@ def make_trainer(
     )
 
 
-def packs(wanted: str, shared: SharedBase) -> bool:
+def packs(wanted: str, model: SharedBase | WholeModel) -> bool:
     """Whether micro-batches are packed: as ``update.packing``, ``wanted``, says, and only where the model can. Prints
     what was chosen."""
-    obstacle = packing_obstacle(shared.causal_lm)
+    obstacle = packing_obstacle(model.causal_lm)
     if wanted == "on" and obstacle is not None:
         raise ModelError(f"update.packing=on, but {obstacle}; set it to auto or off")
     chosen = wanted != "off" and obstacle is None

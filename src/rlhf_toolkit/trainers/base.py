@@ -10,18 +10,19 @@ from transformers import PrinterCallback, Trainer
 
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined
 
 
 class RoleTrainer(Trainer):
-    """A Trainer over a SharedBase: one AdamW with named groups, tensors moved but never cast, metrics met before they
-    are logged.
+    """A Trainer over a SharedBase or a WholeModel: one AdamW with named groups, tensors moved but never cast,
+    metrics met before they are logged.
 
-    ``learning_rates`` maps the names of ``SharedBase.parameter_groups`` to their rates; one schedule scales them all.
+    ``learning_rates`` maps the names of ``parameter_groups`` to their rates; one schedule scales them all.
     """
 
     loss_is_scaled_for_ga = True
-    model: SharedBase
+    model: SharedBase | WholeModel
 
     def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,7 +31,7 @@ class RoleTrainer(Trainer):
         self.meter = Meter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One AdamW over the named groups, in the order of ``SharedBase.parameter_groups``."""
+        """One AdamW over the named groups, in the order of ``parameter_groups``."""
         if self.optimizer is None:
             groups = self.model.parameter_groups()
             self.optimizer = torch.optim.AdamW(

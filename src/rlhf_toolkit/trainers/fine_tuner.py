@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,8 @@ from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.distributed.zero3 import gathered, whole
 from rlhf_toolkit.models.heads import ScalarHead
-from rlhf_toolkit.models.shared_base import REWARD
+from rlhf_toolkit.models.shared_base import REWARD, SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
 from rlhf_toolkit.rollout.cutting import Layout
 from rlhf_toolkit.rollout.sampler import inference
@@ -90,7 +92,7 @@ class FineTuner(RoleTrainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Sequence[Item] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The objective's metrics on held-out items; the base is gathered once for it."""
+        """The objective's metrics on held-out items."""
         metrics = self.measured(list(eval_dataset or self.held_out), metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -100,9 +102,9 @@ class FineTuner(RoleTrainer):
         """The objective's metrics over ``items``, the same on every rank. A collective."""
         meter, counts = Meter(), counts_of(items)
         mine = self.cut.among_ranks(range(len(items)), items)[rank()]
-        with gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
+        with self._reading() as model:
             for part in mine:
-                self._terms(shared, batch_of([items[i] for i in part], counts, pad_id=self.pad_id), prefix, meter)
+                self._terms(model, batch_of([items[i] for i in part], counts, pad_id=self.pad_id), prefix, meter)
         return combined(all_gather(meter.take()))
 
     def normalise_rewards(self) -> tuple[float, float]:
@@ -118,11 +120,21 @@ class FineTuner(RoleTrainer):
                 scores += found[: 2 * len(part)].tolist()
         everything = torch.tensor([score for share in all_gather(scores) for score in share], dtype=torch.float64)
         mean, deviation = everything.mean().item(), everything.std().item()
-        head = cast(ScalarHead, self.model.scalar_heads[REWARD])
+        head = cast(ScalarHead, cast(SharedBase, self.model).scalar_heads[REWARD])
         with whole(head.parameters(), write=True), torch.no_grad():
             head.weight.div_(deviation)
             head.bias.sub_(mean).div_(deviation)
         return mean, deviation
+
+    @contextmanager
+    def _reading(self) -> Iterator[nn.Module]:
+        """The model for forward passes without autograd. A frozen base is gathered once for all of them. A model that
+        is trained as a whole stays sharded, as in training: its float32 weights may not fit on one device, and ranks
+        run equally many passes."""
+        whole_model = isinstance(self.model, WholeModel)
+        window = nullcontext() if whole_model else gathered(self.model_wrapped)
+        with window, inference(self.model_wrapped) as bare:
+            yield self.model_wrapped if whole_model else bare
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Give Trainer's own numbers their place among ours."""

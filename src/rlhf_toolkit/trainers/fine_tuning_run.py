@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
 from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
@@ -21,8 +21,9 @@ from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
-from rlhf_toolkit.models.loading import adapter_config, load_model_config, load_tokenizer
+from rlhf_toolkit.models.loading import adapter_config, load_base, load_model_config, load_tokenizer
 from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, REWARD, SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary
 from rlhf_toolkit.seeding import derive_seed
@@ -49,6 +50,10 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
+        if self.experiment.full:
+            cast(PreTrainedTokenizerBase, self.trainer.processing_class).save_pretrained(
+                self.folder / POLICY
+            )  # a model's folder, where an adapter's has none
         summary = write_fine_tuning_summary(
             self.folder,
             seconds=time.perf_counter() - began,
@@ -80,16 +85,14 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
     items, held_out = load_items(experiment, tokenizer, stop_ids)
     if checkpoint is None:
         on_main(lambda: claim_run_folder(folder, settings))
-    base, adapter = load_adapted_base(experiment.model, config, topology)
-    torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
-    shared = build_roles(experiment, base, adapter)
-    fingerprint = fingerprint_of(shared)
+    model = load_model(experiment, config, topology)
+    fingerprint = fingerprint_of(model)
     manifest = read_manifest(checkpoint, fingerprint=fingerprint, world_size=topology.world_size) if checkpoint else {}
     mirror = start_wandb(experiment, topology, manifest.get("wandb_id"), axis="step")
     steps = experiment.steps(len(items))
     progress = Progress(num_rollouts=steps, updates_per_rollout=1, show=topology.is_main, unit="step")
     pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size)
-    trainer = make_trainer(experiment, topology, shared, items, held_out, pad_id, tokenizer, progress)
+    trainer = make_trainer(experiment, topology, model, items, held_out, pad_id, tokenizer, progress)
 
     def state() -> dict[str, Any]:
         """What only the run knows, for the manifest of a checkpoint."""
@@ -109,7 +112,7 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
 def make_trainer(
     experiment: FineTuning,
     topology: Topology,
-    shared: SharedBase,
+    model: SharedBase | WholeModel,
     items: Sequence[Item],
     held_out: Sequence[Item],
     pad_id: int,
@@ -118,14 +121,14 @@ def make_trainer(
 ) -> FineTuner:
     """The trainer of the experiment's objective."""
     update, size, objective = experiment.update, experiment.job.batch_size, objective_of(experiment)
-    packing = packs(update.packing, shared)
-    groups = shared.parameter_groups()
+    packing = packs(update.packing, model)
+    groups = model.parameter_groups()
     rows_per_rank = max(1, size // topology.world_size)
     deepspeed = deepspeed_settings(
         topology,
         rows_per_rank=rows_per_rank,
         max_grad_norm=update.max_grad_norm,
-        largest_adapter=max(element_count(p) for group in groups.values() for p in group),
+        largest_adapter=None if experiment.full else max(element_count(p) for group in groups.values() for p in group),
     )
     steps = experiment.steps(len(items))
     arguments = training_arguments(
@@ -135,10 +138,10 @@ def make_trainer(
         rounds=steps,
         steps_per_round=1,
         rows_per_rank=rows_per_rank,
-        learning_rate=update.lr,
+        learning_rate=experiment.lr,
     )
     return FineTuner(
-        model=shared,
+        model=model,
         args=arguments,
         processing_class=tokenizer,
         objective=objective,
@@ -148,7 +151,7 @@ def make_trainer(
         layout=packed if packing else padded,
         steps=steps,
         pad_id=pad_id,
-        learning_rates={name: update.head_lr if name.endswith("_head") else update.lr for name in groups},
+        learning_rates={name: update.head_lr if name.endswith("_head") else experiment.lr for name in groups},
         callbacks=[progress],
     )
 
@@ -160,6 +163,28 @@ def objective_of(experiment: FineTuning) -> Objective:
     if isinstance(experiment, DPOExperiment):
         return DPO(experiment.dpo.beta, experiment.dpo.label_smoothing, experiment.dpo.loss)
     return SFT()
+
+
+def load_model(experiment: FineTuning, config: PretrainedConfig, topology: Topology) -> SharedBase | WholeModel:
+    """Adapters on a frozen base, which start from a derived seed, the same on every rank; or the whole model."""
+    model = experiment.model
+    if not experiment.full:
+        base, adapter = load_adapted_base(model, config, topology)
+        torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
+        return build_roles(experiment, base, adapter)
+    base = load_base(
+        model.name,
+        config,
+        topology,
+        dtype=torch.float32,
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+    products = getattr(torch, model.dtype)
+    whole = WholeModel(base, gradient_checkpointing=model.gradient_checkpointing, products=products)
+    count = sum(element_count(p) for p in whole.parameter_groups()[POLICY])
+    on_main(lambda: print(f"all {count / 1e6:.1f}M weights are trained, in float32; products in {model.dtype}"))
+    return whole
 
 
 def build_roles(experiment: FineTuning, base: PreTrainedModel, adapter: LoraConfig) -> SharedBase:

@@ -44,6 +44,8 @@ class PPOTrainer(RoleTrainer):
         held_out: prompts for ``evaluate``.
     """
 
+    model: SharedBase
+
     def __init__(
         self,
         *args: Any,

@@ -29,6 +29,7 @@ from rlhf_toolkit.distributed.zero3 import whole
 from rlhf_toolkit.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summary
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.rollout.schedule import LastMeans
@@ -146,15 +147,16 @@ def load_adapted_base(
     return base, adapter
 
 
-def fingerprint_of(shared: SharedBase) -> str:
-    """Identifies the frozen base, so that a checkpoint is never resumed on another one."""
+def fingerprint_of(model: SharedBase | WholeModel) -> str:
+    """Identifies the frozen base, so that a checkpoint is never resumed on another one. Of a model that is trained as a
+    whole only the config counts: all of its weights are in the checkpoint."""
     frozen = [
         (name, p)
-        for name, p in shared.named_parameters()
-        if "lora_" not in name and not name.startswith("scalar_heads")
+        for name, p in model.named_parameters()
+        if not p.requires_grad and "lora_" not in name and not name.startswith("scalar_heads")
     ]
     with whole([p for _, p in frozen]):
-        return base_fingerprint(shared.causal_lm.config.to_json_string(), frozen)
+        return base_fingerprint(model.causal_lm.config.to_json_string(), frozen)
 
 
 def start_wandb(

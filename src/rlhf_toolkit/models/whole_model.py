@@ -1,0 +1,110 @@
+"""WholeModel: a causal language model all of whose weights are trained, where SharedBase trains adapters on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rlhf_toolkit.data.layout import TokenLayout
+from rlhf_toolkit.errors import CheckpointError, ModelError
+from rlhf_toolkit.models.attention import trunk_inputs
+from rlhf_toolkit.models.shared_base import POLICY, refuse_architecture, refuse_empty
+from rlhf_toolkit.models.trained_head import TrainedHead
+
+
+class WholeModel(PreTrainedModel):
+    """A causal language model as the one role ``policy``, trained as a whole.
+
+    It *is* a PreTrainedModel because Trainer asks that before it saves by ``save_pretrained``. Weights, gradients and
+    the optimizer are float32, so that no update is lost to rounding; with ``products`` bfloat16 the trunk runs under
+    autocast, which rounds the factors of its matrix products. Nothing of ``fused`` or ``role_slices`` is in it: their
+    backward passes leave out the gradients of the base.
+
+    Args:
+        base: a decoder-only model in float32 with a language-model head. What it would train it trains here: parameters
+            that its own class freezes, such as fixed position tables, stay frozen.
+        gradient_checkpointing: recompute layers in backward.
+        products: the dtype of matrix products.
+
+    Raises:
+        ModelError: the architecture cannot work, or a part of the model would never see a gradient, by name.
+    """
+
+    causal_lm: PreTrainedModel
+
+    def __init__(
+        self, base: PreTrainedModel, *, gradient_checkpointing: bool = False, products: torch.dtype = torch.float32
+    ) -> None:
+        refuse_architecture(base)
+        _refuse_unreached(base)
+        super().__init__(PretrainedConfig())  # what its constructor checks and sets, the base has done for itself
+        self.config = deepcopy(base.config)  # Trainer writes into it, use_cache for one, and the base's own is saved
+        self.causal_lm = base
+        self.policy_head = TrainedHead(base)
+        self.products = products
+        if gradient_checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, layout: TokenLayout, *, roles: Sequence[str] = (POLICY,)) -> dict[str, torch.Tensor]:
+        """What the model says about the K response tokens of ``layout``: ``policy_logprobs`` and ``policy_entropies``
+        (K,), fp32; entropies carry no gradient. There is no role but ``policy``."""
+        assert tuple(roles) == (POLICY,), roles
+        with self._autocast():
+            hidden = self.causal_lm.base_model(**trunk_inputs(layout)).last_hidden_state
+        states = hidden.flatten(0, 1).index_select(0, layout.before)
+        if states.is_cuda:
+            states = states.to(self.products)
+        logprobs, entropies = self.policy_head(states, layout.targets, 1.0, False)
+        return {f"{POLICY}_logprobs": logprobs, f"{POLICY}_entropies": entropies}
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Without autocast's cache: it would hold a rounded copy of every weight until the end of the forward pass, of
+        those too that ZeRO-3 has taken away again."""
+        rounds = self.products != torch.float32
+        return torch.autocast(
+            self.causal_lm.device.type, dtype=self.products if rounds else None, enabled=rounds, cache_enabled=False
+        )
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All that is trained; tied parameters are there once."""
+        return {POLICY: [parameter for parameter in self.parameters() if parameter.requires_grad]}
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Write ``policy/``: a plain folder of transformers. ``state_dict`` holds whole tensors (under ZeRO the caller
+        has gathered them)."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        prefix = "causal_lm."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        for tied in self.causal_lm.all_tied_weights_keys:
+            weights.pop(tied, None)
+        refuse_empty(weights)
+        self.causal_lm.save_pretrained(Path(save_directory) / POLICY, state_dict=weights, **kwargs)
+
+    def load_trained(self, folder: str | os.PathLike[str]) -> None:
+        """Load what ``save_pretrained`` wrote to ``folder``. Without ZeRO: DeepSpeed loads its own checkpoints."""
+        place = Path(folder) / POLICY
+        if not place.is_dir():
+            raise CheckpointError(f"{place} is not a folder; it should hold the model that save_pretrained writes")
+        saved = type(self.causal_lm).from_pretrained(place, config=self.causal_lm.config, dtype=torch.float32)
+        self.causal_lm.load_state_dict(saved.state_dict())
+
+
+def _refuse_unreached(base: PreTrainedModel) -> None:
+    """A text never reaches a vision tower: ZeRO-3 would apply gradients that are none, weight decay would shrink it."""
+    reached = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
+    strangers = [name for name, parameter in base.named_parameters() if parameter not in reached]
+    if strangers:
+        raise ModelError(
+            f"{type(base).__name__} has weights that no text reaches ({strangers[0]}), which cannot be trained here; "
+            "drop sft.full to train an adapter, or give the language model alone"
+        )
