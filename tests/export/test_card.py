@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from rlhf_toolkit.cli import main
 from rlhf_toolkit.config_loading import experiment_from_dict
@@ -28,6 +29,7 @@ from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
 from tests.builders import tiny_tokenizer
 from tests.tiny import WORDS
 from tests.trainers.test_fine_tuning import prepared, sections
+from tests.trainers.test_full_fine_tuning import prepared as prepared_whole
 
 
 @pytest.fixture
@@ -165,6 +167,24 @@ def test_the_card_of_a_supervised_run(kind: str, tmp_path: Path, monkeypatch: py
     assert ("before, their mean was" in text) == (kind == "reward_model")
     if kind != "reward_model":
         assert adapter_speaks(names_of(run, monkeypatch)["model"])
+
+
+def test_the_card_of_a_run_of_all_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared_whole(tmp_path).train()
+    run = tmp_path / "run"
+    text = write_card(read_run(run)).read_text()
+    assert "with all of its weights (`policy/`), trained with rlhf_toolkit by supervised" in text
+    assert "## Adapters" not in text and "LoRA" not in text.partition("## All settings")[0]
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "transformers" and "lora" not in front["tags"]
+    names = names_of(run, monkeypatch)
+    assert not isinstance(names["model"], PeftModel) and names["tokenizer"]("w3 w4")["input_ids"]
+    trained = load_file(run / "policy/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(names["model"].model.layers[0].mlp.up_proj.weight, trained)
+    hub = FakeHub()
+    push(read_run(run), "me/mine", hub)
+    assert {"README.md", "policy/config.json", "policy/model.safetensors", "policy/tokenizer.json"} <= hub.files
+    assert all(name == "README.md" or name.startswith("policy/") for name in hub.files)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain text", "chat template"])

@@ -15,10 +15,11 @@ from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
 from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path
 from rlhf_toolkit.reporting.run_log import Record, read_records
 
-CARD, REWARD_HEAD = "README.md", "reward_head.safetensors"
+CARD, POLICY, REWARD_HEAD = "README.md", "policy", "reward_head.safetensors"
 MARK = "<!-- made by rlhf card from run.json, log.jsonl and summary.json -->"
 PEFTS_OWN = "# Model Card for Model ID"  # the empty form that PEFT leaves in every folder it saves to
 ROWS = 10
+ADAPTER_HEAD = ("folder", "rank", "alpha", "scale", "layers")
 
 
 class Uploader(Protocol):
@@ -49,9 +50,9 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
     """The card: how to load, recipe, adapters, curve, evaluations, machine, versions, all settings.
 
     Absolute paths are cut to their last part, and the values of ``*kwargs``, which may hold keys, are left out.
-    Raises CheckpointError where the run has no adapter.
+    Raises CheckpointError where the run has neither an adapter nor a model.
     """
-    if not run.adapters:
+    if not (run.adapters or run.is_whole_model):
         raise CheckpointError(f"{run.folder} has no adapter folder; restore policy/, or give another run")
     kind = kind_of(run.settings)
     trained, evaluated = (read_records(run.folder, name, kind.axis) for name in ("train", "eval"))
@@ -64,8 +65,7 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
         _loading(run, repo),
         "## Recipe",
         _table(("setting", "value"), _recipe(run.settings)),
-        "## Adapters",
-        _table(("folder", "rank", "alpha", "scale", "layers"), _adapters(run.adapters)),
+        *([] if run.is_whole_model else ["## Adapters", _table(ADAPTER_HEAD, _adapters(run.adapters))]),
         "## Training",
         _table(tuple(kind.trained), _numbers(trained, kind.trained)),
         "## Evaluation",
@@ -79,12 +79,13 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
 
 
 def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
-    """Send card, adapters and heads to ``repo``, which is made private where it does not exist; return what was sent.
+    """Send card, adapters and heads, or the model, to ``repo``, which is made private where it does not exist; return
+    what was sent.
 
     Nothing else of the run folder leaves this machine: no log, no samples, no checkpoint. Raises CheckpointError with
     the hub's reason.
     """
-    patterns = [CARD, *(f"{name}/*" for name in run.adapters)]
+    patterns = [CARD, *(f"{name}/*" for name in ([POLICY] if run.is_whole_model else run.adapters))]
     patterns += [f"{path.parent.name}/{path.name}" for head in HEADS for path in sorted(run.folder.glob(f"*/{head}"))]
     patterns = [pattern for pattern in dict.fromkeys(patterns) if not pattern.startswith("checkpoint-")]
     try:
@@ -109,16 +110,17 @@ def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
 def _metadata(run: FinishedRun) -> str:
     name = run.settings["model"]["name"]
     known, kind = {} if _is_local(name) else {"base_model": name}, kind_of(run.settings)
-    fields = {**known, "library_name": "peft", "pipeline_tag": kind.task, "tags": list(kind.tags)}
+    library, tags = ("transformers", kind.tags[1:]) if run.is_whole_model else ("peft", kind.tags)  # the first is lora
+    fields = {**known, "library_name": library, "pipeline_tag": kind.task, "tags": list(tags)}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
 def _opening(run: FinishedRun, count: int) -> str:
     names, base = " and ".join(f"`{name}/`" for name in run.adapters), _shown(run.settings["model"]["name"])
-    text = (
-        f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on `{base}`, trained with rlhf_toolkit "
-        f"{kind_of(run.settings).done.format(count=count)}"
-    )
+    what = f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on `{base}`"
+    if run.is_whole_model:
+        what = f"`{base}` with all of its weights (`{POLICY}/`)"
+    text = f"{what}, trained with rlhf_toolkit {kind_of(run.settings).done.format(count=count)}"
     if "score_mean" in run.summary:
         text += (
             " At the end the head was scaled and shifted so that the scores of all training responses have mean 0 and "
@@ -129,11 +131,13 @@ def _opening(run: FinishedRun, count: int) -> str:
 
 
 def _loading(run: FinishedRun, repo: str | None) -> str:
-    """Code that loads the adapter; that of a reward model with its head, and scores with both."""
+    """Code that loads the adapter or the model; that of a reward model with its head, and scores with both."""
     model = run.settings["model"]
     base, place = _shown(model["name"]), repo or _shown(str(run.folder))
+    if run.is_whole_model:
+        return _loading_whole(place, model["dtype"])
     scores = "reward_model" in run.settings
-    adapter = next(name for name in ("reward" if scores else "policy", *run.adapters) if name in run.adapters)
+    adapter = next(name for name in ("reward" if scores else POLICY, *run.adapters) if name in run.adapters)
     imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and repo)]
     imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
     lines = [
@@ -150,6 +154,17 @@ def _loading(run: FinishedRun, repo: str | None) -> str:
         lines += [f"head = load_file({path})", *_scoring(chat=run.settings["data"]["chat_template"])]
     note = "\n\nThe base was a folder on the machine that trained; put its path in place of the name." * _is_local(base)
     return "```python\n" + "\n".join(lines) + "\n```" + note
+
+
+def _loading_whole(place: str, dtype: str) -> str:
+    lines = [
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", subfolder="{POLICY}", dtype=torch.{dtype})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}", subfolder="{POLICY}")',
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _scoring(*, chat: bool) -> list[str]:

@@ -80,7 +80,7 @@ KINDS = {
         "sft",
         "text-generation",
         "by supervised fine-tuning in {count} steps. The loss is in nats a token, over the assistant's tokens.",
-        (),
+        ("full",),
         {**LOSS, "entropy": "entropy"},
     ),
     "reward_model": _supervised(

@@ -28,6 +28,11 @@ class FinishedRun:
     summary: dict[str, Any]
     adapters: dict[str, dict[str, Any]]
 
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether the run trained all weights: ``policy/`` is a model, and there is no adapter."""
+        return not self.adapters and (self.folder / "policy/config.json").is_file()
+
 
 def model_folder(name: str) -> Path:
     """The folder of a model: ``name`` itself where it is one, else its files of the hub, fetched or from the cache.
