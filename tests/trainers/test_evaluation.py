@@ -135,9 +135,9 @@ def test_the_reference_is_the_experiments_and_rewards_are_told_apart(tmp_path: P
     said = found.responses["base"][GREEDY]
     lengths = said.sampled.lengths()
     by_hand = torch.tensor(by_plain_peft(reward, said.sampled.sequences, lengths))
-    torch.testing.assert_close(said.rewards["adapter"], by_hand, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(said.rewards["score"], by_hand + said.rewards["low_words"], atol=1e-5, rtol=1e-5)
-    assert {rate.by for rate in found.win_rates} == {"score", "low_words", "adapter"}
+    torch.testing.assert_close(said.rewards["reward/adapter"], by_hand, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(said.rewards["score"], by_hand + said.rewards["reward/low_words"], atol=1e-5, rtol=1e-5)
+    assert {rate.by for rate in found.win_rates} == {"score", "reward/low_words", "reward/adapter"}
 
 
 def test_the_command_prints_and_writes_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

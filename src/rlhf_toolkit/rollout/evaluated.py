@@ -59,7 +59,7 @@ def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor | None) -> Val
     """
     columns = {
         "score": torch.where(sampled.kept, scores, torch.nan),
-        **({f"reward/{name}": part for name, part in sampled.parts.items()} if len(sampled.parts) > 1 else {}),
+        **single_rewards(sampled),
         "response_length": sampled.response_lengths.float(),
         **({} if kl is None else {"ref_kl": kl}),
         "clip_ratio": (~sampled.finished).float(),
@@ -67,6 +67,11 @@ def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor | None) -> Val
     groups = rows_by_prompt(sampled)
     means = {name: [column[rows].double().nanmean().item() for rows in groups] for name, column in columns.items()}
     return {name: [value for value in values if value == value] for name, values in means.items()}
+
+
+def single_rewards(sampled: Sampled) -> dict[str, Tensor]:
+    """``reward/NAME`` (B,) of each reward before its weight, where there are several."""
+    return {f"reward/{name}": part for name, part in sampled.parts.items()} if len(sampled.parts) > 1 else {}
 
 
 def response_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load
 from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.collect import Collector
-from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, values_by_prompt
+from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, single_rewards, values_by_prompt
 from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
@@ -53,9 +53,8 @@ class Responses:
 
     @property
     def rewards(self) -> dict[str, Tensor]:
-        """(B,) scores by the name of what gave them: ``score``, and each reward where there are several."""
-        parts = self.sampled.parts if len(self.sampled.parts) > 1 else {}
-        return {"score": torch.where(self.sampled.kept, self.scores, torch.nan), **parts}
+        """(B,) ``score``, NaN where there is none, and each reward where there are several."""
+        return {"score": torch.where(self.sampled.kept, self.scores, torch.nan), **single_rewards(self.sampled)}
 
 
 @dataclass(frozen=True)
