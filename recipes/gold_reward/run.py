@@ -54,7 +54,7 @@ class Pipeline:
             self.samples("base samples", data / "base.jsonl", "base", data / "train.jsonl", 1),
             self.made("examples", data / "base.jsonl", data / "train.jsonl", data / "examples.jsonl"),
             self.training("sft", {"data.train": data / "examples.jsonl"}),
-            self.samples("sft samples", data / "sft.jsonl", sft, data / "train.jsonl", 12),
+            self.samples("sft samples", data / "sft.jsonl", sft, data / "train.jsonl", 4),
             self.made("pairs", data / "sft.jsonl", data / "train.jsonl", data / "pairs.jsonl"),
             self.samples("held-out samples", data / "sft_heldout.jsonl", sft, data / "heldout.jsonl", 12),
             self.made("pairs", data / "sft_heldout.jsonl", data / "heldout.jsonl", data / "pairs_heldout.jsonl"),
