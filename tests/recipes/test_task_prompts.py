@@ -16,6 +16,7 @@ from recipes.gsm8k import make_prompts as gsm8k_prompts
 from recipes.reasoning_gym import make_prompts as gym_prompts
 from rlhf_toolkit.config_loading import load_experiment
 from rlhf_toolkit.data.prompts import RESERVED_COLUMNS
+from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.rewards.verifiable import countdown, gsm8k, reasoning_gym
 
 ROOT = Path(countdown_prompts.__file__).parents[2]
@@ -205,10 +206,22 @@ def test_the_same_seed_gives_the_same_rows_and_another_gives_others(name: str) -
     assert not {row["prompt"] for row in first["train.jsonl"]} & {row["prompt"] for row in first["heldout.jsonl"]}
 
 
+KINDS = {"sft": SFTExperiment, "reward_model": RewardExperiment, "dpo": DPOExperiment}
+
+
 @pytest.mark.parametrize(
     "yaml", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_recipe_can_be_loaded(yaml: Path) -> None:
-    experiment = load_experiment(str(yaml), {})
-    assert experiment.data.train == f"recipes/{yaml.parent.name}/train.jsonl"
-    assert experiment.data.evaluation == f"recipes/{yaml.parent.name}/heldout.jsonl"
+    """Prompts lie beside the recipe, or where ``recipes/gold_reward/run.py`` puts what it makes."""
+    experiment = load_experiment(str(yaml), {}, KINDS.get(yaml.stem, Experiment))
+    made = yaml.parent.name == "gold_reward"
+    folder = f"runs/{yaml.parent.name}/data/" if made else f"recipes/{yaml.parent.name}/"
+    files = {path and path.removeprefix(folder) for path in (experiment.data.train, experiment.data.evaluation)}
+    expected = {
+        "sft": {"examples.jsonl", None},
+        "reward_model": {"pairs.jsonl", "pairs_heldout.jsonl"},
+        "dpo": {"pairs.jsonl", "pairs_heldout.jsonl"},
+    }
+    assert files == expected.get(yaml.stem, {"train.jsonl", "heldout.jsonl"})
+    assert experiment.run.output_dir.startswith("runs/")
