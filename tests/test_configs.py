@@ -200,7 +200,7 @@ def test_defaults_of_supervised_runs() -> None:
     """The sections that PPO has too are listed above."""
     update = {name: value for name, value in DEFAULTS["update"].items() if name not in PPO_RATES}
     data = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
-    data |= {"chat_template": True, "system_prompt": None, "max_tokens": 1024}
+    data |= {"chat_template": True, "system_prompt": None, "max_tokens": 1024, "streaming": False, "max_rows": None}
     common = {"model": DEFAULTS["model"], "run": DEFAULTS["run"], "data": data}
     common["update"] = {**update, "lr": None, "head_lr": 1e-3}
     own = {
