@@ -31,6 +31,7 @@ OCCASIONS = (
 GROUP = 4
 """Responses of which the best and the worst make a pair."""
 SENTENCE = re.compile(r"\s*(\S.*?[.!?])(?=\s|$)", re.DOTALL)
+WORD = re.compile("[a-z]+")
 SHORTEST = 5
 """Words of a sentence that is worth learning from."""
 
@@ -46,6 +47,17 @@ def split() -> dict[str, list[Row]]:
             row = {"prompt": f"Write a one-sentence review of {thing} {occasion}."}
             files["heldout.jsonl" if held_out else "train.jsonl"].append(row)
     return files
+
+
+def names_the_thing(prompts: list[str], responses: list[str], **columns: object) -> list[float]:
+    """A reward that only watches: 1.0 where a response has a word of four letters or more of the thing that it should
+    review, else 0.0. Neither proxy nor gold asks for that."""
+    return [float(_shares_a_word(prompt, response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _shares_a_word(prompt: str, response: str) -> bool:
+    thing = next(thing for thing in THINGS if f" of {thing} " in prompt)
+    return bool({word for word in WORD.findall(thing) if len(word) > 3} & set(WORD.findall(response.lower())))
 
 
 def first_sentence(response: str) -> str | None:

@@ -94,12 +94,12 @@ def optimisation(records: Sequence[Record]) -> str:
 
 def scores(evaluation: dict[str, Any], way: str) -> str:
     """A row for each contestant."""
-    names = ("reward/gold", "reward/adapter", "ref_kl", "response_length")
+    names = ("reward/gold", "reward/adapter", "reward/topic", "ref_kl", "response_length")
     rows = [
         (label(contestant), *(interval(ways[way][name]) for name in names))
         for contestant, ways in evaluation["estimates"].items()
     ]
-    return table((way, "gold", "proxy", "KL to SFT", "tokens"), rows)
+    return table((way, "gold", "proxy", "names the thing", "KL to SFT", "tokens"), rows)
 
 
 def win_rates(evaluation: dict[str, Any]) -> str:

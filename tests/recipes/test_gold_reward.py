@@ -52,6 +52,12 @@ def test_an_example_is_one_whole_sentence(response: str, sentence: str | None) -
     assert dropped == ({"without a whole sentence": 1} if sentence is None else {})
 
 
+def test_a_review_is_on_its_topic_where_it_has_one_of_its_words() -> None:
+    prompt = "<user> Write a one-sentence review of a train station at night in March. <assistant>"
+    responses = ["The Station was fine.", "Trains are fine in March.", "A lovely evening.", "It was at a good place."]
+    assert make_data.names_the_thing([prompt] * 4, responses) == [1.0, 0.0, 0.0, 0.0]
+
+
 def said(row: int, response: str, score: float, finished: bool = True) -> dict[str, Any]:
     return {"row": row, "response": response, "score": score, "finished": finished}
 
@@ -127,7 +133,7 @@ def test_every_command_runs_an_experiment_that_can_be(tmp_path: Path) -> None:
 def test_gold_watches_and_the_proxy_is_optimised(tmp_path: Path) -> None:
     (ppo,) = [stage for stage in pipeline(tmp_path).stages() if stage.name == "ppo"]
     reward = loaded(list(ppo.command())).reward
-    assert [(entry["name"], entry["weight"]) for entry in reward.functions] == [("gold", 0)]
+    assert [(entry["name"], entry["weight"]) for entry in reward.functions] == [("gold", 0), ("topic", 0)]
     assert reward.adapter == str(tmp_path / "reward/reward") and reward.adapter_weight == 1.0
 
 
@@ -195,7 +201,7 @@ def test_the_report_says_where_gold_was_best(tmp_path: Path) -> None:
     (tmp_path / "logs/merge.log").write_text("noise\nrounding to float32 changed 0%\nlogits: largest difference 0\n")
     value = {"mean": 0.25, "low": 0.125, "high": 0.5}
     ways = {
-        way: {name: value for name in ("reward/gold", "reward/adapter", "ref_kl", "response_length")}
+        way: {name: value for name in ("reward/gold", "reward/adapter", "reward/topic", "ref_kl", "response_length")}
         for way in ("sampled", "greedy")
     }
     rate = {"of": "x/ppo/policy", "over": "x/dpo/policy", "by": "reward/gold", "decoding": "sampled", "rate": value}
