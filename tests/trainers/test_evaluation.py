@@ -89,7 +89,8 @@ def test_a_contestant_says_and_scores_what_plain_peft_does(tmp_path: Path) -> No
         assert estimates["score"].mean == pytest.approx(sum(scores) / 3, abs=1e-6)
         assert estimates["pass@1"].mean == pytest.approx(sum(score >= 0.5 for score in scores) / 3)
         assert estimates["response_length"].mean == pytest.approx(sum(length for _, _, length in rows) / 3)
-    assert found.estimates["base"][GREEDY]["ref_kl"].mean == found.estimates["base"][SAMPLED]["ref_kl"].mean == 0.0
+    for way in (GREEDY, SAMPLED):  # several threads may cut the two roles' rows differently, by a rounding or two
+        assert found.estimates["base"][way]["ref_kl"].mean == pytest.approx(0.0, abs=1e-5)
     assert abs(found.estimates[adapter][GREEDY]["ref_kl"].mean) > 0.1
 
 
@@ -126,11 +127,12 @@ def test_the_same_twice_ties_and_the_streams_are_paired(tmp_path: Path) -> None:
 
 
 def test_the_reference_is_the_experiments_and_rewards_are_told_apart(tmp_path: Path) -> None:
-    """With an adapter as reference its own KL is exactly 0; a reward adapter's scores stand beside the function's."""
+    """With an adapter as reference its own KL is 0; a reward adapter's scores stand beside the function's."""
     adapter, reward = write_policy(tmp_path / "policy"), write_reward_adapter(tmp_path / "reward")
     settings = sections(tmp_path, **{"model.policy_adapter": adapter, "reward.adapter": str(reward)})
     found = evaluated(settings, adapter, "base")
-    assert torch.equal(found.responses[adapter][SAMPLED].kl, torch.zeros(12))
+    mine = found.responses[adapter][SAMPLED].kl
+    assert mine is not None and mine.abs().max() < 1e-5
     assert abs(found.estimates["base"][SAMPLED]["ref_kl"].mean) > 0.05
     said = found.responses["base"][GREEDY]
     lengths = said.sampled.lengths()
