@@ -195,12 +195,12 @@ def largest_pass(run: Run[Any, Any], monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     "changes",
     [{}, {"model.value_on": "policy_trunk"}, {"ppo.advantage": "grpo", "rollout.responses_per_prompt": 2}],
-    ids=["policy and value", "policy trunk", "no critic"],
+    ids=["policy and value", "policy trunk", "no value"],
 )
 def test_roles_that_train_together_share_the_budget(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And use it: a critic must not cost the policy alone its micro-batches."""
+    """And use it: a value must not cost the policy alone its micro-batches."""
     run = prepare(experiment_from_dict(merged(write_task(tmp_path), {"ppo.num_rollouts": 1, **changes})))
     assert 32 < largest_pass(run, monkeypatch) <= 64
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -150,13 +149,7 @@ def make_trainer(
             learning_rate=update.policy_lr,
         ),
         processing_class=task.tokenizer,
-        collector=make_collector(
-            experiment,
-            task,
-            progress,
-            packing=packing,
-            model_rewards=make_model_rewards(experiment, topology, packing=packing),
-        ),
+        collector=make_collector(experiment, topology, task, progress, packing=packing),
         loss=make_loss(experiment),
         schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=over_mini_batch(experiment),
@@ -182,7 +175,7 @@ def packs(wanted: str, model: SharedBase | WholeModel) -> bool:
 
 
 def make_collector(
-    experiment: Experiment, task: Task, progress: Progress, *, packing: bool, model_rewards: Sequence[ModelReward]
+    experiment: Experiment, topology: Topology, task: Task, progress: Progress, *, packing: bool
 ) -> Collector:
     """What turns prompts into experience; the trainer gives it its model."""
     ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
@@ -208,7 +201,7 @@ def make_collector(
         ),
         correction=correction_of(ppo),
         replacement_rounds=rollout.replace_uniform_groups,
-        model_rewards=model_rewards,
+        model_rewards=make_model_rewards(experiment, topology, packing=packing),
         curriculum=curriculum_of(experiment, task),
     )
 

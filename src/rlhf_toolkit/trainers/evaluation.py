@@ -33,7 +33,7 @@ from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, 
 from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
-from rlhf_toolkit.trainers.assembly import make_collector, make_model_rewards, packs, passing_of
+from rlhf_toolkit.trainers.assembly import make_collector, packs, passing_of
 from rlhf_toolkit.trainers.ppo_run import load_adapted_base
 from rlhf_toolkit.trainers.task import Task, load_prompts, load_rewards, make_sampling
 from rlhf_toolkit.types import present
@@ -203,13 +203,7 @@ def _answers(
     """What one contestant says."""
     shared = _roles(experiment, config, topology, folder).to(topology.device)
     packing = packs(experiment.update.packing, shared)
-    collector = make_collector(
-        experiment,
-        task,
-        progress,
-        packing=packing,
-        model_rewards=make_model_rewards(experiment, topology, packing=packing),
-    )
+    collector = make_collector(experiment, topology, task, progress, packing=packing)
     samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
     with collector.sampler.opened(shared) as opened:
         if greedy:
