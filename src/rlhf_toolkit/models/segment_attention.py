@@ -17,7 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_toolkit.data.layout import TokenLayout
 
-LARGEST_SCORES = 2**26  # elements of one layer's scores; beyond it the fused kernel's memory matters more
+LARGEST_SCORES = 2**25
+"""Elements of one role's scores in one layer; beyond it the fused kernel's memory matters more. Of one role, so that
+the kernel does not depend on how many roles a pass has: log-probs of one policy come from one kernel."""
 ALIKE = 0.7  # segments share a bucket where none has less than this share of the largest one's queries, and of its keys
 
 
@@ -80,7 +82,7 @@ class SegmentAttention:
     def _in_buckets(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Dense attention of each bucket."""
         buckets, queries, keys, real = self.padded
-        scores = q.shape[0] * q.shape[2] * sum(len(b.members) * b.queries * b.keys for b in buckets)
+        scores = q.shape[2] * sum(len(b.members) * b.queries * b.keys for b in buckets)
         attention = products if q.dtype == torch.bfloat16 and scores <= LARGEST_SCORES else fused
         q_sizes = [len(bucket.members) * bucket.queries for bucket in buckets]
         k_sizes = [len(bucket.members) * bucket.keys for bucket in buckets]
