@@ -41,7 +41,8 @@ WHEELS = {  # name and version -> who needs it
     "vaderSentiment": "section trl: the reward",
 }
 PLATFORM = ["--python-version", "3.12", "--implementation", "cp"] + [
-    word for glibc in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+    word
+    for glibc in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
     for word in ("--platform", f"{glibc}_x86_64")
 ]
 
