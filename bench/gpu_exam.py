@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -107,12 +106,15 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     }
     for transport in ("NCCL", "GLOO"):  # one machine, perhaps without any network
         found.setdefault(f"{transport}_SOCKET_IFNAME", "lo")
-    compiler = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
-    if compiler is not None:
-        found.setdefault("CUDA_HOME", str(Path(compiler).resolve().parents[1]))
     if options.rehearse:
         found |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         found.setdefault("OMP_NUM_THREADS", "2")
+        build = [sys.executable, "-m", "rlhf_toolkit.distributed.extensions"]
+        subprocess.run(build, env=found, check=True)  # a minute where it is new, which no section should wait for
+        return found
+    compiler = shutil.which("nvcc", path=f"/usr/local/cuda/bin{os.pathsep}{os.environ.get('PATH', '')}")
+    if compiler is not None:
+        found.setdefault("CUDA_HOME", str(Path(compiler).resolve().parents[1]))
     return found
 
 
@@ -150,17 +152,20 @@ def examined(section: Section, options: argparse.Namespace, children: dict[str, 
 
 
 def limited(command: list[str], children: dict[str, str], log: Any, limit: float) -> str | None:
-    """Run ``command`` in a group of its own and end the whole group with it; None where it ended well."""
-    process = subprocess.Popen(command, env=children, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+    """Run ``command`` for ``limit`` seconds at most; None where it ended well. What it has started ends with it: a
+    worker of torchrun has a session of its own, so a group would not hold it, and it would keep the GPU."""
+    import psutil
+
+    process = psutil.Popen(command, env=children, stdout=log, stderr=log, cwd=ROOT)
     try:
         status = process.wait(timeout=limit)
         return None if status == 0 else f"error ({status})"
-    except subprocess.TimeoutExpired:
-        return "timed out"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own children too
+    except psutil.TimeoutExpired:
+        for each in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
+        return "timed out"
 
 
 def run_section(options: argparse.Namespace) -> None:
