@@ -7,12 +7,14 @@ micro-batch; every layer uses them. Roles are rows of a batch and never meet her
 
 from __future__ import annotations
 
-from functools import cached_property
+import warnings
+from functools import cache, cached_property
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -193,14 +195,39 @@ class SegmentAttention:
 
 
 def flash_fits(q: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's flash attention takes these heads: Ampere or newer, half precision, one size up to 256."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    """Whether PyTorch's flash attention takes these heads here: on a GPU, half precision, one size for all, and a
+    kernel that has been tried (``flash_works``)."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]:
         return False
-    return (
-        q.shape[-1] == v.shape[-1] <= 256
-        and q.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(q.device)[0] >= 8
-    )
+    return flash_works(q.device, q.dtype, q.shape[-1])
+
+
+@cache
+def flash_works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Try flash attention, forward and backward, on a few tokens with heads of ``size``; warn where it refuses.
+
+    No table of what it takes would stay true: it depends on the card (none before Ampere; no backward for some sizes on
+    consumer cards), on the size (a multiple of 8, at most 256), on how PyTorch was built, and on its version.
+    """
+    try:
+        # The layer that asks first may be one that gradient checkpointing counts the saved tensors of.
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+            starts = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+            q, k, v = (torch.ones(5, 1, size, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+            output = cast(Tensor, varlen_attn(q, k, v, starts, starts, 3, 3, scale=1.0, window_size=(-1, 0)))
+            (gradient,) = torch.autograd.grad(output.sum(), v)
+        right = bool(((output.detach() - 1).abs().max() < 0.1) & ((gradient.sum() - 5 * size).abs() < 0.1 * size))
+        reason = "" if right else "it gives wrong numbers"
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+    if reason:
+        warnings.warn(
+            f"flash attention does not run on {device} for heads of {size} in {dtype} ({reason}); packed micro-batches "
+            "take the slower attention in buckets",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not reason
 
 
 def in_buckets(queries: list[int], keys: list[int]) -> list[Bucket]:

@@ -18,11 +18,12 @@ from transformers import Cache, PreTrainedModel
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
-from rlhf_toolkit.models.attention import trunk_inputs
+from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.renamed import cache_argument, recompute_layers
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+from rlhf_toolkit.models.slot_cache import full_attention_only
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
@@ -86,6 +87,7 @@ class SharedBase(PeftModel):
         )
         self.trained_roles = tuple(trained)
         self._cache_argument = str(cache_argument(base))
+        self._masks_are_plain = packing_obstacle(base) is None and full_attention_only(base.config)
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
         self._decide_what_trains()
@@ -162,12 +164,19 @@ class SharedBase(PeftModel):
         with self.slices.layout((POLICY,), input_ids.shape[0]):
             hidden = self.causal_lm.base_model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
+                attention_mask=self._as_layers_take_it(attention_mask, input_ids.shape[1]),
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_argument: cache},
             ).last_hidden_state
         return self.policy_head.next_token_logits(hidden[:, -1])
+
+    def _as_layers_take_it(self, mask: torch.Tensor, length: int) -> torch.Tensor:
+        """On a GPU, for one token a row, (B, columns) becomes (B, 1, 1, columns) bool, which transformers hands on to
+        every layer. Left to make it, it launches a dozen small kernels a token and waits to hear whether there is any
+        padding."""
+        plain = length == 1 and self._masks_are_plain and mask.device.type != "cpu"
+        return mask.bool()[:, None, None] if plain else mask
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``."""
