@@ -117,7 +117,7 @@ def test_a_mask_is_obeyed() -> None:
 
 
 def test_a_long_sequence_goes_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    monkeypatch.setattr(attention, "LARGEST_SCORES", ROWS * HEADS * LENGTH * LENGTH)
+    monkeypatch.setattr(attention, "LARGEST_ROW", HEADS * LENGTH * LENGTH)
     short_causal_attention(Attention(2), *qkv(2), None)
     assert calls == []
     short_causal_attention(Attention(2), *qkv(2, length=LENGTH + 1), None)

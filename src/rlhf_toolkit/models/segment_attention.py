@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, cached_property
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +20,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_toolkit.data.layout import TokenLayout
 
-LARGEST_SCORES = 2**26  # elements of one layer's scores; beyond it the fused kernel's memory matters more
+LARGEST_SCORES = 2**25
+"""Elements of one role's scores in one layer; beyond it the fused kernel's memory matters more. Of one role, so that
+the kernel does not depend on how many roles a pass has: log-probs of one policy come from one kernel."""
+SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12; before, heads are repeated
 ALIKE = 0.7  # segments share a bucket where none has less than this share of the largest one's queries, and of its keys
 
 
@@ -82,7 +86,7 @@ class SegmentAttention:
     def _in_buckets(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Dense attention of each bucket."""
         buckets, queries, keys, real = self.padded
-        scores = q.shape[0] * q.shape[2] * sum(len(b.members) * b.queries * b.keys for b in buckets)
+        scores = q.shape[2] * sum(len(b.members) * b.queries * b.keys for b in buckets)
         attention = products if q.dtype == torch.bfloat16 and scores <= LARGEST_SCORES else fused
         q_sizes = [len(bucket.members) * bucket.queries for bucket in buckets]
         k_sizes = [len(bucket.members) * bucket.keys for bucket in buckets]
@@ -101,17 +105,22 @@ class SegmentAttention:
         """Flash attention, which lines up the last query with the last key where there are more keys."""
         roles = q.shape[0]
         ragged = self.ragged(roles)
+        k, v = (copy_tokens(part, ragged.keys).flatten(0, 1) for part in (k, v))
+        groups = q.shape[2] // k.shape[1]
+        shares_heads: dict[str, Any] = {"enable_gqa": groups > 1} if SHARES_HEADS else {}
+        if not SHARES_HEADS:
+            k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
         output = varlen_attn(
             q.flatten(0, 1),
-            copy_tokens(k, ragged.keys).flatten(0, 1),
-            copy_tokens(v, ragged.keys).flatten(0, 1),
+            k,
+            v,
             ragged.query_starts,
             ragged.key_starts,
             ragged.longest_query,
             ragged.longest_key,
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q.shape[2] != k.shape[2],
+            **shares_heads,
         )
         return cast(Tensor, output).unflatten(0, (roles, -1))
 

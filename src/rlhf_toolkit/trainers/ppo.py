@@ -16,7 +16,6 @@ from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import backward
-from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
@@ -24,6 +23,7 @@ from rlhf_toolkit.rollout.collect import Collector
 from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader
 from rlhf_toolkit.rollout.passes import score
+from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
 from rlhf_toolkit.trainers.base import RoleTrainer
@@ -240,22 +240,19 @@ class PPOTrainer(RoleTrainer):
         if batch.old_logprobs is None:
             self._keep_unscored(said.logprobs.detach(), said.entropies.detach(), batch)
             return said.logprobs.detach()
-        if check:
-            self._check_first_ratio(said.logprobs, batch.old_logprobs, batch.response_mask)
+        if check and self.collector.checks is not None:
+            self._check_first_ratio(self.collector.checks, said.logprobs, batch.old_logprobs, batch.response_mask)
         return batch.old_logprobs
 
-    def _check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
-        """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise
-        together."""
-        mine = (logprobs.detach() - old_logprobs)[mask]
-        worst = max(all_gather(mine.abs().max().item() if mine.numel() else 0.0))
-        self.meter.add("actor/first_ratio_deviation", worst, 1)
-        if worst > self.loss.tolerance:
-            raise TrainingPathError(
-                f"before any update a log-prob differs by {worst:.3g} from the one at rollout, more than "
-                f"{self.loss.tolerance:g}: "
-                "the ratio would not be 1; dropout is on, or a temperature is applied on one side only"
-            )
+    def _check_first_ratio(self, checks: PathChecks, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
+        """No update has happened since the rollout, so the ratio must be 1. All ranks come here with their first
+        micro-batch, judge the same numbers, and raise together."""
+        pairs = all_gather(torch.stack([logprobs.detach()[mask], old_logprobs[mask]]).cpu())
+        rollout = self.state.global_step // (self.schedule[1] * self.schedule[2])
+        now, before = torch.cat(pairs, 1)
+        found = checks.check_first_ratio(now, before, rollout)
+        self.meter.add("actor/first_ratio_deviation", found.largest, 1)
+        self.meter.add("actor/first_ratio_mean_deviation", found.mean, 1)
 
     def _keep_unscored(self, logprobs: Tensor, entropies: Tensor, batch: Experience) -> None:
         """Keep what this micro-batch's pass says about a rollout that scoring did not ask the policy about."""
