@@ -22,23 +22,7 @@ from rlhf_toolkit.types import present
 
 NUDGED = 8  # one column of the embeddings in so many; from one in 1 to one in 576 the deviation is the same
 
-SAMPLING = (
-    "between sampling and the training pass the policy's log-probs differ by {}; likeliest are dropout, a temperature "
-    "on one side only, or an output layer that the toolkit does not know"
-)
-REFERENCE = (
-    "before the first update the log-probs of policy and reference differ by {}; likeliest are a policy that starts "
-    "from an adapter which the reference lacks (set model.policy_adapter to it), another adapter, or dropout"
-)
-FIRST_RATIO = (
-    "before any update the policy's log-probs differ from those at the rollout by {}, so that the ratio is not 1; "
-    "likeliest are dropout, a temperature on one side only, or an adapter that is missing or another one"
-)
-TRAINING_MODE = (
-    "the same rows give other log-probs while the model trains, by {}; it has dropout or another noise that its config "
-    "does not name: switch it off there, or set ppo.first_ratio_tolerance"
-)
-WAY_OUT = "; if rounding makes more of it here than was measured, set ppo.first_ratio_tolerance above {:.2g}"
+WAY_OUT = "if rounding makes more of it here than was measured, set ppo.first_ratio_tolerance above"
 
 
 @dataclass
@@ -51,7 +35,7 @@ class PathChecks:
 
     tolerance: float | None = None
     rounding: Deviation | None = None
-    _warned: set[str] = field(default_factory=set)
+    _warned: bool = field(default=False, init=False)
 
     def look(
         self, shared: SharedBase, sampled: Sampled, passes: Passes, plan: Plan, layout: Layout, temperature: float
@@ -87,7 +71,10 @@ class PathChecks:
             shared.train(training)
         unexplained = repeated[1].beyond(repeated[0])
         if unexplained is not None and self.tolerance is None:
-            raise TrainingPathError(TRAINING_MODE.format(unexplained))
+            raise TrainingPathError(
+                f"the same rows give other log-probs while the model trains, by {unexplained}; it has dropout or another "
+                "noise that its config does not name: switch it off there, or set ppo.first_ratio_tolerance"
+            )
 
     def check_scoring(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
         """Sampling and training see one policy; before the first update the policy is the reference.
@@ -98,26 +85,48 @@ class PathChecks:
             return
         mask = sampled.token_mask
         old = passes.old_logprobs[mask]
-        self._judge(SAMPLING, Deviation.between(sampled.rollout_logprobs[mask], old), rollout)
+        gap = Deviation.between(sampled.rollout_logprobs[mask], old)
+        with self._stops_only_the_first(rollout):
+            if (unexplained := self._unexplained(gap)) is not None:
+                raise TrainingPathError(
+                    f"between sampling and the training pass the policy's log-probs differ by {unexplained}; likeliest "
+                    "are dropout, a temperature on one side only, or an output layer that the toolkit does not know; "
+                    f"{WAY_OUT} {gap.mean:.2g}"
+                )
         if rollout == 0 and passes.ref_logprobs is not None:
-            self._judge(REFERENCE, Deviation.between(passes.ref_logprobs[mask], old), rollout)
+            self._check_reference(Deviation.between(passes.ref_logprobs[mask], old))
+
+    def _check_reference(self, found: Deviation) -> None:
+        if (unexplained := self._unexplained(found)) is not None:
+            raise TrainingPathError(
+                f"before the first update the log-probs of policy and reference differ by {unexplained}; likeliest are "
+                "a policy that starts from an adapter which the reference lacks (set model.policy_adapter to it), "
+                f"another adapter, or dropout; {WAY_OUT} {found.mean:.2g}"
+            )
 
     def check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, rollout: int) -> Deviation:
         """Log-probs (K,) in the update's first pass are those of scoring. Raises TrainingPathError in rollout 0."""
         found = Deviation.between(logprobs, old_logprobs)
-        self._judge(FIRST_RATIO, found, rollout)
+        with self._stops_only_the_first(rollout):
+            if (unexplained := self._unexplained(found)) is not None:
+                raise TrainingPathError(
+                    f"before any update the policy's log-probs differ from those at the rollout by {unexplained}, so "
+                    "that the ratio is not 1; likeliest are dropout, a temperature on one side only, or an adapter that "
+                    f"is missing or another one; {WAY_OUT} {found.mean:.2g}"
+                )
         return found
 
-    def _judge(self, message: str, found: Deviation, rollout: int) -> None:
-        unexplained = self._unexplained(found)
-        if unexplained is None:
-            return
-        told = message.format(unexplained) + WAY_OUT.format(found.mean)
-        if rollout == 0:
-            raise TrainingPathError(told)
-        if message not in self._warned and rank() == 0:
-            warnings.warn(f"rollout {rollout}: {told}", stacklevel=2)
-        self._warned.add(message)
+    @contextmanager
+    def _stops_only_the_first(self, rollout: int) -> Iterator[None]:
+        """What is raised inside stops rollout 0. A run of days goes on: later it is a warning, said once."""
+        try:
+            yield
+        except TrainingPathError as error:
+            if rollout == 0:
+                raise
+            if not self._warned and rank() == 0:
+                warnings.warn(f"rollout {rollout}: {error}", stacklevel=2)
+            self._warned = True
 
     def _unexplained(self, found: Deviation) -> str | None:
         if self.tolerance is not None:
