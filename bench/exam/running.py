@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def ratio(exam: Exam) -> None:
             prepared(sections).train()
         found = records(exam.work / f"ratio_{number}")
         exam.report.figure(**{name: [{k: v for k, v in r.items() if any(w in k for w in WATCHED)} for r in found]})
-        for key, most in (("actor/first_ratio_deviation", 0.1), ("rollout/logprob_gap_mean", 0.1)):
+        for key, most in (("actor/first_ratio_mean_deviation", 0.01), ("rollout/logprob_gap_mean", 0.1)):
             values = [record[key] for record in found if key in record]
             if values:
                 exam.report.check(f"{name}: {key}", max(values), most)
@@ -101,6 +102,9 @@ def whole_run(exam: Exam, name: str, stage: int | None) -> list[dict[str, Any]]:
 
 def trl(exam: Exam) -> None:
     """``bench/versus_trl.py`` with the exam's model, where TRL is installed beside this toolkit."""
+    if importlib.util.find_spec("trl") is None:
+        exam.report.figure(left_out="TRL is not installed")
+        return
     from versus_trl import compare
 
     folder = folder_of(exam, exam.sizes.small, weights=True)

@@ -82,13 +82,19 @@ def ours(exam: Exam, shape: str) -> dict[str, Any]:
     found |= {
         "slots": placement.slots,
         "placement": placement.description(),
-        "predicted_gib": {"rollout": placement.needed / 2**30},
+        "predicted_gib": predicted(placement),
         "phases": phases,
         "tokens_per_second": tokens / phases["gen"],
         "prompt_tokens": [len(prompt.token_ids) for prompt in prompts],
     }
     run.trainer.collector.scorer.close()
     return found
+
+
+def predicted(placement: Any) -> dict[str, float]:
+    """GiB that the placement expects of a rollout and, where it says so, of an update."""
+    update = getattr(placement, "update", 0)
+    return {"rollout": placement.needed / 2**30, **({"update": update / 2**30} if update else {})}
 
 
 def generate(exam: Exam, shape: str, lengths: list[int]) -> float:

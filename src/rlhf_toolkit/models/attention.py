@@ -47,7 +47,11 @@ def short_causal_attention(
     functions return it."""
     rows, heads, length, _ = query.shape
     is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    if kwargs.get("softcap") is not None:  # transformers before 5.24 would leave it out without a word
+        raise ModelError(
+            f"{type(module).__name__} caps attention's scores, which sdpa cannot; set model.attention: eager"
+        )
+    special = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
     if length == 1 and not special and isinstance(attention_mask, torch.Tensor):
         return step_attention(query, key, value, attention_mask, scaling), None
     plain = attention_mask is None and is_causal and not special and length == key.shape[2] > 1
