@@ -201,7 +201,7 @@ def close_holes(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
     right end, in their order; return their mask. Only for layers that keep all columns (``full_attention_only``)."""
     mask, order = mask.sort(dim=1, stable=True)
     for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = (
                 states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
                 for states in (layer.keys, layer.values)
