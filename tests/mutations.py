@@ -404,6 +404,32 @@ OF_MODELS = [
          "vectors.append(-(", "vectors.append(+(")),
 ]
 
+IN_SLOTS = "a_row_in_company_is_the_row_alone[llama]"
+IN_COMMON = "tests/rollout/test_decoding.py::test_what_prompts_have_in_common_is_computed_once"
+OF_SLOTS = [
+    *within("models/slot_cache.py", "tests/rollout/test_slots_property.py",
+        ("slots: keys stay where the mask moves", IN_SLOTS,
+         "layer.shift(by)", "layer.shift(0)"),
+        ("slots: the mask stays where keys move", IN_SLOTS,
+         "mask[:, columns.first + by : columns.now + by]", "mask[:, columns.first : columns.now]"),
+        ("slots: a move forgets where sequences start", IN_SLOTS,
+         "[start + by for start in self.starts]", "self.starts"),
+        ("slots: a closed hole mixes up a sequence", IN_COMMON,
+         "order[:, None, :, None]", "order.flip(1)[:, None, :, None]"),
+        ("slots: who entered before is still there", IN_SLOTS,
+         "        self.mask[target] = 0\n", ""),
+        ("slots: a short one as wide as the longest beside it",
+         "tests/rollout/test_decoding.py::test_a_step_reads_the_columns_of_the_longest_living_sequence[100]",
+         "now - lengths[row]", "now - mask.shape[1]")),
+    *within("rollout/decoding.py", "tests/rollout/test_slots_property.py",
+        ("slots: holes stay", IN_COMMON,
+         "close_holes(cache, mask) if shared else mask", "mask"),
+        ("slots: positions count the padding", IN_SLOTS,
+         "torch.tensor([lengths[i] for i in source]", "torch.tensor([mask.shape[1] for i in source]"),
+        ("slots: the longest prompt has the largest budget",
+         "tests/rollout/test_decoding.py::test_the_columns_of_a_rollout_are_those_of_its_longest_row",
+         "len(p.token_ids) + budget for", "len(p.token_ids) + max(budgets) for")),
+]
 OF_ROLLOUT = [
     *within("rollout/sampled.py", SHAPING,
         ("token rewards: the score taken from the padding", "rewards_of_tokens_are_paid_where_they_were_earned",
@@ -573,6 +599,7 @@ MUTATIONS: list[Mutation] = [
     *OF_REWARDS,
     *OF_REDUCTION,
     *OF_MODELS,
+    *OF_SLOTS,
     *OF_ROLLOUT,
     *OF_TRAINER,
     *OF_EVALUATION,

@@ -71,7 +71,7 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     """What one token shows against the buffers of slots, for every architecture."""
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes), attn_implementation="eager")
     shared, columns = tiny_shared(base).eval(), 40
-    cache = SlotCache(base.config, slots=2, width=8, capacity=columns, device=torch.device("cpu"))
+    cache = SlotCache(base.config, slots=2, capacity=columns, device=torch.device("cpu"))
     one = torch.ones(2, 1, dtype=torch.long)
     with torch.no_grad():
         shared.next_token_logits(one, cache.step_mask, one, cache)
