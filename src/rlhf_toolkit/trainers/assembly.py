@@ -130,11 +130,13 @@ def make_trainer(
     """Collector, loss and Trainer arguments from the experiment, tied together."""
     ppo, update = experiment.ppo, experiment.update
     rates = {"policy": update.policy_lr, "value": update.value_lr, "value_head": update.value_head_lr}
+    sizes = [element_count(p) for group in shared.parameter_groups().values() for p in group]
     deepspeed = deepspeed_settings(
         topology,
         rows_per_rank=experiment.mini_batch_rows // topology.world_size,
         max_grad_norm=update.max_grad_norm,
-        largest_adapter=max(element_count(p) for group in shared.parameter_groups().values() for p in group),
+        largest_adapter=max(sizes),
+        trained=sum(sizes),
     )
     packing = packs(experiment.update.packing, shared)
     return PPOTrainer(
