@@ -29,7 +29,7 @@ MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LEAST_FREE_BYTES = 256 * 2**20
 FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")  # prefixes: how long a run is and who watches it
 NEVER_FREE = ("run.seed",)
-CHUNK = 2**20  # elements of a parameter that are widened to int64 at a time
+CHUNK = 2**18  # elements of a parameter that are widened to int64 at a time
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -112,8 +112,7 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dic
 
 
 def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:
-    """A short hash of the base's config and of every frozen tensor: name, shape, dtype and ``checksum`` of its elements.
-    A collective.
+    """A short hash of the base's config and of every frozen tensor's name, shape, dtype and ``checksum``. A collective.
 
     Each rank reads the part that it holds, ``CHUNK`` elements at a time, so that a base that no device could hold whole
     has a fingerprint too. The sum is of integers, and therefore the same however many ranks share it.
@@ -131,12 +130,12 @@ def checksum(part: Tensor, start: int) -> int:
     Every factor is odd and so has an inverse: a change of any one element changes the sum. The factors tell places
     apart, and the sums of parts add up to that of the whole.
     """
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
     for begin in range(0, len(part), CHUNK):
         chunk = part[begin : begin + CHUNK].contiguous().view(AS_INTEGERS[part.element_size()]).long()
         first = 2 * (start + begin) + 1
-        total += int((chunk * torch.arange(first, first + 2 * len(chunk), 2, device=chunk.device)).sum())
-    return total % 2**64
+        total += (chunk * torch.arange(first, first + 2 * len(chunk), 2, device=chunk.device)).sum()
+    return int(total) % 2**64
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -128,10 +128,9 @@ def streamed(model: nn.Module) -> Iterator[InStep]:
     yield InStep(lambda: None if offload is None else offload.get_param_coordinator().reset_step())
 
 
-def bytes_to_gather(model: nn.Module) -> int:
-    """What the window adds to this rank's memory: a whole copy of all that is partitioned. 0 without ZeRO-3."""
-    offload = _parameter_offload(model)
-    return 0 if offload is None else sum(element_count(p) * p.element_size() for p in _partitioned(offload))
+def zero_stage(model: nn.Module) -> int:
+    """The stage that the engine runs; 0 where it is none."""
+    return int(model.zero_optimization_stage()) if isinstance(model, DeepSpeedEngine) else 0
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -203,7 +203,7 @@ def _answers(
     """What one contestant says."""
     shared = _roles(experiment, config, topology, folder).to(topology.device)
     packing = packs(experiment.update.packing, shared)
-    collector = make_collector(experiment, topology, task, progress, packing=packing)
+    collector = make_collector(experiment, topology, task, progress, packing=packing, trains=False)
     samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
     with collector.sampler.opened(shared) as opened:
         if greedy:
