@@ -21,11 +21,14 @@ PASS_WIDTHS = 5  # rows of H that a pass without gradient holds where it is larg
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model in numbers. Bytes: ``base`` all frozen parameters, ``kept`` those of them that ZeRO-3 leaves whole on
-    every rank, ``largest`` the largest one, ``adapted`` the weights that have adapters. Elements: ``trained``; ``low_rank``,
-    what the x A^T of one role have together for a token; ``queries`` and ``keys``, a token's in one layer. ``column``:
-    bytes of keys and values of one token. ``tile``: positions and tokens of a tile of the output layer. ``plain``:
-    norms and MLP are transformers' own, which keep more for backward."""
+    """A model in numbers.
+
+    Bytes: ``base`` all frozen parameters, ``kept`` those of them that ZeRO-3 leaves whole on every rank, ``largest``
+    the largest one, ``adapted`` the weights that have adapters, ``column`` keys and values of one token. Elements:
+    ``trained``; ``low_rank``, what the x A^T of one role have together for a token; ``queries`` and ``keys``, a token's
+    in one layer. ``tile``: positions and tokens of a tile of the output layer. ``plain``: norms and MLP are
+    transformers' own, which keep more for backward.
+    """
 
     base: int
     kept: int
