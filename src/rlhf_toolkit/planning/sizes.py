@@ -116,8 +116,10 @@ def prefetched_bytes(model: ModelSize, how: Sharding) -> int:
 def start_bytes(model: ModelSize, how: Sharding) -> int:
     """The most that a rank holds before the first rollout."""
     trained, own = model.trained * FP32, shard_bytes(model, how)
-    copies = 1 if how.on_cpu else 2  # of the matrix being loaded: gathered in pieces, then whole
-    loading = own + (copies * model.largest if how.sharded else 0) + (model.base if how.sharded and how.on_cpu else 0)
+    loading = own
+    if how.sharded:
+        copies = 1 if how.on_cpu else 2  # of the matrix being loaded; its new shard comes beside it
+        loading += copies * model.largest + model.largest // how.ranks + (model.base if how.on_cpu else 0)
     fingerprint = own + (0 if how.sharded else trained) + min(CHECKSUM_BYTES, 24 * model.largest // model.element)
     engine = kept_bytes(model, how, moments=False) + (trained if how.stage else 0)
     return max(loading, fingerprint, engine)
@@ -143,21 +145,33 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     gradients = 0 if how.sharded else trained
     if how.stage == 2:
         gradients = -(-trained // how.ranks) + how.bucket * FP32 * (2 if how.overlap else 1)
-    gathered = live_bytes(model, how) + prefetched_bytes(model, how)
-    return gradients + gathered + activation_bytes(model, how, size)
+    gathered = live_bytes(model, how)
+    ahead = prefetched_bytes(model, how)
+    if gathered < window_bytes(model, how):  # backward gathers again
+        return gradients + gathered + ahead + activation_bytes(model, how, size)
+    last_gather = ahead + size.tokens * model.hidden * (2 * FP32 + model.element)  # while the last norm is computed
+    made = max(last_gather, _made(model, how, size))
+    return gradients + gathered + _kept_activations(model, how, size) + made
 
 
 def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """What backward needs of the forward pass, and the largest thing that is made on the way."""
+    return _kept_activations(model, how, size) + _made(model, how, size)
+
+
+def _kept_activations(model: ModelSize, how: Sharding, size: PassSize) -> int:
     layer = size.tokens * layer_token_bytes(model, how, size.columns)
     if size.checkpointing:
-        layers = model.layers * size.tokens * model.hidden * model.element + layer
-    else:
-        layers = model.layers * layer
+        return _states(model, size) + model.layers * size.tokens * model.hidden * model.element + layer
+    return _states(model, size) + model.layers * layer
+
+
+def _made(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """The largest of: the backward of an MLP, the last norm, the output layer."""
     backward = size.tokens * (2 * model.hidden + 3 * model.intermediate) * model.element
     norm = size.tokens * model.hidden * (2 * FP32 + model.element)
     head = _head(model, how, size, gradient=True)
-    return layers + _states(model, size) + max(backward, norm, head)
+    return max(backward, norm, head)
 
 
 def layer_token_bytes(model: ModelSize, how: Sharding, columns: int) -> int:

@@ -292,15 +292,16 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress, *, trai
     rollout, ranks = experiment.rollout, world_size()
     longest = max(len(p.token_ids) for p in (*task.prompts, *task.held_out))
     with_value = estimator_of(experiment.ppo).needs("values") and experiment.model.value_on == ON_ADAPTER
+    scoring_roles = len(SCORED_ROLES) - (0 if with_value else 1)  # a value on the policy's trunk has no rows
     size = RolloutSize(
         rows=max(
             rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
         ),
         columns=longest + rollout.max_new_tokens,
-        scoring_tokens=len(SCORED_ROLES) * tokens_of_a_role(experiment),
+        scoring_tokens=scoring_roles * tokens_of_a_role(experiment),
         longest_prompt=longest,
         later_turns=rollout.environment is not None and rollout.max_turns > 1,
-        scoring_roles=len(SCORED_ROLES),
+        scoring_roles=scoring_roles,
         update_tokens=experiment.update.micro_batch_tokens if trains else 0,
         update_roles=2 if with_value else 1,
         checkpointing=experiment.model.gradient_checkpointing,
