@@ -21,6 +21,7 @@ from rlhf_toolkit.checkpoints import (
     RUN_FILE,
     ManifestWriter,
     base_fingerprint,
+    checksum,
     claim_run_folder,
     last_checkpoint,
     on_main,
@@ -29,6 +30,7 @@ from rlhf_toolkit.checkpoints import (
     write_json,
 )
 from rlhf_toolkit.errors import CheckpointError
+from tests.allocations import Allocations
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"name": "m", "lora_rank": 4},
@@ -246,6 +248,36 @@ def test_a_fingerprint_changes_with_a_weight(dtype: torch.dtype) -> None:
     weight = parameters[1][1].data[2, 3]
     weight.copy_(torch.nextafter(weight, torch.tensor(9.0, dtype=dtype)))
     assert base_fingerprint("config", parameters) != before
+
+
+def test_a_fingerprint_knows_places_and_dtypes() -> None:
+    """The same numbers in another order, another shape or another dtype are another base."""
+    numbers = torch.arange(12.0)
+    variants = [numbers, numbers.flip(0), numbers.view(3, 4), numbers.view(3, 4).t(), numbers.half(), numbers.double()]
+    assert len({base_fingerprint("config", [("a", nn.Parameter(variant))]) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_the_checksum_of_parts_is_that_of_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against Python's own integers, in chunks of any size."""
+    whole = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    size = whole.element_size()
+    signed = size > 1
+    data = whole.view(torch.uint8).tolist()
+    bits = [int.from_bytes(bytes(data[i : i + size]), "little", signed=signed) for i in range(0, len(data), size)]
+    expected = sum(b * (2 * i + 1) for i, b in enumerate(bits)) % 2**64
+    for chunk in (1, 5, 100):
+        monkeypatch.setattr(checkpoints, "CHUNK", chunk)
+        parts = [checksum(whole[:10], 0), checksum(whole[10:30], 10), checksum(whole[30:], 30)]
+        assert sum(parts) % 2**64 == checksum(whole, 0) == expected
+
+
+def test_a_fingerprint_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor that is made on the way is larger than a chunk, whatever the size of a matrix."""
+    monkeypatch.setattr(checkpoints, "CHUNK", 64)
+    with Allocations() as made:
+        base_fingerprint("config", [("a", nn.Parameter(torch.zeros(100, 100, dtype=torch.bfloat16)))])
+    assert max(each.elements for each in made.seen if "zeros" not in each.operation) <= 64
 
 
 def test_a_fingerprint_changes_with_names_and_config() -> None:

@@ -184,6 +184,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "evaluate_every": 0,
         "evaluation_samples": 0,
         "samples": 4,
+        "timeout_minutes": 120,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",
         "name": None,

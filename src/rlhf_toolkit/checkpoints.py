@@ -15,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rlhf_toolkit.distributed.collectives import agreement, barrier, from_main, rank
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, barrier, from_main, rank
+from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError
 
 T = TypeVar("T")
@@ -27,6 +29,8 @@ MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LEAST_FREE_BYTES = 256 * 2**20
 FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")  # prefixes: how long a run is and who watches it
 NEVER_FREE = ("run.seed",)
+CHUNK = 2**18  # elements of a parameter that are widened to int64 at a time
+AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class ManifestWriter(TrainerCallback):
@@ -108,11 +112,30 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dic
 
 
 def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:
-    """A short hash of the base's config and of the sum of every frozen tensor. The tensors must be whole."""
+    """A short hash of the base's config and of every frozen tensor's name, shape, dtype and ``checksum``. A collective.
+
+    Each rank reads the part that it holds, ``CHUNK`` elements at a time, so that a base that no device could hold whole
+    has a fingerprint too. The sum is of integers, and therefore the same however many ranks share it.
+    """
+    shares = all_gather([checksum(*own_part(parameter)) for _, parameter in frozen])
     digest = hashlib.sha256(config.encode())
-    for name, parameter in frozen:
-        digest.update(f"{name} {parameter.detach().double().sum().item()!r}".encode())
+    for (name, parameter), parts in zip(frozen, zip(*shares, strict=True), strict=True):
+        digest.update(f"{name} {full_shape(parameter)} {parameter.dtype} {sum(parts) % 2**64}".encode())
     return digest.hexdigest()[:16]
+
+
+def checksum(part: Tensor, start: int) -> int:
+    """The sum of bits[i] (2 (start + i) + 1) modulo 2^64, with the bits of each element of a flat tensor as an integer.
+
+    Every factor is odd and so has an inverse: a change of any one element changes the sum. The factors tell places
+    apart, and the sums of parts add up to that of the whole.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    for begin in range(0, len(part), CHUNK):
+        chunk = part[begin : begin + CHUNK].contiguous().view(AS_INTEGERS[part.element_size()]).long()
+        first = 2 * (start + begin) + 1
+        total += (chunk * torch.arange(first, first + 2 * len(chunk), 2, device=chunk.device)).sum()
+    return int(total) % 2**64
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -52,7 +52,8 @@ def load_base(
     attention: str,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
+    """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning, else the whole on
+    its own device."""
     if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         raise ModelError(
             f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
@@ -63,7 +64,12 @@ def load_base(
     try:
         with explained(name), sharded_loading(topology, dtype):
             return AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=kind, trust_remote_code=trust_remote_code
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=kind,
+                trust_remote_code=trust_remote_code,
+                **straight_to_device(topology),
             )
     except (ValueError, ImportError) as error:
         if "attention" not in str(error):
@@ -71,6 +77,14 @@ def load_base(
         raise ModelError(
             f"{config.model_type} does not run with model.attention={attention} ({described(error)}); set it to eager"
         ) from error
+
+
+def straight_to_device(topology: Topology) -> dict[str, Any]:
+    """What has ``from_pretrained`` read each tensor from the mapped file to this process's GPU. Without it a process
+    would first build the whole model in host memory: four processes, four copies. Under ZeRO-3 loading shards instead;
+    on a CPU there is nowhere to go."""
+    direct = topology.device.type != "cpu" and topology.launch.zero_stage != 3
+    return {"device_map": {"": topology.device}} if direct else {}
 
 
 def lora_config(

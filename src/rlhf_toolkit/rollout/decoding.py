@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import SlotCache, close_holes, full_attention_only
+from rlhf_toolkit.planning.memory import PREFILL_TOKENS
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
@@ -24,7 +25,6 @@ from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 IDLE_SHARE = 0.25  # slots that nobody will enter any more are given up when they are at least this share
 ENTRY_SHARE = 0.125  # prompts enter when at least this share of the slots is free: entering costs a forward pass
 SHARED_PREFIX = 8  # tokens that entering prompts must have in common to be computed once
-PREFILL_TOKENS = 16384  # bounds the prompts that enter at once
 SPARE_COLUMNS = 32  # of a slot, so that columns move left only now and then
 
 
@@ -70,6 +70,7 @@ def decode(
     *,
     stream: Sequence[int | str],
     slots: int | None = None,
+    prefill_tokens: int = PREFILL_TOKENS,
     budgets: Sequence[int] | None = None,
     expected: Callable[[Prompt], float] = lambda prompt: 0.0,
     pace: Pace | None = None,
@@ -79,7 +80,8 @@ def decode(
     """Sample one response for each row of ``batch`` with the policy.
 
     ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
-    and its sample number. ``slots`` are sequences in flight, by default all; ``budgets`` are tokens for each row, by
+    and its sample number. ``slots`` are sequences in flight, by default all; prompts that enter at
+    once have at most ``prefill_tokens``, unless a single one is longer; ``budgets`` are tokens for each row, by
     default ``sampling.max_new_tokens`` for all. Prompts whose responses are ``expected``
     to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step,
     ``on_finished`` of each row that ends, with its tokens.
@@ -88,7 +90,7 @@ def decode(
     state = _Decoding(
         model, tokenizer, batch, sampling, stream, slots or len(batch), budgets, expected, pace or Alone()
     )
-    state.on_finished = on_finished
+    state.on_finished, state.prefill_tokens = on_finished, prefill_tokens
     while state.waiting or state.living:
         on_tokens(state.enter() if state.may_enter() else state.step())
     state.pace.until_others_finish(state.idle)
@@ -100,6 +102,7 @@ class _Decoding:
     results."""
 
     on_finished: Callable[[int, list[int]], None]
+    prefill_tokens: int = PREFILL_TOKENS
 
     def __init__(
         self,
@@ -188,7 +191,7 @@ class _Decoding:
         while self.waiting and len(rows) < len(self.free):
             prompt = self.batch.prompts[self.waiting[0]]
             width = max(width, len(prompt.token_ids))
-            if rows and width * (len(prompts) + 1) > PREFILL_TOKENS and prompt.token_ids not in prompts:
+            if rows and width * (len(prompts) + 1) > self.prefill_tokens and prompt.token_ids not in prompts:
                 break
             prompts[prompt.token_ids] = prompt
             rows.append(self.waiting.pop(0))

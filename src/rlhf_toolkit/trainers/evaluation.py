@@ -122,7 +122,7 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     """
     _check(experiment, contestants, greedy)
     folders = [None if name == BASE else str(adapter_folder(name)) for name in contestants]
-    topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
@@ -205,7 +205,7 @@ def _answers(
     """What one contestant says."""
     shared = _roles(experiment, config, topology, folder).to(topology.device)
     packing = packs(experiment.update.packing, shared)
-    collector = make_collector(experiment, topology, task, progress, packing=packing)
+    collector = make_collector(experiment, topology, task, progress, packing=packing, trains=False)
     samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
     with collector.sampler.opened(shared) as opened:
         if greedy:
