@@ -1,0 +1,56 @@
+"""Files whose names, links or folders may come from strangers: what is read stays in its folder, what is written goes
+through no link."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import IO
+
+NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
+"""One part of a path: no separator of any system, no control character."""
+DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether ``name`` is the name of a file in a folder and of nothing beyond it: text without a folder part, a drive
+    or a control character, not empty, ``.`` or ``..``, at most 255 bytes."""
+    if not isinstance(name, str) or name in (".", "..") or not NAME.fullmatch(name) or DRIVE.match(name):
+        return False
+    return len(name.encode(errors="surrogatepass")) <= 255
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether ``path``, in ``folder``, is a link, or lies behind one, to something outside.
+
+    The hub's cache is one folder: ``snapshots/<revision>`` holds links to ``blobs`` beside it.
+    """
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    target = path.resolve()
+    return not any(target.is_relative_to(allowed) for allowed in roots)
+
+
+def created(path: Path, mode: str = "w") -> IO[str]:
+    """``path`` opened for writing text as a new file: what stood there, a link among these, is removed and never
+    written through. Raises OSError."""
+    path.unlink(missing_ok=True)
+    return open(path, mode.replace("w", "x"), encoding="utf-8", newline="\n")
+
+
+def appended(path: Path) -> IO[str]:
+    """``path`` opened for adding text at its end, made where it is missing. Raises OSError where it is a link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8", newline="\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part, and through no link.
+
+    A link at ``path`` is replaced by the file. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with created(temporary) as file:
+        file.write(text)
+    os.replace(temporary, path)
