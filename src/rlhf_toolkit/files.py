@@ -21,22 +21,34 @@ def is_plain_name(name: object) -> bool:
     return len(name.encode(errors="surrogatepass")) <= 255
 
 
-def leads_outside(path: Path, folder: Path) -> bool:
-    """Whether ``path``, in ``folder``, is a link, or lies behind one, to something outside.
+def leads_outside(path: Path, folder: Path, *also: Path) -> bool:
+    """Whether ``path``, in ``folder``, is a link, or lies behind one, to something outside of it and of ``also``.
 
     The hub's cache is one folder: ``snapshots/<revision>`` holds links to ``blobs`` beside it.
     """
-    root = folder.resolve()
+    root = Path(os.path.realpath(folder))
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    target = path.resolve()
+    roots += [Path(os.path.realpath(other)) for other in also]
+    target = Path(os.path.realpath(path))  # unlike resolve, also of a link to itself
     return not any(target.is_relative_to(allowed) for allowed in roots)
 
 
-def created(path: Path, mode: str = "w") -> IO[str]:
+def link_outside(folder: Path, *also: Path) -> Path | None:
+    """The first link in ``folder``, at any depth, that leads out of it and of ``also``; None where there is none. No
+    link is followed."""
+    for place, folders, names in os.walk(folder, followlinks=False):
+        for name in sorted([*folders, *names]):
+            path = Path(place, name)
+            if path.is_symlink() and leads_outside(path, folder, *also):
+                return path
+    return None
+
+
+def created(path: Path) -> IO[str]:
     """``path`` opened for writing text as a new file: what stood there, a link among these, is removed and never
     written through. Raises OSError."""
     path.unlink(missing_ok=True)
-    return open(path, mode.replace("w", "x"), encoding="utf-8", newline="\n")
+    return open(path, "x", encoding="utf-8", newline="\n")
 
 
 def appended(path: Path) -> IO[str]:
@@ -50,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
     A link at ``path`` is replaced by the file. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with created(temporary) as file:
         file.write(text)
     os.replace(temporary, path)
