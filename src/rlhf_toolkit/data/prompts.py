@@ -98,8 +98,8 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
     A file is read anew each time, so that an edit always counts; all of it is ``split``, whose slices, such as
     ``train[:100]``, work as on the hub. Values are as ``datasets`` reads them: a column of ISO dates holds datetimes.
     With ``streaming`` rows are read while they are iterated over and never stored as a whole; there are no slices.
-    DataError where there is no such file or dataset, it cannot be read, or it is empty; of a stream, what is broken
-    further on is found when it is read.
+    DataError where there is no such file or dataset, it cannot be read, or it is empty. JSON is looked through first, a
+    line at a time; of a stream, what is broken further on and does no harm is found when it is read.
     """
     path = Path(source)
     is_file = path.suffix.lower() in FORMATS
@@ -156,13 +156,13 @@ def _stream(source: str, split: str, max_rows: int | None) -> StreamedRows:
         )
     path = Path(source)
     if path.suffix.lower() in FORMATS:
-        _check_text(path, split, max_rows)
+        _check_text(path, split, max_rows, streaming=True)
         files = {split: glob.escape(str(path))}
         load = partial(datasets.load_dataset, FORMATS[path.suffix.lower()], data_files=files)
         fault = partial(_fault_of_file, path, split)
     else:
         name, _, configuration = source.partition(":")
-        _check_folder(Path(name), split, max_rows)
+        _check_folder(Path(name), split, max_rows, streaming=True)
         load, fault = partial(datasets.load_dataset, name, configuration or None), partial(_fault_of_hub, source, split)
     return StreamedRows(source, partial(load, split=split, streaming=True), fault, max_rows)
 
@@ -191,23 +191,24 @@ def _fault_of_hub(source: str, split: str, error: Exception, count: int = 0) -> 
     )
 
 
-def _check_text(path: Path, split: str, max_rows: int | None = None) -> None:
-    """Raise DataError where a file of text is no UTF-8, and one of JSON is empty or not sound."""
+def _check_text(path: Path, split: str, max_rows: int | None = None, *, streaming: bool = False) -> None:
+    """Raise DataError where a file of text is no UTF-8, and one of JSON is empty or not sound. Of a stream, what the
+    reader survives is left to be found when it is reached."""
     kind = FORMATS[path.suffix.lower()]
     if kind == "json":
-        what = f"it {NO_ROWS}" if is_blank(path) else json_fault(path, max_rows=max_rows)
+        what = f"it {NO_ROWS}" if is_blank(path) else json_fault(path, max_rows=max_rows, fatal_only=streaming)
         if what is not None:
             way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
             raise DataError(f"cannot read {path} (split {split}): {what}{way_out}")
-    elif kind == "csv":
+    elif kind == "csv" and not streaming:
         _check_utf8(path)
 
 
-def _check_folder(folder: Path, split: str, max_rows: int | None = None) -> None:
+def _check_folder(folder: Path, split: str, max_rows: int | None = None, *, streaming: bool = False) -> None:
     """The same for each file of JSON in a local folder that stands for a dataset."""
     for path in sorted(folder.rglob("*.json*")) if folder.is_dir() else ():
         if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
-            _check_text(path, split, max_rows)
+            _check_text(path, split, max_rows, streaming=streaming)
 
 
 def _after(count: int) -> str:
