@@ -20,6 +20,7 @@ from transformers import (
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
+from rlhf_toolkit.models.folders import check_model_folder
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE, SharedBase
 
 REWARD_HEAD = "reward_head.safetensors"
@@ -28,12 +29,14 @@ OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or a ModelError that says what to do."""
+    check_model_folder(name)
     with explained(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config without dropout and router noise: in PPO old and new log-probs must come from one function."""
+    check_model_folder(name)
     with explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -143,6 +146,7 @@ def adapter_config(folder: str, setting: str) -> LoraConfig:
     """The settings of a LoRA folder to start from, with dropout off."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ModelError(f"{setting}={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
+    check_model_folder(folder)
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{setting}={folder} is a {config.peft_type} adapter; role slices need LoRA")
