@@ -124,7 +124,7 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     _check(experiment, contestants, greedy)
     folders = [None if name == BASE else str(adapter_folder(name)) for name in contestants]
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
-    experiment = with_dtype(experiment, topology)
+    experiment = with_dtype(experiment, topology, trains=False)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)

@@ -12,6 +12,7 @@ from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.configs import AUTO
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.run_log import Progress
@@ -69,11 +70,17 @@ def read_command(kind: type[E], description: str | None) -> Command[E]:
     return Command(experiment, options.resume, options.overwrite)
 
 
-def with_dtype(experiment: E, topology: Topology) -> E:
+def with_dtype(experiment: E, topology: Topology, *, trains: bool = True) -> E:
     """The experiment with the dtype that ``model.dtype: auto`` means here, the same on every rank; says which.
 
-    It is decided before the run folder is claimed, so that run.json, checkpoints and the model card name it.
+    It is decided before the run folder is claimed, so that run.json, checkpoints and the model card name it. Raises
+    ConfigError for float16 in a run that ``trains``.
     """
+    if trains and experiment.model.dtype == "float16":
+        raise ConfigError(
+            "model.dtype=float16: without a scaled loss the gradients of many tokens vanish in it (a quarter of them "
+            "at 131,072 tokens a mini-batch); set it to bfloat16, or to float32 where the device has none, or to auto"
+        )
     found = all_gather(resolved_dtype(experiment.model.dtype, topology.device))
     # Where one rank's device has no bfloat16, auto is float32 on all.
     dtype, reason = next((each for each in found if each[0] == "float32"), found[0])
