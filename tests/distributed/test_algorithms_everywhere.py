@@ -4,7 +4,6 @@ and of half the micro-batch budget, are those of one process."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
     "replace_uniform_groups": {"ppo.advantage": "grpo", "rollout.replace_uniform_groups": 2},
     "kl_stop": {"ppo.kl_stop": 0.0006, "ppo.num_rollouts": 3, "update.schedule": "linear"},
 }
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecipeProcesses]:
-    processes = RecipeProcesses(tmp_path_factory.mktemp("recipe"))
-    yield processes
-    processes.close()
 
 
 def experiment(folder: Path, case: str, **changes: Any) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +86,6 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 NEVER_WITHOUT_A_KL = {"actor/ref_kl", "actor/ref_kl_k3", "actor/reward_kl_penalty"}
 NEVER_WITHOUT_A_POLICY_PASS = {"actor/first_ratio_deviation"}
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecipeProcesses]:
-    processes = RecipeProcesses(tmp_path_factory.mktemp("recipe"))
-    yield processes
-    processes.close()
 
 
 def experiment(folder: Path, changes: dict[str, Any], *patches: str) -> Path:

@@ -28,13 +28,6 @@ SECONDS_TO_END = 20
 """Between a reward's failure on one rank and the end of the last process."""
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecipeProcesses]:
-    processes = RecipeProcesses(tmp_path_factory.mktemp("recipe"))
-    yield processes
-    processes.close()
-
-
 def experiment_of(folder: Path, changes: dict[str, Any], **tokenizer: Any) -> Path:
     """A task of the folder's own, with ``changes`` in which ``{here}`` is the folder."""
     here = {name: v.format(here=folder) if isinstance(v, str) else v for name, v in changes.items()}
