@@ -34,8 +34,9 @@ HEAVY = (
     "rlhf_toolkit.trainers.fine_tuning_run",
     "transformers.models.llama.modeling_llama",
     "accelerate.commands.launch",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which brings torch's compiler along
 )
-"""What takes seconds to import."""
+"""What takes seconds to import, some of it late in a run."""
 RECIPE = ROOT / "recipes/ppo.py"
 GRACE_SECONDS = 30.0
 """What a rank has to end when another has failed, as under torchrun."""
