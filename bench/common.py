@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ GPU_SHAPES = {  # Qwen2.5's: layers, hidden size, size of the MLP, heads, key an
     "0.5b": (24, 896, 4864, 14, 2, True),
     "1.5b": (28, 1536, 8960, 12, 2, True),
     "7b": (28, 3584, 18944, 28, 4, False),
+    "tiny": (2, 64, 96, 4, 2, True),  # for rehearsals
 }
 
 
@@ -46,11 +48,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def models(which: str) -> list[str]:
     """Names of the models of a set."""
-    return [SMOLLM] if which == "cpu" else list(GPU_SHAPES)
+    return [SMOLLM] if which == "cpu" else [name for name in GPU_SHAPES if name != "tiny"]
 
 
 def model_folder(name: str) -> str:
-    """The folder of SmolLM2-135M-Instruct, or of a model of one of the GPU shapes, made when it is first asked for."""
+    """The folder of SmolLM2-135M-Instruct, or of a model of one of the GPU shapes, made when it is first asked for; a
+    folder is itself."""
+    if Path(name).is_dir():
+        return name
     if name == SMOLLM:
         return fetch_smollm()
     folder = CACHE / f"random-{name}"
@@ -106,6 +111,14 @@ def experiment(model: str, folder: Path, changes: Mapping[str, Any]) -> dict[str
         section, _, key = name.partition(".")
         sections[section][key] = value
     return sections
+
+
+def known(setting: str) -> bool:
+    """Whether this version's experiment has ``section.key``."""
+    from rlhf_toolkit.experiment import Experiment
+
+    section, _, key = setting.partition(".")
+    return hasattr(Experiment.__dataclass_fields__[section].default_factory(), key)
 
 
 def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:
@@ -189,7 +202,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``+`` where files differ from it."""
+    """Short hash of the checkout, with ``+`` where files differ from it; empty where there is no git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout

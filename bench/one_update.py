@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 from common import model_folder
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.data.layout import TokenLayout, packed, padded
 from rlhf_toolkit.models.attention import ROLE_ATTENTION, packing_obstacle
@@ -26,6 +26,11 @@ def load(model: str, *, fuse: bool = True) -> SharedBase:
     base = AutoModelForCausalLM.from_pretrained(
         model_folder(model), dtype=torch.bfloat16, attn_implementation=ROLE_ATTENTION
     )
+    return adapted(base, fuse=fuse)
+
+
+def adapted(base: PreTrainedModel, *, fuse: bool = True) -> SharedBase:
+    """The same of a base that is there already."""
     torch.manual_seed(0)
     adapter = lora_config(rank=16, alpha=32, rslora=False, target_modules="all-linear", exclude_modules=())
     with nullcontext() if fuse else patch("rlhf_toolkit.models.shared_base.fuse", lambda base: 0):
@@ -36,14 +41,22 @@ def load(model: str, *, fuse: bool = True) -> SharedBase:
     return shared.to(DEVICE).train()
 
 
-def micro_batches(shared: SharedBase, rows: int) -> Iterator[TokenLayout]:
-    """``ROWS`` random sequences in micro-batches of ``rows``: packed where the base can, as a run would."""
+def micro_batches(
+    shared: SharedBase,
+    rows: int,
+    *,
+    sequences: int = ROWS,
+    prompt: int = PROMPT,
+    response: int = RESPONSE,
+    vocabulary: int = 40000,
+) -> Iterator[TokenLayout]:
+    """Random sequences in micro-batches of ``rows``: packed where the base can, as a run would."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(100, 40000, (ROWS, PROMPT + RESPONSE), generator=generator)
+    tokens = torch.randint(100, vocabulary, (sequences, prompt + response), generator=generator)
     lay_out = packed if packing_obstacle(shared.causal_lm) is None else padded
     for part in tokens.split(rows):
-        lengths = torch.full((2, len(part)), PROMPT)
-        lengths[1] = RESPONSE
+        lengths = torch.full((2, len(part)), prompt)
+        lengths[1] = response
         yield lay_out(part, *lengths).to(torch.device(DEVICE))
 
 

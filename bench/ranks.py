@@ -28,8 +28,16 @@ def on_ranks(script: str, job: dict[str, Any], *, ranks: int, stage: int | None 
         config.write_text(yaml.safe_dump(launch_config(ranks, stage)))
         job = {**job, "folder": f"{folder}/run", "result": f"{folder}/result.json"}
         file.write_text(json.dumps(job))
-        accelerate = str(Path(sys.executable).with_name("accelerate"))
-        command = [accelerate, "launch", "--config_file", str(config), script, "--worker", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(config),
+            script,
+            "--worker",
+            str(file),
+        ]
         done = subprocess.run(
             command,
             env=environment(ranks),

@@ -100,20 +100,22 @@ def base_flops(shared: SharedBase, tokens: int) -> float:
     )
 
 
-def attention_flops(shared: SharedBase) -> float:
+def attention_flops(
+    shared: SharedBase, *, sequences: int = ROWS, prompt: int = PROMPT, response: int = RESPONSE
+) -> float:
     """Scores and mixed values of the causal half: two products forward, four backward."""
     config = shared.causal_lm.config
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    length = PROMPT + RESPONSE
-    return 6 * 2 * ROLES * ROWS * width * length * (length + 1) / 2 * config.num_hidden_layers
+    length = prompt + response
+    return 6 * 2 * ROLES * sequences * width * length * (length + 1) / 2 * config.num_hidden_layers
 
 
-def head_flops(shared: SharedBase) -> float:
+def head_flops(shared: SharedBase, positions: int = ROWS * RESPONSE) -> float:
     """Logits of the policy's response tokens, and their gradient."""
     vocabulary, size = shared.causal_lm.get_output_embeddings().weight.shape
-    return 2 * 2 * ROWS * RESPONSE * vocabulary * size
+    return 2 * 2 * positions * vocabulary * size
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

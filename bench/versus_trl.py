@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, arguments, keep, model_folder, models, rounded
+from common import ROOT, arguments, keep, known, model_folder, models, rounded
 from contestants.protocol import Contestant
 
 TURNS, PROMPTS, TOKENS, RANK, RATE, KL_COEF = 5, 16, 48, 16, 2e-4, 0.05
@@ -95,14 +95,6 @@ def launch(name: str, python: str, script: str, job: dict[str, Any], folder: Pat
     file.write_text(json.dumps({**job, "folder": str(folder / name)}))
     command = [python, str(ROOT / "bench/contestants" / script), str(file)]
     return Contestant(command, folder / f"{name}.log", TOKENIZERS_PARALLELISM="false")
-
-
-def known(setting: str) -> bool:
-    """Whether the experiment has ``section.key``."""
-    from rlhf_toolkit.experiment import Experiment
-
-    section, _, key = setting.partition(".")
-    return hasattr(Experiment.__dataclass_fields__[section].default_factory(), key)
 
 
 def summary(turns: list[Mapping[str, Any]]) -> dict[str, Any]:

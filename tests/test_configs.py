@@ -69,7 +69,7 @@ def line_of(caught: pytest.ExceptionInfo[ConfigError]) -> str:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "name": "m",
-        "dtype": "bfloat16",
+        "dtype": "auto",
         "attention": "sdpa",
         "trust_remote_code": False,
         "lora_rank": 16,
@@ -501,7 +501,7 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
 @pytest.mark.parametrize(
     ("section", "name", "close", "nearest", "known"),
     [
-        ("model", "dtype", "float23", "float32", ("bfloat16", "float16", "float32")),
+        ("model", "dtype", "float23", "float32", ("auto", "bfloat16", "float16", "float32")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
         ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")),
         ("model", "value_on", "policy_trunks", "policy_trunk", ("adapter", "policy_trunk")),

@@ -31,6 +31,7 @@ from rlhf_toolkit.knobs import (
 MODES = ("auto", "window", "stream")
 KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
+AUTO = "auto"
 VALUE_SITES = ("adapter", "policy_trunk")
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -55,9 +56,10 @@ class ModelConfig(Section):
 
     name: str = knob("", "hub name or local folder of a decoder-only model")
     dtype: str = knob(
-        "bfloat16",
-        "of the frozen base, whose adapters and heads are float32; with sft.full of the products of float32 weights",
-        choices=DTYPES,
+        AUTO,
+        "of the frozen base, whose adapters and heads are float32; with sft.full of the products of float32 weights; "
+        "auto: bfloat16 where the device computes it, else float32",
+        choices=(AUTO, *DTYPES),
     )
     attention: str = knob("sdpa", "transformers' attn_implementation: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = knob(False, "run model code from the hub")
@@ -257,7 +259,7 @@ class PPOConfig(Section):
         choices=("terminal", "bootstrap", "mask"),
     )
     first_ratio_tolerance: float | None = knob(
-        None, "largest |log ratio| before an update; none: 1e-4 in float32, 0.1 below", ABOVE_0
+        None, "largest mean |log ratio| before an update; none: what rounding explains, measured at the start", ABOVE_0
     )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import MistralConfig, MistralForCausalLM
 
+from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models import attention
 from rlhf_toolkit.models.attention import ROLE_ATTENTION, short_causal_attention
 
@@ -91,10 +92,10 @@ def test_it_steps_aside_for_everything_else(options: dict[str, Any], dtype: torc
     assert calls == ["sdpa"]
 
 
-def test_a_softcap_is_refused_as_transformers_refuses_it(calls: list[str]) -> None:
-    with pytest.raises(ValueError, match="does not support `softcap`"):
+def test_a_softcap_is_refused_with_a_way_out(calls: list[str]) -> None:
+    with pytest.raises(ModelError, match=r"caps attention's scores, .* set model\.attention: eager"):
         short_causal_attention(Attention(2), *qkv(2), None, softcap=5.0)
-    assert calls == ["sdpa"]
+    assert calls == []
 
 
 def test_it_steps_aside_for_a_decode_step_and_for_a_module_that_looks_ahead(calls: list[str]) -> None:
@@ -117,7 +118,7 @@ def test_a_mask_is_obeyed() -> None:
 
 
 def test_a_long_sequence_goes_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    monkeypatch.setattr(attention, "LARGEST_SCORES", ROWS * HEADS * LENGTH * LENGTH)
+    monkeypatch.setattr(attention, "LARGEST_ROW", HEADS * LENGTH * LENGTH)
     short_causal_attention(Attention(2), *qkv(2), None)
     assert calls == []
     short_causal_attention(Attention(2), *qkv(2, length=LENGTH + 1), None)

@@ -37,7 +37,6 @@ LOSS = PPOLoss(
     value_warmup_rollouts=0,
     width=7,
     temperature=1.0,
-    tolerance=1e-4,
     correction=Correction("token", cap=1.2),
     policy_loss=PolicyLoss(vanilla),
 )

@@ -96,13 +96,12 @@ def render(
 ) -> str:
     """The chat template's text of ``messages``, special tokens written out. DataError where it rejects them.
 
-    Keys that ``datasets`` fills with None are left out by ``apply_chat_template``.
+    Keys that ``datasets`` fills with None are left out; ``apply_chat_template`` does so since transformers 5.24.
     """
     require_chat_template(tokenizer)
+    stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, tokenize=False)
-        )
+        return str(tokenizer.apply_chat_template(stated, add_generation_prompt=add_generation_prompt, tokenize=False))
     except Exception as error:  # a template is a program: it may raise whatever it likes
         raise DataError(
             f"row {index}: {template_name(tokenizer)} rejects messages of roles "

@@ -17,9 +17,12 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.errors import ModelError
-from rlhf_toolkit.models.segment_attention import LARGEST_SCORES, SegmentAttention
+from rlhf_toolkit.models.segment_attention import SegmentAttention
 
 ROLE_ATTENTION = "sdpa_roles"
+LARGEST_ROW = 2**21
+"""Scores of one row beyond which PyTorch's kernel, which keeps none, is worth its time. Of one row, so that the kernel
+depends on neither the number of rows nor of roles: log-probs of one policy come from one kernel."""
 PACKABLE = frozenset(
     {
         *("cohere", "cohere2", "deepseek_v3", "gemma3", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite"),
@@ -44,11 +47,15 @@ def short_causal_attention(
     functions return it."""
     rows, heads, length, _ = query.shape
     is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    if kwargs.get("softcap") is not None:  # transformers before 5.24 would leave it out without a word
+        raise ModelError(
+            f"{type(module).__name__} caps attention's scores, which sdpa cannot; set model.attention: eager"
+        )
+    special = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
     if length == 1 and not special and isinstance(attention_mask, torch.Tensor):
         return step_attention(query, key, value, attention_mask, scaling), None
     plain = attention_mask is None and is_causal and not special and length == key.shape[2] > 1
-    fits = rows * heads * length * length <= LARGEST_SCORES
+    fits = heads * length * length <= LARGEST_ROW
     if not (plain and fits and query.dtype == torch.bfloat16 and query.device.type == "cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = heads // key.shape[1]

@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.distributed.zero3 import is_here, whole
+from rlhf_toolkit.models.precision import packs_bfloat16
 
 EXACT, MERGED = "exact", "merged"
 KINDS = (EXACT, MERGED)
@@ -78,9 +79,10 @@ def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 
     On a CPU PyTorch brings a bfloat16 weight into its kernel's order anew for every product, which for 16 rows takes as
     long as the product (26 ms a token for all layers of SmolLM2, 17 without). The copy in that order, the same that
-    torch.compile makes, lasts as long as the rollout; results are the same bits.
+    torch.compile makes, lasts as long as the rollout; results are the same bits. Processors without AVX-512 have no
+    such kernel.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not packs_bfloat16():
         return lambda x: linear(x, weight, bias)
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")

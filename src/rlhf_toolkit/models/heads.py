@@ -6,6 +6,8 @@ prompts.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -171,7 +173,8 @@ class RunningScores:
         vectors: int,
     ) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden = hidden if hidden.is_cuda else hidden.to(self.dtype)
+        self.widens = widens(hidden.device, hidden.dtype)
+        self.hidden = hidden if self.widens else hidden.to(self.dtype)
         self.out_dtype, self.targets, self.transform, self.space = hidden.dtype, targets, transform, space
         zeros = torch.zeros(len(targets), dtype=self.dtype, device=hidden.device)
         self.largest = torch.full_like(zeros, LOWEST)  # not -inf: the first step would subtract it from itself
@@ -206,9 +209,9 @@ class RunningScores:
         return (index >= 0) & (index < count), index.clamp(0, count - 1)[:, None]
 
     def _raw_logits(self, weight: torch.Tensor) -> torch.Tensor:
-        """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. A GPU gives products of
-        bf16 factors in fp32; a CPU needs the factors in fp32."""
-        if weight.is_cuda and weight.dtype != self.dtype:
+        """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the device does not
+        give products of bf16 factors in fp32, the factors must be fp32."""
+        if self.widens and weight.dtype != self.dtype:
             return torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
         if weight.dtype != self.dtype:
             weight = self.space.matrix("weight", weight.shape, self.dtype).copy_(weight)
@@ -221,7 +224,7 @@ class RunningScores:
             product.addmm_(factor, weight)
             return
         rounded = self.space.matrix("factor", factor.shape, weight.dtype).copy_(factor)
-        if weight.is_cuda:
+        if self.widens:
             product.add_(torch.mm(rounded, weight, out_dtype=self.dtype))
         else:
             product.add_(torch.mm(rounded, weight, out=self.space.matrix("product", product.shape, weight.dtype)))
@@ -265,6 +268,26 @@ class RunningScores:
         z = self.target_z - self.largest
         e = z.exp()
         return z, e, self.sum + e
+
+
+@cache
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``device`` multiplies factors of ``dtype`` into products in fp32 (``torch.mm`` with ``out_dtype``): tried
+    once, since cards, builds and versions of PyTorch differ, with a warning where a GPU refuses. A CPU does not."""
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    try:
+        return bool((torch.mm(ones, ones.t(), out_dtype=torch.float32) == 8).all())
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"{device} gives no float32 products of {dtype} factors ({reason}); the output layer's factors are cast, "
+            "which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
 
 
 class Workspace:

@@ -53,6 +53,10 @@ def load_base(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
+    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        raise ModelError(
+            f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
+        )
     on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
     kind = ROLE_ATTENTION if ours else attention

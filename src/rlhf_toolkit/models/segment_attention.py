@@ -7,17 +7,23 @@ micro-batch; every layer uses them. Roles are rows of a batch and never meet her
 
 from __future__ import annotations
 
-from functools import cached_property
+import warnings
+from functools import cache, cached_property
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_toolkit.data.layout import TokenLayout
 
-LARGEST_SCORES = 2**26  # elements of one layer's scores; beyond it the fused kernel's memory matters more
+LARGEST_SCORES = 2**25
+"""Elements of one role's scores in one layer; beyond it the fused kernel's memory matters more. Of one role, so that
+the kernel does not depend on how many roles a pass has: log-probs of one policy come from one kernel."""
+SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12; before, heads are repeated
 ALIKE = 0.7  # segments share a bucket where none has less than this share of the largest one's queries, and of its keys
 
 
@@ -80,7 +86,7 @@ class SegmentAttention:
     def _in_buckets(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Dense attention of each bucket."""
         buckets, queries, keys, real = self.padded
-        scores = q.shape[0] * q.shape[2] * sum(len(b.members) * b.queries * b.keys for b in buckets)
+        scores = q.shape[2] * sum(len(b.members) * b.queries * b.keys for b in buckets)
         attention = products if q.dtype == torch.bfloat16 and scores <= LARGEST_SCORES else fused
         q_sizes = [len(bucket.members) * bucket.queries for bucket in buckets]
         k_sizes = [len(bucket.members) * bucket.keys for bucket in buckets]
@@ -99,17 +105,22 @@ class SegmentAttention:
         """Flash attention, which lines up the last query with the last key where there are more keys."""
         roles = q.shape[0]
         ragged = self.ragged(roles)
+        k, v = (copy_tokens(part, ragged.keys).flatten(0, 1) for part in (k, v))
+        groups = q.shape[2] // k.shape[1]
+        shares_heads: dict[str, Any] = {"enable_gqa": groups > 1} if SHARES_HEADS else {}
+        if not SHARES_HEADS:
+            k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
         output = varlen_attn(
             q.flatten(0, 1),
-            copy_tokens(k, ragged.keys).flatten(0, 1),
-            copy_tokens(v, ragged.keys).flatten(0, 1),
+            k,
+            v,
             ragged.query_starts,
             ragged.key_starts,
             ragged.longest_query,
             ragged.longest_key,
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q.shape[2] != k.shape[2],
+            **shares_heads,
         )
         return cast(Tensor, output).unflatten(0, (roles, -1))
 
@@ -184,14 +195,39 @@ class SegmentAttention:
 
 
 def flash_fits(q: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's flash attention takes these heads: Ampere or newer, half precision, one size up to 256."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    """Whether PyTorch's flash attention takes these heads here: on a GPU, half precision, one size for all, and a
+    kernel that has been tried (``flash_works``)."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]:
         return False
-    return (
-        q.shape[-1] == v.shape[-1] <= 256
-        and q.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(q.device)[0] >= 8
-    )
+    return flash_works(q.device, q.dtype, q.shape[-1])
+
+
+@cache
+def flash_works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Try flash attention, forward and backward, on a few tokens with heads of ``size``; warn where it refuses.
+
+    No table of what it takes would stay true: it depends on the card (none before Ampere; no backward for some sizes on
+    consumer cards), on the size (a multiple of 8, at most 256), on how PyTorch was built, and on its version.
+    """
+    try:
+        # The layer that asks first may be one that gradient checkpointing counts the saved tensors of.
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+            starts = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+            q, k, v = (torch.ones(5, 1, size, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+            output = cast(Tensor, varlen_attn(q, k, v, starts, starts, 3, 3, scale=1.0, window_size=(-1, 0)))
+            (gradient,) = torch.autograd.grad(output.sum(), v)
+        right = bool(((output.detach() - 1).abs().max() < 0.1) & ((gradient.sum() - 5 * size).abs() < 0.1 * size))
+        reason = "" if right else "it gives wrong numbers"
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+    if reason:
+        warnings.warn(
+            f"flash attention does not run on {device} for heads of {size} in {dtype} ({reason}); packed micro-batches "
+            "take the slower attention in buckets",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not reason
 
 
 def in_buckets(queries: list[int], keys: list[int]) -> list[Bucket]:

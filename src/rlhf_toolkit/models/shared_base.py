@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +18,12 @@ from transformers import Cache, PreTrainedModel
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
-from rlhf_toolkit.models.attention import trunk_inputs
+from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
+from rlhf_toolkit.models.renamed import cache_argument, recompute_layers
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+from rlhf_toolkit.models.slot_cache import full_attention_only
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
@@ -85,14 +86,14 @@ class SharedBase(PeftModel):
             {role: ScalarHead(hidden_size, initial_std=value_head_std) for role in with_head}
         )
         self.trained_roles = tuple(trained)
+        self._cache_argument = str(cache_argument(base))
+        self._masks_are_plain = packing_obstacle(base) is None and full_attention_only(base.config)
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
         self._decide_what_trains()
         fuse(base)
         if gradient_checkpointing:
-            base.activation_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts}
-            )
+            recompute_layers(base, {"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts})
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -163,12 +164,19 @@ class SharedBase(PeftModel):
         with self.slices.layout((POLICY,), input_ids.shape[0]):
             hidden = self.causal_lm.base_model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
+                attention_mask=self._as_layers_take_it(attention_mask, input_ids.shape[1]),
                 position_ids=position_ids,
-                cache=cache,
                 use_cache=True,
+                **{self._cache_argument: cache},
             ).last_hidden_state
         return self.policy_head.next_token_logits(hidden[:, -1])
+
+    def _as_layers_take_it(self, mask: torch.Tensor, length: int) -> torch.Tensor:
+        """On a GPU, for one token a row, (B, columns) becomes (B, 1, 1, columns) bool, which transformers hands on to
+        every layer. Left to make it, it launches a dozen small kernels a token and waits to hear whether there is any
+        padding."""
+        plain = length == 1 and self._masks_are_plain and mask.device.type != "cpu"
+        return mask.bool()[:, None, None] if plain else mask
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``."""
@@ -261,7 +269,7 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(base, "_is_stateful", False):
         raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
-    if "cache" not in signature(base.forward).parameters:
+    if cache_argument(base) is None:
         raise ModelError(f"{kind} has no key-value cache to decode with; use a newer model")
     if base.config.model_type in UNFIT:
         raise ModelError(f"{kind} {UNFIT[base.config.model_type]}; use another model")

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from rlhf_toolkit.models.heads import LanguageModelHead, LogitTransform, RunningScores, Workspace, tile_shape
+from rlhf_toolkit.models.heads import (
+    LanguageModelHead,
+    LogitTransform,
+    RunningScores,
+    Workspace,
+    tile_shape,
+    widens,
+)
 
 
 class TrainedHead(LanguageModelHead):
@@ -103,7 +110,7 @@ def _d_logits(
 
 def _factor(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Rows of the fp32 weight as they are multiplied: a GPU has fast products of half-precision factors."""
-    return weight.to(hidden.dtype) if weight.is_cuda else weight
+    return weight.to(hidden.dtype) if widens(hidden.device, hidden.dtype) else weight
 
 
 def _tiles(count: int, width: int) -> list[slice]:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.attention import trunk_inputs
+from rlhf_toolkit.models.renamed import recompute_layers
 from rlhf_toolkit.models.shared_base import POLICY, refuse_architecture, refuse_empty
 from rlhf_toolkit.models.trained_head import TrainedHead
 
@@ -51,7 +52,7 @@ class WholeModel(PreTrainedModel):
         self.policy_head = TrainedHead(base)
         self.products = products
         if gradient_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(base, {"use_reentrant": False})
 
     def forward(self, layout: TokenLayout, *, roles: Sequence[str] = (POLICY,)) -> dict[str, torch.Tensor]:
         """What the model says about the K response tokens of ``layout``: ``policy_logprobs`` and ``policy_entropies``

@@ -146,10 +146,16 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
         "evaluations": evaluations,
         "world_size": world_size,
         "device": device,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, as far as they are installed."""
+    installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
+    return {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def write_fine_tuning_summary(
@@ -165,7 +171,7 @@ def write_fine_tuning_summary(
         "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
         "world_size": world_size,
         "device": device,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         **extra,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -7,9 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import wandb
-
-from rlhf_toolkit.errors import described
+from rlhf_toolkit.errors import ConfigError, described
 
 SAMPLE_COLUMNS = ("rollout", "kind", "prompt", "response", "score")
 START_TIMEOUT_SECONDS = 60
@@ -44,15 +42,16 @@ class WandbMirror:
             "id": run_id,
             "resume": "allow",
         }
+        wandb = self._wandb = imported(mode)
         try:
-            self.run = wandb.init(mode=mode, settings=_settings(), **options)
+            self.run = wandb.init(mode=mode, settings=_settings(wandb), **options)
         except (wandb.errors.Error, OSError) as error:
             warnings.warn(
                 f"W&B could not be started online ({described(error)}); this run is logged offline in {folder}/wandb, "
                 "send it later with wandb sync",
                 stacklevel=2,
             )
-            self.run = wandb.init(mode="offline", settings=_settings(), **options)
+            self.run = wandb.init(mode="offline", settings=_settings(wandb), **options)
         self.run.define_metric(axis)
         self.run.define_metric("*", step_metric=axis)
 
@@ -66,7 +65,9 @@ class WandbMirror:
         order."""
         values = {name: value for name, value in record.items() if name != "kind"}
         rows = [[sample[column] for column in SAMPLE_COLUMNS] for sample in samples]
-        table = {f"samples/{record['kind']}": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}
+        table = (
+            {f"samples/{record['kind']}": self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}
+        )
         self.run.log({**values, **table})
 
     def finish(self) -> None:
@@ -74,7 +75,18 @@ class WandbMirror:
         self.run.finish()
 
 
-def _settings() -> wandb.Settings:
+def imported(mode: str) -> Any:
+    """The module ``wandb``: only a run that is mirrored needs it. Raises ConfigError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"run.wandb={mode}, but wandb cannot be imported ({described(error)}); install it, or set run.wandb: off"
+        ) from error
+    return wandb
+
+
+def _settings(wandb: Any) -> Any:
     return wandb.Settings(
         init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", START_TIMEOUT_SECONDS)),
         finish_timeout=FINISH_TIMEOUT_SECONDS,

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
-from rlhf_toolkit.algorithms.masking import masked_mean
 from rlhf_toolkit.data.packing import mini_batches
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, rank, world_size
-from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import policy_metrics, reward_metrics, rollout_metrics, uniform_groups
@@ -32,11 +30,12 @@ from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.model_rewards import ModelReward
 from rlhf_toolkit.rollout.passes import Needs, Passes, gather_passes, score
+from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout, joined, sampled_here
 from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
 from rlhf_toolkit.rollout.schedule import LastMeans, deal, in_turn, rollout_rows
 from rlhf_toolkit.rollout.shaping import Shaping
-from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
+from rlhf_toolkit.types import Experience, Prompt, PromptBatch
 
 
 class Scorer(Protocol):
@@ -71,7 +70,7 @@ class Collector:
         *,
         responses_per_prompt: int,
         seed: int,
-        tolerance: float | None = None,
+        checks: PathChecks | None = None,
         needs: Needs = Needs(),  # noqa: B008  frozen
         correction: Correction = Correction(),  # noqa: B008  frozen
         replacement_rounds: int = 0,
@@ -83,7 +82,7 @@ class Collector:
         self.prompts, self.schedule, self.scorer = prompts, schedule, scorer
         self.position_of = {prompt.index: position for position, prompt in enumerate(prompts)}
         self.sampling, self.shaping, self.cutting, self.kl_control = sampling, shaping, cutting, kl_control
-        self.responses_per_prompt, self.seed, self.tolerance = responses_per_prompt, seed, tolerance
+        self.responses_per_prompt, self.seed, self.checks = responses_per_prompt, seed, checks
         self.needs, self.correction, self.replacement_rounds = needs, correction, replacement_rounds
         self.model_rewards = model_rewards
         self.clock = Clock()
@@ -103,10 +102,13 @@ class Collector:
             if self.shaping.estimator.needs("baselines"):
                 sampled = self._with_baselines(shared, sampled)
             with self.clock.phase("old_log_prob"):
-                plan = self.plan(sampled, rollout, epoch=0)
-                roles = self.roles_of(rollout, plan)
-                passes = score(shared, sampled, plan, self.cutting.layout, self.sampling.temperature, roles=roles)
-        self._check_paths(sampled, passes, rollout)
+                plan, layout = self.plan(sampled, rollout, epoch=0), self.cutting.layout
+                roles, temperature = self.roles_of(rollout, plan), self.sampling.temperature
+                passes = score(shared, sampled, plan, layout, temperature, roles=roles)
+                if self.checks is not None:
+                    self.checks.look(shared, sampled, passes, plan, layout, temperature)
+        if self.checks is not None:
+            self.checks.check_scoring(sampled, passes, rollout)
         if rollout > 0 and self.needs.incomplete(one_forward=plan.one_forward):
             self._incomplete = (sampled, passes)
             return self._tokens_of(sampled, passes)
@@ -228,7 +230,7 @@ class Collector:
         return Plan([self.cutting.among_ranks(range(len(sampled.sequences)), sampled)])
 
     def roles_of(self, rollout: int, plan: Plan) -> tuple[str, ...]:
-        """The roles that score rollout number ``rollout``: all of them in the first, which ``_check_paths`` looks at,
+        """The roles that score rollout number ``rollout``: all of them in the first, which ``PathChecks`` looks at,
         and then those whose numbers the update does not make itself."""
         return self.needs.everything if rollout == 0 else self.needs.roles(one_forward=plan.one_forward)
 
@@ -304,23 +306,3 @@ class Collector:
         """
         kl_estimator, correction = self.shaping.kl_estimator, self.correction
         self.metrics |= policy_metrics(**columns, kl_estimator=kl_estimator, correction=correction)
-
-    def _check_paths(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
-        """Sampling and training must see one policy; before the first update the policy must be the reference."""
-        if self.tolerance is None or rollout > 0:
-            return
-        mask, old, ref = sampled.token_mask, present(passes.old_logprobs), present(passes.ref_logprobs)
-        gap = masked_mean((sampled.rollout_logprobs - old).abs(), mask).item()
-        if gap > self.tolerance:
-            raise TrainingPathError(
-                f"the policy's log-probs differ by {gap:.3g} a token between sampling and the training pass, more than "
-                f"{self.tolerance:g}: dropout, a temperature on one side, or an output layer the toolkit does not know"
-            )
-        kl = (old - ref)[mask].abs().max().item()
-        if kl > self.tolerance:
-            raise TrainingPathError(
-                f"before the first update policy and reference differ by {kl:.3g} in a log-prob, more than "
-                f"{self.tolerance:g}: the "
-                "reference must be what the policy starts from; set model.policy_adapter to the adapter it was "
-                "loaded with"
-            )

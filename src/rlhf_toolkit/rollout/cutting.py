@@ -27,6 +27,11 @@ class Plan:
         return [batch[number] for batch in self.batches]
 
     @property
+    def first(self) -> Plan:
+        """The first micro-batch of every rank alone."""
+        return Plan([[share[:1] for share in self.batches[0]]])
+
+    @property
     def one_forward(self) -> bool:
         """Whether each rank runs a single micro-batch."""
         return all(len(share) == 1 for batch in self.batches for share in batch) and len(self.batches) == 1

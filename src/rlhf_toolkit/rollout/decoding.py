@@ -122,8 +122,8 @@ class _Decoding:
         self.cache = SlotCache(config, slots=slots, width=width, capacity=capacity, device=self.device)
         self.shares_prefix = full_attention_only(config)
         self.waiting = longest_first(batch, expected)
-        self.free, self.living = list(range(slots)), list[int]()
-        self.row = torch.zeros(slots, dtype=torch.long)
+        self.free, self.row = list(range(slots)), torch.zeros(slots, dtype=torch.long)
+        self._go_on_with([])
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
         self.positions = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
         self.budgets = torch.tensor(budgets, device=self.device)
@@ -152,8 +152,8 @@ class _Decoding:
         self.cache.admit(cache, source, mask, chosen)
         self.row[slots] = torch.tensor(rows)
         self.positions[chosen] = mask.sum(1, keepdim=True)[source]
-        self.living += slots
-        self._record(slots, logits[source])
+        self._go_on_with(self.living + slots)
+        self._record(slots, chosen, torch.tensor(rows, device=self.device), logits[source])
         return len(rows)
 
     def step(self) -> int:
@@ -162,8 +162,8 @@ class _Decoding:
         logits = self._forward(self.tokens, self.cache.step_mask, self.positions, self.cache)
         self.cache.advance()
         self.positions += 1
-        slots = list(self.living)
-        self._record(slots, logits[slots])
+        slots = self.living
+        self._record(slots, self.chosen, self.rows, logits[self.chosen])
         return len(slots)
 
     def idle(self) -> None:
@@ -216,44 +216,61 @@ class _Decoding:
         self.pace.before_forward()
         return self.model.next_token_logits(ids, mask, positions, cache)
 
-    def _record(self, slots: list[int], logits: torch.Tensor) -> None:
-        """Choose a token for each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end."""
-        s, rows = self.sampling, self.row[slots].to(self.device)
-        now = self.lengths[rows]
+    def _record(self, slots: list[int], chosen: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Choose a token for each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end.
+
+        ``chosen`` and ``rows`` (n,) are the slots and their rows, on the device. Reading which sequences end is the one
+        time in a step that the CPU waits for a GPU.
+        """
+        s, now = self.sampling, self.lengths[rows]
         uniforms = None if self.uniforms is None else self.uniforms[rows, now]
         tokens, logprobs = choose_tokens(logits, uniforms, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         self.responses[rows, now], self.logprobs[rows, now] = tokens, logprobs
-        self.tokens[slots, 0] = tokens
-        self.lengths[rows] += 1
-        self.finished[rows] = torch.isin(tokens, self.stop_ids) | self._stop_string_seen(rows)
-        over = self.finished[rows] | (self.lengths[rows] == self.budgets[rows])
+        self.tokens[chosen, 0] = tokens
+        self.lengths[rows] = length = now + 1
+        finished = torch.isin(tokens, self.stop_ids)
+        if s.stop_strings:
+            finished |= self._stop_string_seen(rows, length)
+        self.finished[rows] = finished
+        over = finished | (length == self.budgets[rows])
         ended = [slot for slot, ends in zip(slots, over.tolist(), strict=True) if ends]
-        for row in self.row[ended].tolist():
-            self.on_finished(row, self.responses[row, : self.lengths[row]].tolist())
+        if ended:
+            self._hand_over(self.row[ended])
         self._leave(ended)
+
+    def _hand_over(self, rows: torch.Tensor) -> None:
+        """Tell of the ``rows`` (n,) that have ended, with their tokens."""
+        here = rows.to(self.device)
+        made = zip(rows.tolist(), self.responses[here].tolist(), self.lengths[here].tolist(), strict=True)
+        for row, tokens, length in made:
+            self.on_finished(row, tokens[:length])
 
     def _leave(self, slots: list[int]) -> None:
         """Free ``slots``; give idle ones up when nobody waits for them."""
-        self.free += slots
-        gone = set(slots)
-        self.living = [slot for slot in self.living if slot not in gone]
+        if slots:
+            self.free += slots
+            self._go_on_with([slot for slot in self.living if slot not in set(slots)])
         if self.living and not self.waiting and len(self.free) >= IDLE_SHARE * (len(self.free) + len(self.living)):
             keep = torch.tensor(self.living, device=self.device)
             self.cache.keep(keep)
             self.tokens, self.positions, self.row = self.tokens[keep], self.positions[keep], self.row[keep.cpu()]
-            self.free, self.living = [], list(range(len(self.living)))
+            self.free = []
+            self._go_on_with(list(range(len(keep))))
 
-    def _stop_string_seen(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n,) bool: a stop string ends within the newest tokens of each row's response."""
+    def _go_on_with(self, living: list[int]) -> None:
+        """Note the slots whose sequences go on. Where they and their rows are is copied to the device only here: every
+        copy makes the CPU wait."""
+        self.living, self.rows = living, self.row[living].to(self.device)
+        self.chosen = torch.tensor(living, dtype=torch.long, device=self.device)
+
+    def _stop_string_seen(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(n,) bool: a stop string ends within the newest tokens of each row's response, of ``lengths`` (n,)."""
         strings = self.sampling.stop_strings
-        if not strings:
-            return torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         reach = (
             max(len(s.encode()) for s in strings) + 4
         )  # a token may be a single byte, so this many hold the longest string
-        ends = self.lengths[rows].tolist()
-        tokens = self.responses[rows].tolist()
-        tails = [row[max(0, end - reach) : end] for row, end in zip(tokens, ends, strict=True)]
+        tokens = zip(self.responses[rows].tolist(), lengths.tolist(), strict=True)
+        tails = [row[max(0, end - reach) : end] for row, end in tokens]
         texts = self.tokenizer.batch_decode(tails)
         return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool, device=self.device)
 

@@ -16,7 +16,7 @@ from rlhf_toolkit.rollout.cutting import Layout, Plan
 from rlhf_toolkit.rollout.sampled import Sampled
 
 SCORED_ROLES = (POLICY, VALUE, REFERENCE)
-"""The order of their rows in a scoring pass."""
+"""Those of which scoring may ask."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,25 @@ def score(
     *,
     roles: Sequence[str] = SCORED_ROLES,
 ) -> Passes:
-    """One pass of ``roles`` over the rollout, each rank its share of ``plan``, gathered on every rank; without roles
-    none runs."""
+    """What ``roles`` say about the rollout, each rank about its share of ``plan``, gathered on every rank.
+
+    Without roles no pass runs.
+    """
     if not roles:
         return Passes()
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
     done = [(rows, _score_rows(shared, sampled, rows, layout, temperature, roles)) for rows in mine]
     return Passes(**gather_passes(done))
+
+
+def separate_passes(roles: Sequence[str]) -> list[tuple[str, ...]]:
+    """``roles`` in the forward passes that they share: those that an update trains in one, the reference in its own.
+
+    A product's last bits depend on its number of rows. So scoring has the rows of the update's own pass, which makes
+    the first ratio exactly 1 also in bfloat16, wherever one product of one size always gives the same bits.
+    """
+    groups = (tuple(role for role in roles if role != REFERENCE), tuple(role for role in roles if role == REFERENCE))
+    return [group for group in groups if group]
 
 
 def gather_passes(done: list[tuple[Rows, dict[str, Tensor]]]) -> dict[str, Tensor]:
@@ -126,6 +138,8 @@ def _score_rows(
 ) -> dict[str, Tensor]:
     lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
     laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
-    out = shared(laid_out.to(next(shared.parameters()).device), roles=roles, temperature=temperature)
+    laid_out, out = laid_out.to(next(shared.parameters()).device), dict[str, Tensor]()
+    for together in separate_passes(roles):
+        out |= shared(laid_out, roles=together, temperature=temperature)
     results = {ours: unpack(out[name].cpu(), lengths, width) for name, ours in PACKED_RESULTS.items() if name in out}
     return results | {name: out[name].cpu() for name in ("final_values", "reward_scores") if name in out}

@@ -32,6 +32,7 @@ from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
 from rlhf_toolkit.rollout.passes import SCORED_ROLES, Needs
+from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.rollout.turns import Environment
@@ -40,7 +41,6 @@ from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
 from rlhf_toolkit.trainers.task import Task
 
-FP32_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of log-probs that should be equal
 TOKEN_MEAN = "token-mean"
 OF_ESTIMATORS, OF_LOSSES = ("gamma", "gae_lambda"), ("clip_range_low", "clip_range_high", "dual_clip")
 
@@ -191,7 +191,7 @@ def make_collector(
         FixedKL(ppo.kl_coef) if ppo.kl_target is None else AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon),
         responses_per_prompt=rollout.responses_per_prompt,
         seed=experiment.run.seed,
-        tolerance=tolerance(experiment),
+        checks=PathChecks(ppo.first_ratio_tolerance),
         needs=Needs(
             updates_per_rollout=experiment.updates_per_rollout,
             kl_in_reward=ppo.kl_in == "reward",
@@ -329,14 +329,7 @@ def make_loss(experiment: Experiment) -> PPOLoss:
         value_warmup_rollouts=ppo.value_warmup_rollouts,
         width=experiment.rollout.max_new_tokens,
         temperature=experiment.rollout.temperature,
-        tolerance=tolerance(experiment),
         correction=correction_of(ppo),
         policy_loss=policy_loss_of(ppo),
         kl_stop=ppo.kl_stop,
     )
-
-
-def tolerance(experiment: Experiment) -> float:
-    """How far log-probs of one policy may lie apart before the run stops."""
-    default = FP32_TOLERANCE if experiment.model.dtype == "float32" else HALF_PRECISION_TOLERANCE
-    return experiment.ppo.first_ratio_tolerance or default

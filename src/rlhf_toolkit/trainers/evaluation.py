@@ -35,6 +35,7 @@ from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
 from rlhf_toolkit.trainers.assembly import make_collector, packs, passing_of
 from rlhf_toolkit.trainers.ppo_run import load_adapted_base
+from rlhf_toolkit.trainers.run import with_dtype
 from rlhf_toolkit.trainers.task import Task, load_prompts, load_rewards, make_sampling
 from rlhf_toolkit.types import present
 
@@ -122,6 +123,7 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     _check(experiment, contestants, greedy)
     folders = [None if name == BASE else str(adapter_folder(name)) for name in contestants]
     topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    experiment = with_dtype(experiment, topology)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)

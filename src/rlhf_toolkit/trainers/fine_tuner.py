@@ -147,14 +147,14 @@ class FineTuner(RoleTrainer):
         super().log(logs, start_time)
 
     def _terms(self, model: nn.Module, batch: Batch, prefix: str, meter: Meter) -> Tensor:
-        batch = self._prepare_input(batch)
-        terms = self.objective.terms(self._forward(model, batch, self.objective.roles), batch)
+        out = self._forward(model, batch, self.objective.roles)
+        terms = self.objective.terms(out, self._prepare_input(batch))
         for name, (total, count) in terms.metrics.items():
             meter.add(f"{prefix}/{name}", total, count)
         return terms.loss
 
     def _forward(self, model: nn.Module, batch: Batch, roles: Sequence[str]) -> dict[str, Tensor]:
-        batch = self._prepare_input(batch)
+        """``batch`` lies on the CPU, where its layout is worked out: that reads tokens and lengths."""
         layout = self.layout(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
-        found: dict[str, Tensor] = model(layout, roles=roles)
+        found: dict[str, Tensor] = model(layout.to(self.args.device), roles=roles)
         return found

@@ -33,7 +33,7 @@ from rlhf_toolkit.trainers.callbacks import EngineCheck, EvaluationAtBothEnds
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
 from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
 from rlhf_toolkit.trainers.ppo_run import fingerprint_of, load_adapted_base, start_wandb
-from rlhf_toolkit.trainers.run import Run, read_command
+from rlhf_toolkit.trainers.run import Run, read_command, with_dtype
 from rlhf_toolkit.trainers.task import generation_eos_of
 
 
@@ -77,6 +77,7 @@ def run_recipe(kind: type[FineTuning], description: str | None) -> None:
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
     topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)

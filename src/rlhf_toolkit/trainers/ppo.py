@@ -16,7 +16,6 @@ from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import backward
-from rlhf_toolkit.errors import TrainingPathError
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
@@ -24,6 +23,7 @@ from rlhf_toolkit.rollout.collect import Collector
 from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader
 from rlhf_toolkit.rollout.passes import score
+from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
 from rlhf_toolkit.trainers.base import RoleTrainer
@@ -99,7 +99,7 @@ class PPOTrainer(RoleTrainer):
             self.meter.add("actor/skipped_updates", float(self._left_out), 1)
         if self._left_out:
             return torch.zeros((), device=self.args.device)
-        micro = cut(self._prepare_input(inputs))
+        micro = cut(inputs)  # on the CPU: choosing rows by a mask would wait for a GPU, column after column
         total = torch.zeros((), device=self.args.device)
         with self.collector.clock.phase("update_actor"):
             for number, part in enumerate(micro):
@@ -131,8 +131,8 @@ class PPOTrainer(RoleTrainer):
         Where scoring left the policy out, this is the rollout's only update, and its own log-probs, detached, are the
         old ones. Where it left the value out too, rewards and advantages are made here, before the backward.
         """
-        batch = Experience.of(inputs)
-        said = self._passes(model, batch)
+        batch = Experience.of(self._prepare_input(inputs))
+        said = self._passes(model, Experience.of(inputs), batch.response_lengths)
         incomplete = batch.advantages is None
         if incomplete:
             batch = self._completed(inputs["row"], said)
@@ -142,8 +142,8 @@ class PPOTrainer(RoleTrainer):
             batch,
             said,
             old_logprobs,
-            selected=inputs.get("selected"),
-            reduce=self._reduction(inputs),
+            selected=self._prepare_input(inputs.get("selected")),
+            reduce=self._reduction(inputs, batch.response_mask),
             kl_coef=self.collector.kl_control.coefficient,
             policy_weight=0.0 if self._warming_up() else 1.0,
         )
@@ -152,11 +152,11 @@ class PPOTrainer(RoleTrainer):
         self._watch_kl(said.logprobs, old_logprobs, batch.response_mask)
         return terms.loss
 
-    def _reduction(self, inputs: MiniBatch) -> Callable[[Tensor], Tensor]:
+    def _reduction(self, inputs: MiniBatch, mask: Tensor) -> Callable[[Tensor], Tensor]:
         """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
         return partial(
             aggregate,
-            mask=inputs["response_mask"],
+            mask=mask,
             mode=self.loss.loss_aggregation,
             width=self.loss.width,
             tokens=int(inputs["token_count"]),
@@ -240,22 +240,19 @@ class PPOTrainer(RoleTrainer):
         if batch.old_logprobs is None:
             self._keep_unscored(said.logprobs.detach(), said.entropies.detach(), batch)
             return said.logprobs.detach()
-        if check:
-            self._check_first_ratio(said.logprobs, batch.old_logprobs, batch.response_mask)
+        if check and self.collector.checks is not None:
+            self._check_first_ratio(self.collector.checks, said.logprobs, batch.old_logprobs, batch.response_mask)
         return batch.old_logprobs
 
-    def _check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
-        """No update has happened since the rollout, so the ratio must be 1. All ranks come here, and all raise
-        together."""
-        mine = (logprobs.detach() - old_logprobs)[mask]
-        worst = max(all_gather(mine.abs().max().item() if mine.numel() else 0.0))
-        self.meter.add("actor/first_ratio_deviation", worst, 1)
-        if worst > self.loss.tolerance:
-            raise TrainingPathError(
-                f"before any update a log-prob differs by {worst:.3g} from the one at rollout, more than "
-                f"{self.loss.tolerance:g}: "
-                "the ratio would not be 1; dropout is on, or a temperature is applied on one side only"
-            )
+    def _check_first_ratio(self, checks: PathChecks, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
+        """No update has happened since the rollout, so the ratio must be 1. All ranks come here with their first
+        micro-batch, judge the same numbers, and raise together."""
+        pairs = all_gather(torch.stack([logprobs.detach()[mask], old_logprobs[mask]]).cpu())
+        rollout = self.state.global_step // (self.schedule[1] * self.schedule[2])
+        now, before = torch.cat(pairs, 1)
+        found = checks.check_first_ratio(now, before, rollout)
+        self.meter.add("actor/first_ratio_deviation", found.largest, 1)
+        self.meter.add("actor/first_ratio_mean_deviation", found.mean, 1)
 
     def _keep_unscored(self, logprobs: Tensor, entropies: Tensor, batch: Experience) -> None:
         """Keep what this micro-batch's pass says about a rollout that scoring did not ask the policy about."""
@@ -276,18 +273,22 @@ class PPOTrainer(RoleTrainer):
         whole = {name: stack_rows([part[name] for part in parts], fill=0) for name in parts[0]}
         self.collector.record_policy(**whole)
 
-    def _passes(self, model: nn.Module, batch: Experience) -> Said:
-        """What policy and, where it is trained, value say about the response tokens, in one forward."""
+    def _passes(self, model: nn.Module, batch: Experience, lengths: Tensor) -> Said:
+        """What policy and, where it is trained, value say about the response tokens, in one forward.
+
+        ``batch`` lies on the CPU, where its layout is worked out: that reads tokens and lengths. ``lengths`` are those
+        of the responses, on the device.
+        """
         layout = self.collector.cutting.layout(batch.sequences, batch.prompt_lengths, batch.response_lengths)
         out = model(
-            layout,
+            layout.to(self.args.device),
             roles=(POLICY, VALUE) if self.collector.needs.value else (POLICY,),
             temperature=self.loss.temperature,
             entropy_gradient=self.loss.entropy_coef != 0,
         )
         width = batch.response_mask.shape[1]
         names = ("policy_logprobs", "policy_entropies", "values")
-        columns = [unpack(out[name], batch.response_lengths, width) for name in names if name in out]
+        columns = [unpack(out[name], lengths, width) for name in names if name in out]
         return Said(*columns, **{name: out[name] for name in ("final_values",) if name in out})
 
     def _watch_kl(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:

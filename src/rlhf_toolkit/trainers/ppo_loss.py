@@ -106,7 +106,6 @@ class PPOLoss:
     value_warmup_rollouts: int
     width: int
     temperature: float
-    tolerance: float
     correction: Correction
     policy_loss: PolicyLoss
     kl_stop: float | None = None

@@ -37,7 +37,7 @@ from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.assembly import check_algorithm, estimator_of, make_trainer
 from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
 from rlhf_toolkit.trainers.ppo import PPOTrainer
-from rlhf_toolkit.trainers.run import Run
+from rlhf_toolkit.trainers.run import Run, with_dtype
 from rlhf_toolkit.trainers.task import load_task
 
 
@@ -66,6 +66,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
 def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> PPORun:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
     topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    experiment = with_dtype(experiment, topology)
     experiment.check_processes(topology.world_size)
     check_algorithm(experiment.ppo)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()

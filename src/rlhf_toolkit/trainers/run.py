@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from rlhf_toolkit.checkpoints import on_main
 from rlhf_toolkit.config_loading import load_experiment, parse_overrides
+from rlhf_toolkit.configs import AUTO
+from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.experiment import Experiment, FineTuning
+from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.trainers.base import RoleTrainer
@@ -63,3 +67,16 @@ def read_command(kind: type[E], description: str | None) -> Command[E]:
     options = parser.parse_args()
     experiment = load_experiment(options.config, parse_overrides(options.overrides), kind)
     return Command(experiment, options.resume, options.overwrite)
+
+
+def with_dtype(experiment: E, topology: Topology) -> E:
+    """The experiment with the dtype that ``model.dtype: auto`` means here, the same on every rank; says which.
+
+    It is decided before the run folder is claimed, so that run.json, checkpoints and the model card name it.
+    """
+    found = all_gather(resolved_dtype(experiment.model.dtype, topology.device))
+    # Where one rank's device has no bfloat16, auto is float32 on all.
+    dtype, reason = next((each for each in found if each[0] == "float32"), found[0])
+    if experiment.model.dtype == AUTO or "slow" in reason:
+        on_main(lambda: print(reason, flush=True))
+    return replace(experiment, model=replace(experiment.model, dtype=dtype))

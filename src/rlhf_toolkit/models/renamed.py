@@ -1,0 +1,22 @@
+"""Names that transformers changed between 5.17 and 5.24, the oldest and the newest version the tests run with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def cache_argument(base: PreTrainedModel) -> str | None:
+    """How ``base.forward`` calls its key-value cache: ``cache``, before 5.24 ``past_key_values``; None where it takes
+    none."""
+    taken = signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+
+
+def recompute_layers(base: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Have ``base`` recompute its layers in backward; ``settings`` go to ``torch.utils.checkpoint.checkpoint``."""
+    newer: Callable[..., Any] | None = getattr(base, "activation_checkpointing_enable", None)
+    (newer or base.gradient_checkpointing_enable)(settings)

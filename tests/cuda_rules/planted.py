@@ -1,0 +1,80 @@
+"""Mistakes that only a GPU would show, each caught by a rule: ``python -m tests.cuda_rules.planted``."""
+
+from __future__ import annotations
+
+from tests.mutation_runner import Mutation, verdicts
+
+SOURCE, RULES = "src/rlhf_toolkit", "tests/cuda_rules/rules_of_"
+STEP = f"{RULES}decoding.py::test_a_step_launches_and_waits_no_more_than_it_did[exact]"
+PASSES = f"{RULES}passes.py::test_both_layouts_say_what_they_say_on_the_cpu"
+UPDATE = f"{RULES}passes.py::test_an_update_waits_no_more_than_it_did"
+PLANTED = [
+    Mutation(
+        "a tensor of the CPU in a loss",
+        f"{SOURCE}/algorithms/policy_losses.py:vanilla",
+        "torch.where(gain > 0, gain * dual_clip, torch.inf)",
+        "torch.where(gain > 0, gain * dual_clip, torch.full(gain.shape, torch.inf))",
+        f"{RULES}losses.py::test_every_policy_loss",
+    ),
+    Mutation(
+        "a number read back in every step",
+        f"{SOURCE}/rollout/decoding.py:_Decoding.step",
+        "self.positions += 1",
+        "self.positions += 1; self.positions.max().item()",
+        STEP,
+    ),
+    Mutation(
+        "a list as index in every step",
+        f"{SOURCE}/rollout/decoding.py:_Decoding.step",
+        "logits[self.chosen]",
+        "logits[slots]",
+        STEP,
+    ),
+    Mutation(
+        "launches in every layer of a step",
+        f"{SOURCE}/models/fused.py:normed",
+        "return weight * xhat",
+        "return weight * (xhat + 0)",
+        STEP,
+    ),
+    Mutation(
+        "a mask of the CPU in scoring",
+        f"{SOURCE}/models/segment_attention.py:SegmentAttention.visible",
+        ".to(self.device)",
+        "",
+        f"{PASSES}[scored-torch.float32]",
+    ),
+    Mutation(
+        "places of the CPU in scoring",
+        f"{SOURCE}/data/layout.py:TokenLayout.to",
+        '"targets", "last"',
+        '"targets"',
+        f"{PASSES}[scored-torch.float32]",
+    ),
+    Mutation(
+        "beginnings of pieces in int64",
+        f"{SOURCE}/models/segment_attention.py:SegmentAttention._make_ragged",
+        "_begins(sizes.repeat(roles)).to(self.device, torch.int32)",
+        "_begins(sizes.repeat(roles)).to(self.device)",
+        f"{UPDATE}[packed]",
+    ),
+    Mutation(
+        "a mask of booleans as index in an update",
+        f"{SOURCE}/models/heads.py:RunningScores.gradients",
+        "weight[self.targets]",
+        "weight[self.targets][self.targets >= 0]",
+        f"{UPDATE}[packed]",
+    ),
+]
+
+
+def main() -> None:
+    """Print a verdict a line; exit with 1 where a mistake is not caught."""
+    found = list(verdicts(PLANTED))
+    for verdict in found:
+        print(verdict.outcome, verdict.mutation.name, verdict.reason)
+    raise SystemExit(any(verdict.outcome != "caught" for verdict in found))
+
+
+if __name__ == "__main__":
+    main()

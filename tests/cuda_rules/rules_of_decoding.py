@@ -1,0 +1,115 @@
+"""Decoding gives the CPU's tokens on the pretended GPU, and a step launches and waits no more than it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_toolkit.models.decoding_weights import EXACT, KINDS, MERGED, decoding_weights
+from rlhf_toolkit.rollout.decoding import Alone, Sampling, _Decoding, decode
+from rlhf_toolkit.types import Rollout
+from tests.builders import tiny_tokenizer
+from tests.cuda_rules.device import GPU, MixedDevices, Rules, to_gpu
+from tests.cuda_rules.subjects import prompts, shared_base
+from tests.tiny import WORDS
+
+STOP, ABSENT = 1, 31
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.6},
+    "greedy": {"greedy": True},
+    "stop strings": {"stop_strings": ("w5", "w7 w")},
+}
+LAUNCHES_OF_A_LAYER = {"exact": 47, "merged": 33}
+LAUNCHES_BESIDE = 72
+WAITS = 1
+"""Upper bounds for a step of decoding, which may only fall: a waiting CPU launches nothing, and a small model's time on
+a fast card is the time that launching takes."""
+
+
+def sampling(**options: Any) -> Sampling:
+    return Sampling(**{"max_new_tokens": 8, "stop_ids": (STOP,), "pad_id": STOP, **options})
+
+
+def decoded(weights: str, options: dict[str, Any], *, on_gpu: bool) -> Rollout:
+    tokenizer = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
+    model = to_gpu(shared_base()) if on_gpu else shared_base()
+    with Rules(), torch.no_grad(), decoding_weights(model, "policy", weights), torch.inference_mode():
+        return decode(model, tokenizer, prompts(), sampling(**options), stream=(0,), slots=3)  # type: ignore[arg-type]
+
+
+def test_every_way_of_sampling_gives_the_cpus_tokens() -> None:
+    wrong = []
+    for weights, name in [*((EXACT, name) for name in OPTIONS), (MERGED, "as it is")]:
+        found, expected = (decoded(weights, OPTIONS[name], on_gpu=on_gpu) for on_gpu in (True, False))
+        same = [torch.equal(getattr(found, c), getattr(expected, c)) for c in ("responses", "lengths", "finished")]
+        if not all(same) or not torch.allclose(found.rollout_logprobs, expected.rollout_logprobs, atol=1e-4):
+            wrong.append((weights, name))
+        assert {column.device.type for column in vars(found).values() if column is not None} == {"cpu"}
+    assert wrong == []
+
+
+def a_step(weights: str, *, layers: int, **options: Any) -> Rules:
+    """The second step of a decoding in which nothing ends and nobody enters. In inference mode operators come whole, as
+    a GPU runs them."""
+    model = to_gpu(shared_base(dtype=torch.bfloat16, layers=layers))
+    batch = prompts()
+    with (
+        Rules(traced=True) as rules,
+        torch.no_grad(),
+        decoding_weights(model, "policy", weights),
+        torch.inference_mode(),
+    ):
+        chosen, rows = sampling(stop_ids=(ABSENT,), **options), len(batch)
+        state = _Decoding(model, None, batch, chosen, (0,), rows, [8] * rows, lambda prompt: 0.0, Alone())  # type: ignore[arg-type]
+        state.on_finished = lambda row, tokens: None
+        state.enter()
+        state.step()
+        rules.forget()
+        state.step()
+    assert len(state.living) == rows, "the step must be one in which nothing ends"
+    return rules
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_a_step_launches_and_waits_no_more_than_it_did(weights: str) -> None:
+    two, four = a_step(weights, layers=2), a_step(weights, layers=4)
+    of_a_layer = (four.launches - two.launches) / 2
+    beside = two.launches - 2 * of_a_layer
+    assert of_a_layer <= LAUNCHES_OF_A_LAYER[weights], four.table()
+    assert beside <= LAUNCHES_BESIDE, two.table()
+    assert two.waits.total() <= WAITS and two.waits == four.waits, two.table()
+
+
+def test_the_rules_themselves() -> None:
+    """What CUDA refuses is refused, what it allows is not, and both ways of waiting are seen."""
+    with Rules() as rules:
+        here, there = torch.arange(6.0, device=GPU).view(2, 3), torch.ones(2, 3)
+        number, index = torch.tensor(2.0), torch.tensor([1, 0])
+        refused = {
+            "operands": lambda: here + there,
+            "a CPU tensor by a GPU index": lambda: there[index.to(GPU)],
+            "values to write": lambda: here.index_put_((index,), there),
+            "a mask": lambda: here.masked_fill(there > 0, 0.0),
+            "joining": lambda: torch.cat([here, there]),
+            "joining numbers": lambda: torch.stack([here.sum(), number]),
+            "a CPU number as result": lambda: number.add_(here.sum()),
+        }
+        for name, work in refused.items():
+            with pytest.raises(MixedDevices):
+                work()
+                pytest.fail(name)
+        rules.forget()
+        assert here.device == GPU and here.is_cuda and rules.launches == 0
+        twice = here * number + here.sum()
+        assert rules.launches == 3 and not rules.waits
+        assert twice.tolist() == [[15, 17, 19], [21, 23, 25]] and here[index].cpu().tolist() == [[3, 4, 5], [0, 1, 2]]
+        assert rules.waits == {"copy to the CPU": 2, "index from the CPU": 1}
+        rules.forget()
+        here[here > 2], here[[0, 1], 0], there[0] = 1.0, 5.0, here[0].cpu()
+        assert rules.waits == {"index of booleans": 1, "copy to the GPU": 1, "copy to the CPU": 1}
+        assert float(here[0, 0]) == 5.0 and bool((here < 6).all()) and rules.waits["_local_scalar_dense"] == 2
