@@ -9,13 +9,11 @@ A case is one micro-batch: ``prompts``, 16 of them; ``ragged``, the same with re
 
 from __future__ import annotations
 
-import os
-import sys
 from functools import partial
 from typing import Any
 
 import torch
-from common import keep, paired_medians
+from common import SMOKE, TINY, arguments, fetch_smollm, keep, model_folder, paired_medians
 
 from rlhf_toolkit.data.layout import TokenLayout, packed, padded
 from rlhf_toolkit.data.prompts import load_rows, tokenise_prompts
@@ -24,15 +22,16 @@ from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_c
 from rlhf_toolkit.models.shared_base import SharedBase
 
 ROWS, LONGEST = 16, 48
-MODEL = os.path.expanduser("~/.cache/rlhf_toolkit/SmolLM2-135M-Instruct")
-
-
 CASES = {"prompts": (1, LONGEST), "ragged": (1, 12), "groups": (4, LONGEST)}
 
 
 def main() -> None:
-    case, name = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else MODEL
-    keep(f"packing_{case}", [compare(*load(name), *CASES[case])])
+    parser = arguments(__doc__)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("folder", nargs="?", help="of SmolLM2-135M-Instruct; default: fetched once")
+    options = parser.parse_args()
+    name = model_folder(TINY) if SMOKE else options.folder or fetch_smollm()
+    keep(f"packing_{options.case}", [compare(*load(name), *CASES[options.case])])
 
 
 def load(name: str) -> tuple[SharedBase, list[tuple[int, ...]]]:

@@ -23,8 +23,8 @@ class Finished:
         return self
 
 
-def run(command: list[str], *, seconds: int, **environment: str) -> Finished:
-    """Run a command in a process group of its own; kill the whole group at the time limit."""
+def run(command: list[str], *, seconds: int | None, **environment: str) -> Finished:
+    """Run a command in a process group of its own; kill the whole group at the time limit (None: there is none)."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -81,7 +81,6 @@ def assert_same(found: Path, expected: Path) -> None:
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_and_half_the_budget_end_where_one_process_does(
     recipe: RecipeProcesses, tmp_path: Path, case: str

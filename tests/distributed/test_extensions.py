@@ -39,7 +39,7 @@ def built(tmp_path: Path) -> Path:
 
 def test_a_stale_lock_is_removed_and_nobody_waits(built: Path) -> None:
     began = time.monotonic()
-    run(BUILD, seconds=120, TORCH_EXTENSIONS_DIR=str(built.parent)).succeeded()
+    run(BUILD, seconds=600, TORCH_EXTENSIONS_DIR=str(built.parent)).succeeded()
     assert not (built / OP / "lock").exists()
     assert (built / OP / f"{OP}.so").exists()
     assert time.monotonic() - began < 100
