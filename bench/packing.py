@@ -1,6 +1,7 @@
 """Scoring and update of a micro-batch, packed against padded rows: 16 real prompts, responses of 48 tokens.
 
     python bench/packing.py CASE [FOLDER OF SmolLM2-135M-Instruct]        # result in bench/results/packing_CASE.json
+    python bench/packing.py plan                    # seconds that planning 4,096 rows takes; no model
 
 A bfloat16 base, LoRA of rank 16 on policy and value, prompts of recipes/sentiment under the model's own system prompt.
 A case is one micro-batch: ``prompts``, 16 of them; ``ragged``, the same with responses of 12 to 48 tokens; ``groups``,
@@ -9,6 +10,8 @@ A case is one micro-batch: ``prompts``, 16 of them; ``ragged``, the same with re
 
 from __future__ import annotations
 
+import random
+import time
 from functools import partial
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from common import SMOKE, TINY, arguments, fetch_smollm, keep, model_folder, paired_medians
 
 from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.packing import packed_micro_batches
 from rlhf_toolkit.data.prompts import load_rows, tokenise_prompts
 from rlhf_toolkit.distributed.topology import Launch, Topology
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, load_tokenizer, lora_config
@@ -25,13 +29,34 @@ ROWS, LONGEST = 16, 48
 CASES = {"prompts": (1, LONGEST), "ragged": (1, 12), "groups": (4, LONGEST)}
 
 
+PLANNED = {"prompts": 1, "groups": 8}
+"""Responses to each of the prompts, 4,096 in all."""
+
+
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=(*CASES, "plan"))
     parser.add_argument("folder", nargs="?", help="of SmolLM2-135M-Instruct; default: fetched once")
     options = parser.parse_args()
+    if options.case == "plan":
+        keep("packing_plan", [{name: plan(group) for name, group in PLANNED.items()}])
+        return
     name = model_folder(TINY) if SMOKE else options.folder or fetch_smollm()
     keep(f"packing_{options.case}", [compare(*load(name), *CASES[options.case])])
+
+
+def plan(group: int, *, rows: int = 4096, budget: int = 16384) -> dict[str, float]:
+    """Seconds of cutting ``rows`` into micro-batches: prompts of 40 to 240 tokens, of which a template is 20, and
+    responses of 10 to 400."""
+    draw, prompts = random.Random(0), list[tuple[int, ...]]()
+    template = tuple(range(20))
+    for _ in range(rows // group):
+        prompts += [(*template, *draw.choices(range(50000), k=draw.randint(20, 220)))] * group
+    draw.shuffle(prompts)
+    lengths = [len(prompt) + draw.randint(10, 400) for prompt in prompts]
+    began = time.perf_counter()
+    (share,) = packed_micro_batches(range(rows), lengths, prompts, ranks=1, budget=budget)
+    return {"rows": rows, "micro_batches": len(share), "seconds": time.perf_counter() - began}
 
 
 def load(name: str) -> tuple[SharedBase, list[tuple[int, ...]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rlhf_toolkit.checkpoints import (
     RUN_FILE,
     ManifestWriter,
     base_fingerprint,
+    checksum,
     claim_run_folder,
     last_checkpoint,
     on_main,
@@ -29,6 +31,7 @@ from rlhf_toolkit.checkpoints import (
     write_json,
 )
 from rlhf_toolkit.errors import CheckpointError
+from tests.allocations import Allocations
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"name": "m", "lora_rank": 4},
@@ -130,11 +133,68 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
             f"run.output_dir={folder} cannot be written: {reason}; choose a folder you may write to"
         )
 
-    def read_only(self: Path, text: str) -> int:
+    def read_only(**options: Any) -> Any:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr(Path, "write_text", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     assert f"run.output_dir={tmp_path} cannot be written: Read-only file system; " in refusal(tmp_path)
+
+
+def test_looking_at_a_folder_writes_through_no_link(tmp_path: Path) -> None:
+    """Whatever a probe, a settings file or its temporary might be called."""
+    victim, folder = tmp_path / "victim", started(tmp_path / "run")
+    victim.write_text("kept")
+    names = [".write-test", "run.tmp", ".run.json.tmp", "log.jsonl", "summary.json", "samples.jsonl"]
+    for name in names:
+        (folder / name).symlink_to(victim)
+    open_run_folder(folder, SETTINGS, resume=False, overwrite=True)
+    claim_run_folder(folder, SETTINGS)
+    assert victim.read_text() == "kept" and [path.name for path in folder.iterdir()] == [RUN_FILE]
+    (folder / RUN_FILE).unlink()
+    (folder / RUN_FILE).symlink_to(victim)
+    write_json(folder / RUN_FILE, SETTINGS)
+    assert victim.read_text() == "kept" and not (folder / RUN_FILE).is_symlink()
+
+
+def test_settings_become_text_before_anything_is_removed(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    (folder / "policy").mkdir()
+    with pytest.raises(TypeError):
+        claim_run_folder(folder, {"reward": {"since": {1, 2}}})
+    assert (folder / "policy").exists() and json.loads((folder / RUN_FILE).read_text()) == SETTINGS
+
+
+def test_a_run_with_a_link_to_elsewhere_is_not_resumed(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 4, step=4)
+    (folder / "wandb").mkdir()
+    (folder / "wandb" / "latest-run").symlink_to("run-1")  # W&B's own
+    assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-4"
+    for place in ("log.jsonl", "policy", "checkpoint-4/optimizer.pt", "checkpoint-9"):
+        link = folder / place
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path)
+        assert f"{link} is a link to something outside of run.output_dir" in refusal(folder, resume=True)
+        link.unlink()
+
+
+def test_a_checkpoint_that_names_a_folder_elsewhere_is_not_resumed(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 4, step=4)
+    checkpoint(folder, 9).rename(folder / "checkpoint-x")
+    write_json(folder / "checkpoint-x" / MANIFEST, {})
+    for tag in ("../global_step4", "/tmp/evil", "", "a/b"):
+        (folder / "checkpoint-4" / "latest").write_text(tag)
+        assert "latest does not name a folder in" in refusal(folder, resume=True)
+    (folder / "checkpoint-4" / "latest").write_text("global_step4\n")
+    assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-4"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"run": 1}', "\xff", "[" * 100_000])
+def test_a_broken_settings_file_is_named(tmp_path: Path, text: str) -> None:
+    folder = started(tmp_path / "run")
+    (folder / RUN_FILE).write_bytes(text.encode("latin-1"))
+    assert refusal(folder, resume=True).startswith(f"{folder / RUN_FILE} ")
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +306,36 @@ def test_a_fingerprint_changes_with_a_weight(dtype: torch.dtype) -> None:
     weight = parameters[1][1].data[2, 3]
     weight.copy_(torch.nextafter(weight, torch.tensor(9.0, dtype=dtype)))
     assert base_fingerprint("config", parameters) != before
+
+
+def test_a_fingerprint_knows_places_and_dtypes() -> None:
+    """The same numbers in another order, another shape or another dtype are another base."""
+    numbers = torch.arange(12.0)
+    variants = [numbers, numbers.flip(0), numbers.view(3, 4), numbers.view(3, 4).t(), numbers.half(), numbers.double()]
+    assert len({base_fingerprint("config", [("a", nn.Parameter(variant))]) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_the_checksum_of_parts_is_that_of_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against Python's own integers, in chunks of any size."""
+    whole = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    size = whole.element_size()
+    signed = size > 1
+    data = whole.view(torch.uint8).tolist()
+    bits = [int.from_bytes(bytes(data[i : i + size]), "little", signed=signed) for i in range(0, len(data), size)]
+    expected = sum(b * (2 * i + 1) for i, b in enumerate(bits)) % 2**64
+    for chunk in (1, 5, 100):
+        monkeypatch.setattr(checkpoints, "CHUNK", chunk)
+        parts = [checksum(whole[:10], 0), checksum(whole[10:30], 10), checksum(whole[30:], 30)]
+        assert sum(parts) % 2**64 == checksum(whole, 0) == expected
+
+
+def test_a_fingerprint_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor that is made on the way is larger than a chunk, whatever the size of a matrix."""
+    monkeypatch.setattr(checkpoints, "CHUNK", 64)
+    with Allocations() as made:
+        base_fingerprint("config", [("a", nn.Parameter(torch.zeros(100, 100, dtype=torch.bfloat16)))])
+    assert max(each.elements for each in made.seen if "zeros" not in each.operation) <= 64
 
 
 def test_a_fingerprint_changes_with_names_and_config() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -184,6 +185,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "evaluate_every": 0,
         "evaluation_samples": 0,
         "samples": 4,
+        "timeout_minutes": 120,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",
         "name": None,
@@ -391,7 +393,7 @@ def test_required_settings(section: str, name: str) -> None:
             "rollout.stop_strings=[1, None] is not list of str; the default is []",
         ),
         ("reward", {"kwargs": [1]}, "reward.kwargs=[1] is not dict with str keys; the default is {}"),
-        ("reward", {"kwargs": {1: 2}}, "reward.kwargs={1: 2} is not dict with str keys; the default is {}"),
+        ("reward", {"kwargs": {1: 2}}, "reward.kwargs has the key 1, which is not text; put it in quotes"),
     ],
 )
 def test_wrong_type(section: str, settings: dict[str, Any], message: str) -> None:
@@ -931,3 +933,57 @@ def test_files_are_utf8(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_experiment(path)
     assert line_of(caught) == f"{path} is not UTF-8 (at byte 14); save the file as UTF-8"
+
+
+# ---- what run.json can keep ------------------------------------------------------------------------------------------
+
+
+def test_what_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    """At load, long before a run folder is looked at."""
+    path, wrong = tmp_path / "e.yaml", []
+    values = [
+        "2024-01-01",
+        "2024-01-01 10:00:00",
+        "!!set {a, b}",
+        "!!binary aGk=",
+        ".nan",
+        "-.inf",
+        "{1: a}",
+        "1" * 5000,
+    ]
+    values += [
+        "{true: 1}",
+        "{null: 1}",
+        "[[{a: [.nan]}]]",
+        "!!omap [a: 1]",
+        "[2024-01-01]",
+        "{2024-01-01: 1}",
+        "&a [*a]",
+    ]
+    values += ["[" * 60 + "]" * 60]
+    for value in values:
+        path.write_text(
+            f"model: {{name: m}}\ndata: {{train: t}}\nreward: {{function: 'f.py:f', kwargs: {{since: {value}}}}}\n"
+        )
+        try:
+            wrong.append((value, load_experiment(path)))
+        except ConfigError as error:
+            if "reward.kwargs" not in str(error) and "not valid YAML" not in str(error):
+                wrong.append((value, error))
+    assert not wrong
+
+
+def test_a_bomb_of_aliases_is_refused() -> None:
+    bomb: Any = ["x"] * 10
+    for _ in range(12):
+        bomb = [bomb] * 10
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        experiment_from_dict({"reward": {"functions": bomb}})
+
+
+def test_plain_settings_come_back_equal_from_json() -> None:
+    kwargs = {"a": [1, 2.5, None, True, "é", {"b": []}], "c": -(2**80)}
+    built = experiment(reward={"kwargs": kwargs})
+    assert json.loads(json.dumps(built.as_dict())) == built.as_dict()
+    with pytest.raises(ConfigError, match=r"reward\.functions\[0\]\.kwargs\.a=\(1, 2\) is a tuple"):
+        RewardConfig(functions=[{"function": "f.py:f", "kwargs": {"a": (1, 2)}}])

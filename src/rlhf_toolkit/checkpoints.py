@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rlhf_toolkit.distributed.collectives import agreement, barrier, from_main, rank
-from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, barrier, from_main, rank
+from rlhf_toolkit.distributed.zero3 import full_shape, own_part
+from rlhf_toolkit.errors import CheckpointError, described
+from rlhf_toolkit.files import is_plain_name, link_outside, write_text
 
 T = TypeVar("T")
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
+LATEST = "latest"
+"""DeepSpeed's file in a checkpoint: the name of the folder in it that holds the optimizer."""
 LEAST_FREE_BYTES = 256 * 2**20
 FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")  # prefixes: how long a run is and who watches it
 NEVER_FREE = ("run.seed",)
+CHUNK = 2**18  # elements of a parameter that are widened to int64 at a time
+AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class ManifestWriter(TrainerCallback):
@@ -48,8 +55,8 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     """Look whether a run may use the folder; return the checkpoint to resume from, or None for a fresh start.
 
     What the folder holds stays until ``claim_run_folder``, so that a mistake found in between costs nobody a run.
-    Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, or holds nothing to
-    resume.
+    Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, holds nothing to resume,
+    or is to be resumed and holds a link to something outside.
     """
     _require_room(folder)
     holds_run = (folder / RUN_FILE).exists()
@@ -60,7 +67,8 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     if resume:
         if not holds_run:
             raise CheckpointError(f"--resume, but run.output_dir={folder} holds no run; start without --resume")
-        _require_same(json.loads((folder / RUN_FILE).read_text()), experiment, folder)
+        _refuse_links(folder)
+        _require_same(_settings_of(folder / RUN_FILE), experiment, folder)
         return last_checkpoint(folder)
     if holds_run and not overwrite:
         raise CheckpointError(
@@ -71,23 +79,33 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
 
 
 def claim_run_folder(folder: Path, experiment: dict[str, Any]) -> None:
-    """Clear the folder for a fresh start and write down whose it is. The folder itself stays: it may be a mount."""
+    """Clear the folder for a fresh start and write down whose it is. The folder itself stays: it may be a mount.
+
+    The settings become text before anything is removed.
+    """
+    text = _as_text(experiment)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    write_json(folder / RUN_FILE, experiment)
+    write_text(folder / RUN_FILE, text)
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError when there is none."""
-    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
+    """The newest complete checkpoint. Raises CheckpointError when there is none, or where it names a part of itself
+    that lies elsewhere."""
+    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
+    complete = {int(number): path for path in found if (number := path.name.rpartition("-")[2]).isdecimal()}
     if not complete:
         raise CheckpointError(
             f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite"
         )
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
+    newest = complete[max(complete)]
+    tag = newest / LATEST
+    if tag.is_file() and not is_plain_name(tag.read_text(errors="replace").strip()):
+        raise CheckpointError(f"{tag} does not name a folder in {newest}; restore that file, or start with --overwrite")
+    return newest
 
 
 def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dict[str, Any]:
@@ -108,18 +126,35 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dic
 
 
 def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:
-    """A short hash of the base's config and of the sum of every frozen tensor. The tensors must be whole."""
+    """A short hash of the base's config and of every frozen tensor's name, shape, dtype and ``checksum``. A collective.
+
+    Each rank reads the part that it holds, ``CHUNK`` elements at a time, so that a base that no device could hold whole
+    has a fingerprint too. The sum is of integers, and therefore the same however many ranks share it.
+    """
+    shares = all_gather([checksum(*own_part(parameter)) for _, parameter in frozen])
     digest = hashlib.sha256(config.encode())
-    for name, parameter in frozen:
-        digest.update(f"{name} {parameter.detach().double().sum().item()!r}".encode())
+    for (name, parameter), parts in zip(frozen, zip(*shares, strict=True), strict=True):
+        digest.update(f"{name} {full_shape(parameter)} {parameter.dtype} {sum(parts) % 2**64}".encode())
     return digest.hexdigest()[:16]
 
 
+def checksum(part: Tensor, start: int) -> int:
+    """The sum of bits[i] (2 (start + i) + 1) modulo 2^64, with the bits of each element of a flat tensor as an integer.
+
+    Every factor is odd and so has an inverse: a change of any one element changes the sum. The factors tell places
+    apart, and the sums of parts add up to that of the whole.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    for begin in range(0, len(part), CHUNK):
+        chunk = part[begin : begin + CHUNK].contiguous().view(AS_INTEGERS[part.element_size()]).long()
+        first = 2 * (start + begin) + 1
+        total += (chunk * torch.arange(first, first + 2 * len(chunk), 2, device=chunk.device)).sum()
+    return int(total) % 2**64
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Write so that a reader sees the old file or the new one, never a part; a link at ``path`` is replaced."""
+    write_text(path, _as_text(value))
 
 
 def on_main(action: Callable[[], T]) -> T:
@@ -131,12 +166,38 @@ def on_main(action: Callable[[], T]) -> T:
     return cast(T, from_main(result))
 
 
+def _as_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """The settings in a ``run.json``: section -> name -> value."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({described(error)}); restore it, or start with --overwrite"
+        ) from error
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise CheckpointError(f"{path} holds no settings; restore it, or start with --overwrite")
+    return settings
+
+
+def _refuse_links(folder: Path) -> None:
+    """A run goes on writing to names that it can be foreseen to use: none of them may lead elsewhere."""
+    link = link_outside(folder)
+    if link is not None:
+        raise CheckpointError(
+            f"{link} is a link to something outside of run.output_dir={folder}, which a run would write to; put what "
+            "it leads to in its place, or remove it"
+        )
+
+
 def _require_room(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_text("x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:  # a new file, of a name that nobody can foresee
+            probe.write(b"x")
     except OSError as error:
         raise CheckpointError(
             f"run.output_dir={folder} cannot be written: {error.strerror}; choose a folder you may write to"

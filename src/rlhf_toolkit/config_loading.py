@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
 from rlhf_toolkit.experiment import Experiment
-from rlhf_toolkit.knobs import default_of
+from rlhf_toolkit.knobs import default_of, require_plain
 
 E = TypeVar("E")
 ON_OFF = {True: "on", False: "off"}
@@ -128,6 +128,8 @@ def _suggestion(name: str, known: Any) -> str:
 
 def _converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
     """``value`` as what the setting takes."""
+    if isinstance(value, (list, dict, tuple, set)):
+        require_plain(name, value)  # before anything walks through it
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if isinstance(value, bool) and ON_OFF[value] in setting.metadata["choices"]:
         return ON_OFF[value]

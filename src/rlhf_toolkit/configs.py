@@ -384,6 +384,7 @@ class RunConfig(Section):
         0, "responses sampled to each held-out prompt in an evaluation, beside the greedy one", NOT_NEGATIVE
     )
     samples: int = knob(4, "sample responses logged with each rollout", NOT_NEGATIVE)
+    timeout_minutes: int = knob(120, "how long a rank waits for the others, for a slow reward too, then ends", ABOVE_0)
     wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
     wandb_project: str = knob("rlhf_toolkit", "W&B project")
     name: str | None = knob(None, "run name in W&B; none: the output folder's name")

@@ -8,7 +8,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
-from rlhf_toolkit.errors import ConfigError, nearest
+from rlhf_toolkit.errors import ConfigError, nearest, shortened
+
+MOST_PARTS, DEEPEST = 100_000, 50
+"""Of one setting: values inside it, and lists or dicts inside one another. YAML's aliases make any number of them."""
+MOST_BITS = 10_000
+"""Of a whole number; Python refuses to write out much longer ones."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,49 @@ class Section:
             _check(f"{section}.{setting.name}", getattr(self, setting.name), setting, " or none" if optional else "")
 
 
+def require_plain(name: str, value: Any) -> None:
+    """ConfigError, by the name of the part, where ``value`` would not come back equal from JSON: ``run.json`` keeps the
+    settings, and a resumed run is compared with them.
+
+    Plain are None, bool, finite numbers, text, lists, and dicts whose keys are text. Dates, bytes, sets and tuples are
+    not, nor NaN, nor what holds more than ``MOST_PARTS`` values or is nested deeper than ``DEEPEST``.
+    """
+    waiting, seen = [(name, value, 0)], 0
+    while waiting:
+        place, part, depth = waiting.pop()
+        seen += 1
+        if seen > MOST_PARTS or depth > DEEPEST:
+            raise ConfigError(
+                f"{name} holds more than {MOST_PARTS} values, or some nested deeper than {DEEPEST}; write it without "
+                "aliases, or put the data into a file"
+            )
+        if isinstance(part, list):
+            waiting += [(f"{place}[{index}]", item, depth + 1) for index, item in enumerate(part[: MOST_PARTS + 1])]
+        elif isinstance(part, dict):
+            for key in part:
+                if not isinstance(key, str):
+                    raise ConfigError(f"{place} has the key {shortened(key)}, which is not text; put it in quotes")
+            waiting += [(f"{place}.{key}", item, depth + 1) for key, item in part.items()]
+        elif not _is_plain(part):
+            raise ConfigError(
+                f"{place}={shortened(part)} is a {type(part).__name__} that JSON cannot hold, so that run.json could "
+                "not; give text in quotes, a finite number, a list or a dict"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return value.bit_length() <= MOST_BITS
+    return value is None or isinstance(value, str)
+
+
 def _check(name: str, value: Any, setting: Field[Any], or_none: str) -> None:
     if value is None:
         return
+    if isinstance(value, (list, dict)):
+        require_plain(name, value)
     rule, choices = setting.metadata["rule"], setting.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(f"{name}={value!r}{nearest(value, choices)}; known are {', '.join(choices)}")

@@ -92,6 +92,13 @@ def test_a_constant_is_whitened_to_zero_not_to_nan() -> None:
     assert masking.centre_and_scale(torch.full((4,), 2.5), torch.ones(4, dtype=torch.bool)).tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("whiten", "expected"), [(masking.centre_and_scale, 0.0), (masking.scale_only, 2.5)])
+def test_one_entry_has_a_mean_and_no_scale(whiten: Callable[..., Tensor], expected: float) -> None:
+    x, mask = torch.tensor([torch.nan, 2.5, torch.inf]), torch.tensor([False, True, False])
+    assert whiten(x, mask).tolist() == [0.0, expected, 0.0]
+    assert whiten(x, torch.zeros(3, dtype=torch.bool)).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_the_whitening_epsilon_matters_for_tiny_spreads() -> None:
     # Variance 2e-8 + epsilon 1e-8: x = +-1e-4 becomes +-1e-4 / sqrt(3e-8) instead of +-1e-4 / sqrt(2e-8).
     whitened = masking.centre_and_scale(torch.tensor([1e-4, -1e-4]), torch.ones(2, dtype=torch.bool))

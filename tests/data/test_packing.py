@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
+from rlhf_toolkit.data import packing
 from rlhf_toolkit.data.packing import mini_batches, packed_micro_batches, padded_micro_batches
-from rlhf_toolkit.data.segments import packed_tokens
+from rlhf_toolkit.data.segments import GrowingRow, Tokens, packed_tokens
 
 LENGTHS = [random.Random(3).randint(2, 40) for _ in range(48)]
 
@@ -113,6 +114,58 @@ def test_packed_tokens_balance_and_groups_stay_whole(ranks: int) -> None:
         {(number, i) for number, share in enumerate(cut) for i, b in enumerate(share) if g in b} for g in range(48)
     ]
     assert all(homes[row] == homes[row // 4 * 4] for row in range(48))
+
+
+def plainly_filled(share: list[int], lengths: list[int], prompts: list[Tokens], budget: int) -> list[list[int]]:
+    """Row after row, each time with the whole trie of the batch it would make."""
+    batches: list[list[int]] = []
+    for row in sorted(share, key=lambda row: (prompts[row], -lengths[row], row)):
+        more = [*batches[-1], row] if batches else []
+        if more and packed_tokens([prompts[each] for each in more], [lengths[each] for each in more]) <= budget:
+            batches[-1] = more
+        else:
+            batches.append([row])
+    return batches
+
+
+def random_prompts(seed: int) -> tuple[list[Tokens], list[int]]:
+    """Prompts of few different tokens, so that they branch everywhere, some a template long, some several times, some
+    the beginning of others, some empty; and whole lengths."""
+    draw = random.Random(seed)
+    symbols, longest = draw.choice([(2, 6), (2, 30), (4, 12), (30, 40)])
+    template = tuple(range(100, 100 + draw.choice([0, 0, 1, 7, 8, 9, 40])))
+    different = [
+        template + tuple(draw.choices(range(symbols), k=draw.randint(0, longest))) for _ in range(draw.randint(1, 40))
+    ]
+    prompts = [prompt for prompt in different for _ in range(draw.choice([1, 1, 2, 8, 12]))]
+    return prompts, [len(prompt) + draw.randint(1, 20) for prompt in prompts]
+
+
+def test_a_growing_row_counts_what_its_trie_holds_after_every_sequence() -> None:
+    for seed in range(60):
+        prompts, lengths = random_prompts(seed)
+        order, row = sorted(range(len(prompts)), key=lambda each: prompts[each]), GrowingRow()
+        for number, each in enumerate(order, start=1):
+            row.add(prompts[each], lengths[each])
+            joined = order[:number]
+            assert row.tokens == packed_tokens([prompts[i] for i in joined], [lengths[i] for i in joined]), (
+                seed,
+                number,
+            )
+
+
+def test_the_plan_is_that_of_building_every_trie_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``packed_micro_batches`` fills micro-batches with a count that grows; the cut must be the plain one's."""
+    cases = []
+    for seed in range(150):
+        prompts, lengths = random_prompts(seed)
+        budget = random.Random(seed).choice([1, 30, 100, 300, 2000])
+        ranks = random.Random(seed + 1).choice([rank for rank in (1, 2, 3) if rank <= len(prompts)])
+        cases.append((range(len(prompts)), lengths, prompts, ranks, budget))
+    found = [packed_micro_batches(*case[:3], ranks=case[3], budget=case[4]) for case in cases]
+    monkeypatch.setattr(packing, "_fill_packed", plainly_filled)
+    plain = [packed_micro_batches(*case[:3], ranks=case[3], budget=case[4]) for case in cases]
+    assert found == plain
 
 
 def test_a_group_that_no_rank_can_hold_is_divided() -> None:

@@ -123,7 +123,6 @@ def test_broken_json_names_the_line(tmp_path: Path, name: str, text: str, fault:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path / name, text), "train")
     assert message_of(caught) == f"cannot read {tmp_path / name} (split train): {fault}; repair that line"
-    assert caught.value.__cause__ is not None
 
 
 @pytest.mark.parametrize(

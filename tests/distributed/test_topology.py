@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +17,18 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_la
 from torch import nn
 
 from rlhf_toolkit.distributed import topology as module
-from rlhf_toolkit.distributed.topology import Launch, Topology, check_engine, deepspeed_settings
+from rlhf_toolkit.distributed.topology import (
+    ALLOCATOR_VARIABLES,
+    Launch,
+    Topology,
+    check_engine,
+    deepspeed_settings,
+    gradient_bucket,
+    let_segments_grow,
+    start,
+)
 from rlhf_toolkit.errors import TopologyError
+from rlhf_toolkit.models.loading import straight_to_device
 from tests.launch import ROOT
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -152,11 +165,15 @@ def topology_of(deepspeed: dict[str, Any], folder: Path) -> Topology:
 
 def test_deepspeed_settings_of_zero3(tmp_path: Path) -> None:
     topology = topology_of({"offload_param_device": "cpu", "offload_optimizer_device": "cpu"}, tmp_path)
-    assert deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=100) == {
+    assert deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=100, trained=900) == {
         "zero_optimization": {
             "stage": 3,
             "contiguous_gradients": True,
             "overlap_comm": False,
+            "reduce_bucket_size": 900,
+            "stage3_prefetch_bucket_size": 5 * 10**7,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
             "stage3_param_persistence_threshold": 100,
             "stage3_gather_16bit_weights_on_model_save": True,
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
@@ -169,14 +186,57 @@ def test_deepspeed_settings_of_zero3(tmp_path: Path) -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    without = deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=None)
+    without = deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=None, trained=10**10)
     assert without is not None
     assert "stage3_param_persistence_threshold" not in without["zero_optimization"], "a whole model would stay whole"
 
 
+@pytest.mark.parametrize(
+    ("trained", "adapters", "mebibytes"), [(81_000_000, True, 64), (1_000_000, True, 4), (7_600_000_000, False, 1907)]
+)
+def test_the_buffer_of_gradients_is_never_larger_than_they_are(trained: int, adapters: bool, mebibytes: int) -> None:
+    assert gradient_bucket(trained, adapters=adapters) * 4 // 2**20 == min(mebibytes, trained * 4 // 2**20)
+
+
+# ---- the allocator ---------------------------------------------------------------------------------------------------
+
+
+def test_segments_grow_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    for version, name in (("2.13.0+cu130", "PYTORCH_ALLOC_CONF"), ("2.8.1", "PYTORCH_CUDA_ALLOC_CONF")):
+        monkeypatch.setattr(torch, "__version__", version)
+        environment: dict[str, str] = {}
+        let_segments_grow(environment)
+        assert environment == {name: "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment = {name: "max_split_size_mb:64"}
+        let_segments_grow(environment)
+        assert environment == {name: "max_split_size_mb:64"}
+    monkeypatch.setattr(sys, "platform", "win32")
+    let_segments_grow(environment := {})
+    assert environment == {}, "PyTorch knows it on Linux only"
+
+
+def test_the_start_asks_for_growing_segments_before_cuda_wakes_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator reads its settings when it first allocates, which joining the process group may do."""
+    seen: dict[str, str | None] = {}
+
+    def joined(**options: Any) -> Any:
+        seen["at join"] = os.environ.get("PYTORCH_ALLOC_CONF")
+        return SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "PartialState", joined)
+    start(max_grad_norm=1.0)
+    assert seen == {"at join": "expandable_segments:True"}
+
+
 def test_without_deepspeed_there_are_no_settings_and_nothing_to_check() -> None:
     topology = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
-    assert deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=100) is None
+    assert deepspeed_settings(topology, rows_per_rank=4, max_grad_norm=0.5, largest_adapter=100, trained=900) is None
     check_engine(topology, nn.Linear(2, 2))
 
 
@@ -184,6 +244,18 @@ def test_a_model_that_is_no_engine_although_zero_was_asked_for(tmp_path: Path) -
     with pytest.raises(TopologyError) as caught:
         check_engine(topology_of({}, tmp_path), nn.Linear(2, 2))
     assert str(caught.value) == "asked for ZeRO stage 3, but the model runs as Linear; check the launch config"
+
+
+def test_a_base_goes_straight_to_the_gpu_unless_it_is_sharded() -> None:
+    """Else every process of ZeRO-2 would build it in host memory first."""
+    for stage, device, options in (
+        (None, "cuda:0", {"device_map": {"": torch.device("cuda:0")}}),
+        (2, "cuda:1", {"device_map": {"": torch.device("cuda:1")}}),
+        (3, "cuda:1", {}),
+        (2, "cpu", {}),
+    ):
+        launch = replace(Launch.from_environment({}), zero_stage=stage)
+        assert straight_to_device(Topology(launch, rank=0, world_size=1, device=torch.device(device))) == options
 
 
 # ---- what everybody must agree about ---------------------------------------------------------------------------------

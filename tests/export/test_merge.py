@@ -23,7 +23,9 @@ from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError
 from rlhf_toolkit.export import merge as merging
 from rlhf_toolkit.export import shards
 from rlhf_toolkit.export.merge import merge
+from rlhf_toolkit.export.shards import INDEX
 from rlhf_toolkit.export.verify import verify
+from rlhf_toolkit.models.loading import load_tokenizer
 from tests.export.common import peft_model, tiny_gpt2, write_adapter, write_base
 from tests.roles import lora
 from tests.tiny import tiny_llama
@@ -485,3 +487,75 @@ def test_verify_says_where_rounding_lost_the_adapter(tmp_path: Path) -> None:
         verify(str(base), str(adapter), tmp_path / "out", dtype=torch.bfloat16, sequences=2)
     merge(str(base), str(adapter), tmp_path / "exact", dtype=torch.float32)
     verify(str(base), str(adapter), tmp_path / "exact", dtype=torch.float32, sequences=2)
+
+
+# ---- names and links of a stranger's folder --------------------------------------------------------------------------
+
+
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text()) if path.exists() else {}
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_no_name_of_a_base_leads_out_of_its_folder(tmp_path: Path) -> None:
+    """Each would be read, or written beside or into, wherever it leads."""
+    base = write_base(tmp_path / "base", shard="20KB")
+    adapter, victim, index = write_adapter(tmp_path / "adapter", base), tmp_path / "evil.safetensors", base / INDEX
+    victim.write_bytes(next(base.glob("*.safetensors")).read_bytes())
+    before, sound, accepted = victim.read_bytes(), index.read_text(), []
+    for name in ("../evil.safetensors", str(victim), "a/../../evil.safetensors", "..", ".", "", "a\\b", "a\0", 3, None):
+        index.write_text(sound)
+        rewrite_json(index, lambda value, name=name: value["weight_map"].update({min(value["weight_map"]): name}))
+        message = refused(tmp_path, base, adapter)
+        accepted += [] if "no name of a file in that folder" in message else [(name, message)]
+    for text in ("", "[]", "{}", '{"weight_map": []}', "[" * 100_000, "\ud800"):
+        index.write_text(text, errors="surrogatepass")
+        accepted += [] if str(index) in refused(tmp_path, base, adapter) else [text]
+    index.write_text(sound)
+    for file, settings in [
+        ("config.json", {"auto_map": {"AutoConfig": "../evil.Config"}}),
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "/tmp/evil.Model"}}),
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "a/b--../evil.Model"}}),
+        ("config.json", {"transformers_weights": "../evil.safetensors"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["../evil.Tokenizer", None]}}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}),
+    ]:
+        old = (base / file).read_text()
+        rewrite_json(base / file, lambda value, settings=settings: value.update(settings))
+        accepted += [] if "no name of a file in that folder" in refused(tmp_path, base, adapter) else [settings]
+        with pytest.raises(ModelError, match="no name of a file in that folder"):
+            load_tokenizer(str(base))
+        (base / file).write_text(old)
+    assert not accepted and victim.read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_no_link_out_of_a_folder_is_followed(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter, secret = write_adapter(tmp_path / "adapter", base), tmp_path / "secret"
+    secret.write_text("secret")
+    for link in (base / "notes.txt", base / "deep", adapter / "adapter_model.bin"):
+        link.symlink_to(secret)
+        assert f"{link} is a link to something outside" in refused(tmp_path, base, adapter)
+        link.unlink()
+    (base / "notes.txt").symlink_to("config.json")
+    merge(str(base), str(adapter), tmp_path / "merged")
+    assert (tmp_path / "merged" / "notes.txt").read_text() == (base / "config.json").read_text()
+    assert not (tmp_path / "merged" / "notes.txt").is_symlink()
+
+
+def test_a_link_in_the_place_of_the_result_is_left_alone(tmp_path: Path) -> None:
+    base, out, kept = write_base(tmp_path / "base"), tmp_path / "out", tmp_path / "kept"
+    adapter = write_adapter(tmp_path / "adapter", base)
+    out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="exists; choose a new folder"):
+        merge(str(base), str(adapter), out)
+    out.unlink()
+    kept.mkdir()
+    (kept / "file").touch()
+    partial = tmp_path / f".out.partial-{os.getpid()}"
+    kept.rename(partial)  # foreseen by somebody: neither used nor removed
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        merge(str(base), str(adapter), out)
+    assert (partial / "file").exists()

@@ -1,7 +1,8 @@
-"""The choice of mode and slots, from numbers alone; the numbers against tensors that exist."""
+"""The choice of mode, slots and prefill, from numbers alone; the numbers against tensors that exist."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,12 +18,25 @@ from tests.models.test_architectures import WORKS, Case
 from tests.roles import tiny_shared
 from tests.tiny import tiny_llama
 
-NEEDS = RolloutNeeds(window_bytes=1000, live_bytes=100, slot_bytes=10, scratch_bytes=200)
+NEEDS = RolloutNeeds(
+    window_bytes=1000,
+    live_bytes=100,
+    slot_bytes=8,
+    choice_bytes=2,
+    column_bytes=0,
+    prefill_bytes=1,
+    longest_prompt=20,
+    scoring_bytes=50,
+    weights_bytes=180,
+    update_bytes=150,
+    activation_bytes=100,
+    micro_batch=1000,
+)
 
 
-def choice(free: int, **changes: Any) -> tuple[str, int]:
-    placement = place(NEEDS, **{"free": free, "rows": 64, "mode": "auto", "slots": None, **changes})
-    assert placement.needed == NEEDS.total(placement.mode, placement.slots) <= 0.9 * free
+def choice(free: int, needs: RolloutNeeds = NEEDS, **changes: Any) -> tuple[str, int]:
+    placement = place(needs, **{"free": free, "rows": 64, "mode": "auto", "slots": None, **changes})
+    assert placement.needed == needs.total(placement.mode, placement.slots, placement.prefill_tokens) <= 0.9 * free
     return placement.mode, placement.slots
 
 
@@ -31,39 +45,92 @@ def test_the_window_where_all_rows_fit() -> None:
 
 
 def test_fewer_slots_before_streaming() -> None:
-    assert choice(1500) == ("window", 15)  # 1350 usable - 1200 for base and scratch
+    assert choice(1500) == ("window", 17)  # 1350 usable - 1180 for base and weights; 10 for each slot
 
 
 def test_streaming_where_the_gathered_base_leaves_too_few_slots() -> None:
-    assert choice(1400) == ("stream", 64)  # the window would have 6
-    assert choice(600) == ("stream", 24)
+    assert choice(1380) == ("stream", 64)  # the window would have 5
+    assert choice(600) == ("stream", 26)
 
 
 def test_what_is_given_is_kept() -> None:
     assert choice(10**6, mode="stream") == ("stream", 64)
-    assert choice(1400, mode="window") == ("window", 6)
+    assert choice(1380, mode="window") == ("window", 5)  # 62 for slots, less a prompt of 20: five of 8
     assert choice(10**6, slots=5) == ("window", 5)
-    assert choice(1400, slots=5) == ("window", 5)  # five slots are what was asked for, and they fit
+    assert choice(1380, slots=5) == ("window", 5)  # five slots are what was asked for, and they fit
     assert choice(10**6, slots=500) == ("window", 64)
 
 
 def test_what_is_not_sharded_is_not_streamed() -> None:
-    assert choice(1400, sharded=False) == ("window", 6)
+    assert choice(1380, sharded=False) == ("window", 5)
     with pytest.raises(ConfigError, match=r"rollout\.mode=stream.*ZeRO-3"):
         choice(10**6, mode="stream", sharded=False)
 
 
+def test_a_smaller_prefill_before_fewer_slots() -> None:
+    """And never more than the prompts of all slots, nor less than the longest prompt."""
+    chosen = [place(NEEDS, free=free, rows=64, mode="window", slots=None) for free in (10**6, 2800, 2400, 2100)]
+    assert [each.slots for each in chosen] == [64] * 4
+    assert [each.prefill_tokens for each in chosen] == [64 * 20, 512, 256, 128]
+    assert place(NEEDS, free=1380, rows=64, mode="window", slots=None).prefill_tokens == 20
+
+
+def test_sampling_and_scoring_are_not_at_once() -> None:
+    """A pass that scores takes the place of keys and values, and bounds them only where it is larger."""
+    assert choice(1500, replace(NEEDS, scoring_bytes=350)) == ("window", 17)
+    assert choice(1500, replace(NEEDS, scoring_bytes=351)) == ("stream", 64)
+
+
+def test_what_an_update_leaves_behind_is_kept_free() -> None:
+    assert choice(1500, replace(NEEDS, later_bytes=50)) == ("window", 12)
+
+
 @pytest.mark.parametrize(
-    ("changes", "way_out"),
+    ("needs", "changes", "message"),
     [
-        ({"mode": "window", "slots": 60}, "set rollout.slots to 6 or less"),
-        ({"mode": "window", "free": 1300}, "set rollout.mode: stream"),
-        ({"free": 300}, "lower rollout.max_new_tokens"),
+        ({}, {"mode": "window", "slots": 60}, "set rollout.slots to 7 or less"),
+        ({}, {"mode": "window", "free": 1300}, "set rollout.mode: stream"),
+        ({}, {"mode": "window", "free": 1300, "sharded": False}, "lower data.max_prompt_tokens"),
+        ({}, {"free": 200}, "lower data.max_prompt_tokens or rollout.max_new_tokens"),
+        ({"live_bytes": 2000}, {}, "the base alone is too large: take more GPUs"),
+        ({"update_bytes": 1600}, {}, "an update of .* the base alone is too large: take more GPUs"),
+        ({"scoring_bytes": 4000}, {}, r"set update\.micro_batch_tokens to 200 or less"),
+        (
+            {"update_bytes": 2400, "activation_bytes": 2000},
+            {},
+            r"an update of update\.micro_batch_tokens=1000 needs .* set update\.micro_batch_tokens to 500 or less, or "
+            "model.gradient_checkpointing: true",
+        ),
+        (
+            {"update_bytes": 2400, "activation_bytes": 2000, "checkpointing": True},
+            {},
+            r"set update\.micro_batch_tokens to 500 or less$",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_way_out(changes: dict[str, Any], way_out: str) -> None:
-    with pytest.raises(ConfigError, match=way_out):
-        choice(**{"free": 1400, **changes})
+def test_what_does_not_fit_is_refused_with_a_way_out(
+    needs: dict[str, int], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choice(needs=replace(NEEDS, **needs), **{"free": 1400, **changes})
+
+
+@pytest.mark.parametrize("free", [1380, 1500, 2000, 2500])
+def test_the_nearest_setting_fits(free: int) -> None:
+    """What a refusal recommends is taken, and one more is not."""
+    most = place(NEEDS, free=free, rows=10**6, mode="window", slots=None).slots
+    assert place(NEEDS, free=free, rows=10**6, mode="window", slots=most).slots == most
+    with pytest.raises(ConfigError, match=f"rollout.slots to {most} or less"):
+        place(NEEDS, free=free, rows=10**6, mode="window", slots=most + 1)
+
+
+def test_the_line_at_the_start_says_the_phases() -> None:
+    needs = replace(NEEDS, **{name: getattr(NEEDS, name) * 2**20 for name in ("window_bytes", "scoring_bytes")})
+    line = place(needs, free=2**31, rows=4, mode="auto", slots=None).description()
+    assert line == (
+        "rollout: base gathered once a rollout, 4 slot(s), 80 tokens a prefill; sampling 0.98, scoring 1.03, update "
+        "0.00 of 2.00 GiB free"
+    )
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in WORKS.items()])
@@ -71,7 +138,7 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     """What one token shows against the buffers of slots, for every architecture."""
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes), attn_implementation="eager")
     shared, columns = tiny_shared(base).eval(), 40
-    cache = SlotCache(base.config, slots=2, width=8, capacity=columns, device=torch.device("cpu"))
+    cache = SlotCache(base.config, slots=2, capacity=columns, device=torch.device("cpu"))
     one = torch.ones(2, 1, dtype=torch.long)
     with torch.no_grad():
         shared.next_token_logits(one, cache.step_mask, one, cache)

@@ -62,10 +62,27 @@ def test_the_verifier_in_its_workers(tmp_path: Path) -> None:
         "none",
         r"\boxed{)}",
         r"\boxed{1 + x*(x + 2)}",
+        rf"\boxed{{__import__('pathlib').Path({str(tmp_path / 'run')!r}).touch()}}",
+        r"\boxed{x.__class__}",
+        r"\boxed{1e999*x}",
     ]
     with rewards_of(entry) as rewards:
         scores = rewards.collect(*batch_of(responses, answer="x**2 + 2*x + 1"))
-    assert scores.totals == [1, 0, 0, 0, 0, 1] and scores.failures == {"correct": 1}
+    assert scores.totals == [1, 0, 0, 0, 0, 1, 0, 0, 0] and scores.failures == {"correct": 1}
+    assert not (tmp_path / "run").exists()
+
+
+RUNS = re.compile(r"\b(eval|exec|sympify|parse_expr|pickle\.loads?|torch\.load|yaml\.(unsafe_|full_)?load)\(")
+
+
+def test_no_example_runs_what_it_is_given() -> None:
+    """Examples are copied: none in the documentation or the recipes evaluates a text or loads a pickle."""
+    root = Path(__file__).parents[2]
+    pages = [*root.glob("docs/*.md"), *root.glob("*.md"), *root.glob("recipes/**/*.md")]
+    code = {str(page): "".join(re.findall(r"```\w*\n(.*?)```", page.read_text(), flags=re.DOTALL)) for page in pages}
+    code |= {str(path): path.read_text() for path in root.glob("recipes/**/*.py")}
+    assert len(code) > 20
+    assert not {name for name, text in code.items() if RUNS.search(re.sub(r"\.eval\(", "", text))}
 
 
 def test_the_judge_is_asked_from_as_many_threads_as_it_says() -> None:

@@ -13,16 +13,8 @@ import pytest
 from reasoning_gym import factory
 
 from rlhf_toolkit.errors import ConfigError, DataError
-from rlhf_toolkit.rewards.gym import (
-    BY_EQUALITY,
-    LITERAL_SCORERS,
-    LONGEST_ANSWER,
-    SYMPY_SCORERS,
-    entry_of,
-    entry_text,
-    is_arithmetic,
-    reasoning_gym,
-)
+from rlhf_toolkit.rewards.gym import BY_EQUALITY, entry_of, entry_text, reasoning_gym
+from rlhf_toolkit.rewards.gym_texts import LITERAL_SCORERS, LONGEST_TEXT, SYMPY_SCORERS, is_arithmetic
 
 NEEDS_CONFIG = {"composite": "Must specify at least one dataset"}
 """Datasets that cannot be built as they are, and what they say."""
@@ -187,7 +179,7 @@ def test_settings_reach_the_scorer() -> None:
 
 
 @pytest.mark.parametrize("name", ["prime_factorization", "chain_sum", "time_intervals", "game_of_life"])
-@pytest.mark.parametrize("answer", ["x" * (LONGEST_ANSWER + 1), "[" * 5000, "\x00", "9" * 6000, "{}", "null", "1e999"])
+@pytest.mark.parametrize("answer", ["x" * (LONGEST_TEXT + 1), "[" * 5000, "\x00", "9" * 6000, "{}", "null", "1e999"])
 def test_odd_answers_are_wrong_and_raise_nothing(name: str, answer: str) -> None:
     assert max(scores(name, [answer] * 3, entries(name))) < 1.0
 
@@ -250,27 +242,6 @@ def typed(value: Any) -> Any:
 
 
 # ---- answers that would run ------------------------------------------------------------------------------------------
-
-ATTACKS = [
-    "__import__('pathlib').Path({path!r}).write_text('x') and ''",
-    "[c for c in open({path!r}, 'w').write('x') or '']",
-    "(lambda: open({path!r}, 'w'))()",
-    "open({path!r}, 'w')",
-]
-
-
-@pytest.mark.parametrize("name", sorted(LITERAL_SCORERS | SYMPY_SCORERS))
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_answers_are_not_run(name: str, attack: str, tmp_path: Any) -> None:
-    assert scores(name, [attack.format(path=str(tmp_path / "run"))] * 3, entries(name)) == [0.0] * 3
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_attacks_would_work_on_the_library_alone(tmp_path: Any) -> None:
-    """Otherwise the test above could not fail."""
-    dataset = factory.create_dataset("spiral_matrix", size=1, seed=7)
-    dataset.score_answer(ATTACKS[0].format(path=str(tmp_path / "run")), dataset[0])
-    assert (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", sorted(LITERAL_SCORERS))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.slot_cache import SlotCache
 from rlhf_toolkit.rollout import decoding
-from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first
+from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first, most_columns
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.builders import tiny_tokenizer
@@ -122,6 +123,38 @@ def test_the_number_of_slots_does_not_matter(monkeypatch: pytest.MonkeyPatch, sl
     assert torch.equal(found.finished, expected.finished)
     longest = max(map(len, PROMPTS)) + SAMPLING.max_new_tokens
     assert max(rows for rows, _ in widths) <= slots and max(columns for _, columns in widths) <= longest + 1
+
+
+@pytest.mark.parametrize("threshold", [8, 100])
+def test_a_step_reads_the_columns_of_the_longest_living_sequence(
+    monkeypatch: pytest.MonkeyPatch, threshold: int
+) -> None:
+    """Also where a long one entered beside it, with or without a prefix in common, and columns moved for it."""
+    lengths, budgets = (3, 4, 30, 2, 12, 3), [9, 6, 2, 12, 3, 4]
+    prompts = tuple(Prompt(i, "", tuple(range(10, 10 + n)), {}) for i, n in enumerate(lengths))
+    seen: list[int] = []
+    own = Chain.next_token_logits
+
+    def watched(self: Chain, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        if isinstance(cache, SlotCache):
+            seen.append(mask.shape[1])
+            assert seen[-1] == int(mask.sum(1).max())
+        return own(self, input_ids)
+
+    monkeypatch.setattr(Chain, "next_token_logits", watched)
+    monkeypatch.setattr(decoding, "SHARED_PREFIX", threshold)
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
+    chain: Any = Chain(COUNTING)
+    sampling = Sampling(max_new_tokens=12, stop_ids=(), pad_id=0, greedy=True)
+    batch = PromptBatch(prompts, (0,) * len(prompts))
+    decode(chain, tiny_tokenizer(), batch, sampling, stream=(), slots=2, budgets=budgets)
+    assert max(seen) == 30 + 2 - 1 and min(seen) < 12
+
+
+def test_the_columns_of_a_rollout_are_those_of_its_longest_row() -> None:
+    """In a later turn a row that has written much has little budget left."""
+    turn = [Prompt(i, "", (5,) * length, {}) for i, length in enumerate((50 + 90, 50 + 1))]
+    assert most_columns(turn, [10, 99]) == 150 and most_columns([], []) == 1
 
 
 def test_expected_lengths_order_the_beginning_and_nothing_else() -> None:

@@ -76,6 +76,18 @@ def test_whitening_is_over_the_tokens_of_the_mini_batch() -> None:
         assert not whitened[place, LENGTHS[row] :].any()
 
 
+def test_a_mini_batch_with_fewer_than_two_trained_tokens_has_nothing_to_whiten() -> None:
+    """Truncated responses are masked, failed ones dropped: of a small mini-batch nothing may be left."""
+    experience = rollout()
+    for rows in ([5, 1], [5]):  # one token, none
+        assert LENGTHS[rows].sum() < 2
+        columns = OverMiniBatch(whiten=True).columns(experience, rows, (0, 0, 0))
+        assert not columns["advantages"].any()
+        shares = [[rows]]
+        share = share_of_mini_batch(experience, shares, 0, fresh=True, columns=columns)
+        assert share["token_count"].item() == share["sequence_count"].item() == 1, "what losses are divided by"
+
+
 def test_a_choice_is_made_by_old_log_probs_and_whitened_advantages() -> None:
     """Those that the update will see, row by row."""
     experience, seen = rollout(), {}

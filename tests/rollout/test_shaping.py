@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.algorithms.advantages import gae, reinforce_plus_plus, remax
-from rlhf_toolkit.algorithms.group_advantages import dr_grpo, grpo
+from rlhf_toolkit.algorithms.group_advantages import dr_grpo, grpo, opo, reinforce_plus_plus_baseline, rloo
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.rollout.decoding import Sampling
@@ -64,6 +64,20 @@ def test_a_dropped_response_has_no_part_in_its_groups_statistics() -> None:
         expected = torch.full((LENGTHS[b],), (score - mean) / (deviation + 1e-6))
         torch.testing.assert_close(experience.advantages[b, : LENGTHS[b]], expected)
     assert not experience.advantages[2].any() and not experience.returns[2].any()
+
+
+@pytest.mark.parametrize("estimator", [grpo, dr_grpo, rloo, opo, reinforce_plus_plus_baseline])
+def test_the_only_response_left_of_a_group_has_the_advantage_zero(estimator: Any) -> None:
+    """Its score, an arbitrary number, would weigh more than every measured difference. A prompt that was answered once
+    (row 1) is another matter: there the score is the advantage."""
+    for kept, groups, expected in (
+        (KEPT, torch.tensor([0, 0, 9, 9]), [1, 1, 0, 0]),
+        (KEPT, torch.tensor([4, 7, 9, 9]), [1, 1, 0, 0]),
+        (torch.tensor([False, True, False, True]), torch.tensor([2, 7, 2, 2]), [0, 1, 0, 0]),
+    ):
+        experience, *_ = shaped(estimator=estimator, kept=kept, groups=groups, kl_in_reward=False)
+        assert experience.advantages.any(1).int().tolist() == expected
+        assert experience.response_mask.any(1).tolist() == kept.tolist(), "it is trained on: KL and entropy count"
 
 
 def test_a_dropped_response_is_not_trained_on_and_does_not_whiten() -> None:

@@ -2,7 +2,8 @@
 
 All take one score per response, the sum of its rewards, and give every real token of the response the same advantage.
 ``groups`` (B,) int64 says which rows answer the same prompt: those with equal numbers. A response alone in its group
-has nothing to be measured against: its baseline is 0, as in verl.
+has nothing to be measured against: its baseline is 0, as in verl. That is for prompts with one response each; where the
+others of a group were dropped, ``rollout.shaping`` gives the one that is left (``groups.left_alone``) the advantage 0.
 
 Where all scores of a group are equal, every advantage is exactly 0 (see ``groups``); verl's is a rounding error, which
 GRPO divides by 1e-6.

@@ -33,3 +33,13 @@ def group_deviations(x: Tensor, groups: Tensor) -> Tensor:
     """
     squares = (x.double() - group_means(x, groups)).square()
     return (group_sums(squares, groups) / (group_sizes(groups) - 1).clamp(min=1)).sqrt()
+
+
+def left_alone(groups: Tensor, kept: Tensor) -> Tensor:
+    """Mark the rows that are ``kept`` while all others of their group, at least one, are not.
+
+    A row that never had company is not marked.
+
+    Shapes: groups (B,), kept (B,) bool -> (B,) bool.
+    """
+    return kept & (group_sizes(groups) > 1) & (group_sums(kept, groups) == 1)

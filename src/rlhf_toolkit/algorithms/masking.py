@@ -75,10 +75,13 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 def centre_and_scale(x: Tensor, mask: Tensor) -> Tensor:
     """Whiten ``x`` to mean 0 and variance 1 over the mask; 0 outside it.
 
-    ``(x - mean) * rsqrt(var + 1e-8)``, var unbiased. For advantages.
+    ``(x - mean) * rsqrt(var + 1e-8)``, var unbiased. For advantages. An entry that is True alone is its own mean, so it
+    becomes 0 whatever the scale.
 
-    Shapes: x and mask alike -> the same. Raises ``DataError`` for fewer than 2 True entries.
+    Shapes: x and mask alike -> the same.
     """
+    if int(mask.sum()) < 2:
+        return torch.zeros_like(x)
     mean, scale = masked_mean(x, mask), torch.rsqrt(masked_var(x, mask) + WHITENING_EPSILON)
     return zero_outside((x - mean) * scale, mask)
 
@@ -87,8 +90,8 @@ def scale_only(x: Tensor, mask: Tensor) -> Tensor:
     """Scale ``x`` to variance 1 about its own mean, which stays what it was; 0 outside the mask.
 
     ``(x - mean) * rsqrt(var + 1e-8) + mean``, var unbiased. For rewards, where moving the mean would change which
-    behaviour is worth having.
+    behaviour is worth having. An entry that is True alone stays what it is.
 
-    Shapes: x and mask alike -> the same. Raises ``DataError`` for fewer than 2 True entries.
+    Shapes: x and mask alike -> the same.
     """
     return zero_outside(centre_and_scale(x, mask) + masked_mean(x, mask), mask)

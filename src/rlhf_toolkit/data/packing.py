@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf_toolkit.data.segments import Tokens, packed_tokens
+from rlhf_toolkit.data.segments import GrowingRow, Tokens
 from rlhf_toolkit.seeding import derived_generator
 
 Rows = list[int]
@@ -99,13 +99,15 @@ def _cost(group: Rows, lengths: Sequence[int], prompts: Sequence[Tokens]) -> int
 
 def _fill_packed(share: Rows, lengths: Sequence[int], prompts: Sequence[Tokens], budget: int) -> list[Rows]:
     """Rows in the order of their prompts' tokens, so that those that begin alike are neighbours."""
-    batches: list[Rows] = []
+    batches, packed = list[Rows](), GrowingRow()
     for row in sorted(share, key=lambda row: (prompts[row], -lengths[row], row)):
-        more = [*batches[-1], row] if batches else []
-        if more and packed_tokens([prompts[each] for each in more], [lengths[each] for each in more]) <= budget:
-            batches[-1] = more
+        packed.add(prompts[row], lengths[row])
+        if batches and packed.tokens <= budget:
+            batches[-1].append(row)
         else:
             batches.append([row])
+            packed = GrowingRow()
+            packed.add(prompts[row], lengths[row])
     return batches
 
 

@@ -7,7 +7,6 @@ its next rollout and gets what it would have got.
 from __future__ import annotations
 
 import glob
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, is_message_list, render, user_message
+from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
@@ -98,8 +98,8 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
     A file is read anew each time, so that an edit always counts; all of it is ``split``, whose slices, such as
     ``train[:100]``, work as on the hub. Values are as ``datasets`` reads them: a column of ISO dates holds datetimes.
     With ``streaming`` rows are read while they are iterated over and never stored as a whole; there are no slices.
-    DataError where there is no such file or dataset, it cannot be read, or it is empty; of a stream, what is broken
-    further on is found when it is read.
+    DataError where there is no such file or dataset, it cannot be read, or it is empty. JSON is looked through first, a
+    line at a time; of a stream, what is broken further on and does no harm is found when it is read.
     """
     path = Path(source)
     is_file = path.suffix.lower() in FORMATS
@@ -125,8 +125,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
     The cache of ``datasets`` is shared by all ranks, and knows a file by its time of change, not by its content.
     """
-    if path.suffix.lower() != ".parquet":
-        _check_utf8(path)
+    _check_text(path, split)
     with tempfile.TemporaryDirectory() as cache:
         try:
             return datasets.load_dataset(
@@ -142,6 +141,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
 def _rows_of_hub(source: str, split: str) -> datasets.Dataset:
     name, _, configuration = source.partition(":")
+    _check_folder(Path(name), split)
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # network, hub, cache and dataset fail in many ways
@@ -156,11 +156,13 @@ def _stream(source: str, split: str, max_rows: int | None) -> StreamedRows:
         )
     path = Path(source)
     if path.suffix.lower() in FORMATS:
+        _check_text(path, split, max_rows, streaming=True)
         files = {split: glob.escape(str(path))}
         load = partial(datasets.load_dataset, FORMATS[path.suffix.lower()], data_files=files)
         fault = partial(_fault_of_file, path, split)
     else:
         name, _, configuration = source.partition(":")
+        _check_folder(Path(name), split, max_rows, streaming=True)
         load, fault = partial(datasets.load_dataset, name, configuration or None), partial(_fault_of_hub, source, split)
     return StreamedRows(source, partial(load, split=split, streaming=True), fault, max_rows)
 
@@ -174,7 +176,7 @@ def _fault_of_file(path: Path, split: str, error: Exception, count: int = 0) -> 
         _check_utf8(path)
     if path.stat().st_size == 0 or "corresponds to no data" in str(error):
         what = f"it {NO_ROWS}"
-    elif line := _broken_json(path) if FORMATS[path.suffix.lower()] == "json" else None:
+    elif line := json_fault(path) if FORMATS[path.suffix.lower()] == "json" else None:
         what = f"{line}; repair that line"
     else:
         what = f"{described(error.__cause__ or error)}; repair the file or name another split"
@@ -189,6 +191,26 @@ def _fault_of_hub(source: str, split: str, error: Exception, count: int = 0) -> 
     )
 
 
+def _check_text(path: Path, split: str, max_rows: int | None = None, *, streaming: bool = False) -> None:
+    """Raise DataError where a file of text is no UTF-8, and one of JSON is empty or not sound. Of a stream, what the
+    reader survives is left to be found when it is reached."""
+    kind = FORMATS[path.suffix.lower()]
+    if kind == "json":
+        what = f"it {NO_ROWS}" if is_blank(path) else json_fault(path, max_rows=max_rows, fatal_only=streaming)
+        if what is not None:
+            way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
+            raise DataError(f"cannot read {path} (split {split}): {what}{way_out}")
+    elif kind == "csv" and not streaming:
+        _check_utf8(path)
+
+
+def _check_folder(folder: Path, split: str, max_rows: int | None = None, *, streaming: bool = False) -> None:
+    """The same for each file of JSON in a local folder that stands for a dataset."""
+    for path in sorted(folder.rglob("*.json*")) if folder.is_dir() else ():
+        if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
+            _check_text(path, split, max_rows, streaming=streaming)
+
+
 def _after(count: int) -> str:
     return f" after {count} rows" if count else ""
 
@@ -201,31 +223,6 @@ def _check_utf8(path: Path) -> None:
                 line.decode()
             except UnicodeDecodeError as error:
                 raise DataError(f"cannot read {path}: line {number} is not UTF-8; save the file as UTF-8") from error
-
-
-def _broken_json(path: Path) -> str | None:
-    """Where JSON is broken, as ``line 3: Expecting value``; None where each line, or the file as a whole, is sound."""
-    if path.suffix.lower() == ".json":
-        try:
-            json.loads(path.read_bytes())
-            return None
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # one value after another is JSON lines under the other suffix
-                return f"line {error.lineno}: {error.msg}"
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            fault = _broken_line(line.rstrip(b"\n")) if line.strip() else None
-            if fault:
-                return f"line {number}: {fault}"
-    return None
-
-
-def _broken_line(line: bytes) -> str | None:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.msg
-    return None if isinstance(value, dict) else f'{shortened(value)} is not an object such as {{"prompt": "..."}}'
 
 
 # ---- tokenising ------------------------------------------------------------------------------------------------------

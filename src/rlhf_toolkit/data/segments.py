@@ -83,9 +83,83 @@ def packed_tokens(prompts: Sequence[Tokens], lengths: Sequence[int]) -> int:
     return share_prefixes(prompts, lengths).tokens
 
 
+class GrowingRow:
+    """Counts the tokens of a packed row while sequences join it in the order of their prompts.
+
+    After any number of ``add``, ``tokens`` equals ``packed_tokens`` of what was added, without building that trie
+    again: in this order a prompt meets those before it only along the path to the last one, so that path alone is kept
+    open.
+    """
+
+    def __init__(self) -> None:
+        self._lengths = 0
+        self._last: Tokens | None = None
+        self._path = [_Shared(depth=0, rows=0)]
+
+    @property
+    def tokens(self) -> int:
+        """What the sequences take together."""
+        root, *below = self._path
+        saved, start = root.saved, 0
+        for node in below:
+            if node.saves(start):
+                saved += (node.rows - 1) * (node.depth - start) + node.saved
+                start = node.depth
+            else:
+                saved += sum(child.saving(start) for child in node.closed)
+        return self._lengths - saved
+
+    def add(self, prompt: Tokens, length: int) -> None:
+        """A sequence joins; its prompt must not be smaller than that of the one before."""
+        common = 0 if self._last is None else _agree(self._last, prompt)
+        self._close(common)
+        for node in self._path:
+            node.rows += 1
+        self._lengths, self._last = self._lengths + length, prompt
+
+    def _close(self, common: int) -> None:
+        """Leave the nodes below depth ``common``, and see to one at that depth."""
+        left: _Shared | None = None
+        while self._path[-1].depth > common:
+            left = self._path.pop()
+            if self._path[-1].depth >= common:
+                self._path[-1].close(left)
+        if self._path[-1].depth < common:
+            node = _Shared(depth=common, rows=left.rows if left else 1)
+            if left:
+                node.close(left)
+            self._path.append(node)
+
+
+class _Shared:
+    """What ``rows`` have in common: their first ``depth`` tokens. ``closed`` are the nodes below it that no further row
+    goes through, and ``saved`` the tokens they save if this node is a segment."""
+
+    def __init__(self, *, depth: int, rows: int) -> None:
+        self.depth, self.rows, self.closed, self.saved = depth, rows, list[_Shared](), 0
+
+    def close(self, child: _Shared) -> None:
+        self.closed.append(child)
+        self.saved += child.saving(self.depth)
+
+    def saves(self, start: int) -> bool:
+        """Whether it is worth a segment below one that ends at ``start``."""
+        return (self.rows - 1) * (self.depth - start) >= LEAST_SAVING
+
+    def saving(self, start: int) -> int:
+        """Tokens that it and those below it save, all closed. Where it is no segment it has fewer than nine rows, so
+        looking at each again costs nothing."""
+        if self.saves(start):
+            return (self.rows - 1) * (self.depth - start) + self.saved
+        return sum(child.saving(start) for child in self.closed)
+
+
 def common_prefix(prompts: Sequence[Tokens]) -> int:
     """How many tokens all ``prompts`` have in common at their beginning: what the smallest and the largest have."""
-    first, last = min(prompts), max(prompts)
+    return _agree(min(prompts), max(prompts))
+
+
+def _agree(first: Tokens, last: Tokens) -> int:
     low, high = 0, min(len(first), len(last))
     while low < high:  # slices are compared in C, tokens one by one are not
         middle = (low + high + 1) // 2

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -20,6 +22,8 @@ import torch
 from accelerate import PartialState
 from deepspeed import DeepSpeedEngine
 from torch import nn
+from torch.distributed import distributed_c10d
+from torch.torch_version import TorchVersion
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
@@ -27,6 +31,11 @@ from rlhf_toolkit.distributed.extensions import build_cpu_collectives
 from rlhf_toolkit.errors import TopologyError
 
 ZERO_STAGES = (2, 3)
+TIMEOUT_MINUTES = 120
+ADAPTER_BUCKET = 2**24  # elements of gradients that are reduced at once: 64 MiB, enough for the full rate of a link
+FULL_BUCKET = 5 * 10**8  # DeepSpeed's own, where matrices of the base are trained
+PREFETCHED_PARAMETERS, LIVE_PARAMETERS = 5 * 10**7, 10**9  # what ZeRO-3 gathers ahead, and keeps gathered, at most
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first since PyTorch 2.9
 
 
 @dataclass(frozen=True)
@@ -115,34 +124,54 @@ class Topology:
         return self.rank == 0
 
 
-def start(*, max_grad_norm: float) -> Topology:
+def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> Topology:
     """Check the launch, join the process group and return where this process stands.
 
     On a machine without GPU accelerate would make every rank "0 of 1" unless the gloo backend is named before anything
-    else touches its state, so this must run first.
+    else touches its state, so this must run first. A collective that waits for longer than ``timeout_minutes`` fails,
+    in this group and in those that DeepSpeed makes of it.
     """
     launch = Launch.from_environment()
     launch.check(max_grad_norm=max_grad_norm)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        let_segments_grow(os.environ)
     if launch.zero_stage is not None and not has_gpu:
         build_cpu_collectives()
     # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very
     # fields.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     atexit.register(_leave)
-    state = PartialState(backend="gloo") if launch.zero_stage is not None and not has_gpu else PartialState()
+    state = _join(gloo=launch.zero_stage is not None and not has_gpu, timeout=timedelta(minutes=timeout_minutes))
     topology = Topology(launch, rank(), world_size(), state.device)
     _check_agreement(topology, state)
     return topology
 
 
+def let_segments_grow(environment: MutableMapping[str, str]) -> None:
+    """Have PyTorch's allocator grow its segments instead of adding new ones (``expandable_segments``), so that rollouts
+    of changing widths do not fragment a card's memory. What the user has set stays. Only before CUDA is first used."""
+    if sys.platform == "linux" and not any(name in environment for name in ALLOCATOR_VARIABLES):
+        name = ALLOCATOR_VARIABLES[0 if TorchVersion(torch.__version__) >= "2.9" else 1]
+        environment[name] = "expandable_segments:True"
+
+
+def _join(*, gloo: bool, timeout: timedelta) -> PartialState:
+    """Join the process group, if the launch has one. torch gives groups that are made later, as DeepSpeed does, a time
+    limit of their own, not the first one's, so its default is set too."""
+    vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
+    return PartialState(backend="gloo", timeout=timeout) if gloo else PartialState(timeout=timeout)
+
+
 def deepspeed_settings(
-    topology: Topology, *, rows_per_rank: int, max_grad_norm: float, largest_adapter: int | None
+    topology: Topology, *, rows_per_rank: int, max_grad_norm: float, largest_adapter: int | None, trained: int
 ) -> dict[str, Any] | None:
     """DeepSpeed's whole configuration, or None without DeepSpeed.
 
+    ``trained``: elements of all that is trained. DeepSpeed allocates its buffer of gradients whole (under ZeRO-2, where
+    they are reduced while the backward goes on, two), 5e8 elements unless it is told otherwise.
     ``largest_adapter``: elements of the largest adapter matrix. Parameters up to that size stay whole on every rank,
     since gathering some 900 tiny matrices one by one costs more than it saves. None: there are no adapters, and
     DeepSpeed's own threshold is right.
@@ -151,8 +180,15 @@ def deepspeed_settings(
     if launch.zero_stage is None:
         return None
     on_gpu = topology.device.type == "cuda"
-    zero: dict[str, Any] = {"stage": launch.zero_stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
+    zero: dict[str, Any] = {
+        "stage": launch.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,
+        "reduce_bucket_size": gradient_bucket(trained, adapters=largest_adapter is not None),
+    }
     if launch.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = PREFETCHED_PARAMETERS
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_PARAMETERS
         if largest_adapter is not None:
             zero["stage3_param_persistence_threshold"] = largest_adapter
         zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -168,6 +204,11 @@ def deepspeed_settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def gradient_bucket(trained: int, *, adapters: bool) -> int:
+    """Elements of DeepSpeed's buffer of gradients: never more than there are."""
+    return min(trained, ADAPTER_BUCKET if adapters else FULL_BUCKET)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import nn
+from torch import Tensor, nn
 
-from rlhf_toolkit.distributed.collectives import any_rank
+from rlhf_toolkit.distributed.collectives import any_rank, rank, world_size
 
 AVAILABLE = ZeroParamStatus.AVAILABLE
 Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
@@ -47,6 +47,21 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def element_count(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, whatever part of it lies here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def own_part(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """A flat part of the parameter that lies on this rank, and the number of its first element in the whole.
+
+    The parts of all ranks put together are the parameter, each element once: ZeRO-3's shards without their padding, or
+    equal shares of what every rank holds whole. Nothing is gathered or copied.
+    """
+    if is_partitioned(parameter):
+        shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        start = rank() * shard.numel()
+        return shard[: max(0, element_count(parameter) - start)], start
+    share = -(-parameter.numel() // world_size())
+    start = min(rank() * share, parameter.numel())
+    return parameter.detach().flatten()[start : start + share], start
 
 
 @contextmanager
@@ -113,10 +128,9 @@ def streamed(model: nn.Module) -> Iterator[InStep]:
     yield InStep(lambda: None if offload is None else offload.get_param_coordinator().reset_step())
 
 
-def bytes_to_gather(model: nn.Module) -> int:
-    """What the window adds to this rank's memory: a whole copy of all that is partitioned. 0 without ZeRO-3."""
-    offload = _parameter_offload(model)
-    return 0 if offload is None else sum(element_count(p) * p.element_size() for p in _partitioned(offload))
+def zero_stage(model: nn.Module) -> int:
+    """The stage that the engine runs; 0 where it is none."""
+    return int(model.zero_optimization_stage()) if isinstance(model, DeepSpeedEngine) else 0
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
 from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path
+from rlhf_toolkit.files import write_text
 from rlhf_toolkit.reporting.run_log import Record, read_records
 
 CARD, POLICY, REWARD_HEAD = "README.md", "policy", "reward_head.safetensors"
@@ -42,7 +43,7 @@ def write_card(run: FinishedRun, repo: str | None = None) -> Path:
         old = path.read_text(encoding="utf-8")
         if MARK not in old and PEFTS_OWN not in old:
             raise CheckpointError(f"{path} was written by somebody else; move it away, then say rlhf card again")
-    path.write_text(card(run, repo), encoding="utf-8")
+    write_text(path, card(run, repo))
     return path
 
 

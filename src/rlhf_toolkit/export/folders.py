@@ -12,6 +12,8 @@ from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.errors import CheckpointError, ModelError, described
+from rlhf_toolkit.files import link_outside
+from rlhf_toolkit.models.folders import check_model_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("value_head.safetensors", "reward_head.safetensors")
@@ -68,9 +70,12 @@ def adapter_folder(name: str) -> Path:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run. Raises CheckpointError where the folder holds none."""
+    """Read a finished run. Raises CheckpointError where the folder holds none, or a link to something outside."""
     if not (folder / RUN_FILE).is_file():
         raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is not a run folder; give a run's run.output_dir")
+    link = link_outside(folder)
+    if link is not None:
+        raise CheckpointError(f"{link} is a link to something outside of the run folder; put the file itself there")
     if not (folder / "summary.json").is_file():
         raise CheckpointError(
             f"{folder} has no summary.json, which is written when training ends; let the run end (--resume continues)"
@@ -84,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({described(error)}); restore that file") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; restore that file")
@@ -99,14 +104,17 @@ def is_path(name: str) -> bool:
 def _located(name: str, what: str, patterns: tuple[str, ...]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
+        check_model_folder(name)
         return folder
     if folder.exists() or is_path(name):
         raise ModelError(f"{name} is no folder; give the folder of {what}, or its name on the hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        fetched = Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:  # hub errors are OSErrors: no such name, no access, no network
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{name} is no folder here and the hub does not give it: {first}; give the folder of {what}, or its name "
             "on the hub"
         ) from error
+    check_model_folder(str(fetched))
+    return fetched

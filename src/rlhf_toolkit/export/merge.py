@@ -68,7 +68,7 @@ def merge(
     Raises ModelError: the adapter is no plain LoRA, belongs to another base, or touches tied embeddings. Raises
     CheckpointError: ``out`` exists, or the disk has no room.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose a new folder, or remove it first")
     source, lora = model_folder(base), adapter_folder(adapter)
     shards, weights = read_headers(source), read_lora(lora)
@@ -221,8 +221,10 @@ def _by(shape: tuple[int, ...]) -> str:
 def _made_whole(out: Path, size: int) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` at the end, or is removed."""
     folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    made = False
     try:
         folder.mkdir(parents=True)
+        made = True
         free = shutil.disk_usage(folder).free
         if free < size:
             raise CheckpointError(
@@ -236,7 +238,8 @@ def _made_whole(out: Path, size: int) -> Iterator[Path]:
         way_out = "make room or choose another disk" if full else "choose a folder you may write to"
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}; {way_out}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copy_the_rest(source: Path, folder: Path, dtype: torch.dtype | None, size: int) -> list[str]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlhf_toolkit.errors import ModelError, described
+from rlhf_toolkit.models.folders import weight_map
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,13 +51,14 @@ Shard = dict[str, Stored]
 def read_headers(folder: Path) -> dict[str, Shard]:
     """File name -> its tensors, for every weight file of a model folder, without reading a tensor.
 
-    Raises ModelError: no safetensors, a file of the index that is missing or broken, a name in two files, a dtype that
+    Raises ModelError: no safetensors, an index that names a file of another folder, a file that is missing or broken, a
+    name in two files, a dtype that
     is no plain number (a quantised model).
     """
     index = folder / INDEX
     if index.is_file():
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
+        places = weight_map(index)
+        files = sorted(set(places.values()))
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -69,8 +71,8 @@ def read_headers(folder: Path) -> dict[str, Shard]:
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
     if twice:
         raise ModelError(f"{folder} has {min(twice)} in more than one file; the files do not belong together")
-    if index.is_file() and set(names) != set(weight_map):
-        odd = min(set(names) ^ set(weight_map))
+    if index.is_file() and set(names) != set(places):
+        odd = min(set(names) ^ set(places))
         raise ModelError(f"{index} and the files it names do not agree about {odd}; fetch the model again")
     return shards
 
@@ -90,7 +92,7 @@ def rewrite(
     """
     stored = {name: tensor.cast(dtype) for name, tensor in shard.items()}
     order = sorted(stored, key=lambda name: (-BYTES[stored[name].dtype], name))  # wide ones first: all stay aligned
-    with safe_open(source, framework="pt") as file, target.open("wb") as out:
+    with safe_open(source, framework="pt") as file, target.open("xb") as out:
         out.write(_header_bytes({name: stored[name] for name in order}, file.metadata()))
         for name in order:
             tensor = change(name, file.get_tensor(name))

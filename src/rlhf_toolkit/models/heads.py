@@ -309,8 +309,14 @@ def tile_shape(hidden: torch.Tensor) -> tuple[int, int]:
     """How many positions and tokens to take at a time: logits, fp32 rows of the output layer and the running
     (positions, H) products all stay within the bound, and the chunks of positions are of equal size."""
     (count, size), tile = hidden.shape, CPU_TILE if hidden.device.type == "cpu" else GPU_TILE
-    most = max(1, min(tile.positions, tile.elements // size))
+    most, _ = tile_of(size, tile)
     positions = max(1, ceil(count / max(1, ceil(count / most))))
+    return positions, max(1, min(tile.tokens, tile.elements // max(positions, size)))
+
+
+def tile_of(size: int, tile: Tile) -> tuple[int, int]:
+    """The most positions taken at a time where states have ``size`` numbers, and the tokens beside so many."""
+    positions = max(1, min(tile.positions, tile.elements // size))
     return positions, max(1, min(tile.tokens, tile.elements // max(positions, size)))
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
+from rlhf_toolkit.models.folders import check_model_folder
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE, SharedBase
 
 REWARD_HEAD = "reward_head.safetensors"
@@ -28,12 +29,14 @@ OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or a ModelError that says what to do."""
+    check_model_folder(name)
     with explained(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config without dropout and router noise: in PPO old and new log-probs must come from one function."""
+    check_model_folder(name)
     with explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -52,7 +55,8 @@ def load_base(
     attention: str,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning."""
+    """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning, else the whole on
+    its own device."""
     if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         raise ModelError(
             f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
@@ -63,7 +67,12 @@ def load_base(
     try:
         with explained(name), sharded_loading(topology, dtype):
             return AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=kind, trust_remote_code=trust_remote_code
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=kind,
+                trust_remote_code=trust_remote_code,
+                **straight_to_device(topology),
             )
     except (ValueError, ImportError) as error:
         if "attention" not in str(error):
@@ -71,6 +80,14 @@ def load_base(
         raise ModelError(
             f"{config.model_type} does not run with model.attention={attention} ({described(error)}); set it to eager"
         ) from error
+
+
+def straight_to_device(topology: Topology) -> dict[str, Any]:
+    """What has ``from_pretrained`` read each tensor from the mapped file to this process's GPU. Without it a process
+    would first build the whole model in host memory: four processes, four copies. Under ZeRO-3 loading shards instead;
+    on a CPU there is nowhere to go."""
+    direct = topology.device.type != "cpu" and topology.launch.zero_stage != 3
+    return {"device_map": {"": topology.device}} if direct else {}
 
 
 def lora_config(
@@ -129,6 +146,7 @@ def adapter_config(folder: str, setting: str) -> LoraConfig:
     """The settings of a LoRA folder to start from, with dropout off."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ModelError(f"{setting}={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
+    check_model_folder(folder)
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{setting}={folder} is a {config.peft_type} adapter; role slices need LoRA")

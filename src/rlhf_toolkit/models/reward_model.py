@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.distributed.zero3 import whole
 from rlhf_toolkit.errors import ModelError, RewardError, shortened
-from rlhf_toolkit.models.loading import explained, load_tokenizer
+from rlhf_toolkit.models.loading import explained, load_tokenizer, straight_to_device
 from rlhf_toolkit.types import Prompt
 
 BATCH_TOKENS = 8192  # of one forward pass, padding included
@@ -89,10 +89,12 @@ def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trus
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with sharded_loading(topology, dtype):
             model = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+                name,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **straight_to_device(topology),
             )
-    if topology.device.type != "cpu" and topology.launch.zero_stage != 3:
-        model = model.to(topology.device)
     return RewardModel(name, model, load_tokenizer(name, trust_remote_code=trust_remote_code))
 
 

@@ -8,12 +8,14 @@ model of transformers understands, say what belongs to whom:
     slot 1                      [ prompt | so far  ]          entered later
     slot 2                                                     free
 
-A new sequence is prefilled on its own and copied in so that it ends at ``now``. When the columns run out, everything
-moves left by the columns that no living slot needs any more.
+A new sequence is prefilled on its own and copied in so that it ends at ``now`` and occupies no more columns than it has
+tokens. When the columns run out, everything moves left by the columns that no living slot needs any more; when a
+sequence enters that is longer than the columns before ``now``, everything moves right until it fits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -80,11 +82,11 @@ class SlotLayer(CacheLayerMixin):
         self.values[slots, :, start : self.columns.now] = layer.values[rows]
 
     def shift(self, by: int) -> None:
-        """Move the columns in use ``by`` to the left."""
+        """Move the columns in use ``by`` to the right, or to the left where ``by`` is negative."""
         if self.is_initialized:
             for buffer in (self.keys, self.values):
                 first, now = self.columns.first, self.columns.now
-                buffer[:, :, first - by : now - by] = buffer[:, :, first:now].clone()
+                buffer[:, :, first + by : now + by] = buffer[:, :, first:now].clone()
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keep only ``slots``, in the order given."""
@@ -106,19 +108,17 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The cache of ``slots`` sequences, each at most ``capacity`` columns long, prompts of at most ``width`` tokens.
+    """The cache of ``slots`` sequences, each shorter than ``capacity`` columns.
 
-    ``mask`` (slots, capacity) is True where a column belongs to the slot's sequence; ``starts`` (slots,) is the first
+    ``mask`` (slots, capacity) is 1 where a column belongs to the slot's sequence; ``starts`` (slots,) is the first
     such column. Raises ModelError for a model that keeps another kind of state.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, *, slots: int, width: int, capacity: int, device: torch.device
-    ) -> None:
-        self.columns = Columns(width, width, capacity)
+    def __init__(self, config: PretrainedConfig, *, slots: int, capacity: int, device: torch.device) -> None:
+        self.columns = Columns(0, 0, capacity)
         super().__init__(layers=[self._slot_layer(layer, slots) for layer in DynamicCache(config=config).layers])
         self.mask = torch.zeros(slots, capacity, dtype=torch.long, device=device)
-        self.starts = [width] * slots
+        self.starts = [0] * slots
 
     def _slot_layer(self, layer: Any, slots: int) -> Any:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -140,18 +140,24 @@ class SlotCache(Cache):
         """The step has been made: the next one writes the next column."""
         self.columns.now += 1
 
-    def admit(self, prefilled: DynamicCache, rows: torch.Tensor, mask: torch.Tensor, slots: torch.Tensor) -> None:
-        """Let ``rows`` of a prefilled cache enter ``slots``. ``mask`` (rows of the prefilled cache, width of it)."""
-        start = self.columns.now - mask.shape[1]
+    def admit(
+        self, prefilled: DynamicCache, mask: torch.Tensor, lengths: Sequence[int], rows: list[int], slots: list[int]
+    ) -> None:
+        """Let ``rows`` of a prefilled cache enter ``slots``, so that they end at ``now``; call ``make_room`` before.
+
+        ``mask`` (n, width) of the prefilled cache is left-padded and without holes: row i has ``lengths[i]`` columns.
+        """
+        now, device = self.columns.now, self.mask.device
+        source, target = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
         for mine, layer in zip(self.layers, prefilled.layers, strict=True):
             if isinstance(mine, SlotLayer):
-                mine.admit(cast(CacheLayerMixin, layer), rows, slots)
+                mine.admit(cast(CacheLayerMixin, layer), source, target)
             else:
-                _admit_state(mine, layer, rows, slots, len(self.starts))
-        self.mask[slots] = 0
-        self.mask[slots, start : self.columns.now] = mask[rows]
-        for slot in slots.tolist():
-            self.starts[slot] = start
+                _admit_state(mine, layer, source, target, len(self.starts))
+        self.mask[target] = 0
+        self.mask[target, now - mask.shape[1] : now] = mask[source]
+        for row, slot in zip(rows, slots, strict=True):
+            self.starts[slot] = now - lengths[row]
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keep only ``slots``, in the order given: the others' memory is given back."""
@@ -162,20 +168,45 @@ class SlotCache(Cache):
                 layer.reorder_cache(cast(torch.LongTensor, slots))
         self.mask, self.starts = self.mask[slots], [self.starts[slot] for slot in slots.tolist()]
 
-    def make_room(self, living: list[int]) -> None:
-        """Forget columns that no slot of ``living`` needs; move left when the next step would not fit."""
-        self.columns.first = min(self.starts[slot] for slot in living)
-        if self.columns.now < self.columns.capacity:
+    def make_room(self, living: list[int], *, entering: int = 0) -> None:
+        """Forget columns that no slot of ``living`` needs, and move the others where the next step, or a sequence of
+        ``entering`` columns that is to end at ``now``, would not fit.
+
+        It always succeeds where every sequence is shorter than ``capacity``: all end in the same column, so that they
+        need no more columns than the longest of them. A move leaves ``capacity`` less that many columns for the steps
+        before the next one, however often sequences of any length take turns. Raises ValueError for a longer one.
+        """
+        columns = self.columns
+        columns.first = min((self.starts[slot] for slot in living), default=columns.now)
+        if entering <= columns.now < columns.capacity:
             return
-        by = self.columns.first
-        if by == 0:
-            raise ValueError(f"a sequence is longer than the {self.columns.capacity} columns of its slot")
+        longest = max(columns.now - columns.first, entering)
+        if longest >= columns.capacity:
+            raise ValueError(f"a sequence of {longest} columns leaves none of the {columns.capacity} of its slot")
+        self._move(longest - columns.now)
+
+    def _move(self, by: int) -> None:
+        """Move the columns in use ``by`` to the right, or to the left where ``by`` is negative; forget the rest."""
+        columns, mask = self.columns, torch.zeros_like(self.mask)
+        mask[:, columns.first + by : columns.now + by] = self.mask[:, columns.first : columns.now]
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.shift(by)
-        self.mask = torch.cat([self.mask[:, by:], self.mask.new_zeros(len(self.mask), by)], dim=1)
-        self.starts = [max(start - by, 0) for start in self.starts]
-        self.columns.first, self.columns.now = 0, self.columns.now - by
+        self.mask, self.starts = mask, [start + by for start in self.starts]
+        columns.first, columns.now = columns.first + by, columns.now + by
+
+
+def close_holes(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
+    """Move the columns of each row of a prefilled cache so that those of ``mask`` (n, width) stand together at the
+    right end, in their order; return their mask. Only for layers that keep all columns (``full_attention_only``)."""
+    mask, order = mask.sort(dim=1, stable=True)
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = (
+                states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (layer.keys, layer.values)
+            )
+    return mask
 
 
 def full_attention_only(config: PretrainedConfig) -> bool:

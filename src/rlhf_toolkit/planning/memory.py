@@ -1,13 +1,15 @@
-"""How a rollout uses memory, and the choice that follows: window or stream, and how many slots.
+"""How a rollout uses memory, and the choice that follows: window or stream, how many slots, how large a prefill.
 
 A rollout needs, beside what already lies on the device (shards, adapters, optimizer):
 
-    window    the part of the base that other ranks hold  +  slots x slot_bytes  +  scratch_bytes
-    stream    what streaming keeps gathered               +  slots x slot_bytes  +  scratch_bytes
+    window    the part of the base that other ranks hold  +  max(sampling, scoring)
+    stream    what streaming keeps gathered               +  max(sampling, scoring)
+    sampling  copies of weights  +  slots x slot_bytes  +  tokens of a prefill x column_bytes
+              +  max(tokens of a prefill x prefill_bytes, slots x choice_bytes)
 
 The window is faster, since the base is gathered once and not once a token; it is chosen where it fits with as many
-slots as there are rows, or at least ``ENOUGH_SLOTS``. Numbers of bytes in, a decision out: nothing here measures or
-allocates.
+slots as there are rows, or at least ``ENOUGH_SLOTS``. Slots come before a large prefill: what is too long for one is
+prefilled in several. Numbers of bytes in, a decision out: nothing here measures or allocates.
 """
 
 from __future__ import annotations
@@ -20,56 +22,107 @@ AUTO, WINDOW, STREAM = "auto", "window", "stream"
 MODES = (AUTO, WINDOW, STREAM)
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what nobody thought of
 ENOUGH_SLOTS = 8  # with fewer slots in the window, streaming with more of them wastes less
+TOO_LARGE = "the base alone is too large: take more GPUs with a zero3 launch config, or a smaller model"
+PREFILL_TOKENS = 16384  # of the prompts that enter at once, at most: more is not faster
 
 
 @dataclass(frozen=True)
 class RolloutNeeds:
     """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``live_bytes``: what streaming keeps gathered
-    at most; ``slot_bytes``: keys, values and logits of one sequence; ``scratch_bytes``: activations of a prefill or of
-    a scoring pass."""
+    at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
+    chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
+    it; ``weights_bytes``: copies of weights that decoding makes; ``scoring_bytes``: of a scoring pass, after
+    sampling; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which grows
+    with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet. ``longest_prompt`` in
+    tokens, the least that a prefill must hold; ``micro_batch``: tokens of the update's forward pass, to which scoring
+    and activations are proportional; ``checkpointing``: layers are computed again already."""
 
     window_bytes: int
     live_bytes: int
     slot_bytes: int
-    scratch_bytes: int
+    choice_bytes: int
+    column_bytes: int
+    prefill_bytes: int
+    longest_prompt: int
+    weights_bytes: int = 0
+    scoring_bytes: int = 0
+    update_bytes: int = 0
+    activation_bytes: int = 0
+    later_bytes: int = 0
+    micro_batch: int = 0
+    checkpointing: bool = False
 
-    def total(self, mode: str, slots: int) -> int:
-        """Bytes that a rollout in ``mode`` with ``slots`` needs."""
-        base = self.window_bytes if mode == WINDOW else self.live_bytes
-        return base + self.scratch_bytes + slots * self.slot_bytes
+    def sampling(self, slots: int, prefill: int) -> int:
+        """Bytes that decoding takes."""
+        made = max(prefill * self.prefill_bytes, slots * self.choice_bytes)
+        return self.weights_bytes + slots * self.slot_bytes + prefill * self.column_bytes + made
+
+    def base(self, mode: str) -> int:
+        """Bytes that a rollout in ``mode`` has gathered or must leave free."""
+        return self.later_bytes + (self.window_bytes if mode == WINDOW else self.live_bytes)
+
+    def total(self, mode: str, slots: int, prefill: int) -> int:
+        """Bytes that a rollout needs."""
+        return self.base(mode) + max(self.sampling(slots, prefill), self.scoring_bytes)
 
     def most_slots(self, mode: str, free: int) -> int:
-        """How many slots fit into ``free`` bytes; below 1 where not even one does."""
-        return int(free * USABLE - self.total(mode, 0)) // self.slot_bytes
+        """How many slots fit into ``free`` bytes, with the smallest prefill; below 1 where not even one does."""
+        usable = int(free * USABLE) - self.base(mode)
+        if usable < self.scoring_bytes:
+            return 0
+        usable -= self.weights_bytes + self.longest_prompt * self.column_bytes
+        while_entering = (usable - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
+        return max(0, min(while_entering, usable // (self.slot_bytes + self.choice_bytes)))
+
+    def largest_prefill(self, mode: str, slots: int, free: int) -> int:
+        """The largest prefill that fits beside ``slots``, of ``PREFILL_TOKENS`` halved again and again, and never less
+        than the longest prompt."""
+        wanted = PREFILL_TOKENS
+        while wanted > self.longest_prompt:
+            useful = min(wanted, slots * self.longest_prompt)
+            if self.total(mode, slots, useful) <= free * USABLE:
+                return max(useful, self.longest_prompt)
+            wanted //= 2
+        return self.longest_prompt
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, and the estimate behind it, in bytes."""
+    """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, ``prefill_tokens`` of prompts that enter
+    at once, and the estimate behind it, in bytes: of sampling, of scoring, of the update, of what is free."""
 
     mode: str
     slots: int
+    prefill_tokens: int
     needed: int
     free: int
+    sampling: int = 0
+    scoring: int = 0
+    update: int = 0
 
     def description(self) -> str:
         """One line for the start of a run."""
         how = "base gathered once a rollout" if self.mode == WINDOW else "base streamed layer by layer"
-        return f"rollout: {how}, {self.slots} slot(s), {_gib(self.needed)} GiB of {_gib(self.free)} free"
+        phases = f"sampling {_gib(self.sampling)}, scoring {_gib(self.scoring)}, update {_gib(self.update)}"
+        return (
+            f"rollout: {how}, {self.slots} slot(s), {self.prefill_tokens} tokens a prefill; {phases} of "
+            f"{_gib(self.free)} GiB free"
+        )
 
 
 def place(
     needs: RolloutNeeds, *, free: int, rows: int, mode: str, slots: int | None, sharded: bool = True
 ) -> Placement:
-    """Choose mode and slots for ``rows`` sequences a rank with ``free`` bytes.
+    """Choose mode, slots and prefill for ``rows`` sequences a rank with ``free`` bytes.
 
     A mode or a number of slots that is given is kept, and its estimate reported. Without sharding there is nothing to
-    stream. Raises ConfigError where what is given does not fit, or nothing does.
+    stream. Raises ConfigError where what is given does not fit, or nothing does, with the nearest setting that fits.
     """
     if mode == STREAM and not sharded:
         raise ConfigError(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
+    _refuse_update(needs, free)
     if mode == AUTO:
         enough = min(rows, slots or ENOUGH_SLOTS)
         mode = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
@@ -77,19 +130,60 @@ def place(
     wanted = min(rows, slots or max(most, 1))
     if most < wanted:
         raise ConfigError(
-            f"a rollout in mode {mode} with {wanted} slot(s) needs {_gib(needs.total(mode, wanted))} GiB, but "
-            f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, mode, free)}"
+            f"a rollout in mode {mode} with {wanted} slot(s) needs "
+            f"{_gib(needs.total(mode, wanted, needs.longest_prompt))} GiB, but "
+            f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, mode, free, sharded)}"
         )
-    return Placement(mode, wanted, needs.total(mode, wanted), free)
+    prefill = needs.largest_prefill(mode, wanted, free)
+    base = needs.base(mode)
+    return Placement(
+        mode,
+        wanted,
+        prefill,
+        needs.total(mode, wanted, prefill),
+        free,
+        sampling=base + needs.sampling(wanted, prefill),
+        scoring=base + needs.scoring_bytes,
+        update=needs.later_bytes + needs.update_bytes,
+    )
 
 
-def _way_out(needs: RolloutNeeds, mode: str, free: int) -> str:
+def _refuse_update(needs: RolloutNeeds, free: int) -> None:
+    """Raise ConfigError for an update that is larger than all that is free."""
+    needed = needs.later_bytes + needs.update_bytes
+    if needed <= free:
+        return
+    room = free - (needed - needs.activation_bytes)
+    way_out = TOO_LARGE
+    if room > 0:
+        fits = _tokens_that_fit(needs, needs.activation_bytes, room)
+        way_out = f"set update.micro_batch_tokens to {fits} or less"
+        way_out += "" if needs.checkpointing else ", or model.gradient_checkpointing: true"
+    raise ConfigError(
+        f"an update of update.micro_batch_tokens={needs.micro_batch} needs {_gib(needed)} GiB, but {_gib(free)} GiB "
+        f"are free; {way_out}"
+    )
+
+
+def _tokens_that_fit(needs: RolloutNeeds, taken: int, usable: int) -> int:
+    """Of a micro-batch, where ``needs.micro_batch`` tokens take ``taken`` bytes: hundreds, and at least one."""
+    tokens = needs.micro_batch * max(usable, 0) // taken
+    return max(1, tokens // 100 * 100 or tokens)
+
+
+def _way_out(needs: RolloutNeeds, mode: str, free: int, sharded: bool) -> str:
+    """The nearest setting that fits."""
     most = needs.most_slots(mode, free)
     if most >= 1:
         return f"set rollout.slots to {most} or less"
-    if mode == WINDOW and needs.most_slots(STREAM, free) >= 1:
+    if mode == WINDOW and sharded and needs.most_slots(STREAM, free) >= 1:
         return "set rollout.mode: stream"
-    return "lower rollout.max_new_tokens or update.micro_batch_tokens, or take a smaller model"
+    usable = int(free * USABLE) - needs.base(mode)
+    if usable <= 0:
+        return TOO_LARGE
+    if needs.scoring_bytes > usable:
+        return f"set update.micro_batch_tokens to {_tokens_that_fit(needs, needs.scoring_bytes, usable)} or less"
+    return "lower data.max_prompt_tokens or rollout.max_new_tokens, or take a smaller model"
 
 
 def _gib(count: int) -> str:

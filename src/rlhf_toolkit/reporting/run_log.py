@@ -17,6 +17,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_toolkit.files import appended, write_text
+
 Record = dict[str, Any]
 Sink = Callable[[Record, list[Record]], None]
 
@@ -148,7 +150,7 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
         "device": device,
         "versions": versions(),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -174,7 +176,7 @@ def write_fine_tuning_summary(
         "versions": versions(),
         **extra,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -190,5 +192,5 @@ def _ours(logs: Record) -> Record:
 
 
 def _append(path: Path, records: list[Record]) -> None:
-    with path.open("a") as file:
+    with appended(path) as file:
         file.writelines(json.dumps(record) + "\n" for record in records)

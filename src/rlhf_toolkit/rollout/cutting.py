@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_toolkit.data.layout import TokenLayout, packed, padded
 from rlhf_toolkit.data.packing import Rows, packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.data.segments import Tokens
 from rlhf_toolkit.distributed.collectives import world_size
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.types import Experience
@@ -56,5 +57,9 @@ class Cutting:
         lengths = sampled.lengths()
         if not self.packing:
             return padded_micro_batches(rows, lengths, **cut)
-        both = zip(sampled.sequences.tolist(), sampled.prompt_lengths.tolist(), strict=True)
-        return packed_micro_batches(rows, lengths, [tuple(row[:length]) for row, length in both], **cut)
+        chosen, prompts = list(rows), list[Tokens]([()]) * len(lengths)  # a rollout's other prompts take time to copy
+        widths = sampled.prompt_lengths[chosen].tolist()
+        tokens = sampled.sequences[chosen, : max(widths)].tolist()
+        for row, line, width in zip(chosen, tokens, widths, strict=True):
+            prompts[row] = tuple(line[:width])
+        return packed_micro_batches(rows, lengths, prompts, **cut)

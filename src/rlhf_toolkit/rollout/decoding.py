@@ -1,9 +1,9 @@
 """The decode loop: prompts in, responses with log-probs and a finished flag out.
 
 A fixed number of sequences, the slots, is in flight. A sequence that has finished leaves, the next prompt enters, so
-that nobody decodes padding; memory for keys and values is slots x (longest prompt + token budget) whatever the number
-of prompts. What a row's tokens are follows from its own logits and its own random stream: order, slots and company do
-not matter.
+that nobody decodes padding; memory for keys and values is slots x (the longest prompt with its token budget) whatever
+the number of prompts. What a row's tokens are follows from its own logits and its own random stream: order, slots and
+company do not matter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.models.slot_cache import SlotCache, full_attention_only
+from rlhf_toolkit.models.slot_cache import SlotCache, close_holes, full_attention_only
+from rlhf_toolkit.planning.memory import PREFILL_TOKENS
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
@@ -24,7 +25,6 @@ from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 IDLE_SHARE = 0.25  # slots that nobody will enter any more are given up when they are at least this share
 ENTRY_SHARE = 0.125  # prompts enter when at least this share of the slots is free: entering costs a forward pass
 SHARED_PREFIX = 8  # tokens that entering prompts must have in common to be computed once
-PREFILL_TOKENS = 16384  # bounds the prompts that enter at once
 SPARE_COLUMNS = 32  # of a slot, so that columns move left only now and then
 
 
@@ -70,6 +70,7 @@ def decode(
     *,
     stream: Sequence[int | str],
     slots: int | None = None,
+    prefill_tokens: int = PREFILL_TOKENS,
     budgets: Sequence[int] | None = None,
     expected: Callable[[Prompt], float] = lambda prompt: 0.0,
     pace: Pace | None = None,
@@ -79,7 +80,8 @@ def decode(
     """Sample one response for each row of ``batch`` with the policy.
 
     ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
-    and its sample number. ``slots`` are sequences in flight, by default all; ``budgets`` are tokens for each row, by
+    and its sample number. ``slots`` are sequences in flight, by default all; prompts that enter at
+    once have at most ``prefill_tokens``, unless a single one is longer; ``budgets`` are tokens for each row, by
     default ``sampling.max_new_tokens`` for all. Prompts whose responses are ``expected``
     to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step,
     ``on_finished`` of each row that ends, with its tokens.
@@ -88,7 +90,7 @@ def decode(
     state = _Decoding(
         model, tokenizer, batch, sampling, stream, slots or len(batch), budgets, expected, pace or Alone()
     )
-    state.on_finished = on_finished
+    state.on_finished, state.prefill_tokens = on_finished, prefill_tokens
     while state.waiting or state.living:
         on_tokens(state.enter() if state.may_enter() else state.step())
     state.pace.until_others_finish(state.idle)
@@ -100,6 +102,7 @@ class _Decoding:
     results."""
 
     on_finished: Callable[[int, list[int]], None]
+    prefill_tokens: int = PREFILL_TOKENS
 
     def __init__(
         self,
@@ -116,10 +119,9 @@ class _Decoding:
         self.model, self.tokenizer, self.batch, self.sampling, self.pace = model, tokenizer, batch, sampling, pace
         self.device = next(model.parameters()).device
         rows, budget, slots = len(batch), max(budgets, default=1), min(slots, len(batch))
-        width = max((len(prompt.token_ids) for prompt in batch.prompts), default=1)
         config = model.causal_lm.config
-        capacity = width + budget + SPARE_COLUMNS
-        self.cache = SlotCache(config, slots=slots, width=width, capacity=capacity, device=self.device)
+        capacity = most_columns(batch.prompts, budgets) + SPARE_COLUMNS
+        self.cache = SlotCache(config, slots=slots, capacity=capacity, device=self.device)
         self.shares_prefix = full_attention_only(config)
         self.waiting = longest_first(batch, expected)
         self.free, self.row = list(range(slots)), torch.zeros(slots, dtype=torch.long)
@@ -141,17 +143,17 @@ class _Decoding:
 
     def enter(self) -> int:
         """Prefill the next prompts, put them into free slots and sample their first tokens; return how many."""
-        if self.living:
-            self.cache.make_room(self.living)
         rows, prompts = self._next_rows()
+        lengths = [len(prompt.token_ids) for prompt in prompts]
         mask, cache, logits = self._prefill(prompts)
         number = {prompt.token_ids: i for i, prompt in enumerate(prompts)}
-        source = torch.tensor([number[self.batch.prompts[row].token_ids] for row in rows], device=self.device)
+        source = [number[self.batch.prompts[row].token_ids] for row in rows]
         slots = [self.free.pop(0) for _ in rows]
-        chosen = torch.tensor(slots, device=self.device)
-        self.cache.admit(cache, source, mask, chosen)
+        self.cache.make_room(self.living, entering=max(lengths))
+        self.cache.admit(cache, mask, lengths, source, slots)
         self.row[slots] = torch.tensor(rows)
-        self.positions[chosen] = mask.sum(1, keepdim=True)[source]
+        chosen = torch.tensor(slots, device=self.device)
+        self.positions[chosen, 0] = torch.tensor([lengths[i] for i in source], device=self.device)
         self._go_on_with(self.living + slots)
         self._record(slots, chosen, torch.tensor(rows, device=self.device), logits[source])
         return len(rows)
@@ -189,15 +191,15 @@ class _Decoding:
         while self.waiting and len(rows) < len(self.free):
             prompt = self.batch.prompts[self.waiting[0]]
             width = max(width, len(prompt.token_ids))
-            if rows and width * (len(prompts) + 1) > PREFILL_TOKENS and prompt.token_ids not in prompts:
+            if rows and width * (len(prompts) + 1) > self.prefill_tokens and prompt.token_ids not in prompts:
                 break
             prompts[prompt.token_ids] = prompt
             rows.append(self.waiting.pop(0))
         return rows, list(prompts.values())
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Mask (n, width), cache and next-token logits (n, V) of prompts; what all have in common is computed once, for
-        one row."""
+        """Mask (n, width) without holes, cache and next-token logits (n, V) of prompts; what all have in common is
+        computed once, for one row."""
         cache = DynamicCache(config=self.model.causal_lm.config)
         shared = common_prefix(prompts) if self.shares_prefix else 0
         ids, mask = left_padded(prompts, pad_id=self.sampling.pad_id, skip=shared)
@@ -208,7 +210,8 @@ class _Decoding:
             cache.batch_repeat_interleave(len(prompts))
             mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        return mask, cache, self._forward(ids, mask, positions, cache)
+        logits = self._forward(ids, mask, positions, cache)
+        return close_holes(cache, mask) if shared else mask, cache, logits
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | SlotCache
@@ -249,6 +252,8 @@ class _Decoding:
         """Free ``slots``; give idle ones up when nobody waits for them."""
         if slots:
             self.free += slots
+            # An idle slot is computed along and must not count beyond what a model can embed.
+            self.positions[torch.tensor(slots, device=self.device)] = 0
             self._go_on_with([slot for slot in self.living if slot not in set(slots)])
         if self.living and not self.waiting and len(self.free) >= IDLE_SHARE * (len(self.free) + len(self.living)):
             keep = torch.tensor(self.living, device=self.device)
@@ -273,6 +278,18 @@ class _Decoding:
         tails = [row[max(0, end - reach) : end] for row, end in tokens]
         texts = self.tokenizer.batch_decode(tails)
         return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool, device=self.device)
+
+
+def most_columns(prompts: Sequence[Prompt], budgets: Sequence[int]) -> int:
+    """Columns that no sequence outgrows: the largest sum of a prompt and its own budget.
+
+    A response of b tokens writes b - 1 columns, since its first token comes from the prompt's pass and its last is
+    never read. So a sequence has at most ``most_columns`` - 1 columns, and one that goes on has one less. All sequences
+    end in the same column, so any that are in flight together, entering ones included, stand in as many columns as the
+    longest has, and a buffer of ``most_columns`` always has a column for the next step. Budgets of other rows do not
+    matter: in a later turn a long prompt has little budget left, and the sum is at most that of the first turn.
+    """
+    return max((len(p.token_ids) + budget for p, budget in zip(prompts, budgets, strict=True)), default=1)
 
 
 def longest_first(batch: PromptBatch, expected: Callable[[Prompt], float]) -> list[int]:

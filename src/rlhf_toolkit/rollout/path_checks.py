@@ -72,8 +72,8 @@ class PathChecks:
         unexplained = repeated[1].beyond(repeated[0])
         if unexplained is not None and self.tolerance is None:
             raise TrainingPathError(
-                f"the same rows give other log-probs while the model trains, by {unexplained}; it has dropout or another "
-                "noise that its config does not name: switch it off there, or set ppo.first_ratio_tolerance"
+                f"the same rows give other log-probs while the model trains, by {unexplained}; it has dropout or "
+                "another noise that its config does not name: switch it off there, or set ppo.first_ratio_tolerance"
             )
 
     def check_scoring(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
@@ -111,8 +111,8 @@ class PathChecks:
             if (unexplained := self._unexplained(found)) is not None:
                 raise TrainingPathError(
                     f"before any update the policy's log-probs differ from those at the rollout by {unexplained}, so "
-                    "that the ratio is not 1; likeliest are dropout, a temperature on one side only, or an adapter that "
-                    f"is missing or another one; {WAY_OUT} {found.mean:.2g}"
+                    "that the ratio is not 1; likeliest are dropout, a temperature on one side only, or an adapter "
+                    f"that is missing or another one; {WAY_OUT} {found.mean:.2g}"
                 )
         return found
 

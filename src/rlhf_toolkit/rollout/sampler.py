@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
@@ -12,30 +12,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from rlhf_toolkit.distributed.collectives import agreement, any_rank
+from rlhf_toolkit.distributed.collectives import agreement, any_rank, world_size
 from rlhf_toolkit.distributed.topology import free_memory
-from rlhf_toolkit.distributed.zero3 import bytes_to_gather, full_shape, gathered, is_sharded, streamed
+from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, streamed, zero_stage
 from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
 from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes
-from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, RolloutNeeds, place
-from rlhf_toolkit.rollout.decoding import PREFILL_TOKENS, SPARE_COLUMNS, Alone, Pace, Sampling, decode
+from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, place
+from rlhf_toolkit.rollout.decoding import Alone, Pace, Sampling, decode
+from rlhf_toolkit.rollout.sizes import Estimate, RolloutSize, model_size, needs_of, sharding
 from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-
-LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: what streaming keeps gathered at most
-LOGIT_COPIES = 5  # fp32 rows of V that choosing a token makes
-ACTIVATION_COPIES = 16  # rows of hidden width that a pass without gradient holds at its peak, beside 4 of the MLP's
-
-
-@dataclass(frozen=True)
-class RolloutSize:
-    """What bounds a rollout's memory on one rank: ``rows`` sequences of at most ``columns`` tokens, and
-    ``scoring_tokens`` of one scoring pass, all roles together."""
-
-    rows: int
-    columns: int
-    scoring_tokens: int
 
 
 class Sampler:
@@ -43,6 +30,7 @@ class Sampler:
     what is left open is chosen at first use from the memory that is free then, the same on every rank."""
 
     placement: Placement | None = None
+    estimate: Estimate | None = None
 
     def __init__(
         self,
@@ -66,11 +54,17 @@ class Sampler:
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
             with streamed(model) as pace, inference(model):
                 column = measured_column(shared, pace)
-            needs = needs_of(shared, self.size, bytes_to_gather(model), column)
+            self.estimate = self._estimate(shared, zero_stage(model), column)
             self.placement = place(
-                needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded
+                self.estimate.needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded
             )
         return self.placement
+
+    def _estimate(self, shared: SharedBase, stage: int, column: int) -> Estimate:
+        on_cpu = next(shared.parameters()).device.type == "cpu"
+        model = model_size(shared, column, on_cpu=on_cpu)
+        how = sharding(model, ranks=world_size(), stage=stage, on_cpu=on_cpu)
+        return Estimate(model, how, needs_of(model, how, self.size, self.weights))
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[SharedBase]:
@@ -96,11 +90,12 @@ class Sampler:
         """One response for each row of ``batch``, of several turns where there is an environment; see
         ``decoding.decode``. Only inside ``opened``."""
         options: dict[str, Any] = {
-            "slots": self.placement.slots if self.placement else None,
             "expected": expected,
             "pace": self._pace,
             "on_tokens": self.on_tokens,
         }
+        if self.placement is not None:
+            options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
         with decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
             if self.environment is None:
                 rollout = decode(
@@ -180,19 +175,3 @@ def measured_column(shared: SharedBase, pace: Pace) -> int:
     pace.before_forward()
     shared.next_token_logits(one, one, one - 1, cache)
     return column_bytes(cache)
-
-
-def needs_of(shared: SharedBase, size: RolloutSize, window_bytes: int, column: int) -> RolloutNeeds:
-    """The estimate for this model and this size of rollout."""
-    config = shared.causal_lm.config
-    output = shared.causal_lm.get_output_embeddings().weight
-    vocabulary, hidden = full_shape(output)
-    element, text = output.element_size(), config.get_text_config()
-    intermediate = vars(text).get("intermediate_size") or 4 * hidden
-    tokens = max(size.scoring_tokens, min(PREFILL_TOKENS, size.rows * size.columns))
-    return RolloutNeeds(
-        window_bytes=window_bytes,
-        live_bytes=min(window_bytes, LIVE_PARAMETERS * element),
-        slot_bytes=column * (size.columns + SPARE_COLUMNS) + LOGIT_COPIES * vocabulary * 4,
-        scratch_bytes=tokens * (ACTIVATION_COPIES * hidden + 4 * intermediate) * element,
-    )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_toolkit.algorithms.groups import left_alone
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards, soft_overlong_penalty, whiten_scores
@@ -141,7 +142,8 @@ class Shaping:
 
         A response cut by the budget ends as if it were finished (terminal), goes on with the value of its last state
         (bootstrap), or is left out of the loss and of the whitening (mask). A response without a score takes no part in
-        its group's statistics.
+        its group's statistics, and the only one left of a group has the advantage 0, as if its group were uniform: its
+        score says nothing about it that another response could be measured by.
         """
         offered: dict[str, Tensor | None] = {"rewards": rewards, "mask": sampled.token_mask, "groups": sampled.groups}
         if self.estimator.needs("baselines"):
@@ -154,4 +156,6 @@ class Shaping:
         found = self.estimator({**kept, "gamma": self.gamma, "gae_lambda": self.gae_lambda})
         advantages, returns = (torch.zeros_like(rewards) for _ in found)
         advantages[sampled.kept], returns[sampled.kept] = found
+        if self.estimator.needs("groups"):
+            advantages[left_alone(sampled.groups, sampled.kept)] = 0.0
         return centre_and_scale(advantages, trained) if self.estimator.whiten else advantages, returns

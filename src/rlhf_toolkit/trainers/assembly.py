@@ -33,8 +33,9 @@ from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
 from rlhf_toolkit.rollout.passes import SCORED_ROLES, Needs
 from rlhf_toolkit.rollout.path_checks import PathChecks
-from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
+from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
+from rlhf_toolkit.rollout.sizes import RolloutSize
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.trainers.arguments import training_arguments
 from rlhf_toolkit.trainers.ppo import PPOTrainer
@@ -130,11 +131,13 @@ def make_trainer(
     """Collector, loss and Trainer arguments from the experiment, tied together."""
     ppo, update = experiment.ppo, experiment.update
     rates = {"policy": update.policy_lr, "value": update.value_lr, "value_head": update.value_head_lr}
+    sizes = [element_count(p) for group in shared.parameter_groups().values() for p in group]
     deepspeed = deepspeed_settings(
         topology,
         rows_per_rank=experiment.mini_batch_rows // topology.world_size,
         max_grad_norm=update.max_grad_norm,
-        largest_adapter=max(element_count(p) for group in shared.parameter_groups().values() for p in group),
+        largest_adapter=max(sizes),
+        trained=sum(sizes),
     )
     packing = packs(experiment.update.packing, shared)
     return PPOTrainer(
@@ -175,11 +178,11 @@ def packs(wanted: str, model: SharedBase | WholeModel) -> bool:
 
 
 def make_collector(
-    experiment: Experiment, topology: Topology, task: Task, progress: Progress, *, packing: bool
+    experiment: Experiment, topology: Topology, task: Task, progress: Progress, *, packing: bool, trains: bool = True
 ) -> Collector:
-    """What turns prompts into experience; the trainer gives it its model."""
+    """What turns prompts into experience; the trainer, where it ``trains``, gives it its model."""
     ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
-    sampler = make_sampler(experiment, task, progress)
+    sampler = make_sampler(experiment, task, progress, trains=trains)
     return Collector(
         sampler,
         task.prompts,
@@ -283,15 +286,25 @@ def correction_of(ppo: PPOConfig) -> Correction:
     return Correction(ppo.importance_correction, cap=ppo.importance_cap, floor=ppo.importance_floor)
 
 
-def make_sampler(experiment: Experiment, task: Task, progress: Progress) -> Sampler:
-    """What decodes, for training and for evaluation: as large as the larger of the two."""
+def make_sampler(experiment: Experiment, task: Task, progress: Progress, *, trains: bool = True) -> Sampler:
+    """What decodes, for training and for evaluation: as large as the larger of the two. Where nothing ``trains``,
+    memory need not hold an update."""
     rollout, ranks = experiment.rollout, world_size()
+    longest = max(len(p.token_ids) for p in (*task.prompts, *task.held_out))
+    with_value = estimator_of(experiment.ppo).needs("values") and experiment.model.value_on == ON_ADAPTER
+    scoring_roles = len(SCORED_ROLES) - (0 if with_value else 1)  # a value on the policy's trunk has no rows
     size = RolloutSize(
         rows=max(
             rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
         ),
-        columns=max(len(p.token_ids) for p in (*task.prompts, *task.held_out)) + rollout.max_new_tokens,
-        scoring_tokens=len(SCORED_ROLES) * tokens_of_a_role(experiment),
+        columns=longest + rollout.max_new_tokens,
+        scoring_tokens=scoring_roles * tokens_of_a_role(experiment),
+        longest_prompt=longest,
+        later_turns=rollout.environment is not None and rollout.max_turns > 1,
+        scoring_roles=scoring_roles,
+        update_tokens=experiment.update.micro_batch_tokens if trains else 0,
+        update_roles=2 if with_value else 1,
+        checkpointing=experiment.model.gradient_checkpointing,
     )
     return Sampler(
         task.tokenizer,

@@ -25,6 +25,7 @@ from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.errors import ConfigError, TopologyError
 from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.export.folders import adapter_folder
+from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
 from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
@@ -98,7 +99,7 @@ class Evaluation:
         A score that could not be had is null.
         """
         unfinished = path.with_name(path.name + ".part")  # renamed at the end: a file is whole or not there
-        with unfinished.open("w", encoding="utf-8") as file:
+        with created(unfinished) as file:
             for label, ways in self.responses.items():
                 for way, said in ways.items():
                     file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, said))
@@ -122,7 +123,7 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     """
     _check(experiment, contestants, greedy)
     folders = [None if name == BASE else str(adapter_folder(name)) for name in contestants]
-    topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
@@ -205,7 +206,7 @@ def _answers(
     """What one contestant says."""
     shared = _roles(experiment, config, topology, folder).to(topology.device)
     packing = packs(experiment.update.packing, shared)
-    collector = make_collector(experiment, topology, task, progress, packing=packing)
+    collector = make_collector(experiment, topology, task, progress, packing=packing, trains=False)
     samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
     with collector.sampler.opened(shared) as opened:
         if greedy:

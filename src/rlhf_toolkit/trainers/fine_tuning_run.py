@@ -76,7 +76,7 @@ def run_recipe(kind: type[FineTuning], description: str | None) -> None:
 
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
-    topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
@@ -124,12 +124,14 @@ def make_trainer(
     update, size, objective = experiment.update, experiment.job.batch_size, objective_of(experiment)
     packing = packs(update.packing, model)
     groups = model.parameter_groups()
+    sizes = [element_count(p) for group in groups.values() for p in group]
     rows_per_rank = max(1, size // topology.world_size)
     deepspeed = deepspeed_settings(
         topology,
         rows_per_rank=rows_per_rank,
         max_grad_norm=update.max_grad_norm,
-        largest_adapter=None if experiment.full else max(element_count(p) for group in groups.values() for p in group),
+        largest_adapter=None if experiment.full else max(sizes),
+        trained=sum(sizes),
     )
     steps = experiment.steps(len(items))
     arguments = training_arguments(

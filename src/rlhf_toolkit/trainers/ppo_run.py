@@ -25,7 +25,6 @@ from rlhf_toolkit.checkpoints import (
 )
 from rlhf_toolkit.configs import ModelConfig
 from rlhf_toolkit.distributed.topology import Topology, start
-from rlhf_toolkit.distributed.zero3 import whole
 from rlhf_toolkit.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
@@ -65,7 +64,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
 
 def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> PPORun:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
-    topology = start(max_grad_norm=experiment.update.max_grad_norm)
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology)
     experiment.check_processes(topology.world_size)
     check_algorithm(experiment.ppo)
@@ -156,8 +155,7 @@ def fingerprint_of(model: SharedBase | WholeModel) -> str:
         for name, p in model.named_parameters()
         if not p.requires_grad and "lora_" not in name and not name.startswith("scalar_heads")
     ]
-    with whole([p for _, p in frozen]):
-        return base_fingerprint(model.causal_lm.config.to_json_string(), frozen)
+    return base_fingerprint(model.causal_lm.config.to_json_string(), frozen)
 
 
 def start_wandb(

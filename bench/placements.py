@@ -1,0 +1,156 @@
+"""Where README's experiment runs on cards of 24 GB: mode, slots, prefill and bytes of each phase, from configs alone.
+
+    python bench/placements.py        # prints the table of docs/zero3.md; half a minute, no weights
+
+Models are built on the meta device, so that names and shapes are transformers' own and no number exists. Estimate and
+choice are the ones a run makes (``rollout/sizes.py``, ``planning/memory.py``); keys and values of a token come from
+the config here, where a run measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.models.attention import ROLE_ATTENTION
+from rlhf_toolkit.models.loading import build_ppo_roles, lora_config
+from rlhf_toolkit.planning.memory import place
+from rlhf_toolkit.planning.sizes import ModelSize, kept_bytes, start_bytes
+from rlhf_toolkit.rollout.sizes import Estimate, RolloutSize, model_size, needs_of, sharding
+
+GIB = 2**30
+CARD = int(23.6 * GIB)  # what a card of 24 GB shows
+CONTEXT, COMMUNICATOR = int(0.45 * GIB), int(0.3 * GIB)  # CUDA's and NCCL's own
+RESPONSES, PROMPT, NEW, MICRO_BATCH = 128, 512, 384, 4096  # README's experiment, with gradient checkpointing
+LAUNCHES = ((1, 0), (2, 2), (4, 2), (8, 2), (2, 3), (4, 3), (8, 3))
+PHASES = ("start", "window", "scoring", "update")
+HEADER = ("model", "GPUs", "ZeRO", "rollout", "slots", "prefill", *PHASES)
+
+
+def qwen(hidden: int, mlp: int, layers: int, heads: int, key_heads: int) -> Qwen2Config:
+    """Qwen2.5's config of these sizes."""
+    return Qwen2Config(
+        vocab_size=152064,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=False,
+    )
+
+
+def llama_8b() -> LlamaConfig:
+    """Llama 3.1's."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+
+
+def configs() -> dict[str, PretrainedConfig]:
+    """The models of the table."""
+    return {
+        "Qwen2.5-7B": qwen(3584, 18944, 28, 28, 4),
+        "Llama-3.1-8B": llama_8b(),
+        "Qwen2.5-14B": qwen(5120, 13824, 48, 40, 8),
+        "Qwen2.5-32B": qwen(5120, 27648, 64, 40, 8),
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``refused``: why the run does not start; then there is no placement."""
+
+    model: str
+    ranks: int
+    stage: int
+    mode: str = ""
+    slots: int = 0
+    prefill: int = 0
+    phases: tuple[float, ...] = ()
+    refused: str = ""
+
+    def cells(self) -> list[str]:
+        """As they stand in the table."""
+        head = [self.model, str(self.ranks), str(self.stage or "none")]
+        if self.refused:
+            return [*head, "does not fit", *[""] * (2 + len(PHASES))]
+        return [*head, self.mode, str(self.slots), str(self.prefill), *(f"{gib:.1f}" for gib in self.phases)]
+
+
+def size_of(config: Any) -> ModelSize:
+    """The model with policy and value of rank 16 on the meta device, in numbers, as a GPU runs it."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ROLE_ATTENTION)
+        adapter = lora_config(rank=16, alpha=32, rslora=False, target_modules="all-linear", exclude_modules=[])
+        shared = build_ppo_roles(base, adapter, policy_adapter=None)
+    width = config.hidden_size // config.num_attention_heads
+    column = 2 * config.num_key_value_heads * width * config.num_hidden_layers * torch.bfloat16.itemsize
+    return model_size(shared, column, on_cpu=False)
+
+
+def row_of(name: str, model: ModelSize, ranks: int, stage: int) -> Row:
+    """What a run of this model on ``ranks`` cards chooses, and the bytes of its phases beside CUDA's own."""
+    how = sharding(model, ranks=ranks, stage=stage, on_cpu=False)
+    size = RolloutSize(
+        rows=RESPONSES // ranks,
+        columns=PROMPT + NEW,
+        scoring_tokens=3 * MICRO_BATCH // 2,
+        longest_prompt=PROMPT,
+        update_tokens=MICRO_BATCH,
+        checkpointing=True,
+    )
+    estimate = Estimate(model, how, needs_of(model, how, size, "exact"))
+    card = CARD - CONTEXT - (COMMUNICATOR if ranks > 1 else 0)
+    free = card - kept_bytes(model, how, moments=False)
+    if start_bytes(model, how) > card:
+        return Row(name, ranks, stage, refused="the model alone is too large for a card")
+    try:
+        placed = place(estimate.needs, free=free, rows=size.rows, mode="auto", slots=None, sharded=how.sharded)
+    except ConfigError as error:
+        return Row(name, ranks, stage, refused=str(error))
+    phases = estimate.phases(placed)
+    return Row(
+        name,
+        ranks,
+        stage,
+        placed.mode,
+        placed.slots,
+        placed.prefill_tokens,
+        tuple(phases[phase] / GIB for phase in PHASES),
+    )
+
+
+def table() -> list[Row]:
+    """Every model on every launch."""
+    sizes = {name: size_of(config) for name, config in configs().items()}
+    return [row_of(name, size, ranks, stage) for name, size in sizes.items() for ranks, stage in LAUNCHES]
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The table as it stands in docs/zero3.md."""
+    lines = [HEADER, ["---"] * len(HEADER), *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    rows = table()
+    print(as_markdown(rows))
+    for row in rows:
+        if row.refused:
+            print(f"\n{row.model}, {row.ranks} x 24 GB, ZeRO {row.stage or 'none'}: {row.refused}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Does the demo's task end and learn on other processors, as far as this one can imitate them?
+
+    python bench/portability.py [--rollouts 15] [--estimator-rollouts 2] [--only NAME ...]     # an hour and more
+    python bench/portability.py --smoke                                                        # two minutes
+
+oneDNN and PyTorch are held to older instruction sets by their own environment variables; bfloat16 that is named on such
+a processor must run, however slowly. A row for each run: how it ended, its dtype, the largest and the mean deviation of
+the first ratio, the mean score of the first two and of the last four rollouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import fetch_smollm, keep
+
+from rlhf_toolkit.algorithms.advantages import ESTIMATORS
+
+ROOT = Path(__file__).parents[1]
+PROCESSORS = {
+    "this one": {},
+    "SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "AVX-512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
+}
+SMALL = ["rollout.prompts_per_rollout=4", "rollout.max_new_tokens=8", "data.evaluation=none"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: what it is held to, its processes and threads, and its settings."""
+
+    name: str
+    environment: dict[str, str] = field(default_factory=dict)
+    ranks: int = 2
+    threads: int = 1
+    settings: tuple[str, ...] = ()
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every processor with its own dtype, bfloat16 where it is emulated, threads, ranks, seeds, estimators."""
+    long, short = f"ppo.num_rollouts={options.rollouts}", f"ppo.num_rollouts={options.estimator_rollouts}"
+    for name, environment in PROCESSORS.items():
+        yield Case(name, environment, settings=(long,))
+    yield Case("AVX2, bfloat16", PROCESSORS["AVX2"], settings=(short, "model.dtype=bfloat16"))
+    yield Case("AVX-512, bfloat16", PROCESSORS["AVX-512"], settings=(short, "model.dtype=bfloat16"))
+    yield Case("one rank, two threads", ranks=1, threads=2, settings=(long,))
+    for seed in (1, 2):
+        yield Case(f"seed {seed}", settings=(long, f"run.seed={seed}"))
+    for estimator in ESTIMATORS:
+        groups = ("rollout.responses_per_prompt=2", "rollout.prompts_per_rollout=16")
+        yield Case(f"estimator {estimator}", settings=(short, f"ppo.advantage={estimator}", *groups))
+
+
+def smoke_cases() -> Iterator[Case]:
+    """One rollout of a few tokens on each kind of processor, with the dtype that it chooses and with bfloat16."""
+    one = ("ppo.num_rollouts=1", *SMALL)
+    yield Case("AVX2", PROCESSORS["AVX2"], ranks=1, settings=one)
+    yield Case("AVX2, bfloat16", PROCESSORS["AVX2"], ranks=1, settings=(*one, "model.dtype=bfloat16"))
+    yield Case("AVX-512", PROCESSORS["AVX-512"], ranks=1, settings=one)
+
+
+def run(case: Case, model: str) -> dict[str, Any]:
+    """The figures of one run in processes of its own; ``status`` is 0 where it ended as it should."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"model.name={model}", f"run.output_dir={folder}/run", "run.wandb=off", *case.settings]
+        recipe = ["recipes/ppo.py", "--config", "recipes/sentiment/ppo.yaml", *settings]
+        launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
+        launcher += ["accelerate_configs/cpu_zero3.yaml", "--num_processes", str(case.ranks)]
+        launcher += ["--main_process_port", str(free_port())]
+        command = [*(launcher if case.ranks > 1 else [sys.executable]), *recipe]
+        threads = {"OMP_NUM_THREADS": str(case.threads), "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        began = time.perf_counter()
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **threads, **case.environment}, capture_output=True, text=True
+        )
+        row = {"status": done.returncode, "seconds": round(time.perf_counter() - began)}
+        if done.returncode:
+            return {**row, "said": (done.stderr.strip().splitlines() or [""])[-1][:500]}
+        return {**row, **figures(Path(folder, "run"))}
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What a run folder says about its dtype, its first ratios and its scores."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    ratios = [record for record in records if "actor/first_ratio_deviation" in record]
+    scores = json.loads((folder / "summary.json").read_text())["mean_scores"]
+    return {
+        "dtype": json.loads((folder / "run.json").read_text())["model"]["dtype"],
+        "first_ratio_largest": max((record["actor/first_ratio_deviation"] for record in ratios), default=0.0),
+        "first_ratio_mean": max((record["actor/first_ratio_mean_deviation"] for record in ratios), default=0.0),
+        "first_two": round(statistics.mean(scores[:2]), 3),
+        "last_four": round(statistics.mean(scores[-4:]), 3),
+        "rollouts": len(scores),
+    }
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rollouts", type=int, default=15)
+    parser.add_argument("--estimator-rollouts", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the cases of these names")
+    parser.add_argument("--smoke", action="store_true", help="a few tokens; nothing is kept")
+    options = parser.parse_args()
+    model, found = str(fetch_smollm()), dict[str, Any]()
+    for case in smoke_cases() if options.smoke else cases(options):
+        if not options.only or case.name in options.only:
+            found[case.name] = {"name": case.name, **run(case, model)}
+            print(json.dumps(found[case.name]), flush=True)
+    if not options.smoke:
+        keep("portability", list(found.values()))
+    sys.exit(0 if all(row["status"] == 0 for row in found.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a model folder or an adapter may name and link to: files of its own, and nothing beyond them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from rlhf_toolkit.errors import ModelError, described, shortened
+from rlhf_toolkit.files import is_plain_name, link_outside
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json")
+NAMES_A_FILE = ("transformers_weights", "fast_tokenizer_files")
+"""Settings of ``CONFIGS`` whose value transformers opens in the folder: a name, or a list of them."""
+CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
+"""``modeling_x.Class``, or with ``owner/name--`` before it, as ``auto_map`` says where remote code is."""
+
+
+def check_model_folder(name: str) -> None:
+    """ModelError where the local folder ``name`` links to something outside or names a file that is not its own.
+
+    Looked at are the indices of weights, ``auto_map``, and the configs' settings that are file names. Links into the
+    hub's cache are the hub's own. A ``name`` of the hub has nothing to be looked at before it is fetched.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    link = link_outside(folder, Path(constants.HF_HUB_CACHE))
+    if link is not None:
+        raise ModelError(f"{link} is a link to something outside of its folder; put the file itself there")
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            weight_map(folder / index)
+    for config in CONFIGS:
+        if (folder / config).is_file():
+            _check_names(folder / config, _object(folder / config))
+
+
+def weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor -> file, as an index of weights says. ModelError where it is broken or names a file of another folder."""
+    files = _object(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ModelError(f"{index} holds no weight_map; fetch the model again")
+    for tensor, file in files.items():
+        if not is_plain_name(file):
+            raise _foreign(index, f"weight_map.{tensor}", file)
+    return files
+
+
+def _check_names(path: Path, config: Mapping[str, Any]) -> None:
+    for key in NAMES_A_FILE:
+        for file in _each(config.get(key)):
+            if not is_plain_name(file):
+                raise _foreign(path, key, file)
+    for name in _each(config.get("auto_map")):
+        if not isinstance(name, str) or not CLASS.fullmatch(name) or ".." in name:
+            raise _foreign(path, "auto_map", name)
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """A value, or those in a list or dict of them; None is nothing."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _each(item)
+    elif value is not None:
+        yield value
+
+
+def _foreign(path: Path, key: str, value: Any) -> ModelError:
+    return ModelError(f"{path} has {key}={shortened(value)}, which is no name of a file in that folder; repair it")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({described(error)}); fetch the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object; fetch the model again")
+    return value

@@ -1,0 +1,205 @@
+"""How many bytes each phase of a run takes on one rank, from numbers alone.
+
+    kept      what lies there between phases: the base or its shard, what is trained, DeepSpeed's buffers, moments
+    start     loading, fingerprint, engine
+    window    kept + base or live layers + max(weights in decoding order + slots + prefill, scoring)
+    update    kept + live layers and what is gathered ahead + activations + the largest thing made on the way
+
+``place`` in ``planning/memory.py`` decides from them. Shapes in comments: H hidden, I the MLP's width, Q all heads, KV
+all key heads, N tokens of a pass with its roles together. ``bench/phases.py`` holds the sums to real runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FP32 = 4  # bytes of an element
+CHECKSUM_BYTES = 24 * 2**18  # three int64 of each element that the fingerprint looks at together
+LOGIT_COPIES = 5  # fp32 rows of V that choosing a token makes
+PASS_WIDTHS = 5  # rows of H that a pass without gradient holds where it is largest, beside 3 of I, in the MLP
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model in numbers.
+
+    Bytes: ``base`` all frozen parameters, ``kept`` those of them that ZeRO-3 leaves whole on every rank, ``largest``
+    the largest one, ``adapted`` the weights that have adapters, ``column`` keys and values of one token. Elements:
+    ``trained``; ``low_rank``, what the x A^T of one role have together for a token; ``queries`` and ``keys``, a token's
+    in one layer. ``tile``: positions and tokens of a tile of the output layer. ``plain``: norms and MLP are
+    transformers' own, which keep more for backward.
+    """
+
+    base: int
+    kept: int
+    largest: int
+    adapted: int
+    trained: int
+    low_rank: int
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    heads: int
+    vocabulary: int
+    element: int
+    column: int
+    tile: tuple[int, int]
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ``ranks`` share a model. ``stage``: of ZeRO, 0 without DeepSpeed. Elements: ``bucket``, DeepSpeed's buffer of
+    gradients, of which there are two with ``overlap`` under ZeRO-2; ``live`` and ``prefetched``, what ZeRO-3 keeps
+    gathered and gathers ahead. ``on_cpu``: files are mapped into the memory that is counted, and attention of short
+    rows keeps its scores."""
+
+    ranks: int
+    stage: int
+    bucket: int
+    live: int
+    prefetched: int
+    overlap: bool = False
+    on_cpu: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds a part of the base only."""
+        return self.stage == 3
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """``tokens`` of a forward pass, its ``roles`` together, in sequences of at most ``columns``; ``checkpointing``:
+    layers are computed again in backward."""
+
+    tokens: int
+    roles: int
+    columns: int
+    checkpointing: bool = False
+
+
+def kept_bytes(model: ModelSize, how: Sharding, *, moments: bool = True) -> int:
+    """What lies on a rank between phases; without ``moments``, before the first rollout and update."""
+    trained = model.trained * FP32
+    share = -(-trained // how.ranks) if how.stage else trained
+    late = 2 * share if moments else 0
+    if how.sharded:
+        # Of each share the partition, DeepSpeed's flat copy of it and its gradient; later whole copies of all of it.
+        late += trained if moments else 0
+        return shard_bytes(model, how) + model.kept + 3 * share + how.bucket * FP32 + late
+    return model.base + trained + (share if how.stage == 2 else 0) + late
+
+
+def shard_bytes(model: ModelSize, how: Sharding) -> int:
+    """This rank's part of the base."""
+    return -(-model.base // how.ranks) if how.sharded else model.base
+
+
+def window_bytes(model: ModelSize, how: Sharding) -> int:
+    """What gathering the base adds."""
+    return model.base - model.kept if how.sharded else 0
+
+
+def live_bytes(model: ModelSize, how: Sharding) -> int:
+    """What ZeRO-3 keeps gathered at most while it goes layer by layer."""
+    return min(window_bytes(model, how), max(how.live * model.element, model.largest))
+
+
+def prefetched_bytes(model: ModelSize, how: Sharding) -> int:
+    """The buffer in which ZeRO-3 gathers what comes next: as much as it may, and the parameter that goes beyond."""
+    return min(window_bytes(model, how), how.prefetched * model.element + model.largest)
+
+
+def start_bytes(model: ModelSize, how: Sharding) -> int:
+    """The most that a rank holds before the first rollout."""
+    trained, own = model.trained * FP32, shard_bytes(model, how)
+    loading = own
+    if how.sharded:
+        copies = 1 if how.on_cpu else 2  # of the matrix being loaded; its new shard comes beside it
+        loading += copies * model.largest + model.largest // how.ranks + (model.base if how.on_cpu else 0)
+    fingerprint = own + (0 if how.sharded else trained) + min(CHECKSUM_BYTES, 24 * model.largest // model.element)
+    engine = kept_bytes(model, how, moments=False) + (trained if how.stage else 0)
+    return max(loading, fingerprint, engine)
+
+
+def pass_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """A scoring pass without gradient: its activations, or the output layer's tiles."""
+    return max(size.tokens * pass_token_bytes(model, how, size.columns), _states(model, size) + _head(model, how, size))
+
+
+def pass_token_bytes(model: ModelSize, how: Sharding, columns: int) -> int:
+    """Bytes that a pass without gradient holds for a token, in the MLP or in attention."""
+    mlp = PASS_WIDTHS * model.hidden + (5 if model.plain else 3) * model.intermediate
+    attention = 4 * model.hidden + 4 * model.queries + 6 * model.keys
+    if how.on_cpu:
+        attention += 2 * model.heads * columns
+    return max(mlp, attention) * model.element
+
+
+def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """What a micro-batch of the update needs beside what is kept."""
+    trained = model.trained * FP32
+    gradients = 0 if how.sharded else trained
+    if how.stage == 2:
+        gradients = -(-trained // how.ranks) + how.bucket * FP32 * (2 if how.overlap else 1)
+    gathered = live_bytes(model, how)
+    ahead = prefetched_bytes(model, how)
+    if gathered < window_bytes(model, how):  # backward gathers again
+        return gradients + gathered + ahead + activation_bytes(model, how, size)
+    last_gather = ahead + size.tokens * model.hidden * (2 * FP32 + model.element)  # while the last norm is computed
+    made = max(last_gather, _made(model, how, size))
+    return gradients + gathered + _kept_activations(model, how, size) + made
+
+
+def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """What backward needs of the forward pass, and the largest thing that is made on the way."""
+    return _kept_activations(model, how, size) + _made(model, how, size)
+
+
+def _kept_activations(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    layer = size.tokens * layer_token_bytes(model, how, size.columns)
+    if size.checkpointing:
+        return _states(model, size) + model.layers * size.tokens * model.hidden * model.element + layer
+    return _states(model, size) + model.layers * layer
+
+
+def _made(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """The largest of: the backward of an MLP, the last norm, the output layer."""
+    backward = size.tokens * (2 * model.hidden + 3 * model.intermediate) * model.element
+    norm = size.tokens * model.hidden * (2 * FP32 + model.element)
+    head = _head(model, how, size, gradient=True)
+    return max(backward, norm, head)
+
+
+def layer_token_bytes(model: ModelSize, how: Sharding, columns: int) -> int:
+    """Bytes that one layer keeps of a token for backward: two residuals, two normed states, queries, keys, values,
+    attention's output, gate, up and product, each adapter's x A^T."""
+    widths = 4 * model.hidden + 2 * model.queries + 2 * model.keys + 3 * model.intermediate
+    widths += model.low_rank // max(1, model.layers)
+    if how.on_cpu:
+        widths += model.heads * columns
+    plain = 2 * 2 * FP32 * model.hidden + model.intermediate * model.element if model.plain else 0
+    return widths * model.element + 2 * FP32 + plain
+
+
+def _states(model: ModelSize, size: PassSize) -> int:
+    """The embedding's output and the trunk's last states."""
+    return 2 * size.tokens * model.hidden * model.element
+
+
+def _head(model: ModelSize, how: Sharding, size: PassSize, *, gradient: bool = False) -> int:
+    """The output layer over one role's positions, tile by tile (``models/heads.py``)."""
+    positions, tokens = model.tile
+    count = size.tokens // size.roles  # at most: every position may be one of a response
+    positions = min(positions, count)
+    matrices = 2 * positions * tokens * FP32
+    if how.on_cpu:
+        matrices += (tokens + positions) * model.hidden * FP32
+    rows = count
+    if gradient:
+        matrices += positions * (tokens + 2 * model.hidden) * model.element + 3 * positions * model.hidden * FP32
+        rows += 2 * count
+    return matrices + rows * model.hidden * model.element

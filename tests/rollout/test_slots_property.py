@@ -1,0 +1,238 @@
+"""Whatever the prompts, budgets, slots, turns and stop strings: each row's tokens and log-probs are those of the row
+alone, decoded without any cache, in one process and on two ranks, in the window and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+
+from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.rollout import decoding
+from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
+from rlhf_toolkit.rollout.sampling import choose_tokens
+from rlhf_toolkit.rollout.turns import Environment
+from rlhf_toolkit.seeding import derived_generator
+from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
+from tests.builders import tiny_tokenizer
+from tests.launch import run_worker
+from tests.models.test_architectures import WORKS
+from tests.roles import tiny_shared
+from tests.tiny import WORDS
+
+LONGEST, BUDGET = 24, 9  # tokens of a prompt; of a response
+TEMPLATE = tuple(range(3, 15))
+MODELS = ("llama", "mistral, window 4", "gemma3 text", "lfm2", "gpt2")
+"""Full attention, a window in every layer, in some, a short convolution, and positions that end at the longest row."""
+POSITIONS = {name: {"n_positions": LONGEST + BUDGET} for name in ("gpt2",)}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A rollout: its prompts as (token ids, sample), in the ``order`` in which they begin."""
+
+    rows: tuple[tuple[tuple[int, ...], int], ...]
+    order: tuple[int, ...]
+    budget: int
+    slots: int
+    turns: int
+    stop_strings: tuple[str, ...]
+    constants: dict[str, float]
+
+    def batch(self, part: slice) -> PromptBatch:
+        """The rows of one rank. Prompts of equal tokens are one prompt."""
+        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(ids for ids, _ in self.rows))}
+        rows = self.rows[part]
+        return PromptBatch(
+            tuple(Prompt(numbers[ids], str(len(ids)), ids, {}) for ids, _ in rows), tuple(s for _, s in rows)
+        )
+
+
+TOKEN = st.integers(2, 31)
+PROMPT = st.one_of(
+    st.lists(TOKEN, min_size=1, max_size=4),
+    st.lists(TOKEN, min_size=1, max_size=LONGEST),
+    st.lists(TOKEN, min_size=LONGEST, max_size=LONGEST),
+).map(tuple)
+ALIKE = st.lists(TOKEN, min_size=1, max_size=LONGEST - len(TEMPLATE)).map(lambda own: (*TEMPLATE, *own))
+SITUATION = st.one_of(
+    st.lists(st.tuples(prompt, st.integers(1, 2)), min_size=1, max_size=7) for prompt in (PROMPT, PROMPT, ALIKE)
+).flatmap(
+    lambda groups: st.builds(
+        Situation,
+        rows=st.just(tuple((ids, sample) for ids, samples in dict(groups).items() for sample in range(samples))),
+        order=st.permutations(range(len(dict(groups)))).map(tuple),
+        budget=st.integers(1, BUDGET),
+        slots=st.integers(1, 5),
+        turns=st.integers(1, 3),
+        stop_strings=st.sampled_from([(), ("w4",), ("w9 w2", "w20")]),
+        constants=st.fixed_dictionaries(
+            {
+                "SPARE_COLUMNS": st.sampled_from([1, 5, 32]),
+                "ENTRY_SHARE": st.sampled_from([0.01, 0.6]),
+                "IDLE_SHARE": st.sampled_from([0.01, 0.5, 1.1]),
+                "SHARED_PREFIX": st.sampled_from([2, 8]),
+            }
+        ),
+    )
+)
+LIKE = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+LIKE |= {"phases": [Phase.generate]}  # a failing situation is small as it is
+
+
+def tool(prompts: Sequence[str], responses: Sequence[str], *, turn: int) -> list[str | None]:
+    """Answers three of four responses, with up to four words."""
+    return [" ".join(["w27"] * (len(r + p) % 4)) or None for p, r in zip(prompts, responses, strict=True)]
+
+
+@cache
+def tokenizer() -> Any:
+    return tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
+
+
+@cache
+def model(name: str) -> SharedBase:
+    case = WORKS[name]
+    config = CONFIG_MAPPING[case.model_type](**{**case.sizes, **POSITIONS.get(name, {}), "vocab_size": 33})
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention)
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(3)  # attention that matters
+    return tiny_shared(base, roles=("policy",)).eval()
+
+
+# ---- the oracle: one row, no cache, no slots -------------------------------------------------------------------------
+
+
+def written(
+    shared: SharedBase, ids: list[int], uniforms: torch.Tensor, budget: int, sampling: Sampling
+) -> tuple[list[int], list[float], bool]:
+    """What the policy writes after ``ids``: every token from a pass over the whole sequence."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    while len(tokens) < budget:
+        whole = torch.tensor([[*ids, *tokens]])
+        nothing = DynamicCache(config=shared.causal_lm.config)
+        logits = shared.next_token_logits(whole, torch.ones_like(whole), torch.arange(whole.shape[1])[None], nothing)
+        token, logprob = choose_tokens(logits, uniforms[None, len(tokens)], temperature=1.3, top_k=0, top_p=1.0)
+        tokens.append(int(token))
+        logprobs.append(float(logprob))
+        text = tokenizer().decode(tokens)
+        if tokens[-1] in sampling.stop_ids or any(string in text for string in sampling.stop_strings):
+            return tokens, logprobs, True
+    return tokens, logprobs, False
+
+
+def alone(
+    shared: SharedBase, prompt: Prompt, sample: int, situation: Situation, sampling: Sampling
+) -> tuple[list[int], list[float], bool]:
+    """Tokens, log-probs and whether it finished, turn by turn."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    finished = False
+    for turn in range(situation.turns):
+        generator = derived_generator(*((5,) if turn == 0 else (5, "turn", turn)), prompt.index, sample)
+        uniforms = torch.rand(situation.budget, generator=generator, dtype=torch.float64)
+        left = situation.budget - len(tokens)
+        more, said, finished = written(shared, [*prompt.token_ids, *tokens], uniforms, left, sampling)
+        tokens, logprobs = [*tokens, *more], [*logprobs, *said]
+        if not finished or turn + 1 == situation.turns:
+            break
+        (answer,) = tool([prompt.text], [tokenizer().decode(tokens, skip_special_tokens=True)], turn=turn)
+        if answer is None:
+            break
+        own = tokenizer()(answer, add_special_tokens=False).input_ids
+        if len(tokens) + len(own) >= situation.budget:
+            return tokens, logprobs, False
+        tokens, logprobs = [*tokens, *own], [*logprobs, *[0.0] * len(own)]
+    return tokens, logprobs, finished
+
+
+# ---- what is decoded in slots ----------------------------------------------------------------------------------------
+
+
+def sampling_of(situation: Situation) -> Sampling:
+    return Sampling(
+        situation.budget, stop_ids=(1, 4, 7, 15), pad_id=0, temperature=1.3, stop_strings=situation.stop_strings
+    )
+
+
+def decoded(engine: Any, situation: Situation, batch: PromptBatch, mode: str) -> Rollout:
+    environment = Environment(tool, situation.turns) if situation.turns > 1 else None
+    size = RolloutSize(rows=len(situation.rows), columns=LONGEST + BUDGET, scoring_tokens=64)
+    sampler = Sampler(tokenizer(), size, mode=mode, slots=situation.slots, environment=environment)
+    expected: Callable[[Prompt], float] = lambda prompt: float(situation.order[prompt.index])  # noqa: E731
+    with mock.patch.multiple(decoding, **situation.constants), sampler.opened(engine) as shared:
+        return sampler.decode(shared, batch, sampling_of(situation), stream=(5,), expected=expected)
+
+
+def differences(shared: SharedBase, situation: Situation, batch: PromptBatch, found: Rollout) -> list[str]:
+    """Rows of ``found`` that are not what they are alone."""
+    wrong = []
+    with torch.no_grad():
+        for row, (prompt, sample) in enumerate(zip(batch.prompts, batch.samples, strict=True)):
+            tokens, logprobs, finished = alone(shared, prompt, sample, situation, sampling_of(situation))
+            length = int(found.lengths[row])
+            ours = found.responses[row, :length].tolist(), bool(found.finished[row])
+            close = torch.allclose(
+                found.rollout_logprobs[row, :length], torch.tensor(logprobs[:length]), rtol=0, atol=1e-5
+            )
+            if ours != (tokens, finished) or not close:
+                wrong.append(f"row {row}: {ours}, alone {(tokens, finished)}, log-probs close: {close}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_in_company_is_the_row_alone(name: str) -> None:
+    @settings(max_examples=30 if name == "llama" else 12, **LIKE)
+    @given(SITUATION)
+    def holds(situation: Situation) -> None:
+        batch = situation.batch(slice(None))
+        found = decoded(model(name), situation, batch, "window")
+        assert not differences(model(name), situation, batch, found)
+
+    holds()
+
+
+# ---- two ranks -------------------------------------------------------------------------------------------------------
+
+
+def compare(topology: Topology, situations: list[Situation]) -> list[str]:
+    """On every rank: what differs, case by case. It raises nothing, so that the ranks stay in step."""
+    plain, sharded = model("llama"), model.__wrapped__("llama")
+    config = deepspeed_settings(topology, rows_per_rank=1, max_grad_norm=1.0, largest_adapter=1)
+    trained = [parameter for parameter in sharded.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=sharded, optimizer=torch.optim.SGD(trained, lr=0.1), config=config)
+    wrong = []
+    for number, situation in enumerate(situations):
+        batch = situation.batch(slice(topology.rank, None, topology.world_size))
+        for mode in ("window", "stream"):
+            found = decoded(engine, situation, batch, mode)
+            wrong += [f"{number}, {mode}, {each}" for each in differences(plain, situation, batch, found)]
+    return wrong
+
+
+def test_on_two_ranks_too(tmp_path: Path) -> None:
+    situations: list[Situation] = []
+
+    @settings(max_examples=12, **LIKE)
+    @given(SITUATION)
+    def draw(situation: Situation) -> None:
+        situations.append(situation)
+
+    draw()
+    found = run_worker("tests.rollout.test_slots_property:compare", tmp_path, situations=situations)
+    assert found == [[], []], situations
