@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.launch import ROOT, environment_of_tests
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -14,6 +16,7 @@ import gpu_exam
 import gpu_wheels
 
 
+@pytest.mark.thorough
 def test_the_whole_exam_passes_its_rehearsal(tmp_path: Path) -> None:
     command = [sys.executable, "bench/gpu_exam.py", "--rehearse", "--seconds", "1200", "--patience", "8"]
     done = subprocess.run(
