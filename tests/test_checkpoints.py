@@ -257,25 +257,46 @@ def test_resume_may_change_how_long_a_run_is_and_how_it_is_watched(tmp_path: Pat
 
 
 def test_a_manifest_that_fits(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=2, kl_coefficient=0.1)
-    assert read_manifest(path, fingerprint="abc", world_size=2)["kl_coefficient"] == 0.1
+    path = checkpoint(tmp_path, 4, base="abc", world_size=2, zero_stage=3, kl_coefficient=0.1)
+    assert read_manifest(path, fingerprint="abc", world_size=2, zero_stage=3)["kl_coefficient"] == 0.1
 
 
 def test_a_manifest_of_another_base(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=2)
+    path = checkpoint(tmp_path, 4, base="abc", world_size=2, zero_stage=3)
     with pytest.raises(CheckpointError) as caught:
-        read_manifest(path, fingerprint="def", world_size=2)
+        read_manifest(path, fingerprint="def", world_size=2, zero_stage=3)
     assert str(caught.value) == f"{path} was trained on another base (fingerprint abc, now def); use that one"
 
 
 def test_a_manifest_of_another_number_of_ranks(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=2)
+    path = checkpoint(tmp_path, 4, base="abc", world_size=2, zero_stage=3)
     with pytest.raises(CheckpointError) as caught:
-        read_manifest(path, fingerprint="abc", world_size=4)
+        read_manifest(path, fingerprint="abc", world_size=4, zero_stage=3)
     assert str(caught.value) == (
         f"{path} was written by 2 ranks and cannot be resumed on 4: each rank holds a part of the optimizer; start 2 "
         "processes"
     )
+
+
+def test_a_manifest_of_another_launch(tmp_path: Path) -> None:
+    """Only DeepSpeed's engine of the same stage finds its optimizer; any other would begin with a fresh one."""
+    words = {2: "under ZeRO stage 2", 3: "under ZeRO stage 3", None: "without DeepSpeed"}
+    for before in words:
+        (tmp_path / str(before)).mkdir()
+        path = checkpoint(tmp_path / str(before), 4, base="abc", world_size=1, zero_stage=before)
+        assert read_manifest(path, fingerprint="abc", world_size=1, zero_stage=before)["base"] == "abc"
+        for now in words.keys() - {before}:
+            with pytest.raises(CheckpointError) as caught:
+                read_manifest(path, fingerprint="abc", world_size=1, zero_stage=now)
+            assert str(caught.value).startswith(
+                f"{path} was written {words[before]} and cannot be resumed {words[now]}"
+            )
+
+
+def test_a_manifest_that_does_not_tell_its_launch(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4, base="abc", world_size=1)
+    with pytest.raises(CheckpointError, match="by a version that did not note the ZeRO stage and cannot be resumed"):
+        read_manifest(path, fingerprint="abc", world_size=1, zero_stage=None)
 
 
 def test_the_manifest_completes_a_checkpoint_of_trainer(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The run folder and what makes a checkpoint whole.
 
 Trainer writes adapters, heads, optimizer, scheduler and random states; ``manifest.json`` is written last and holds the
-rest: the KL coefficient, the W&B run, the experiment, a fingerprint of the base and the number of ranks. A checkpoint
-without it was interrupted and does not count.
+rest: the KL coefficient, the W&B run, the experiment, a fingerprint of the base, the number of ranks and the ZeRO
+stage. A checkpoint without it was interrupted and does not count.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ T = TypeVar("T")
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LATEST = "latest"
 """DeepSpeed's file in a checkpoint: the name of the folder in it that holds the optimizer."""
+UNKNOWN = "unknown"
 LEAST_FREE_BYTES = 256 * 2**20
 FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")  # prefixes: how long a run is and who watches it
 NEVER_FREE = ("run.seed",)
@@ -108,8 +109,9 @@ def last_checkpoint(folder: Path) -> Path:
     return newest
 
 
-def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dict[str, Any]:
-    """The manifest of a checkpoint that fits this base and this number of ranks; otherwise CheckpointError."""
+def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int, zero_stage: int | None) -> dict[str, Any]:
+    """The manifest of a checkpoint that fits this base, this number of ranks and this way of starting them; otherwise
+    CheckpointError. ``zero_stage`` is None without DeepSpeed, whose own files the optimizer's state then is not in."""
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["base"] != fingerprint:
         raise CheckpointError(
@@ -122,7 +124,19 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int) -> dic
             f"each rank holds a part of "
             f"the optimizer; start {manifest['world_size']} processes"
         )
+    if manifest.get("zero_stage", UNKNOWN) != zero_stage:
+        before, now = (_launched(stage) for stage in (manifest.get("zero_stage", UNKNOWN), zero_stage))
+        raise CheckpointError(
+            f"{checkpoint} was written {before} and cannot be resumed {now}: the optimizer would start afresh, since "
+            "its state is kept in another form; start with the launch config that the run began with"
+        )
     return manifest
+
+
+def _launched(zero_stage: int | str | None) -> str:
+    if zero_stage == UNKNOWN:
+        return "by a version that did not note the ZeRO stage"
+    return "without DeepSpeed" if zero_stage is None else f"under ZeRO stage {zero_stage}"
 
 
 def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:

@@ -14,6 +14,7 @@ from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.experiment import SFTExperiment
 from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
+from rlhf_toolkit.trainers.ppo_run import prepare
 from tests.launch import ROOT, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 from tests.trainers.test_fine_tuning import sections
@@ -181,6 +182,20 @@ def test_a_supervised_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no complete checkpoint to resume from; set run\.save_every, or start"):
         prepare_fine_tuning(experiment, resume=True)
     assert (tmp_path / "run/policy/adapter_model.safetensors").is_file(), "what the run left stays"
+
+
+@pytest.mark.timeout(400)
+def test_a_run_is_not_resumed_under_another_launch(tmp_path: Path) -> None:
+    """DeepSpeed and Trainer would both go on, with the weights and without the optimizer's state."""
+    task = merged(write_task(tmp_path), {"ppo.num_rollouts": 1, "run.save_every": 1})
+    path = write_experiment(tmp_path / "run.yaml", task)
+    run_recipe(path, stage=2).succeeded()
+    refused = run_recipe(path, "--resume", stage=3)
+    said = [line for line in refused.output.splitlines() if line.startswith("CheckpointError: ")]
+    assert refused.status not in (0, -9) and len(said) == 1, refused.output[-3000:]
+    assert "checkpoint-1 was written under ZeRO stage 2 and cannot be resumed under ZeRO stage 3" in said[0]
+    with pytest.raises(CheckpointError, match="was written under ZeRO stage 2 and cannot be resumed without DeepSpeed"):
+        prepare(experiment_from_dict(task), resume=True)
 
 
 def test_checkpoints_hold_no_base_weights(tmp_path: Path) -> None:

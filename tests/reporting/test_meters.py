@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
+import torch
 
 from rlhf_toolkit.reporting.meters import Clock, Meter, combined
 
@@ -16,6 +18,24 @@ def test_the_mean_is_weighted_by_counts_over_all_ranks() -> None:
     second.add("a", 20.0, 5)
     second.add("only here", 8.0, 4)
     assert combined([first.take(), second.take()]) == {"a": 24.0 / 8, "only here": 2.0}
+
+
+def test_tensors_are_read_once_and_count_as_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the meter is read nothing asks a tensor for its number, which is what makes a CPU wait for a GPU."""
+    draw, plain, held = random.Random(0), Meter(), Meter()
+    reads, names = [], ("item", "tolist", "__float__", "__int__", "__bool__", "cpu")
+    for name in names:
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, n=name, r=real: (reads.append(n), r(self, *a))[1])
+    for number in range(60):
+        total, count = torch.tensor(draw.gauss(0, 1e3), requires_grad=True), draw.randint(1, 10**7)
+        held.add(f"metric {number % 7}", total, torch.tensor(count) if number % 2 else count)
+        assert not reads
+        plain.add(f"metric {number % 7}", total.item(), float(count))
+        reads.clear()
+    taken = held.take()
+    assert reads == ["tolist"]
+    assert taken == plain.take(), "to the last bit: sums are in float64 as Python's are"
 
 
 def test_taking_empties_the_meter() -> None:

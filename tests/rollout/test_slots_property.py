@@ -213,7 +213,7 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
 def compare(topology: Topology, situations: list[Situation]) -> list[str]:
     """On every rank: what differs, case by case. It raises nothing, so that the ranks stay in step."""
     plain, sharded = model("llama"), model.__wrapped__("llama")
-    config = deepspeed_settings(topology, rows_per_rank=1, max_grad_norm=1.0, largest_adapter=1)
+    config = deepspeed_settings(topology, rows_per_rank=1, max_grad_norm=1.0, largest_adapter=1, trained=64)
     trained = [parameter for parameter in sharded.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=sharded, optimizer=torch.optim.SGD(trained, lr=0.1), config=config)
     wrong = []

@@ -67,6 +67,13 @@ def decoded(script: Script, answers: Any, *, budget: int = 10, max_turns: int = 
     return decode_with_turns(script, tokenizer, batch, environment, budget=budget, pad_id=PAD)
 
 
+def test_a_rank_without_rows_has_an_empty_rollout_of_the_same_kind() -> None:
+    nobody, somebody = decoded(Script({}), None), decoded(Script({0: [[5]]}), lambda prompts, responses, turn, n: [])
+    for name in ("responses", "lengths", "rollout_logprobs", "finished", "written"):
+        none, one = getattr(nobody, name), getattr(somebody, name)
+        assert (none.dtype, none.shape) == (one.dtype, (0, *one.shape[1:]))
+
+
 def test_turns_alternate_until_the_environment_is_content() -> None:
     w = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None).get_vocab()
     script = Script({0: [[w["w1"], STOP], [w["w2"], STOP]], 1: [[w["w3"], STOP]], 2: [[w["w4"]] * 10]})

@@ -134,10 +134,10 @@ def test_a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_
     inputs["sequence_count"] = torch.tensor(20)
     trainer = stub(loss=replace(LOSS, loss_aggregation="token-mean"))
     per_token = like_mask(30)
-    found = PPOTrainer._reduction(trainer, inputs)(per_token)
+    found = PPOTrainer._reduction(trainer, inputs, inputs["response_mask"])(per_token)
     assert found.item() == pytest.approx(sum(per_token[at].item() for at in real()) / 50, rel=1e-5)
     trainer = stub(loss=replace(LOSS, loss_aggregation="seq-mean-token-sum-norm"))
-    found = PPOTrainer._reduction(trainer, inputs)(per_token)
+    found = PPOTrainer._reduction(trainer, inputs, inputs["response_mask"])(per_token)
     assert found.item() == pytest.approx(sum(per_token[at].item() for at in real()) / (20 * 7), rel=1e-5)
 
 

@@ -5,27 +5,47 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+Number = float | Tensor
+"""A float, or a tensor of one element on whatever device."""
 
 
 class Meter:
-    """Sums and counts by name. The mean is over everything added on every rank, weighted by count."""
+    """Sums and counts by name. The mean is over everything added on every rank, weighted by count.
+
+    What is added as a tensor stays on its device until the meter is read: asking a GPU for each number would make the
+    CPU wait, metric after metric, while it could be ahead with the next micro-batch.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        self._sums: dict[str, tuple[Number, Number]] = {}
 
-    def add(self, name: str, total: float, count: float) -> None:
-        """Add ``total``, a sum over ``count`` things."""
+    def add(self, name: str, total: Number, count: Number) -> None:
+        """Add ``total``, a sum over ``count`` things; both float or a tensor of one element. Sums are in float64."""
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (old_total + total, old_count + count)
+        self._sums[name] = (old_total + _wide(total), old_count + _wide(count))
 
     def take(self) -> dict[str, tuple[float, float]]:
-        """This rank's sums and counts; the meter is empty afterwards."""
+        """This rank's sums and counts, in one transfer; the meter is empty afterwards."""
         sums, self._sums = self._sums, {}
-        return sums
+        numbers = _read([number for pair in sums.values() for number in pair])
+        return dict(zip(sums, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+
+def _wide(number: Number) -> Number:
+    return number.detach().double() if isinstance(number, Tensor) else number
+
+
+def _read(numbers: Sequence[Number]) -> list[float]:
+    """All of them as floats; the tensors among them, which lie on one device, come in one transfer."""
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(number, Tensor) else number for number in numbers]
 
 
 def combined(meters: list[dict[str, tuple[float, float]]]) -> dict[str, float]:

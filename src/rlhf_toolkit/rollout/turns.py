@@ -133,16 +133,18 @@ def _goes_on(row: _Row, answer: str | None, tokenizer: Any, budget: int) -> bool
 
 
 def _rollout(rows: list[_Row], pad_id: int) -> Rollout:
+    """The rows, padded. A rank may have none: shapes and dtypes are the same then."""
     width = max((len(row.tokens) for row in rows), default=1)
 
-    def block(column: str, fill: float) -> torch.Tensor:
+    def block(column: str, fill: float, dtype: torch.dtype) -> torch.Tensor:
         values = [getattr(row, column) for row in rows]
-        return torch.tensor([each + [fill] * (width - len(each)) for each in values])
+        padded = [each + [fill] * (width - len(each)) for each in values]
+        return torch.tensor(padded, dtype=dtype).reshape(len(rows), width)
 
     return Rollout(
-        responses=block("tokens", pad_id),
-        lengths=torch.tensor([len(row.tokens) for row in rows]),
-        rollout_logprobs=block("logprobs", 0.0),
-        finished=torch.tensor([row.finished for row in rows]),
-        written=block("written", False),
+        responses=block("tokens", pad_id, torch.long),
+        lengths=torch.tensor([len(row.tokens) for row in rows], dtype=torch.long),
+        rollout_logprobs=block("logprobs", 0.0, torch.float32),
+        finished=torch.tensor([row.finished for row in rows], dtype=torch.bool),
+        written=block("written", False, torch.bool),
     )

@@ -31,7 +31,7 @@ from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.evaluated import Passing
 from rlhf_toolkit.rollout.loader import OverMiniBatch
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
-from rlhf_toolkit.rollout.passes import SCORED_ROLES, Needs
+from rlhf_toolkit.rollout.passes import Needs
 from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
@@ -292,18 +292,18 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress, *, trai
     rollout, ranks = experiment.rollout, world_size()
     longest = max(len(p.token_ids) for p in (*task.prompts, *task.held_out))
     with_value = estimator_of(experiment.ppo).needs("values") and experiment.model.value_on == ON_ADAPTER
-    scoring_roles = len(SCORED_ROLES) - (0 if with_value else 1)  # a value on the policy's trunk has no rows
+    roles = 2 if with_value else 1  # of an update's pass and of scoring's largest: the reference has one of its own
     size = RolloutSize(
         rows=max(
             rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
         ),
         columns=longest + rollout.max_new_tokens,
-        scoring_tokens=scoring_roles * tokens_of_a_role(experiment),
+        scoring_tokens=roles * tokens_of_a_role(experiment),
         longest_prompt=longest,
         later_turns=rollout.environment is not None and rollout.max_turns > 1,
-        scoring_roles=scoring_roles,
+        scoring_roles=roles,
         update_tokens=experiment.update.micro_batch_tokens if trains else 0,
-        update_roles=2 if with_value else 1,
+        update_roles=roles,
         checkpointing=experiment.model.gradient_checkpointing,
     )
     return Sampler(

@@ -88,7 +88,8 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
         on_main(lambda: claim_run_folder(folder, settings))
     model = load_model(experiment, config, topology)
     fingerprint = fingerprint_of(model)
-    manifest = read_manifest(checkpoint, fingerprint=fingerprint, world_size=topology.world_size) if checkpoint else {}
+    here: dict[str, Any] = {"world_size": topology.world_size, "zero_stage": topology.launch.zero_stage}
+    manifest = read_manifest(checkpoint, fingerprint=fingerprint, **here) if checkpoint else {}
     mirror = start_wandb(experiment, topology, manifest.get("wandb_id"), axis="step")
     steps = experiment.steps(len(items))
     progress = Progress(num_rollouts=steps, updates_per_rollout=1, show=topology.is_main, unit="step")
@@ -100,7 +101,7 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
         return {
             "wandb_id": mirror.run_id if mirror else None,
             "base": fingerprint,
-            "world_size": topology.world_size,
+            **here,
         }
 
     sinks = () if mirror is None else (mirror,)

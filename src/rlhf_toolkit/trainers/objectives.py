@@ -12,13 +12,14 @@ from rlhf_toolkit.algorithms.preference_losses import DPO_LOSSES, bradley_terry,
 from rlhf_toolkit.data.items import Batch
 from rlhf_toolkit.data.layout import unpack
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, REWARD
+from rlhf_toolkit.reporting.meters import Number
 
 
 class Terms(NamedTuple):
     """A micro-batch's share of the mini-batch's loss, and sums with counts for the meter."""
 
     loss: Tensor
-    metrics: dict[str, tuple[float, float]]
+    metrics: dict[str, tuple[Number, Number]]
 
 
 class Objective(Protocol):
@@ -49,9 +50,10 @@ class SFT:
         trained = batch["trained"]
         logprobs, entropies = (_rows(out[f"policy_{name}"], trained, batch) for name in ("logprobs", "entropies"))
         loss = -(logprobs * trained).sum()
-        tokens = float(trained.sum())
-        metrics = {"loss": (loss.item(), tokens), "entropy": ((entropies * trained).sum().item(), tokens)}
-        return Terms(loss / batch["token_count"], metrics)
+        tokens = trained.sum()
+        return Terms(
+            loss / batch["token_count"], {"loss": (loss, tokens), "entropy": ((entropies * trained).sum(), tokens)}
+        )
 
 
 @dataclass(frozen=True)
@@ -117,5 +119,5 @@ def _pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _metered(of_pairs: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    return {name: (values.detach().sum().item(), float(len(values))) for name, values in of_pairs.items()}
+def _metered(of_pairs: Mapping[str, Tensor]) -> dict[str, tuple[Number, Number]]:
+    return {name: (values.detach().sum(), float(len(values))) for name, values in of_pairs.items()}

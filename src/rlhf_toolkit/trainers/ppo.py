@@ -295,7 +295,7 @@ class PPOTrainer(RoleTrainer):
         """Add up a micro-batch's KL of the policy at the rollout to the policy now, and its tokens."""
         if self.loss.kl_stop is not None:
             kl = approximate_kl(logprobs, old_logprobs, mask, count=1).k3
-            self._kl_sums += torch.stack([kl, mask.sum()]).cpu()
+            self._kl_sums = self._kl_sums.to(kl.device) + torch.stack([kl.detach(), mask.sum()])
 
     def _decide_whether_to_go_on(self) -> None:
         """Once the KL of a mini-batch, over all ranks, is above ``kl_stop``, the rollout's other updates are left out.
@@ -303,8 +303,8 @@ class PPOTrainer(RoleTrainer):
         All ranks decide from the same sum, before any of them begins the next forward pass.
         """
         if self.loss.kl_stop is not None:
-            total, tokens = torch.stack(all_gather(self._kl_sums)).sum(0).tolist()
-            self._kl_sums = torch.zeros(2)
+            total, tokens = torch.stack(all_gather(self._kl_sums.cpu())).sum(0).tolist()
+            self._kl_sums = torch.zeros_like(self._kl_sums)
             self._stopped = total / max(tokens, 1) > self.loss.kl_stop
 
     def _warming_up(self) -> bool:
@@ -314,12 +314,12 @@ class PPOTrainer(RoleTrainer):
     def _meter_shares(self, shares: dict[str, Tensor], first: bool) -> None:
         """Shares add up to one value for each mini-batch, which each rank counts once for all."""
         for name, share in shares.items():
-            self.meter.add(name, share.item(), 1 / world_size() if first else 0.0)
+            self.meter.add(name, share, 1 / world_size() if first else 0.0)
 
     def _meter_tokens(self, mask: Tensor, quantities: dict[str, Tensor]) -> None:
-        tokens = int(mask.sum())
+        tokens = mask.sum()
         for name, quantity in quantities.items():
-            self.meter.add(name, masked_sum(quantity.float(), mask).item(), tokens)
+            self.meter.add(name, masked_sum(quantity.float(), mask), tokens)
 
     def _meter_rates(self) -> None:
         names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}

@@ -76,7 +76,8 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
         on_main(lambda: claim_run_folder(folder, settings))
     shared = load_roles(experiment, config, topology)
     fingerprint = fingerprint_of(shared)
-    manifest = read_manifest(checkpoint, fingerprint=fingerprint, world_size=topology.world_size) if checkpoint else {}
+    here: dict[str, Any] = {"world_size": topology.world_size, "zero_stage": topology.launch.zero_stage}
+    manifest = read_manifest(checkpoint, fingerprint=fingerprint, **here) if checkpoint else {}
     mirror = start_wandb(experiment, topology, manifest.get("wandb_id"))
     progress = Progress(
         num_rollouts=experiment.ppo.num_rollouts,
@@ -98,7 +99,7 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
             "mean_scores": mean_scores.state,
             "wandb_id": run_id,
             "base": fingerprint,
-            "world_size": topology.world_size,
+            **here,
         }
 
     log = run_log(experiment, trainer, mirror)
