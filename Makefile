@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 GPUS   := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RUN    ?= runs/demo
+LAST   ?= 0.40
+RISE   ?= 0.50
 
 ifeq ($(GPUS),0)
 CONSTRAINTS := -c constraints-cpu.txt
@@ -16,15 +18,18 @@ endif
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install demo pipeline test lint check format bench clean
+.PHONY: help install demo demo-check pipeline test test-thorough lint check format bench bench-smoke clean
 
 help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN)"
+	@echo "make demo-check  did it learn? At least $(LAST) over the last four rollouts, $(RISE) above the first two"
 	@echo "make pipeline  SFT, reward model, PPO, DPO, evaluation, merged model (about half an hour); goes on where it stopped"
-	@echo "make test    all tests, two ranks under real ZeRO-3 among them"
+	@echo "make test    the tests, two ranks under real ZeRO-3 among them (12 minutes at most on 2 CPU cores)"
+	@echo "make test-thorough  those that take minutes: every mutation of the arithmetic, a rehearsal of the GPU exam"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
 	@echo "make bench   measure everything docs/performance.md quotes (about half an hour); see bench/README.md"
+	@echo "make bench-smoke  every bench in a tiny size, which measures nothing: does it run?"
 
 install: $(VENV)/.installed
 
@@ -41,19 +46,25 @@ demo: install
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_zero3.yaml --num_processes $(PROCESSES) \
 	  recipes/ppo.py --config recipes/sentiment/ppo.yaml --overwrite model.name="$$MODEL" run.output_dir=$(RUN)
 
+demo-check: install
+	$(BIN)/python recipes/sentiment/learned.py $(RUN) --last $(LAST) --rise $(RISE)
+
 pipeline: RUN = runs/gold_reward
 pipeline: install
 	$(BIN)/python recipes/gold_reward/run.py --to $(RUN) --processes $(PROCESSES)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not thorough"
+
+test-thorough: install
+	$(BIN)/python -m pytest -m thorough
 
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test test-thorough
 
 format: install
 	$(BIN)/ruff format .
@@ -64,6 +75,12 @@ BENCHES := versus_trl rollout traffic "traffic --like-7b" memory scaling update 
 bench: export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || echo 2)
 bench: install
 	for bench in $(BENCHES); do set -- $$bench; name=$$1; shift; $(BIN)/python bench/$$name.py "$$@" || exit 1; done
+
+SMOKES := $(BENCHES) "packing ragged" "packing plan" learning portability
+bench-smoke: export OMP_NUM_THREADS := 1
+bench-smoke: install
+	for bench in $(SMOKES); do set -- $$bench; name=$$1; shift; echo "--- $$bench"; \
+	  $(BIN)/python bench/$$name.py --smoke "$$@" > /dev/null || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info

@@ -33,22 +33,29 @@ GPU_SHAPES = {  # Qwen2.5's: layers, hidden size, size of the MLP, heads, key an
     "7b": (28, 3584, 18944, 28, 4, False),
     "tiny": (2, 64, 96, 4, 2, True),  # for rehearsals
 }
+TINY = "tiny"
+SMOKE = "--smoke" in sys.argv[1:]
+"""Whether this only tries the bench: a tiny random model, the smallest sizes, one turn, and nothing is kept."""
 
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with ``--set``: cpu is SmolLM2-135M, gpu the three shapes of ``GPU_SHAPES`` with random weights."""
+    """A parser with ``--set``, cpu is SmolLM2-135M, gpu the three shapes of ``GPU_SHAPES`` with random weights; and
+    ``--smoke``, which is read as ``SMOKE``."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     default = "gpu" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--set", choices=("cpu", "gpu"), default=default, help="default here: %(default)s")
+    parser.add_argument("--smoke", action="store_true", help="does it run? Tiny sizes, one turn; nothing is kept")
     return parser
 
 
 def models(which: str) -> list[str]:
-    """Names of the models of a set."""
-    return [SMOLLM] if which == "cpu" else [name for name in GPU_SHAPES if name != "tiny"]
+    """Names of the models of a set; of a smoke test, the tiny one."""
+    if SMOKE:
+        return [TINY]
+    return [SMOLLM] if which == "cpu" else [name for name in GPU_SHAPES if name != TINY]
 
 
 def model_folder(name: str) -> str:
@@ -140,7 +147,9 @@ def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:
 def paired_medians(
     first: Callable[[], object], second: Callable[[], object], *, repeats: int = 9
 ) -> tuple[float, float]:
-    """Median milliseconds of two contestants that take turns (A B A B); the first round warms up and does not count."""
+    """Median milliseconds of two contestants that take turns (A B A B); the first round warms up and does not count.
+    A smoke test has one more."""
+    repeats = 1 if SMOKE else repeats
     pairs = [(milliseconds(first), milliseconds(second)) for _ in range(repeats + 1)][1:]
     first_times, second_times = zip(*pairs, strict=True)
     return statistics.median(first_times), statistics.median(second_times)
@@ -167,7 +176,7 @@ def peak_memory_gib() -> float:
 
 
 def keep(name: str, figures: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write ``results/NAME.json`` and print the same as one JSON object, the last line."""
+    """Write ``results/NAME.json`` and print the same as one JSON object, the last line. A smoke test only prints."""
     result = {
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
@@ -177,8 +186,9 @@ def keep(name: str, figures: Sequence[dict[str, Any]], **more: Any) -> None:
         **more,
         "figures": figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if not SMOKE:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result), flush=True)
 
 

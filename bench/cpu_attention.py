@@ -12,15 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import keep, paired_medians
+from common import SMOKE, arguments, keep, paired_medians
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_toolkit.models.attention import short_causal_attention
 
-ROWS, HEADS, KEY_HEADS, DIMENSION = 32, 9, 3, 64
+ROWS, HEADS, KEY_HEADS, DIMENSION = 2 if SMOKE else 32, 9, 3, 64
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     keep("cpu_attention", [compare(length, dtype) for length in (77, 256) for dtype in (torch.bfloat16, torch.float32)])
 
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import keep, paired_medians
+from common import SMOKE, arguments, keep, paired_medians
 
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
 
-POSITIONS, VOCABULARY, HIDDEN = 768, 49152, 576
+POSITIONS, VOCABULARY, HIDDEN = (48, 4096, 64) if SMOKE else (768, 49152, 576)
 ROWS = 2**24 // VOCABULARY
 SIDES = ((128, 512), (256, 1024), (384, 512), (384, 2048), (384, 4096), (768, 1024))
 PLAIN = LogitTransform(1.0, None, 1.0)
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     torch.manual_seed(0)
     hidden = torch.randn(POSITIONS, HIDDEN, dtype=torch.bfloat16)
     weight = (torch.randn(VOCABULARY, HIDDEN) / 20).bfloat16()

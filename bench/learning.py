@@ -8,7 +8,6 @@ slots, merged weights in decoding with importance correction), ``policy trunk`` 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import fetch_smollm, keep
+from common import SMOKE, TINY, arguments, fetch_smollm, keep, model_folder
 
 ROOT = Path(__file__).parents[1]
 ARMS = {
@@ -54,14 +53,14 @@ def summary(curves: list[list[float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    model = fetch_smollm()
-    jobs = [(arm, seed) for seed in range(arguments.seeds) for arm in ARMS]
+    parser = arguments(__doc__)
+    parser.add_argument("--rollouts", type=int, default=1 if SMOKE else 8)
+    parser.add_argument("--seeds", type=int, default=1 if SMOKE else 3)
+    options = parser.parse_args()
+    model = model_folder(TINY) if SMOKE else fetch_smollm()
+    jobs = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: curve(*job, arguments.rollouts, model), jobs))
+        results = list(pool.map(lambda job: curve(*job, options.rollouts, model), jobs))
     by_arm = {arm: [scores for (name, _), scores in zip(jobs, results, strict=True) if name == arm] for arm in ARMS}
     keep("learning", [{"arm": arm, **summary(curves)} for arm, curves in by_arm.items()])
 

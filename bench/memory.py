@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import arguments, experiment, keep, model_folder, models, peak_memory_gib, prepared, rounded
+from common import SMOKE, arguments, experiment, keep, model_folder, models, peak_memory_gib, prepared, rounded
 from ranks import on_ranks, worker_or_bench
 
-TOKENS = (1024, 2048, 4096)
+TOKENS = (256,) if SMOKE else (1024, 2048, 4096)
 ROLES = {"policy": ("policy",), "+value": ("policy", "value"), "+reference": ("policy", "value", "reference")}
 WIDTH = 128
 RUN_TOKENS = 1024
@@ -81,6 +81,7 @@ def lines(model: str) -> list[dict[str, Any]]:
         measure(model, phase, tokens, roles)
         for phase, tokens, roles in itertools.product(("scoring", "update"), TOKENS, ROLES)
         if (phase, roles) != ("update", "+reference")  # the update never runs the reference
+        and (roles == "+value" or not SMOKE)
     ]
     return [{**line, "added_gib": line["peak_gib"] - idle["peak_gib"]} for line in (idle, rollout, *passes)]
 

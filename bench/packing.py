@@ -10,15 +10,13 @@ A case is one micro-batch: ``prompts``, 16 of them; ``ragged``, the same with re
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 import time
 from functools import partial
 from typing import Any
 
 import torch
-from common import keep, paired_medians
+from common import SMOKE, TINY, arguments, fetch_smollm, keep, model_folder, paired_medians
 
 from rlhf_toolkit.data.layout import TokenLayout, packed, padded
 from rlhf_toolkit.data.packing import packed_micro_batches
@@ -28,9 +26,6 @@ from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_c
 from rlhf_toolkit.models.shared_base import SharedBase
 
 ROWS, LONGEST = 16, 48
-MODEL = os.path.expanduser("~/.cache/rlhf_toolkit/SmolLM2-135M-Instruct")
-
-
 CASES = {"prompts": (1, LONGEST), "ragged": (1, 12), "groups": (4, LONGEST)}
 
 
@@ -39,11 +34,15 @@ PLANNED = {"prompts": 1, "groups": 8}
 
 
 def main() -> None:
-    if sys.argv[1] == "plan":
+    parser = arguments(__doc__)
+    parser.add_argument("case", choices=(*CASES, "plan"))
+    parser.add_argument("folder", nargs="?", help="of SmolLM2-135M-Instruct; default: fetched once")
+    options = parser.parse_args()
+    if options.case == "plan":
         keep("packing_plan", [{name: plan(group) for name, group in PLANNED.items()}])
         return
-    case, name = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else MODEL
-    keep(f"packing_{case}", [compare(*load(name), *CASES[case])])
+    name = model_folder(TINY) if SMOKE else options.folder or fetch_smollm()
+    keep(f"packing_{options.case}", [compare(*load(name), *CASES[options.case])])
 
 
 def plan(group: int, *, rows: int = 4096, budget: int = 16384) -> dict[str, float]:

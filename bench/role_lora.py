@@ -11,15 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import keep, paired_medians
+from common import SMOKE, arguments, keep, paired_medians
 from torch.nn.functional import linear
 
 from rlhf_toolkit.models.role_slices import RoleLora
 
-ROWS, LENGTH, RANK, SCALE = 16, 77, 16, 2.0
+ROWS, LENGTH, RANK, SCALE = 2 if SMOKE else 16, 77, 16, 2.0
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     keep("role_lora", [compare(*shape) for shape in ((576, 576), (576, 1536), (1536, 576))])
 
 

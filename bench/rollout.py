@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, experiment, keep, models, prepared, rounded
+from common import SMOKE, arguments, experiment, keep, models, prepared, rounded
 
-SLOTS, PROMPTS, TOKENS, FIXED_TOKENS, CONTINUOUS_PROMPTS = 16, 64, 128, 48, 8
+SLOTS, PROMPTS, TOKENS, FIXED_TOKENS, CONTINUOUS_PROMPTS = (2, 4, 4, 4, 2) if SMOKE else (16, 64, 128, 48, 8)
 Sampler = Callable[[int], int]
 """Samples with the seed given and returns the useful tokens made."""
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--turns", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--turns", type=int, default=1 if SMOKE else 3, help="default: %(default)s")
     parser.add_argument("--slots", type=int, default=SLOTS, help="default: %(default)s")
     options = parser.parse_args()
     figures = []

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import arguments, experiment, keep, models, prepared, rounded
+from common import SMOKE, arguments, experiment, keep, models, prepared, rounded
 from ranks import on_ranks, worker_or_bench
 
 ROLLOUTS = 3  # the first warms up
@@ -41,6 +41,8 @@ def lines(model: str) -> list[dict[str, Any]]:
     """Median seconds of a step by phase, and the ratio to the first line."""
     figures: list[dict[str, Any]] = []
     for name, (ranks, changes) in LINES.items():
+        if SMOKE and changes:
+            continue  # of launches, one of each kind
         job = {"model": model, "changes": {**SAME, **changes}}
         phases = on_ranks(__file__, job, ranks=ranks, stage=3 if ranks > 1 else None)
         first = figures[0]["seconds"] if figures else phases["step"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, keep, models, paired_medians, rounded
+from common import SMOKE, arguments, keep, models, paired_medians, rounded
 from one_update import ROWS, load, micro_batches, score, update
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 def lines(model: str) -> list[dict[str, Any]]:
     """For each size of micro-batch: seconds, paired, and GiB on top of the loaded model."""
     plain, fused, figures = load(model, fuse=False), load(model), []
-    for rows in (8, ROWS):
+    for rows in (ROWS,) if SMOKE else (8, ROWS):
         layouts = list(micro_batches(fused, rows))
         before, after = paired_medians(lambda: update(plain, layouts), lambda: update(fused, layouts), repeats=3)  # noqa: B023
         _, scoring = paired_medians(lambda: None, lambda: score(fused, layouts), repeats=3)  # noqa: B023

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, arguments, keep, known, model_folder, models, rounded
+from common import ROOT, SMOKE, arguments, keep, known, model_folder, models, rounded
 from contestants.protocol import Contestant
 
-TURNS, PROMPTS, TOKENS, RANK, RATE, KL_COEF = 5, 16, 48, 16, 2e-4, 0.05
+TURNS, PROMPTS, TOKENS, RANK, RATE, KL_COEF = 1 if SMOKE else 5, 16, 48, 16, 2e-4, 0.05
 ENVIRONMENT = ROOT / ".venv-trl"
 SAME_VERSIONS = ("torch", "transformers", "accelerate", "peft", "datasets")
 OURS: dict[str, dict[str, Any]] = {  # contestant -> changes to the experiment
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--trl-python", default=os.environ.get("TRL_PYTHON"), help="the Python of an environment with TRL 1.12"
     )
-    parser.add_argument("--only-ours", action="store_true", help="leave TRL out, for trying")
+    parser.add_argument("--only-ours", action="store_true", default=SMOKE, help="leave TRL out, for trying")
     options = parser.parse_args()
     figures = [compare(model, options) for model in models(options.set)]
     keep("versus_trl", rounded(figures), setting=f"{PROMPTS} prompts x {TOKENS} new tokens, LoRA r{RANK}, one epoch")

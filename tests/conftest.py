@@ -1,4 +1,4 @@
-"""One finished run of the recipe, in miniature, for what is done with its folder."""
+"""Recipes as processes, and one finished run in miniature for what is done with its folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import RecipeProcesses
 from tests.launch import run_recipe
 from tests.tiny import merged, write_experiment, write_task
+
+
+@pytest.fixture(scope="session")
+def recipe() -> RecipeProcesses:
+    """``recipes/ppo.py`` in processes that cost a second."""
+    return RecipeProcesses()
 
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,28 @@
-"""Start a recipe or a worker function on real ranks, with a hard time limit and a stack dump of every rank that
-hangs."""
+"""Runs a recipe or a worker function on real ranks, with a hard time limit and a stack dump of every rank that hangs.
+
+Ranks are forked from one process that has imported everything (``tests/forked.py``), which takes a tenth of the time
+of ``accelerate launch``; a test of launching itself says ``launcher=True``.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
-import socket
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.forked import shared
+from tests.processes import ROOT, Finished, environment_of_tests, run
+
+__all__ = ["ACCELERATE", "ROOT", "SECONDS", "Finished", "environment_of_tests", "launch", "run", "run_recipe"]
+
 ACCELERATE = Path(sys.executable).with_name("accelerate")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a launch ended."""
-
-    status: int
-    output: str
-
-    def succeeded(self) -> Finished:
-        """Fail the test with the output unless the launch succeeded."""
-        assert self.status == 0, self.output[-6000:]
-        return self
+SECONDS = 600
+"""A hang's, not a slow machine's: what ends at all ends in a tenth of it where nothing else runs."""
 
 
 def launch(
@@ -38,14 +31,32 @@ def launch(
     *,
     processes: int,
     stage: int | None,
-    seconds: int = 240,
+    seconds: int = SECONDS,
     launch_options: dict[str, Any] | None = None,
+    launcher: bool = False,
 ) -> Finished:
     """Run ``python script`` on ``processes`` ranks under ZeRO ``stage`` (None: plain). Kills everything after
     ``seconds``.
 
-    Every process dumps its stacks shortly before that, so that a hang is a failure with a reason.
+    ``launcher``: by ``accelerate launch``. Otherwise the ranks are forked and find in their environment what accelerate
+    makes of the same YAML. Every process dumps its stacks shortly before the limit, so that a hang is a failure with a
+    reason.
     """
+    config = write_launch_config(folder, processes, stage, launch_options or {})
+    if not launcher:
+        return shared().run(script[0], *script[1:], launch_config=config, seconds=seconds)
+    if stage is not None:
+        build_op()
+    dump = f"import faulthandler; faulthandler.dump_traceback_later({seconds - 10}, exit=True)"
+    (folder / "sitecustomize.py").write_text(dump)
+    command = [str(ACCELERATE), "launch", "--config_file", str(config), *script]
+    return run(command, seconds=seconds, PYTHONPATH=os.pathsep.join(map(str, (folder, ROOT, ROOT / "src"))))
+
+
+def write_launch_config(folder: Path, processes: int, stage: int | None, options: dict[str, Any]) -> Path:
+    """accelerate's YAML in ``folder``. Port 0: any that is free when the launch begins."""
+    deepspeed = {} if stage is None else {"zero_stage": stage, "zero3_init_flag": stage == 3}
+    deepspeed |= options
     settings = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED" if stage is not None else "NO",
@@ -54,58 +65,18 @@ def launch(
         "num_processes": processes,
         "machine_rank": 0,
         "main_training_function": "main",
-        "main_process_port": _free_port(),
+        "main_process_port": 0,
         "use_cpu": False,
     }
-    if stage is not None:
-        build_op()
-        settings["deepspeed_config"] = {"zero_stage": stage, "zero3_init_flag": stage == 3}
-    settings["deepspeed_config"] = {**settings.get("deepspeed_config", {}), **(launch_options or {})}
-    if not settings["deepspeed_config"]:
-        del settings["deepspeed_config"]
-    config = folder / f"accelerate_{processes}_{stage}.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    dump = f"import faulthandler; faulthandler.dump_traceback_later({seconds - 10}, exit=True)"
-    (folder / "sitecustomize.py").write_text(dump)
-    command = [str(ACCELERATE), "launch", "--config_file", str(config), *script]
-    return run(command, seconds=seconds, PYTHONPATH=os.pathsep.join(map(str, (folder, ROOT, ROOT / "src"))))
+    path = folder / f"accelerate_{processes}_{stage}.yaml"
+    path.write_text(yaml.safe_dump(settings | ({"deepspeed_config": deepspeed} if deepspeed else {})))
+    return path
 
 
 @functools.cache
 def build_op() -> None:
     """Compile DeepSpeed's op before the first launch, so that no launch's time limit has to allow for it."""
-    run([sys.executable, "-m", "rlhf_toolkit.distributed.extensions"], seconds=600).succeeded()
-
-
-def run(command: list[str], *, seconds: int, **environment: str) -> Finished:
-    """Run a command in a process group of its own; kill the whole group at the time limit."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**environment_of_tests(), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        return Finished(process.returncode, output)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        return Finished(-9, f"{output}\n--- killed after {seconds} s ---")
-
-
-def environment_of_tests() -> dict[str, str]:
-    """No network, no GPU, one thread."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    run([sys.executable, "-m", "rlhf_toolkit.distributed.extensions"], seconds=SECONDS).succeeded()
 
 
 def run_recipe(
@@ -122,16 +93,10 @@ def run_recipe(
 
 
 def run_worker(
-    function: str, folder: Path, *, processes: int = 2, stage: int | None = 3, seconds: int = 240, **arguments: Any
+    function: str, folder: Path, *, processes: int = 2, stage: int | None = 3, seconds: int = SECONDS, **arguments: Any
 ) -> list[Any]:
     """Call ``module:name`` with ``arguments`` on every rank; return what each rank returned, in rank order."""
     torch.save(arguments, folder / "arguments.pt")
     script = [str(Path(__file__).with_name("worker.py")), function, str(folder)]
     launch(script, folder, processes=processes, stage=stage, seconds=seconds).succeeded()
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(processes)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

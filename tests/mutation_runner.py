@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60.0  # of one mutation, on a machine that does other things as well
-SECONDS_WITHOUT = 300.0  # of all tests without a mutation
+SECONDS = 60  # of the processor, for one mutation: what else the machine does makes no difference
+SECONDS_WITHOUT = 600  # of all tests without a mutation
+WAITING = 30  # times as long by the clock, for what waits and does not compute
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
@@ -134,15 +136,16 @@ def _verdict(mutation: Mutation, folder: Path) -> Verdict:
     return Verdict(mutation, "DEFECT", f"{status}\n{ended.output[-3000:]}")
 
 
-def _run(tests: Sequence[str], source: tuple[Path, str] | None, folder: Path, *, seconds: float) -> Ended:
+def _run(tests: Sequence[str], source: tuple[Path, str] | None, folder: Path, *, seconds: int) -> Ended:
     """Run ``tests`` in a child that imports ``source``, a file and its text, as that text."""
     assert not [name for name in sys.modules if name.partition(".")[0] == "rlhf_toolkit"], "it is too late to mutate"
     output, report = folder / "output.txt", folder / "report.json"
     report.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         _become(tests, source, output, report)
-    killed = _wait(child, seconds)
+    killed = _wait(child, WAITING * seconds)
     text = output.read_text()
     if not report.exists():
         return Ended(None, False, [], f"{text}\n--- {'ran out of time' if killed else 'died'}")
@@ -203,11 +206,13 @@ def _import_as(path: Path, text: str, imported: list[str]) -> None:
 
 
 def _wait(child: int, seconds: float) -> bool:
-    """Wait for the child and kill it, with all that it has started, after ``seconds``; whether that was needed."""
+    """Wait for the child and kill it, with all that it has started, after ``seconds``; whether that was needed, or the
+    kernel has ended it for the time it took of the processor."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return False
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
         time.sleep(0.01)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)

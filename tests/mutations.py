@@ -551,7 +551,7 @@ OF_TRAINER = [
     *within("trainers/ppo.py", TERMS,
         ("reduction: over what is not trained on",
          "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
-         "mask=inputs[\"response_mask\"]", "mask=inputs[\"token_mask\"]"),
+         "self._reduction(inputs, batch.response_mask)", "self._reduction(inputs, batch.token_mask)"),
         ("reduction: by the micro-batch's own tokens",
          "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
          "tokens=int(inputs[\"token_count\"])", "tokens=int(inputs[\"response_mask\"].sum())"),

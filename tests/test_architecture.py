@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.offenders import for_each
 
 PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -21,6 +21,7 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+BY_FILE = for_each(FILES, lambda path: path.relative_to(PACKAGE))
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
 SIBLINGS = {
     ("config_loading", "configs"),
@@ -56,7 +57,7 @@ def foreign(source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@BY_FILE
 def test_lower_layers_never_import_higher_ones(path: Path) -> None:
     me = part_of(path)
     if me == "__init__":
@@ -71,7 +72,7 @@ def test_lower_layers_never_import_higher_ones(path: Path) -> None:
         assert allowed, f"{me} must not import {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@BY_FILE
 def test_only_distributed_knows_about_ranks(path: Path) -> None:
     if part_of(path) == "distributed":
         return
@@ -79,7 +80,7 @@ def test_only_distributed_knows_about_ranks(path: Path) -> None:
     assert not re.search(r"torch\.distributed\.\w|init_process_group", path.read_text())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@BY_FILE
 def test_only_trainers_subclass_trainer_and_see_configs(path: Path) -> None:
     if part_of(path) in ("trainers", "configs", "experiment", "config_loading"):
         return
@@ -95,7 +96,7 @@ def test_only_trainers_subclass_trainer_and_see_configs(path: Path) -> None:
     assert configs == [], "take the numbers that are needed"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@BY_FILE
 def test_files_and_functions_stay_small_and_finished(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 400

@@ -21,13 +21,12 @@ pytestmark = pytest.mark.skipif(
 RULES = sorted(str(path) for path in Path(__file__).parent.glob("cuda_rules/rules_of_*.py"))
 
 
-@pytest.mark.timeout(620)
 def test_the_toolkit_keeps_a_gpus_rules() -> None:
     finished = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *RULES], seconds=600).succeeded()
     assert " passed" in finished.output and "skipped" not in finished.output, finished.output[-2000:]
 
 
-@pytest.mark.timeout(620)
+@pytest.mark.thorough
 def test_mistakes_that_only_a_gpu_would_show_are_caught() -> None:
     finished = run([sys.executable, "-m", "tests.cuda_rules.planted"], seconds=600).succeeded()
     caught = [line for line in finished.output.splitlines() if line.startswith("caught ")]

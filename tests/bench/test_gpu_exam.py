@@ -16,7 +16,7 @@ import gpu_exam
 import gpu_wheels
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.thorough
 def test_the_whole_exam_passes_its_rehearsal(tmp_path: Path) -> None:
     command = [sys.executable, "bench/gpu_exam.py", "--rehearse", "--seconds", "1200", "--patience", "8"]
     done = subprocess.run(

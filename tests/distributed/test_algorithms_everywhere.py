@@ -4,7 +4,6 @@ and of half the micro-batch budget, are those of one process."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecipeProcesses]:
-    processes = RecipeProcesses(tmp_path_factory.mktemp("recipe"))
-    yield processes
-    processes.close()
-
-
 def experiment(folder: Path, case: str, **changes: Any) -> Path:
     folder.mkdir()
     task = merged(write_task(folder), {**BASE, **CASES[case], **changes})
@@ -89,7 +81,6 @@ def assert_same(found: Path, expected: Path) -> None:
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_and_half_the_budget_end_where_one_process_does(
     recipe: RecipeProcesses, tmp_path: Path, case: str

@@ -6,22 +6,18 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.prompts import PromptSchedule
 from tests.launch import Finished, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
-pytestmark = pytest.mark.timeout(240)
-SECONDS = 150
 PROMPTS, PER_ROLLOUT, RESPONSES = 24, 8, 2
 REWARDS = '''
 import os
@@ -95,7 +91,7 @@ print(server.server_address[1], flush=True)
 server.serve_forever()
 """
 ENTRIES: dict[str, dict[str, Any]] = {
-    "sleepy": {"workers": 1, "timeout": 3},
+    "sleepy": {"workers": 1, "timeout": 8},
     "picky": {"workers": 1},
     "undecided": {},
 }
@@ -106,8 +102,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def launched(folder: Path, entry: dict[str, Any], policy: str, **changes: Any) -> Finished:
-    """A run of three rollouts whose reward is ``entry`` under ``policy``."""
+def launched(folder: Path, entry: dict[str, Any], policy: str, *, launcher: bool = False, **changes: Any) -> Finished:
+    """A run of three rollouts whose reward is ``entry`` under ``policy``; by ``accelerate launch`` where it says so."""
     task = write_task(folder, prompts=PROMPTS)
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     numbered = [{**row, "number": number} for number, row in enumerate(rows)]
@@ -115,7 +111,7 @@ def launched(folder: Path, entry: dict[str, Any], policy: str, **changes: Any) -
     (folder / "reward.py").write_text(REWARDS)
     reward = {"function": "", "functions": [{**entry, **POLICIES[policy]}]}
     task = merged({**task, "reward": reward}, {"rollout.responses_per_prompt": RESPONSES, **changes})
-    return run_recipe(write_experiment(folder / "run.yaml", task), processes=2, stage=3, seconds=SECONDS)
+    return run_recipe(write_experiment(folder / "run.yaml", task), processes=2, stage=3, launcher=launcher)
 
 
 def function(folder: Path, name: str) -> dict[str, Any]:
@@ -167,14 +163,14 @@ def assert_trained(finished: Finished, folder: Path) -> None:
 
 
 def test_a_reward_that_never_returns_on_one_rank_ends_both(tmp_path: Path) -> None:
-    finished = launched(tmp_path, function(tmp_path, "sleepy"), "error")
-    assert_both_ranks_said(finished, r"sleepy took longer than its 3 s; make it faster, or raise its timeout")
+    finished = launched(tmp_path, function(tmp_path, "sleepy"), "error", launcher=True)
+    assert_both_ranks_said(finished, r"sleepy took longer than its 8 s; make it faster, or raise its timeout")
     assert "RewardError: rank 1 failed in the reward: reward sleepy" in finished.output
     assert_nothing_is_left(tmp_path, workers=2)
 
 
 def test_a_reward_that_never_returns_on_one_rank_costs_one_response(tmp_path: Path) -> None:
-    finished = launched(tmp_path, function(tmp_path, "sleepy"), "drop")
+    finished = launched(tmp_path, function(tmp_path, "sleepy"), "drop", launcher=True)
     assert_trained(finished, tmp_path)
     assert [record.get("reward/sleepy_failures") for record in records(tmp_path)] == [1.0, None, None]
     assert [record.get("reward/dropped") for record in records(tmp_path)] == [1.0, None, None]
@@ -223,9 +219,7 @@ def remote(url: str) -> dict[str, Any]:
 
 def test_a_server_that_dies_ends_the_run(tmp_path: Path) -> None:
     with server(answers=20) as url:
-        began = time.monotonic()
         finished = launched(tmp_path, remote(url), "error")
-    assert time.monotonic() - began < SECONDS
     fault = rf"judge got no answer from {url}: \w+: [^;]+; check that the server runs and that the address is right"
     assert_both_ranks_said(finished, fault)
     assert len(records(tmp_path)) == 1, "the server lived for a rollout"

@@ -55,7 +55,6 @@ PPOTrainer.training_step, PPOTrainer.save_model = step, save
 '''
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("processes", "stage"), [(1, None), (2, 3), (2, 2)], ids=["one process", "two ranks, ZeRO-3", "two ranks, ZeRO-2"]
 )

@@ -87,7 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "reward.py").write_text(WATCH_WANDB)
     (folder / "flaky.py").write_text(FLAKY)
     (folder / "answers.py").write_text(ANSWERS)
-    finished: Finished = run_recipe(write_experiment(folder / "run.yaml", task), processes=2, stage=3)
+    finished: Finished = run_recipe(write_experiment(folder / "run.yaml", task), processes=2, stage=3, launcher=True)
     finished.succeeded()
     (folder / "output.txt").write_text(finished.output)
     return folder

@@ -83,7 +83,6 @@ def assert_same_tensors(straight: Path, broken: Path, *, files: int) -> None:
             assert torch.equal(tensor, result[name]), f"{file}: {name} differs after the resume"
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("more", [{}, CHEAPEST, GROUPS], ids=["", "cheapest", "groups"])
 @pytest.mark.parametrize(("processes", "stage"), [(2, 3), (1, None)], ids=["two ranks, ZeRO-3", "one process"])
 def test_killed_and_resumed_equals_straight(
@@ -140,7 +139,6 @@ SUPERVISED = {
 }
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
 @pytest.mark.parametrize(("processes", "stage"), [(2, 3), (1, None)], ids=["two ranks, ZeRO-3", "one process"])
 def test_a_supervised_run_killed_and_resumed_equals_straight(

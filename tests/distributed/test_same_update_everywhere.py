@@ -63,7 +63,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
     return found
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "one process"])
 def test_parameters_after_four_updates_equal_those_of_one_process(
     results: dict[str, dict[str, torch.Tensor]], name: str

@@ -38,6 +38,7 @@ def launch_of(config: Path) -> Launch:
     """The launch each process sees that ``accelerate launch --config_file config`` starts."""
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "x.py"]))
     args.deepspeed_fields_from_accelerate_config = []
+    args.main_process_port = 0  # accelerate looks whether the port is free, and another run may have it
     _, environment = (prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_simple_launcher_cmd_env)(args)
     return Launch.from_environment({**environment, "WORLD_SIZE": str(args.num_processes)})
 
@@ -67,6 +68,12 @@ def test_every_launch_config_we_ship(config: Path) -> None:
     assert launch.shard_while_loading or launch.zero_stage != 3
     offloaded = "cpu" if "offload" in config.stem else "none"
     assert (launch.offload_optimizer, launch.offload_parameters) == (offloaded, offloaded)
+
+
+def test_launches_of_one_machine_take_any_port_that_is_free() -> None:
+    """Two runs on a machine: the second would find accelerate's default port taken."""
+    settings = [yaml.safe_load(path.read_text()) for path in CONFIGS]
+    assert {each["main_process_port"] for each in settings if each["num_machines"] == 1} == {0}
 
 
 def test_a_plain_process() -> None:

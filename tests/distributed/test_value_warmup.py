@@ -12,7 +12,6 @@ from tests.launch import run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("value_on", ["adapter", "policy_trunk"])
 def test_the_policy_adapter_is_bit_identical_after_warmup_on_two_ranks(tmp_path: Path, value_on: str) -> None:
     changes = {

@@ -78,7 +78,7 @@ def trained(folder: Path, task: dict[str, Any], source: Path) -> dict[str, torch
     """The policy of a run in ``folder``, where the package is that below ``source``."""
     experiment = write_experiment(folder / "run.yaml", merged(task, {"run.output_dir": str(folder / "run")}))
     command = [sys.executable, "-c", THERE, str(folder), str(ROOT / "recipes/ppo.py"), "--config", str(experiment)]
-    run(command, seconds=120, PYTHONPATH=f"{source}{os.pathsep}{ROOT}").succeeded()
+    run(command, seconds=600, PYTHONPATH=f"{source}{os.pathsep}{ROOT}").succeeded()
     return load_file(folder / "run/policy/adapter_model.safetensors")
 
 
@@ -152,7 +152,7 @@ def test_inside_the_package_they_pass_its_tests(inside: Path) -> None:
     tests = [f"tests/algorithms/test_{name}.py" for name in ("advantages", "all_policy_losses")]
     chosen = ["-k", "(ranked or penalised) and not written_out", "-p", "no:cacheprovider", "-rp"]
     command = [sys.executable, "-m", "pytest", *tests, *chosen]
-    output = run(command, seconds=120, PYTHONPATH=f"{inside}{os.pathsep}{ROOT}").succeeded().output
+    output = run(command, seconds=600, PYTHONPATH=f"{inside}{os.pathsep}{ROOT}").succeeded().output
     for name in ("ranked", "penalised"):
         assert len(re.findall(rf"^PASSED tests/algorithms/.*{name}", output, flags=re.MULTILINE)) >= 4
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.offenders import for_each
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/performance.md").read_text()
@@ -21,7 +21,7 @@ def results(file: str) -> Any:
     return json.loads((ROOT / "bench/results" / file).read_text())
 
 
-@pytest.mark.parametrize("row", ROWS)
+@for_each(ROWS)
 def test_every_number_of_a_table_stands_in_the_file_it_names(row: str) -> None:
     quoted = ROW.match(row)
     assert quoted, "a row with a number ends with `file.json: path.to.the.number`"
@@ -32,7 +32,7 @@ def test_every_number_of_a_table_stands_in_the_file_it_names(row: str) -> None:
     assert f"{value:.{decimals}f}" == quoted["number"]
 
 
-@pytest.mark.parametrize("file", sorted({file.name for file in (ROOT / "bench/results").glob("*.json")}))
+@for_each(sorted({file.name for file in (ROOT / "bench/results").glob("*.json")}))
 def test_every_result_says_where_it_comes_from(file: str) -> None:
     assert {"machine", "threads", "commit", "figures"} <= results(file).keys()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from recipes.sentiment import fetch_model, make_prompts
+from recipes.sentiment import fetch_model, learned, make_prompts
 from recipes.sentiment.reward import sentiment
 
 FOLDER = Path(make_prompts.__file__).parent
@@ -244,3 +244,26 @@ def test_default_folder_respects_xdg_cache_home(monkeypatch: pytest.MonkeyPatch,
     assert fetch_model.default_folder() == tmp_path / "rlhf_toolkit" / "SmolLM2-135M-Instruct"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert fetch_model.default_folder() == Path.home() / ".cache" / "rlhf_toolkit" / "SmolLM2-135M-Instruct"
+
+
+# ---- the bar of the demo ---------------------------------------------------------------------------------------------
+
+
+def test_the_bar_asks_for_a_height_and_for_a_rise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores whose ends are -0.3 and 0.45, then each end spoiled, and what lies between, which does not count."""
+    curves = {
+        "met": ([-0.4, -0.2, -1.0, 0.4, 0.5, 0.4, 0.5], 0),
+        "too low": ([-0.4, -0.2, 1.0, 0.39, 0.39, 0.39, 0.39], 1),
+        "too small a rise": ([0.0, 0.1, 1.0, 0.5, 0.5, 0.5, 0.5], 1),
+    }
+    wrong = {}
+    for name, (scores, status) in curves.items():
+        (tmp_path / "summary.json").write_text(json.dumps({"mean_scores": scores}))
+        monkeypatch.setattr(sys, "argv", ["learned.py", str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            learned.main()
+        if ended.value.code != status:
+            wrong[name] = ended.value.code
+    assert not wrong
+    with pytest.raises(ValueError, match="5 rollouts; the bar takes the first 2 and the last 4"):
+        learned.learned([0.0] * 5, last=0.4, rise=0.5)

@@ -16,7 +16,6 @@ from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.types import Prompt
 from tests.rewards.common import MISBEHAVING, batch_of, prompts_for, rewards_of, tokens_for
 
-pytestmark = pytest.mark.timeout(60)
 RESPONSES = ["a", "bb", "ccc", "dddd", "eeeee"]
 
 

@@ -7,14 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from rlhf_toolkit.rewards.lanes import Lanes
 from rlhf_toolkit.rewards.specification import POLICIES, REQUESTS, RewardSpec
 from tests.rewards.common import batch_of, prompts_for, rewards_of, tokens_for
 
-pytestmark = pytest.mark.timeout(60)
 PAGE = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
 
 

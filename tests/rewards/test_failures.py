@@ -21,7 +21,6 @@ from rlhf_toolkit.rewards.pool import environment_of_workers
 from rlhf_toolkit.rewards.specification import RewardSpec
 from tests.rewards.common import MISBEHAVING, batch_of, is_gone, rewards_of, wait_until
 
-pytestmark = pytest.mark.timeout(60)
 LIMIT = 1.5
 SAID = {
     "sleep": "took longer than its 1.5 s; make it faster, or raise its timeout",

@@ -20,7 +20,6 @@ from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.specification import RewardSpec
 from tests.rewards.common import batch_of, rewards_of, wait_until
 
-pytestmark = pytest.mark.timeout(60)
 Answer = Callable[["Handler", dict[str, Any]], None]
 
 

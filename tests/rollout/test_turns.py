@@ -175,7 +175,6 @@ def test_an_environment_that_says_nothing_changes_nothing(tmp_path: Path) -> Non
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
-@pytest.mark.timeout(500)
 def test_two_ranks_in_window_and_stream_train_as_one_process_does(tmp_path: Path) -> None:
     runs = {"alone": (1, None, "auto"), "window": (2, 3, "window"), "stream": (2, 3, "stream")}
     found = {}
@@ -193,7 +192,7 @@ def test_two_ranks_in_window_and_stream_train_as_one_process_does(tmp_path: Path
 @pytest.mark.parametrize("mode", ["window", "stream"])
 def test_a_tool_that_fails_on_one_rank_ends_all(tmp_path: Path, mode: str) -> None:
     path = write_experiment(tmp_path / "run.yaml", task(tmp_path, "broken", **{"rollout.mode": mode}))
-    finished = run_recipe(path, processes=2, stage=3, seconds=120)
+    finished = run_recipe(path, processes=2, stage=3)
     assert finished.status == 1
     assert "RewardError: rank 1 failed in the environment: rollout.environment=" in finished.output
     assert "raised ValueError: no such tool; repair the function" in finished.output

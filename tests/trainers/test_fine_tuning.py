@@ -157,7 +157,6 @@ def results(folder: Path) -> dict[str, Tensor]:
     return {f"{f.parent.name}/{name}": tensor for f in files for name, tensor in load_file(f).items()}
 
 
-@pytest.mark.timeout(500)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_topology_and_cut_trains_the_same(tmp_path: Path, kind: str) -> None:
     """Ten items in mini-batches of six over two ranks: ranks have unequal numbers of items in some of them."""

@@ -136,7 +136,6 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [*{(line["kind"], line["step"]): line for line in timeless}.values()]
 
 
-@pytest.mark.timeout(500)
 @TIED
 def test_two_ranks_under_zero_train_as_one_process(tmp_path: Path, tied: bool) -> None:
     """Evaluations in between; ten items in mini-batches of five over two ranks; whole mini-batches of padded rows."""
@@ -167,7 +166,6 @@ def test_two_ranks_under_zero_train_as_one_process(tmp_path: Path, tied: bool) -
             assert line == pytest.approx({k: v for k, v in expected.items() if k != "kind"}, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("processes", "stage"), [(1, None), (2, 3)], ids=["one process", "two ranks, ZeRO-3"])
 def test_resumed_equals_straight(tmp_path: Path, processes: int, stage: int | None) -> None:
     """From the folder that a run killed after its second checkpoint leaves, to the same bits and the same log."""
