@@ -153,12 +153,18 @@ class SharedBase(PeftModel):
         return role == VALUE and self.value_borrows
 
     def next_token_logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache,
+        last: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``.
 
-        ``attention_mask`` (B, columns of the cache + S). Without autograd; the whole base lies here, or ZeRO's hooks
-        bring it layer by layer.
+        ``attention_mask`` (B, columns of the cache + S). ``last`` (B,) is where in ``input_ids`` each row's last token
+        stands, by default at the end. Without autograd; the whole base lies here, or ZeRO's hooks bring it layer by
+        layer.
         """
         with self.slices.layout((POLICY,), input_ids.shape[0]):
             hidden = self.causal_lm.base_model(
@@ -168,7 +174,8 @@ class SharedBase(PeftModel):
                 cache=cache,
                 use_cache=True,
             ).last_hidden_state
-        return self.policy_head.next_token_logits(hidden[:, -1])
+        ends = hidden[:, -1] if last is None else hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return self.policy_head.next_token_logits(ends)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``."""
