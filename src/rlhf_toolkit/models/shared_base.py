@@ -154,12 +154,18 @@ class SharedBase(PeftModel):
         return role == VALUE and self.value_borrows
 
     def next_token_logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache,
+        last: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``.
 
-        ``attention_mask`` (B, columns of the cache + S). Without autograd; the whole base lies here, or ZeRO's hooks
-        bring it layer by layer.
+        ``attention_mask`` (B, columns of the cache + S). ``last`` (B,) is where in ``input_ids`` each row's last token
+        stands, by default at the end. Without autograd; the whole base lies here, or ZeRO's hooks bring it layer by
+        layer.
         """
         with self.slices.layout((POLICY,), input_ids.shape[0]):
             hidden = self.causal_lm.base_model(
@@ -169,7 +175,8 @@ class SharedBase(PeftModel):
                 use_cache=True,
                 **{self._cache_argument: cache},
             ).last_hidden_state
-        return self.policy_head.next_token_logits(hidden[:, -1])
+        ends = hidden[:, -1] if last is None else hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return self.policy_head.next_token_logits(ends)
 
     def _as_layers_take_it(self, mask: torch.Tensor, length: int) -> torch.Tensor:
         """On a GPU, for one token a row, (B, columns) becomes (B, 1, 1, columns) bool, which transformers hands on to

@@ -202,22 +202,35 @@ class _Decoding:
         computed once, for one row."""
         cache = DynamicCache(config=self.model.causal_lm.config)
         shared = common_prefix(prompts) if self.shares_prefix else 0
-        ids, mask = left_padded(prompts, pad_id=self.sampling.pad_id, skip=shared)
-        ids, mask = ids.to(self.device), mask.to(self.device)
         if shared:
-            prefix = torch.tensor([prompts[0].token_ids[:shared]], device=self.device)
-            self._forward(prefix, torch.ones_like(prefix), torch.arange(shared, device=self.device)[None], cache)
-            cache.batch_repeat_interleave(len(prompts))
-            mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        logits = self._forward(ids, mask, positions, cache)
-        return close_holes(cache, mask) if shared else mask, cache, logits
+            return self._prefill_behind(shared, prompts, cache)
+        ids, mask = (each.to(self.device) for each in left_padded(prompts, pad_id=self.sampling.pad_id))
+        return mask, cache, self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+
+    def _prefill_behind(
+        self, shared: int, prompts: Sequence[Prompt], cache: DynamicCache
+    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """The same where all begin with ``shared`` equal tokens. What follows them is padded on the right: padding
+        between two parts of a prompt would spoil a bias by the distance of columns (MPT)."""
+        prefix = torch.tensor([prompts[0].token_ids[:shared]], device=self.device)
+        self._forward(prefix, torch.ones_like(prefix), torch.arange(shared, device=self.device)[None], cache)
+        cache.batch_repeat_interleave(len(prompts))
+        rests = right_padded(prompts, pad_id=self.sampling.pad_id, skip=shared)
+        ids, rest = (each.to(self.device) for each in rests)
+        mask = torch.cat([rest.new_ones(len(prompts), shared), rest], dim=1)
+        logits = self._forward(ids, mask, (mask.cumsum(1) - 1)[:, shared:], cache, rest.sum(1) - 1)
+        return close_holes(cache, mask), cache, logits
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | SlotCache
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: DynamicCache | SlotCache,
+        *last: torch.Tensor,
     ) -> torch.Tensor:
         self.pace.before_forward()
-        return self.model.next_token_logits(ids, mask, positions, cache)
+        return self.model.next_token_logits(ids, mask, positions, cache, *last)
 
     def _record(self, slots: list[int], chosen: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> None:
         """Choose a token for each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end.
@@ -308,16 +321,23 @@ def common_prefix(prompts: Sequence[Prompt]) -> int:
     return shared if len(prompts) > 1 and shared >= SHARED_PREFIX else 0
 
 
-def left_padded(prompts: Sequence[Prompt], *, pad_id: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts without their first ``skip`` tokens as (B, P) ids and mask (B, P) int64, padded on the left so that all
-    end in the same column."""
+def left_padded(prompts: Sequence[Prompt], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as (B, P) ids and mask (B, P) int64, padded on the left so that all end in the same column."""
+    ids, mask = right_padded(prompts, pad_id=pad_id)
+    width = ids.shape[1]
+    places = (torch.arange(width) + mask.sum(1, keepdim=True)) % width
+    return ids.gather(1, places), mask.gather(1, places)
+
+
+def right_padded(prompts: Sequence[Prompt], *, pad_id: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts without their first ``skip`` tokens as (B, P) ids and mask (B, P) int64, padded on the right."""
     width = max(len(prompt.token_ids) for prompt in prompts) - skip
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         own = prompt.token_ids[skip:]
-        ids[row, width - len(own) :] = torch.tensor(own)
-        mask[row, width - len(own) :] = 1
+        ids[row, : len(own)] = torch.tensor(own)
+        mask[row, : len(own)] = 1
     return ids, mask
 
 
