@@ -18,7 +18,7 @@ endif
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install demo demo-check pipeline test test-thorough lint check format bench bench-smoke clean
+.PHONY: help install demo demo-check pipeline test test-thorough mutations lint check format bench bench-smoke clean
 
 help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN)"
@@ -26,6 +26,7 @@ help:
 	@echo "make pipeline  SFT, reward model, PPO, DPO, evaluation, merged model (about half an hour); goes on where it stopped"
 	@echo "make test    the tests, two ranks under real ZeRO-3 among them (12 minutes at most on 2 CPU cores)"
 	@echo "make test-thorough  those that take minutes: every mutation of the arithmetic, a rehearsal of the GPU exam"
+	@echo "make mutations  the first of these alone"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
 	@echo "make bench   measure everything docs/performance.md quotes (about half an hour); see bench/README.md"
@@ -58,6 +59,9 @@ test: install
 
 test-thorough: install
 	$(BIN)/python -m pytest -m thorough
+
+mutations: install
+	$(BIN)/python -m pytest tests/test_mutations.py
 
 lint: install
 	$(BIN)/ruff format --check .

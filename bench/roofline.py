@@ -131,10 +131,11 @@ def step_figures(shared: SharedBase) -> dict[str, Any]:
     """The same, inside what a rollout runs in."""
     tokens = torch.randint(100, 40000, (ROWS, 64), device=DEVICE)
     config = shared.causal_lm.config
-    prefilled, places, rows = DynamicCache(config=config), torch.arange(64, device=DEVICE), torch.arange(ROWS)
+    prefilled, places, rows = DynamicCache(config=config), torch.arange(64, device=DEVICE), list(range(ROWS))
     shared.next_token_logits(tokens, torch.ones_like(tokens), places.expand(ROWS, -1), prefilled)
-    cache = SlotCache(config, slots=ROWS, width=64, capacity=256, device=torch.device(DEVICE))
-    cache.admit(prefilled, rows.to(DEVICE), torch.ones_like(tokens), rows.to(DEVICE))
+    cache = SlotCache(config, slots=ROWS, capacity=256, device=torch.device(DEVICE))
+    cache.make_room([], entering=64)
+    cache.admit(prefilled, torch.ones_like(tokens), [64] * ROWS, rows, rows)
 
     def step() -> None:
         cache.make_room([0])
