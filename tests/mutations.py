@@ -553,7 +553,7 @@ OF_TRAINER = [
     *within("trainers/ppo.py", TERMS,
         ("reduction: over what is not trained on",
          "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
-         "self._reduction(inputs, batch.response_mask)", "self._reduction(inputs, batch.token_mask)"),
+         "            mask=batch.response_mask,\n", "            mask=batch.token_mask,\n"),
         ("reduction: by the micro-batch's own tokens",
          "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
          "tokens=int(inputs[\"token_count\"])", "tokens=int(inputs[\"response_mask\"].sum())"),

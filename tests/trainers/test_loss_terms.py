@@ -130,14 +130,14 @@ def stub(**attributes: Any) -> Any:
 
 
 def test_a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained() -> None:
-    inputs = {"response_mask": MASK, "token_mask": torch.ones_like(MASK), "token_count": torch.tensor(50)}
-    inputs["sequence_count"] = torch.tensor(20)
+    batch = stub(response_mask=MASK, token_mask=torch.ones_like(MASK))
+    inputs = {"response_mask": MASK, "token_count": torch.tensor(50), "sequence_count": torch.tensor(20)}
     trainer = stub(loss=replace(LOSS, loss_aggregation="token-mean"))
     per_token = like_mask(30)
-    found = PPOTrainer._reduction(trainer, inputs, inputs["response_mask"])(per_token)
+    found = PPOTrainer._reduction(trainer, inputs, batch)(per_token)
     assert found.item() == pytest.approx(sum(per_token[at].item() for at in real()) / 50, rel=1e-5)
     trainer = stub(loss=replace(LOSS, loss_aggregation="seq-mean-token-sum-norm"))
-    found = PPOTrainer._reduction(trainer, inputs, inputs["response_mask"])(per_token)
+    found = PPOTrainer._reduction(trainer, inputs, batch)(per_token)
     assert found.item() == pytest.approx(sum(per_token[at].item() for at in real()) / (20 * 7), rel=1e-5)
 
 

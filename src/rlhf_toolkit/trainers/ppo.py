@@ -143,7 +143,7 @@ class PPOTrainer(RoleTrainer):
             said,
             old_logprobs,
             selected=self._prepare_input(inputs.get("selected")),
-            reduce=self._reduction(inputs, batch.response_mask),
+            reduce=self._reduction(inputs, batch),
             kl_coef=self.collector.kl_control.coefficient,
             policy_weight=0.0 if self._warming_up() else 1.0,
         )
@@ -152,11 +152,11 @@ class PPOTrainer(RoleTrainer):
         self._watch_kl(said.logprobs, old_logprobs, batch.response_mask)
         return terms.loss
 
-    def _reduction(self, inputs: MiniBatch, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    def _reduction(self, inputs: MiniBatch, batch: Experience) -> Callable[[Tensor], Tensor]:
         """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
         return partial(
             aggregate,
-            mask=mask,
+            mask=batch.response_mask,
             mode=self.loss.loss_aggregation,
             width=self.loss.width,
             tokens=int(inputs["token_count"]),
