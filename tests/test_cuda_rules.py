@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 RULES = sorted(str(path) for path in Path(__file__).parent.glob("cuda_rules/rules_of_*.py"))
 
 
+@pytest.mark.thorough
 def test_the_toolkit_keeps_a_gpus_rules() -> None:
     finished = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *RULES], seconds=600).succeeded()
     assert " passed" in finished.output and "skipped" not in finished.output, finished.output[-2000:]
