@@ -24,7 +24,7 @@ help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN)"
 	@echo "make demo-check  did it learn? At least $(LAST) over the last four rollouts, $(RISE) above the first two"
 	@echo "make pipeline  SFT, reward model, PPO, DPO, evaluation, merged model (about half an hour); goes on where it stopped"
-	@echo "make test    the tests, two ranks under real ZeRO-3 among them (12 minutes at most on 2 CPU cores)"
+	@echo "make test    the tests, two ranks under real ZeRO-3 among them"
 	@echo "make test-thorough  those that take minutes: every mutation of the arithmetic, a rehearsal of the GPU exam"
 	@echo "make mutations  the first of these alone"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
