@@ -34,9 +34,9 @@ from rlhf_toolkit.trainers.ppo import PPOTrainer
 real = PPOTrainer._passes
 
 
-def passes(self, model, batch):
+def passes(self, *inputs):
     object.__setattr__(self.loss, "temperature", 0.9)
-    return real(self, model, batch)
+    return real(self, *inputs)
 
 
 PPOTrainer._passes = passes
@@ -47,11 +47,11 @@ from rlhf_toolkit.trainers.ppo import PPOTrainer
 real = PPOTrainer._passes
 
 
-def passes(self, model, batch):
+def passes(self, *inputs):
     for module in self.model.modules():
         if "policy" in getattr(module, "lora_A", ()):
             module.scaling["policy"] *= {factor}
-    return real(self, model, batch)
+    return real(self, *inputs)
 
 
 PPOTrainer._passes = passes
