@@ -52,13 +52,17 @@ def sequences() -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def a_gpu() -> Iterator[Rules]:
-    """Inside, runs that are prepared find a GPU, and operators on it obey its rules."""
+    """Inside, runs that are prepared find a GPU, and operators on it obey its rules. Those of this thread: transformers
+    is told to copy weights to the GPU here and not in threads of its own, which PyTorch's modes do not reach."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_TORCH_DEVICE", f"{NAME}:0")
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
         AcceleratorState._reset_state(reset_partial_state=True)
-        with Rules() as rules:
-            yield rules
-    AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            with Rules() as rules:
+                yield rules
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def on_both(work: Callable[[Path], Any], folder: Path) -> tuple[Any, Any]:
