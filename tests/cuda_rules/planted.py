@@ -7,7 +7,8 @@ from tests.mutation_runner import Mutation, verdicts
 SOURCE, RULES = "src/rlhf_toolkit", "tests/cuda_rules/rules_of_"
 STEP = f"{RULES}decoding.py::test_a_step_launches_and_waits_no_more_than_it_did[exact]"
 PASSES = f"{RULES}passes.py::test_both_layouts_say_what_they_say_on_the_cpu"
-UPDATE = f"{RULES}passes.py::test_an_update_waits_no_more_than_it_did"
+PASS = f"{RULES}passes.py::test_a_pass_launches_and_waits_no_more_than_it_did"
+UPDATE = f"{RULES}updates.py::test_a_training_step_waits_no_more_than_it_did"
 PLANTED = [
     Mutation(
         "a tensor of the CPU in a loss",
@@ -56,14 +57,28 @@ PLANTED = [
         f"{SOURCE}/models/segment_attention.py:SegmentAttention._make_ragged",
         "_begins(sizes.repeat(roles)).to(self.device, torch.int32)",
         "_begins(sizes.repeat(roles)).to(self.device)",
-        f"{UPDATE}[packed]",
+        f"{PASS}[packed]",
     ),
     Mutation(
         "a mask of booleans as index in an update",
         f"{SOURCE}/models/heads.py:RunningScores.gradients",
         "weight[self.targets]",
         "weight[self.targets][self.targets >= 0]",
+        f"{PASS}[packed]",
+    ),
+    Mutation(
+        "a number read back in every micro-batch",
+        f"{SOURCE}/trainers/ppo.py:PPOTrainer.compute_loss",
+        "self._meter_shares(terms.shares, first)",
+        "bool(terms.loss.isfinite()); self._meter_shares(terms.shares, first)",
         f"{UPDATE}[packed]",
+    ),
+    Mutation(
+        "numbers read back in every step where strings stop",
+        f"{SOURCE}/rollout/decoding.py:_Decoding._stop_string_seen",
+        "self.responses[rows].tolist()",
+        "[row.tolist() for row in self.responses[rows]]",
+        f"{RULES}decoding.py::test_no_way_of_sampling_waits_more",
     ),
 ]
 

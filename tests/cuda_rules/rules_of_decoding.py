@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from tests.cuda_rules.device import GPU, MixedDevices, Rules, to_gpu
 from tests.cuda_rules.subjects import prompts, shared_base
 from tests.tiny import WORDS
 
-STOP, ABSENT = 1, 31
+STOP, ABSENT = 1, -1
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "temperature": {"temperature": 0.7},
@@ -24,11 +26,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"greedy": True},
     "stop strings": {"stop_strings": ("w5", "w7 w")},
 }
+ENDS = {"max_new_tokens", "stop_ids", "pad_id"}
+"""What every decoding here has."""
 LAUNCHES_OF_A_LAYER = {"exact": 47, "merged": 33}
 LAUNCHES_BESIDE = 72
-WAITS = 1
+WAITS, WAITS_FOR_STRINGS, WAITS_OF_AN_ENTRY = 1, 3, 17
 """Upper bounds for a step of decoding, which may only fall: a waiting CPU launches nothing, and a small model's time on
-a fast card is the time that launching takes."""
+a fast card is the time that launching takes. Stop strings are looked for in texts, on the CPU. An entry
+copies prompts, slots and rows to the GPU, whatever their number."""
 
 
 def sampling(**options: Any) -> Sampling:
@@ -43,6 +48,7 @@ def decoded(weights: str, options: dict[str, Any], *, on_gpu: bool) -> Rollout:
 
 
 def test_every_way_of_sampling_gives_the_cpus_tokens() -> None:
+    assert {option for options in OPTIONS.values() for option in options} == {f.name for f in fields(Sampling)} - ENDS
     wrong = []
     for weights, name in [*((EXACT, name) for name in OPTIONS), (MERGED, "as it is")]:
         found, expected = (decoded(weights, OPTIONS[name], on_gpu=on_gpu) for on_gpu in (True, False))
@@ -53,10 +59,11 @@ def test_every_way_of_sampling_gives_the_cpus_tokens() -> None:
     assert wrong == []
 
 
-def a_step(weights: str, *, layers: int, **options: Any) -> Rules:
-    """The second step of a decoding in which nothing ends and nobody enters. In inference mode operators come whole, as
-    a GPU runs them."""
+def a_step(weights: str, *, layers: int, **options: Any) -> tuple[Rules, Counter[str]]:
+    """The second step of a decoding in which nothing ends and nobody enters, and the waits of everybody's entry. In
+    inference mode operators come whole, as a GPU runs them."""
     model = to_gpu(shared_base(dtype=torch.bfloat16, layers=layers))
+    tokenizer = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
     batch = prompts()
     with (
         Rules(traced=True) as rules,
@@ -65,24 +72,38 @@ def a_step(weights: str, *, layers: int, **options: Any) -> Rules:
         torch.inference_mode(),
     ):
         chosen, rows = sampling(stop_ids=(ABSENT,), **options), len(batch)
-        state = _Decoding(model, None, batch, chosen, (0,), rows, [8] * rows, lambda prompt: 0.0, Alone())  # type: ignore[arg-type]
+        state = _Decoding(model, tokenizer, batch, chosen, (0,), rows, [8] * rows, lambda prompt: 0.0, Alone())  # type: ignore[arg-type]
         state.on_finished = lambda row, tokens: None
+        rules.forget()
         state.enter()
+        entry = rules.waits.copy()
         state.step()
         rules.forget()
         state.step()
     assert len(state.living) == rows, "the step must be one in which nothing ends"
-    return rules
+    return rules, entry
 
 
 @pytest.mark.parametrize("weights", KINDS)
 def test_a_step_launches_and_waits_no_more_than_it_did(weights: str) -> None:
-    two, four = a_step(weights, layers=2), a_step(weights, layers=4)
+    (two, entry), (four, _) = a_step(weights, layers=2), a_step(weights, layers=4)
     of_a_layer = (four.launches - two.launches) / 2
     beside = two.launches - 2 * of_a_layer
     assert of_a_layer <= LAUNCHES_OF_A_LAYER[weights], four.table()
     assert beside <= LAUNCHES_BESIDE, two.table()
     assert two.waits.total() <= WAITS and two.waits == four.waits, two.table()
+    assert entry.total() <= WAITS_OF_AN_ENTRY, entry
+
+
+def test_no_way_of_sampling_waits_more() -> None:
+    wrong = []
+    for name, options in OPTIONS.items():
+        searches = "stop_strings" in options
+        rules, _ = a_step(EXACT, layers=1, **(options | ({"stop_strings": ("never",)} if searches else {})))
+        bound = WAITS + WAITS_FOR_STRINGS * searches
+        if rules.waits.total() > bound:
+            wrong.append(f"{name}: {rules.table()}")
+    assert wrong == []
 
 
 def test_the_rules_themselves() -> None:

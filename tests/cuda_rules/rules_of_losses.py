@@ -20,47 +20,23 @@ from rlhf_toolkit.algorithms.importance import NO_CORRECTION, WEIGHTS, Correctio
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from rlhf_toolkit.algorithms.token_selection import covariance_within, highest_covariance
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.plugins import takes
-from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch
-from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
+from rlhf_toolkit.rollout.loader import OverMiniBatch
+from rlhf_toolkit.trainers.ppo import cut
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss
-from rlhf_toolkit.trainers.ppo_run import prepare
 from tests.cuda_rules.device import GPU, Rules, numbers
-from tests.cuda_rules.subjects import gradients, on_both, unlike
-from tests.tiny import merged, tiny_llama, write_task
+from tests.cuda_rules.subjects import TERMS, gradients, move, on_both, ppo_trainer, unlike
 
 CONSTANTS: dict[str, dict[str, Any]] = {"dro": {"beta": 0.1}}
-TERMS: dict[str, Any] = {
-    "kl_in_loss": True,
-    "entropy_coef": 0.1,
-    "dual_clip": 1.5,
-    "clip_range_low": 0.05,
-    "clip_range_high": 0.05,
-}
-
-
-def trainer_and_rows(folder: Path) -> tuple[PPOTrainer, MiniBatch]:
-    """A trainer whose policy has moved since the rollout, and the first mini-batch of its loader."""
-    changes = {"rollout.prompts_per_rollout": 4, "ppo.num_ppo_epochs": 2, "update.micro_batch_tokens": 32}
-    task = merged(write_task(folder, model=tiny_llama(initializer_range=0.2)), changes)
-    run = prepare(experiment_from_dict(task))
-    run.progress.bar.close()
-    trainer = run.trainer
-    trainer.model.to(trainer.args.device)
-    trainer.over_mini_batch = OverMiniBatch(select=partial(covariance_within, share=0.3, lowest=-9.0, highest=9.0))
-    rows = next(iter(trainer.get_train_dataloader()))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-    return trainer, rows
 
 
 def losses_and_gradients(folder: Path) -> dict[str, Tensor]:
-    """Of every policy loss, each under another correction of the sampler."""
-    trainer, rows = trainer_and_rows(folder)
+    """Of every policy loss, each under another correction of the sampler, of a policy that has moved since the
+    rollout."""
+    trainer = ppo_trainer(folder, {"ppo.num_ppo_epochs": 2, "update.micro_batch_tokens": 32})
+    trainer.over_mini_batch = OverMiniBatch(select=partial(covariance_within, share=0.3, lowest=-9.0, highest=9.0))
+    rows = next(iter(trainer.get_train_dataloader()))
+    move(trainer)
     found: dict[str, Tensor] = {}
     corrections = [NO_CORRECTION, *WEIGHTS]
     for number, (name, function) in enumerate(POLICY_LOSSES.items()):

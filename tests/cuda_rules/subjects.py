@@ -13,14 +13,25 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.trainers.ppo import PPOTrainer
+from rlhf_toolkit.trainers.ppo_run import prepare
 from rlhf_toolkit.types import Prompt, PromptBatch
 from tests.cuda_rules.device import NAME, Rules, numbers
 from tests.roles import tiny_shared
-from tests.tiny import tiny_llama
+from tests.tiny import merged, tiny_llama, write_task
 
 TEMPLATE = (7, 8, 9, 10, 11, 12, 13, 14, 15)
 """What all prompts begin with, so that prefixes are shared."""
+TERMS: dict[str, Any] = {
+    "kl_in_loss": True,
+    "entropy_coef": 0.1,
+    "dual_clip": 1.5,
+    "clip_range_low": 0.05,
+    "clip_range_high": 0.05,
+}
+"""Every term of the loss."""
 
 
 def shared_base(
@@ -48,6 +59,24 @@ def sequences() -> tuple[Tensor, Tensor, Tensor]:
         rows[row, : p + r] = torch.randint(3, 32, (p + r,), generator=generator)
         rows[row, :9] = torch.tensor(TEMPLATE)
     return rows, prompt_lengths, response_lengths
+
+
+def ppo_trainer(folder: Path, changes: dict[str, Any]) -> PPOTrainer:
+    """One that has not begun, its model on the device."""
+    task = write_task(folder, model=tiny_llama(initializer_range=0.2))
+    run = prepare(experiment_from_dict(merged(task, {"rollout.prompts_per_rollout": 4, **changes})))
+    run.progress.bar.close()
+    run.trainer.model.to(run.trainer.args.device)
+    return run.trainer
+
+
+def move(trainer: PPOTrainer) -> None:
+    """Change all that is trained, as updates since the rollout would."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 @contextmanager
