@@ -12,7 +12,7 @@ import pytest
 import torch.utils.backend_registration
 
 from tests.cuda_rules.planted import PLANTED
-from tests.launch import run
+from tests.launch import SECONDS, run
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -21,14 +21,12 @@ pytestmark = pytest.mark.skipif(
 RULES = sorted(str(path) for path in Path(__file__).parent.glob("cuda_rules/rules_of_*.py"))
 
 
-@pytest.mark.thorough
 def test_the_toolkit_keeps_a_gpus_rules() -> None:
-    finished = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *RULES], seconds=600).succeeded()
+    finished = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *RULES], seconds=SECONDS).succeeded()
     assert " passed" in finished.output and "skipped" not in finished.output, finished.output[-2000:]
 
 
-@pytest.mark.thorough
 def test_mistakes_that_only_a_gpu_would_show_are_caught() -> None:
-    finished = run([sys.executable, "-m", "tests.cuda_rules.planted"], seconds=600).succeeded()
+    finished = run([sys.executable, "-m", "tests.cuda_rules.planted"], seconds=SECONDS).succeeded()
     caught = [line for line in finished.output.splitlines() if line.startswith("caught ")]
     assert len(caught) == len(PLANTED), finished.output[-4000:]

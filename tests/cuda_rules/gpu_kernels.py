@@ -36,10 +36,8 @@ def flash(
     *unused: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``varlen_attn``: output, logsumexp (which only the real backward needs) and state of random numbers."""
-    _check_pieces(query, key, value, query_starts, key_starts, longest_query, longest_key)
     assert enable_gqa or query.shape[1] == key.shape[1], "several query heads for a key head must be announced"
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    pieces = _pieces(query, key, value, query_starts, key_starts, scale, window or [-1, -1])
+    pieces = _pieces(query, key, value, query_starts, key_starts, longest_query, longest_key, scale, window)
     output = torch.cat([torch.einsum("hqk,khd->qhd", piece.p, piece.v) for piece in pieces]).to(query.dtype)
     return output, torch.zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
 
@@ -61,55 +59,24 @@ def flash_backward(
     window: list[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Its gradients, written out: autograd does not reach beneath an operator."""
-    _check_pieces(query, key, value, query_starts, key_starts, longest_query, longest_key)
     d_query, d_key, d_value = (torch.zeros_like(each, dtype=torch.float32) for each in (query, key, value))
     groups = query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    for piece in _pieces(query, key, value, query_starts, key_starts, scale, window or [-1, -1]):
+    for piece in _pieces(query, key, value, query_starts, key_starts, longest_query, longest_key, scale, window):
         d_out = grad[piece.queries].float()
         d_p = torch.einsum("qhd,khd->hqk", d_out, piece.v)
-        d_scores = piece.p * (d_p - (d_p * piece.p).sum(-1, keepdim=True)) * scale
+        d_scores = piece.p * (d_p - (d_p * piece.p).sum(-1, keepdim=True)) * piece.scale
         d_query[piece.queries] = torch.einsum("hqk,khd->qhd", d_scores, piece.k)
         d_key[piece.keys] = torch.einsum("hqk,qhd->khd", d_scores, piece.q).unflatten(1, (-1, groups)).sum(2)
         d_value[piece.keys] = torch.einsum("hqk,qhd->khd", piece.p, d_out).unflatten(1, (-1, groups)).sum(2)
     return tuple(each.to(query.dtype) for each in (d_query, d_key, d_value))
 
 
-def fused_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm in one launch: x / sqrt(mean(x^2) + epsilon), rounded once, and the factor in float32."""
-    assert weight is None and shape == [x.shape[-1]]
-    inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
-    return (x.float() * inverse).to(x.dtype), inverse
-
-
 KERNELS: dict[str, Callable[..., Any]] = {
     "aten.mm.dtype": mm_with_dtype,
-    "aten._fused_rms_norm.default": fused_rms_norm,
+    "aten._fused_rms_norm.default": torch.ops.aten._fused_rms_norm,
     "torch_attn._varlen_attn.default": flash,
     "torch_attn._varlen_attn_backward.default": flash_backward,
 }
-
-
-def _check_pieces(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    longest_query: int,
-    longest_key: int,
-) -> None:
-    for each in (query, key, value):
-        assert each.dtype == query.dtype and each.dtype in HALF, f"flash attention of {each.dtype}"
-        assert each.dim() == 3 and each.stride(-1) == 1 and each.shape[-1] == query.shape[-1], tuple(each.shape)
-    assert query.shape[-1] % 8 == 0 and query.shape[-1] <= 256, f"flash attention of heads of {query.shape[-1]}"
-    assert query.shape[1] % key.shape[1] == 0 and key.shape[1] == value.shape[1], "heads"
-    for starts, rows, longest in ((query_starts, query, longest_query), (key_starts, key, longest_key)):
-        assert starts.dtype == torch.int32 and starts.is_contiguous(), "where pieces begin is int32"
-        sizes = starts.diff()
-        assert int(starts[0]) == 0 and int(starts[-1]) == len(rows), "the pieces are not all there is"
-        assert int(sizes.max()) <= longest and int(sizes.min()) > 0, "the longest piece is longer than announced"
-    assert len(query_starts) == len(key_starts), "each piece has queries and keys"
 
 
 class Piece(NamedTuple):
@@ -122,6 +89,7 @@ class Piece(NamedTuple):
     k: Tensor
     v: Tensor
     p: Tensor
+    scale: float
 
 
 def _pieces(
@@ -130,11 +98,18 @@ def _pieces(
     value: Tensor,
     query_starts: Tensor,
     key_starts: Tensor,
-    scale: float,
-    window: list[int],
+    longest_query: int,
+    longest_key: int,
+    scale: float | None,
+    window: list[int] | None,
 ) -> Iterator[Piece]:
-    """The last query of a piece stands where its last key does."""
-    assert window[1] == 0, "the toolkit's attention is causal"
+    """The last query of a piece stands where its last key does. Raises AssertionError for what the kernel refuses."""
+    _check_heads(query, key, value)
+    _check_starts(query_starts, query, longest_query)
+    _check_starts(key_starts, key, longest_key)
+    assert len(query_starts) == len(key_starts), "each piece has queries and keys"
+    assert window is not None and window[1] == 0, "the toolkit's attention is causal"
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     for (q_start, q_stop), (k_start, k_stop) in zip(
         pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True
     ):
@@ -144,4 +119,19 @@ def _pieces(
         behind = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
         visible = (behind >= 0) if window[0] < 0 else (behind >= 0) & (behind <= window[0])
         scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~visible, -torch.inf)
-        yield Piece(queries, keys, q, k, v, scores.softmax(-1))
+        yield Piece(queries, keys, q, k, v, scores.softmax(-1), scale)
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for each in (query, key, value):
+        assert each.dtype == query.dtype and each.dtype in HALF, f"flash attention of {each.dtype}"
+        assert each.dim() == 3 and each.stride(-1) == 1 and each.shape[-1] == query.shape[-1], tuple(each.shape)
+    assert query.shape[-1] % 8 == 0 and query.shape[-1] <= 256, f"flash attention of heads of {query.shape[-1]}"
+    assert query.shape[1] % key.shape[1] == 0 and key.shape[1] == value.shape[1], "heads"
+
+
+def _check_starts(starts: Tensor, rows: Tensor, longest: int) -> None:
+    assert starts.dtype == torch.int32 and starts.is_contiguous(), "where pieces begin is int32"
+    sizes = starts.diff()
+    assert int(starts[0]) == 0 and int(starts[-1]) == len(rows), "the pieces are not all there is"
+    assert int(sizes.max()) <= longest and int(sizes.min()) > 0, "the longest piece is longer than announced"

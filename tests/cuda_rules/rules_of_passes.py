@@ -90,7 +90,9 @@ def test_both_layouts_say_what_they_say_on_the_cpu(work: Any, dtype: torch.dtype
             if borrows:
                 options |= {"roles": ("policy",), "value_on": "policy_trunk"}
             exact = work(shared_base(**options), make, CPU)
-            rounding = max(1e-5, 2 * off(work(shared_base(dtype=dtype, **options), make, CPU), exact))
+            rounding = 1e-5
+            if dtype != torch.float32:
+                rounding = 2 * off(work(shared_base(dtype=dtype, **options), make, CPU), exact)
             model = to_gpu(shared_base(dtype=dtype, **options))
             with Rules():
                 error = off(work(model, make, GPU), exact)
@@ -134,14 +136,14 @@ def test_a_pass_launches_and_waits_no_more_than_it_did(layout: str) -> None:
         ((scored, False), (updated, False), (updated, True)), launches, strict=True
     ):
         found = []
-        for layers in (2, 4):
+        for layers in (1, 2):
             model = to_gpu(shared_base(dtype=torch.bfloat16, layers=layers, gradient_checkpointing=checkpointing))
             with watched(), Rules(traced=True) as rules:
                 assert flash_works(GPU, torch.bfloat16, 8) and widens(GPU, torch.bfloat16)
                 rules.forget()
                 work(model, LAYOUTS[layout], GPU)
             found.append(rules)
-        of_a_layer = (found[1].launches - found[0].launches) / 2
+        of_a_layer = found[1].launches - found[0].launches
         if of_a_layer > bound or found[1].waits.total() > waits:
             wrong.append((work.__name__, checkpointing, of_a_layer, found[1].table()))
     assert wrong == []

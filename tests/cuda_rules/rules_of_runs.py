@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_toolkit.algorithms import evaluation
 from rlhf_toolkit.config_loading import experiment_from_dict
+from rlhf_toolkit.trainers.evaluation import BASE, evaluate
 from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
 from rlhf_toolkit.trainers.ppo_run import prepare
 from tests.cuda_rules.subjects import on_both, saved, unlike
@@ -109,3 +111,21 @@ def test_supervised_runs(tmp_path: Path, case: str) -> None:
 
     on_both(run, tmp_path)
     assert_same(tmp_path)
+
+
+def test_a_resumed_run_and_its_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's state goes to a checkpoint and comes back; ``rlhf evaluate`` loads what was saved."""
+
+    def run(folder: Path) -> list[float]:
+        task = write_task(folder, model=tiny_llama(initializer_range=0.2))
+        held_out = {"data.evaluation": str(folder / "heldout.jsonl"), "run.save_every": 1, "run.evaluation_samples": 2}
+        for rollouts in (1, 2):
+            experiment = experiment_from_dict(merged(task, {**SMALL, **held_out, "ppo.num_rollouts": rollouts}))
+            prepare(experiment, resume=rollouts > 1).train()
+        found = evaluate(experiment, [BASE, str(folder / "run/policy")]).estimates
+        return [value.mean for ways in found.values() for values in ways.values() for value in values.values()]
+
+    monkeypatch.setattr(evaluation, "DRAWS", 10)  # of the bootstrap, which is the CPU's
+    expected, found = on_both(run, tmp_path)
+    assert_same(tmp_path)
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-4) and len(found) > 8

@@ -1,5 +1,5 @@
-"""A training step of PPO, from the loader's mini-batch to the watched quantities, waits for the GPU no more than it did.
-A number that is read back in every micro-batch would leave the GPU idle while the CPU launches the next one."""
+"""A training step of PPO, from the loader's mini-batch to the watched quantities, waits for the GPU no more than it
+did. A number that is read back in every micro-batch would leave the GPU idle while the CPU launches the next one."""
 
 from __future__ import annotations
 
