@@ -304,7 +304,12 @@ def _wrapped(operator: Operator, args: Any, kwargs: Any, result: Any) -> Any:
     def on_gpu(value: Any) -> Any:
         if not _on_cpu(value):
             return value
-        return own[id(value)] if id(value) in own else OnGpu(value)
+        if id(value) in own:
+            return own[id(value)]
+        if value.is_inference() == torch.is_inference_mode_enabled():
+            return OnGpu(value)
+        with torch.inference_mode(value.is_inference()):  # in inference mode a view of another tensor is none of its own
+            return OnGpu(value)
 
     return mapped(on_gpu, result)
 

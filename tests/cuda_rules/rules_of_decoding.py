@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.decoding_weights import EXACT, KINDS, MERGED, decoding_weights
 from rlhf_toolkit.rollout.decoding import Alone, Sampling, _Decoding, decode
 from rlhf_toolkit.types import Rollout
@@ -29,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ENDS = {"max_new_tokens", "stop_ids", "pad_id"}
 """What every decoding here has."""
 LAUNCHES_OF_A_LAYER = {"exact": 47, "merged": 33}
-LAUNCHES_BESIDE = 72
+LAUNCHES_BESIDE = 67
 WAITS, WAITS_FOR_STRINGS, WAITS_OF_AN_ENTRY = 1, 3, 17
 """Upper bounds for a step of decoding, which may only fall: a waiting CPU launches nothing, and a small model's time on
 a fast card is the time that launching takes. Stop strings are looked for in texts, on the CPU. An entry
@@ -40,9 +42,8 @@ def sampling(**options: Any) -> Sampling:
     return Sampling(**{"max_new_tokens": 8, "stop_ids": (STOP,), "pad_id": STOP, **options})
 
 
-def decoded(weights: str, options: dict[str, Any], *, on_gpu: bool) -> Rollout:
+def decoded(model: nn.Module, weights: str, options: dict[str, Any]) -> Rollout:
     tokenizer = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
-    model = to_gpu(shared_base()) if on_gpu else shared_base()
     with Rules(), torch.no_grad(), decoding_weights(model, "policy", weights), torch.inference_mode():
         return decode(model, tokenizer, prompts(), sampling(**options), stream=(0,), slots=3)  # type: ignore[arg-type]
 
@@ -51,12 +52,25 @@ def test_every_way_of_sampling_gives_the_cpus_tokens() -> None:
     assert {option for options in OPTIONS.values() for option in options} == {f.name for f in fields(Sampling)} - ENDS
     wrong = []
     for weights, name in [*((EXACT, name) for name in OPTIONS), (MERGED, "as it is")]:
-        found, expected = (decoded(weights, OPTIONS[name], on_gpu=on_gpu) for on_gpu in (True, False))
+        models = to_gpu(shared_base()), shared_base()
+        found, expected = (decoded(model, weights, OPTIONS[name]) for model in models)
         same = [torch.equal(getattr(found, c), getattr(expected, c)) for c in ("responses", "lengths", "finished")]
         if not all(same) or not torch.allclose(found.rollout_logprobs, expected.rollout_logprobs, atol=1e-4):
             wrong.append((weights, name))
         assert {column.device.type for column in vars(found).values() if column is not None} == {"cpu"}
     assert wrong == []
+
+
+def test_logits_that_are_not_finite_stop_it_with_the_cpus_words() -> None:
+    """A sampler that went on would index what is not there, after which CUDA answers nothing any more."""
+    messages = set()
+    for move in (lambda model: model, to_gpu):
+        model = shared_base()
+        nn.init.constant_(model.causal_lm.get_parameter("model.layers.1.mlp.down_proj.base_layer.weight"), torch.nan)
+        with pytest.raises(NotFiniteError) as raised:
+            decoded(move(model), EXACT, {})
+        messages.add(str(raised.value))
+    assert len(messages) == 1 and "down_proj is the first layer" in messages.pop()
 
 
 def a_step(weights: str, *, layers: int, **options: Any) -> tuple[Rules, Counter[str]]:
