@@ -308,7 +308,7 @@ def _wrapped(operator: Operator, args: Any, kwargs: Any, result: Any) -> Any:
             return own[id(value)]
         if value.is_inference() == torch.is_inference_mode_enabled():
             return OnGpu(value)
-        with torch.inference_mode(value.is_inference()):  # in inference mode a view of another tensor is none of its own
+        with torch.inference_mode(value.is_inference()):  # there, too, a view of a normal tensor is a normal one
             return OnGpu(value)
 
     return mapped(on_gpu, result)
