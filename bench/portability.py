@@ -36,6 +36,7 @@ PROCESSORS = {
     "AVX-512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
+SEEDS = 3
 SMALL = ["rollout.prompts_per_rollout=4", "rollout.max_new_tokens=8", "data.evaluation=none"]
 
 
@@ -51,15 +52,15 @@ class Case:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every processor with its own dtype, bfloat16 where it is emulated, threads, ranks, seeds, estimators."""
+    """Every processor with its own dtype; bfloat16 where it is emulated; ranks, threads and seeds, spread over them;
+    every estimator, in rollouts of two responses to a prompt."""
     long, short = f"ppo.num_rollouts={options.rollouts}", f"ppo.num_rollouts={options.estimator_rollouts}"
-    for name, environment in PROCESSORS.items():
-        yield Case(name, environment, settings=(long,))
+    for number, (name, environment) in enumerate(PROCESSORS.items()):
+        yield Case(name, environment, settings=(long, f"run.seed={number % SEEDS}"))
+    yield Case("this one, one rank, two threads", ranks=1, threads=2, settings=(long, "run.seed=1"))
+    yield Case("AVX2, one rank, two threads", PROCESSORS["AVX2"], 1, 2, (long, "run.seed=0"))
     yield Case("AVX2, bfloat16", PROCESSORS["AVX2"], settings=(short, "model.dtype=bfloat16"))
     yield Case("AVX-512, bfloat16", PROCESSORS["AVX-512"], settings=(short, "model.dtype=bfloat16"))
-    yield Case("one rank, two threads", ranks=1, threads=2, settings=(long,))
-    for seed in (1, 2):
-        yield Case(f"seed {seed}", settings=(long, f"run.seed={seed}"))
     for estimator in ESTIMATORS:
         groups = ("rollout.responses_per_prompt=2", "rollout.prompts_per_rollout=16")
         yield Case(f"estimator {estimator}", settings=(short, f"ppo.advantage={estimator}", *groups))
