@@ -55,7 +55,7 @@ pipeline: install
 	$(BIN)/python recipes/gold_reward/run.py --to $(RUN) --processes $(PROCESSES)
 
 test: install
-	$(BIN)/python -m pytest -m "not thorough"
+	$(BIN)/python -m pytest -m "not thorough" -n 2 --dist loadfile
 
 test-thorough: install
 	$(BIN)/python -m pytest -m thorough

@@ -55,7 +55,10 @@ def test_a_section_that_fails_or_hangs_says_so_and_leaves_no_process_behind(tmp_
     )
     assert stand_in(tmp_path, hanging, 15) == "timed out"
     child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    try:
+        psutil.Process(child).wait(timeout=60)  # it was killed, and may still be going
+    except psutil.NoSuchProcess:
+        pass
 
 
 def test_what_is_not_a_number_passes_no_check(tmp_path: Path) -> None:
