@@ -131,7 +131,11 @@ def start_bytes(model: ModelSize, how: Sharding) -> int:
 
 def pass_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """A scoring pass without gradient: its activations, or the output layer's tiles."""
-    return max(size.tokens * pass_token_bytes(model, how, size), _states(model, size) + _head(model, how, size))
+    return max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
+
+
+def _pass(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    return size.tokens * pass_token_bytes(model, how, size)
 
 
 def pass_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
@@ -153,29 +157,34 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     ahead = prefetched_bytes(model, how)
     if gathered < window_bytes(model, how):  # backward gathers again
         return gradients + gathered + ahead + activation_bytes(model, how, size)
-    last_gather = ahead + size.tokens * model.hidden * (2 * FP32 + model.element)  # while the last norm is computed
-    made = max(last_gather, _made(model, how, size))
-    return gradients + gathered + _kept_activations(model, how, size) + made
+    before_backward = _kept_of_forward(model, how, size) + ahead + _last_norm(model, size)
+    if size.checkpointing:  # a layer keeps nothing for backward yet
+        before_backward = max(before_backward, ahead + _inputs_of_layers(model, size) + _pass(model, how, size))
+    return gradients + gathered + max(before_backward, activation_bytes(model, how, size))
 
 
 def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """What backward needs of the forward pass, and the largest thing that is made on the way."""
-    return _kept_activations(model, how, size) + _made(model, how, size)
-
-
-def _kept_activations(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    layer = size.tokens * layer_token_bytes(model, how, size)
-    if size.checkpointing:
-        return _states(model, size) + model.layers * size.tokens * model.hidden * model.element + layer
-    return _states(model, size) + model.layers * layer
-
-
-def _made(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """The largest of: the backward of an MLP, the last norm, the output layer."""
+    """What backward needs of the forward pass, and the largest thing that is made on the way: the last norm, the output
+    layer, or the backward of an MLP, in a layer that is computed again where there is checkpointing."""
     backward = size.tokens * (2 * model.hidden + 3 * model.intermediate) * model.element
-    norm = size.tokens * model.hidden * (2 * FP32 + model.element)
-    head = _head(model, how, size, gradient=True)
-    return max(backward, norm, head)
+    if size.checkpointing:
+        backward += size.tokens * layer_token_bytes(model, how, size)
+    made = max(_last_norm(model, size), _head(model, how, size, gradient=True), backward)
+    return _kept_of_forward(model, how, size) + made
+
+
+def _kept_of_forward(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """What the whole forward pass leaves behind."""
+    layers = model.layers * size.tokens * layer_token_bytes(model, how, size)
+    return _states(model, size) + (_inputs_of_layers(model, size) if size.checkpointing else layers)
+
+
+def _inputs_of_layers(model: ModelSize, size: PassSize) -> int:
+    return model.layers * size.tokens * model.hidden * model.element
+
+
+def _last_norm(model: ModelSize, size: PassSize) -> int:
+    return size.tokens * model.hidden * (2 * FP32 + model.element)
 
 
 def layer_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
