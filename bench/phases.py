@@ -77,7 +77,18 @@ def main() -> None:
 
 def bench(options: Any) -> None:
     """Every case: measured, estimated, and their ratio."""
-    keep("phases", rounded(all_cases(CASES)), ranks=RANKS)
+    figures = rounded(all_cases(CASES))
+    print(as_markdown(figures))
+    keep("phases", figures, ranks=RANKS)
+
+
+def as_markdown(figures: list[dict[str, Any]]) -> str:
+    """The table of docs/zero3.md: estimated over measured, and MB measured."""
+    lines = [["run", *PHASES], ["---"] * (1 + len(PHASES))]
+    for found in figures:
+        pairs = ((found["estimate_over_peak"][phase], found["peak"][phase] / 1e6) for phase in PHASES)
+        lines.append([found["case"], *(f"{ratio:.2f} of {peak:.0f}" for ratio, peak in pairs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def all_cases(cases: dict[str, Case]) -> list[dict[str, Any]]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 
 from tests.launch import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+from phases import as_markdown
 
 FIGURES: list[dict[str, Any]] = json.loads((ROOT / "bench/results/phases.json").read_text())["figures"]
 
@@ -20,3 +25,7 @@ def test_every_phase_within_a_tenth_and_hardly_underestimated(figure: dict[str, 
 def test_both_stages_and_modes_were_measured() -> None:
     assert {figure["case"][:6] for figure in FIGURES} == {"ZeRO-2", "ZeRO-3"}
     assert {figure["placement"]["mode"] for figure in FIGURES} == {"window", "stream"}
+
+
+def test_the_table_of_the_docs() -> None:
+    assert as_markdown(FIGURES) in (ROOT / "docs/zero3.md").read_text(), "python bench/phases.py prints the new one"
