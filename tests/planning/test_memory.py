@@ -82,6 +82,11 @@ def test_sampling_and_scoring_are_not_at_once() -> None:
     assert choice(1500, replace(NEEDS, scoring_bytes=351)) == ("stream", 64)
 
 
+def test_weights_are_copied_in_the_window_only() -> None:
+    assert choice(1500, replace(NEEDS, copied_bytes=50)) == ("window", 12)
+    assert choice(600, replace(NEEDS, copied_bytes=50)) == ("stream", 30)
+
+
 def test_what_an_update_leaves_behind_is_kept_free() -> None:
     assert choice(1500, replace(NEEDS, later_bytes=50)) == ("window", 12)
 

@@ -35,11 +35,12 @@ class RolloutNeeds:
     """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``live_bytes``: what streaming keeps gathered
     at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
     chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
-    it; ``weights_bytes``: copies of weights that decoding makes; ``scoring_bytes``: of a scoring pass, after
-    sampling; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which grows
-    with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet. ``longest_prompt`` in
-    tokens, the least that a prefill must hold; ``micro_batch``: tokens of the update's forward pass, to which scoring
-    and activations are proportional; ``checkpointing``: layers are computed again already."""
+    it; ``weights_bytes``: copies of adapters that decoding makes, ``copied_bytes``: those of weights, which it makes in
+    the window only; ``scoring_bytes``: of a scoring pass, after sampling; ``update_bytes``: of the update, after the
+    rollout, and ``activation_bytes`` that part of it which grows with the micro-batch; ``later_bytes``: what an update
+    will leave behind and is not there yet. ``longest_prompt`` in tokens, the least that a prefill must hold;
+    ``micro_batch``: tokens of the update's forward pass, to which scoring and activations are proportional;
+    ``checkpointing``: layers are computed again already."""
 
     window_bytes: int
     live_bytes: int
@@ -49,6 +50,7 @@ class RolloutNeeds:
     prefill_bytes: int
     longest_prompt: int
     weights_bytes: int = 0
+    copied_bytes: int = 0
     scoring_bytes: int = 0
     update_bytes: int = 0
     activation_bytes: int = 0
@@ -64,7 +66,7 @@ class RolloutNeeds:
             passing += held
         choosing = columns + held + slots * self.choice_bytes
         base = self.base(mode)
-        return self.weights_bytes + max(base + max(passing, held), self._base_while_choosing(mode) + choosing)
+        return self._copies(mode) + max(base + max(passing, held), self._base_while_choosing(mode) + choosing)
 
     def base(self, mode: str) -> int:
         """Bytes that a rollout in ``mode`` has gathered or must leave free."""
@@ -79,7 +81,7 @@ class RolloutNeeds:
         usable = int(free * USABLE)
         if usable < self.base(mode) + self.scoring_bytes:
             return 0
-        usable -= self.weights_bytes + self.longest_prompt * self.column_bytes
+        usable -= self._copies(mode) + self.longest_prompt * self.column_bytes
         while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
         while_choosing = (usable - self._base_while_choosing(mode)) // (self.slot_bytes + self.choice_bytes)
         return max(0, min(while_entering, while_choosing))
@@ -98,6 +100,9 @@ class RolloutNeeds:
     def _enter_at_once(self, slots: int, prefill: int, rows: int) -> bool:
         """Whether no prompt is left for a second prefill."""
         return slots >= rows and prefill >= rows * self.longest_prompt
+
+    def _copies(self, mode: str) -> int:
+        return self.weights_bytes + (self.copied_bytes if mode == WINDOW else 0)
 
     def _base_while_choosing(self, mode: str) -> int:
         return self.base(mode) if mode == WINDOW else self.later_bytes

@@ -177,7 +177,8 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         column_bytes=model.column,
         prefill_bytes=pass_token_bytes(model, on_device, prefill),
         longest_prompt=size.widest_prompt,
-        weights_bytes=decoding_bytes(model, how, weights),
+        weights_bytes=0 if weights == MERGED else model.policy * model.element,
+        copied_bytes=copied_bytes(model, how, weights),
         scoring_bytes=pass_bytes(model, how, score),
         update_bytes=update_bytes(model, how, update) if trains else 0,
         activation_bytes=activation_bytes(model, how, update) if trains else 0,
@@ -187,8 +188,8 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     )
 
 
-def decoding_bytes(model: ModelSize, how: Sharding, weights: str) -> int:
-    """Copies that decoding makes (``models/decoding_weights.py``): of the policy's adapters in the base's dtype, unless
-    they are merged; and of the adapted weights, merged or, in bfloat16 on a CPU, in its kernel's order."""
+def copied_bytes(model: ModelSize, how: Sharding, weights: str) -> int:
+    """Copies that decoding makes of the adapted weights where they lie here (``models/decoding_weights.py``): merged
+    or, in bfloat16 on a CPU, in its kernel's order."""
     copied = weights == MERGED or (how.on_cpu and model.element == torch.bfloat16.itemsize)
-    return (0 if weights == MERGED else model.policy * model.element) + (model.adapted if copied else 0)
+    return model.adapted if copied else 0
