@@ -105,7 +105,7 @@ def row_of(name: str, model: ModelSize, ranks: int, stage: int) -> Row:
     size = RolloutSize(
         rows=RESPONSES // ranks,
         columns=PROMPT + NEW,
-        scoring_tokens=3 * MICRO_BATCH // 2,
+        scoring_tokens=MICRO_BATCH,
         longest_prompt=PROMPT,
         update_tokens=MICRO_BATCH,
         checkpointing=True,

@@ -22,7 +22,7 @@ from exam.subject import (
     sections_of,
 )
 
-UNDERESTIMATE, OVERESTIMATE = 1.05, 1.5  # measured over predicted, predicted over measured
+UNDERESTIMATE, OVERESTIMATE = 1.05, 1.1  # measured over predicted, predicted over measured
 
 
 # ---- 6: decoding and memory ------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def ours(exam: Exam, shape: str) -> dict[str, Any]:
     found |= {
         "slots": placement.slots,
         "placement": placement.description(),
-        "predicted_gib": predicted(placement),
+        "predicted_gib": predicted(trainer.collector.sampler),
         "phases": phases,
         "tokens_per_second": tokens / phases["gen"],
         "prompt_tokens": [len(prompt.token_ids) for prompt in prompts],
@@ -91,10 +91,11 @@ def ours(exam: Exam, shape: str) -> dict[str, Any]:
     return found
 
 
-def predicted(placement: Any) -> dict[str, float]:
-    """GiB that the placement expects of a rollout and, where it says so, of an update."""
-    update = getattr(placement, "update", 0)
-    return {"rollout": placement.needed / 2**30, **({"update": update / 2**30} if update else {})}
+def predicted(sampler: Any) -> dict[str, float]:
+    """GiB that the estimate expects of a rollout and of an update once the optimizer has its moments, which are there
+    before either is measured."""
+    placement, later = sampler.placement, sampler.estimate.needs.later_bytes
+    return {"rollout": (placement.needed - later) / 2**30, "update": (placement.update - later) / 2**30}
 
 
 def generate(exam: Exam, shape: str, lengths: list[int]) -> float:

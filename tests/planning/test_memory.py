@@ -36,7 +36,7 @@ NEEDS = RolloutNeeds(
 
 def choice(free: int, needs: RolloutNeeds = NEEDS, **changes: Any) -> tuple[str, int]:
     placement = place(needs, **{"free": free, "rows": 64, "mode": "auto", "slots": None, **changes})
-    assert placement.needed == needs.total(placement.mode, placement.slots, placement.prefill_tokens) <= 0.9 * free
+    assert placement.needed == needs.total(placement.mode, placement.slots, placement.prefill_tokens, 64) <= 0.9 * free
     return placement.mode, placement.slots
 
 
@@ -50,7 +50,7 @@ def test_fewer_slots_before_streaming() -> None:
 
 def test_streaming_where_the_gathered_base_leaves_too_few_slots() -> None:
     assert choice(1380) == ("stream", 64)  # the window would have 5
-    assert choice(600) == ("stream", 26)
+    assert choice(600) == ("stream", 30)  # 540 usable - 280 - a prompt of 20; while choosing 36, with nothing gathered
 
 
 def test_what_is_given_is_kept() -> None:
@@ -69,9 +69,10 @@ def test_what_is_not_sharded_is_not_streamed() -> None:
 
 def test_a_smaller_prefill_before_fewer_slots() -> None:
     """And never more than the prompts of all slots, nor less than the longest prompt."""
-    chosen = [place(NEEDS, free=free, rows=64, mode="window", slots=None) for free in (10**6, 2800, 2400, 2100)]
-    assert [each.slots for each in chosen] == [64] * 4
-    assert [each.prefill_tokens for each in chosen] == [64 * 20, 512, 256, 128]
+    chosen = [place(NEEDS, free=free, rows=64, mode="window", slots=None) for free in (10**6, 2740, 2730, 2440, 2100)]
+    assert [each.slots for each in chosen] == [64] * 5
+    # All at once takes 1180 + 1280: there are no slots yet. A part of them takes 1180 + 64 x 8 and itself.
+    assert [each.prefill_tokens for each in chosen] == [64 * 20, 64 * 20, 512, 256, 128]
     assert place(NEEDS, free=1380, rows=64, mode="window", slots=None).prefill_tokens == 20
 
 
@@ -79,6 +80,11 @@ def test_sampling_and_scoring_are_not_at_once() -> None:
     """A pass that scores takes the place of keys and values, and bounds them only where it is larger."""
     assert choice(1500, replace(NEEDS, scoring_bytes=350)) == ("window", 17)
     assert choice(1500, replace(NEEDS, scoring_bytes=351)) == ("stream", 64)
+
+
+def test_weights_are_copied_in_the_window_only() -> None:
+    assert choice(1500, replace(NEEDS, copied_bytes=50)) == ("window", 12)
+    assert choice(600, replace(NEEDS, copied_bytes=50)) == ("stream", 30)
 
 
 def test_what_an_update_leaves_behind_is_kept_free() -> None:

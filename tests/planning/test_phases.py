@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 
 from tests.launch import ROOT
 
+sys.path.insert(0, str(ROOT / "bench"))
+
+from phases import as_markdown
+
 FIGURES: list[dict[str, Any]] = json.loads((ROOT / "bench/results/phases.json").read_text())["figures"]
-WINDOW = [figure for figure in FIGURES if figure["placement"]["mode"] == "window"]
 
 
-@pytest.mark.parametrize("figure", WINDOW, ids=lambda figure: figure["case"])
+LET_GO = ("ZeRO-3, streamed", "update")
+"""A model below DeepSpeed's bounds: its update lets layers go as scoring's passes do and gathers them again for
+backward, where the estimate has it keep them."""
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure["case"])
 def test_every_phase_within_a_tenth_and_hardly_underestimated(figure: dict[str, Any]) -> None:
-    assert {phase: ratio for phase, ratio in figure["estimate_over_peak"].items() if not 0.95 <= ratio <= 1.10} == {}
+    ratios = figure["estimate_over_peak"]
+    most = {phase: 1.15 if (figure["case"], phase) == LET_GO else 1.10 for phase in ratios}
+    assert {phase: ratio for phase, ratio in ratios.items() if not 0.95 <= ratio <= most[phase]} == {}
 
 
-def test_streaming_is_never_underestimated() -> None:
-    """What it keeps gathered is estimated by DeepSpeed's bounds, which a small model does not reach."""
-    streamed = [figure for figure in FIGURES if figure["placement"]["mode"] == "stream"]
-    assert streamed and all(ratio >= 0.95 for figure in streamed for ratio in figure["estimate_over_peak"].values())
+def test_both_stages_and_modes_were_measured() -> None:
+    assert {figure["case"][:6] for figure in FIGURES} == {"ZeRO-2", "ZeRO-3"}
+    assert {figure["placement"]["mode"] for figure in FIGURES} == {"window", "stream"}
 
 
-def test_both_stages_were_measured() -> None:
-    assert {figure["case"][:6] for figure in WINDOW} == {"ZeRO-2", "ZeRO-3"}
+def test_the_table_of_the_docs() -> None:
+    assert as_markdown(FIGURES) in (ROOT / "docs/zero3.md").read_text(), "python bench/phases.py prints the new one"

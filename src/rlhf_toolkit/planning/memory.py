@@ -2,10 +2,14 @@
 
 A rollout needs, beside what already lies on the device (shards, adapters, optimizer):
 
-    window    the part of the base that other ranks hold  +  max(sampling, scoring)
-    stream    what streaming keeps gathered               +  max(sampling, scoring)
-    sampling  copies of weights  +  slots x slot_bytes  +  tokens of a prefill x column_bytes
-              +  max(tokens of a prefill x prefill_bytes, slots x choice_bytes)
+    gathered  window: the part of the base that other ranks hold; stream: what streaming keeps gathered
+    rollout   max(sampling, gathered + scoring)
+    sampling  copies of weights + max(entering, choosing)
+    entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x slot_bytes
+    choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + choice_bytes)
+
+Slots are allocated once the first prefill is over: where all rows enter in that one, its activations and the slots are
+never there together. While streaming, nothing is gathered when a token is chosen: the last layer has been let go.
 
 The window is faster, since the base is gathered once and not once a token; it is chosen where it fits with as many
 slots as there are rows, or at least ``ENOUGH_SLOTS``. Slots come before a large prefill: what is too long for one is
@@ -31,11 +35,12 @@ class RolloutNeeds:
     """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``live_bytes``: what streaming keeps gathered
     at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
     chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
-    it; ``weights_bytes``: copies of weights that decoding makes; ``scoring_bytes``: of a scoring pass, after
-    sampling; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which grows
-    with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet. ``longest_prompt`` in
-    tokens, the least that a prefill must hold; ``micro_batch``: tokens of the update's forward pass, to which scoring
-    and activations are proportional; ``checkpointing``: layers are computed again already."""
+    it; ``weights_bytes``: copies of adapters that decoding makes, ``copied_bytes``: those of weights, which it makes in
+    the window only; ``scoring_bytes``: of a scoring pass, after sampling; ``update_bytes``: of the update, after the
+    rollout, and ``activation_bytes`` that part of it which grows with the micro-batch; ``later_bytes``: what an update
+    will leave behind and is not there yet. ``longest_prompt`` in tokens, the least that a prefill must hold;
+    ``micro_batch``: tokens of the update's forward pass, to which scoring and activations are proportional;
+    ``checkpointing``: layers are computed again already."""
 
     window_bytes: int
     live_bytes: int
@@ -45,6 +50,7 @@ class RolloutNeeds:
     prefill_bytes: int
     longest_prompt: int
     weights_bytes: int = 0
+    copied_bytes: int = 0
     scoring_bytes: int = 0
     update_bytes: int = 0
     activation_bytes: int = 0
@@ -52,38 +58,54 @@ class RolloutNeeds:
     micro_batch: int = 0
     checkpointing: bool = False
 
-    def sampling(self, slots: int, prefill: int) -> int:
-        """Bytes that decoding takes."""
-        made = max(prefill * self.prefill_bytes, slots * self.choice_bytes)
-        return self.weights_bytes + slots * self.slot_bytes + prefill * self.column_bytes + made
+    def sampling(self, mode: str, slots: int, prefill: int, rows: int) -> int:
+        """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
+        held, columns = slots * self.slot_bytes, prefill * self.column_bytes
+        passing = columns + prefill * self.prefill_bytes
+        if not self._enter_at_once(slots, prefill, rows):
+            passing += held
+        choosing = columns + held + slots * self.choice_bytes
+        base = self.base(mode)
+        return self._copies(mode) + max(base + max(passing, held), self._base_while_choosing(mode) + choosing)
 
     def base(self, mode: str) -> int:
         """Bytes that a rollout in ``mode`` has gathered or must leave free."""
         return self.later_bytes + (self.window_bytes if mode == WINDOW else self.live_bytes)
 
-    def total(self, mode: str, slots: int, prefill: int) -> int:
+    def total(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that a rollout needs."""
-        return self.base(mode) + max(self.sampling(slots, prefill), self.scoring_bytes)
+        return max(self.sampling(mode, slots, prefill, rows), self.base(mode) + self.scoring_bytes)
 
     def most_slots(self, mode: str, free: int) -> int:
         """How many slots fit into ``free`` bytes, with the smallest prefill; below 1 where not even one does."""
-        usable = int(free * USABLE) - self.base(mode)
-        if usable < self.scoring_bytes:
+        usable = int(free * USABLE)
+        if usable < self.base(mode) + self.scoring_bytes:
             return 0
-        usable -= self.weights_bytes + self.longest_prompt * self.column_bytes
-        while_entering = (usable - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
-        return max(0, min(while_entering, usable // (self.slot_bytes + self.choice_bytes)))
+        usable -= self._copies(mode) + self.longest_prompt * self.column_bytes
+        while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
+        while_choosing = (usable - self._base_while_choosing(mode)) // (self.slot_bytes + self.choice_bytes)
+        return max(0, min(while_entering, while_choosing))
 
-    def largest_prefill(self, mode: str, slots: int, free: int) -> int:
-        """The largest prefill that fits beside ``slots``, of ``PREFILL_TOKENS`` halved again and again, and never less
-        than the longest prompt."""
+    def largest_prefill(self, mode: str, slots: int, rows: int, free: int) -> int:
+        """The largest prefill of ``rows`` that fits with ``slots``, of ``PREFILL_TOKENS`` halved again and again, and
+        never less than the longest prompt."""
         wanted = PREFILL_TOKENS
         while wanted > self.longest_prompt:
             useful = min(wanted, slots * self.longest_prompt)
-            if self.total(mode, slots, useful) <= free * USABLE:
+            if self.total(mode, slots, useful, rows) <= free * USABLE:
                 return max(useful, self.longest_prompt)
             wanted //= 2
         return self.longest_prompt
+
+    def _enter_at_once(self, slots: int, prefill: int, rows: int) -> bool:
+        """Whether no prompt is left for a second prefill."""
+        return slots >= rows and prefill >= rows * self.longest_prompt
+
+    def _copies(self, mode: str) -> int:
+        return self.weights_bytes + (self.copied_bytes if mode == WINDOW else 0)
+
+    def _base_while_choosing(self, mode: str) -> int:
+        return self.base(mode) if mode == WINDOW else self.later_bytes
 
 
 @dataclass(frozen=True)
@@ -131,19 +153,18 @@ def place(
     if most < wanted:
         raise ConfigError(
             f"a rollout in mode {mode} with {wanted} slot(s) needs "
-            f"{_gib(needs.total(mode, wanted, needs.longest_prompt))} GiB, but "
+            f"{_gib(needs.total(mode, wanted, needs.longest_prompt, rows))} GiB, but "
             f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, mode, free, sharded)}"
         )
-    prefill = needs.largest_prefill(mode, wanted, free)
-    base = needs.base(mode)
+    prefill = needs.largest_prefill(mode, wanted, rows, free)
     return Placement(
         mode,
         wanted,
         prefill,
-        needs.total(mode, wanted, prefill),
+        needs.total(mode, wanted, prefill, rows),
         free,
-        sampling=base + needs.sampling(wanted, prefill),
-        scoring=base + needs.scoring_bytes,
+        sampling=needs.sampling(mode, wanted, prefill, rows),
+        scoring=needs.base(mode) + needs.scoring_bytes,
         update=needs.later_bytes + needs.update_bytes,
     )
 

@@ -12,10 +12,10 @@ all key heads, N tokens of a pass with its roles together. ``bench/phases.py`` h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 FP32 = 4  # bytes of an element
 CHECKSUM_BYTES = 24 * 2**18  # three int64 of each element that the fingerprint looks at together
-LOGIT_COPIES = 5  # fp32 rows of V that choosing a token makes
 PASS_WIDTHS = 5  # rows of H that a pass without gradient holds where it is largest, beside 3 of I, in the MLP
 
 
@@ -25,9 +25,9 @@ class ModelSize:
 
     Bytes: ``base`` all frozen parameters, ``kept`` those of them that ZeRO-3 leaves whole on every rank, ``largest``
     the largest one, ``adapted`` the weights that have adapters, ``column`` keys and values of one token. Elements:
-    ``trained``; ``low_rank``, what the x A^T of one role have together for a token; ``queries`` and ``keys``, a token's
-    in one layer. ``tile``: positions and tokens of a tile of the output layer. ``plain``: norms and MLP are
-    transformers' own, which keep more for backward.
+    ``trained``; ``policy``, those of the policy's adapters; ``low_rank``, what the x A^T of one role have together for
+    a token; ``queries`` and ``keys``, a token's in one layer. ``tile``: positions and tokens of a tile of the output
+    layer. ``plain``: norms and MLP are transformers' own, which keep more for backward.
     """
 
     base: int
@@ -35,6 +35,7 @@ class ModelSize:
     largest: int
     adapted: int
     trained: int
+    policy: int
     low_rank: int
     layers: int
     hidden: int
@@ -73,12 +74,15 @@ class Sharding:
 @dataclass(frozen=True)
 class PassSize:
     """``tokens`` of a forward pass, its ``roles`` together, in sequences of at most ``columns``; ``checkpointing``:
-    layers are computed again in backward."""
+    layers are computed again in backward. ``key_copies``: how often attention takes a token's keys and values, each
+    time as a copy: more than once where packed sequences share what they begin with, or a kernel wants the keys of
+    grouped heads repeated."""
 
     tokens: int
     roles: int
     columns: int
     checkpointing: bool = False
+    key_copies: float = 1.0
 
 
 def kept_bytes(model: ModelSize, how: Sharding, *, moments: bool = True) -> int:
@@ -127,15 +131,19 @@ def start_bytes(model: ModelSize, how: Sharding) -> int:
 
 def pass_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """A scoring pass without gradient: its activations, or the output layer's tiles."""
-    return max(size.tokens * pass_token_bytes(model, how, size.columns), _states(model, size) + _head(model, how, size))
+    return max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
 
 
-def pass_token_bytes(model: ModelSize, how: Sharding, columns: int) -> int:
+def _pass(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    return size.tokens * pass_token_bytes(model, how, size)
+
+
+def pass_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """Bytes that a pass without gradient holds for a token, in the MLP or in attention."""
     mlp = PASS_WIDTHS * model.hidden + (5 if model.plain else 3) * model.intermediate
-    attention = 4 * model.hidden + 4 * model.queries + 6 * model.keys
+    attention = 4 * model.hidden + 4 * model.queries + 4 * model.keys + _taken_keys(model, size)
     if how.on_cpu:
-        attention += 2 * model.heads * columns
+        attention += 2 * model.heads * size.columns
     return max(mlp, attention) * model.element
 
 
@@ -149,40 +157,50 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     ahead = prefetched_bytes(model, how)
     if gathered < window_bytes(model, how):  # backward gathers again
         return gradients + gathered + ahead + activation_bytes(model, how, size)
-    last_gather = ahead + size.tokens * model.hidden * (2 * FP32 + model.element)  # while the last norm is computed
-    made = max(last_gather, _made(model, how, size))
-    return gradients + gathered + _kept_activations(model, how, size) + made
+    before_backward = _kept_of_forward(model, how, size) + ahead + _last_norm(model, size)
+    if size.checkpointing:  # a layer keeps nothing for backward yet
+        before_backward = max(before_backward, ahead + _inputs_of_layers(model, size) + _pass(model, how, size))
+    return gradients + gathered + max(before_backward, activation_bytes(model, how, size))
 
 
 def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """What backward needs of the forward pass, and the largest thing that is made on the way."""
-    return _kept_activations(model, how, size) + _made(model, how, size)
-
-
-def _kept_activations(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    layer = size.tokens * layer_token_bytes(model, how, size.columns)
-    if size.checkpointing:
-        return _states(model, size) + model.layers * size.tokens * model.hidden * model.element + layer
-    return _states(model, size) + model.layers * layer
-
-
-def _made(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """The largest of: the backward of an MLP, the last norm, the output layer."""
+    """What backward needs of the forward pass, and the largest thing that is made on the way: the last norm, the output
+    layer, or the backward of an MLP, in a layer that is computed again where there is checkpointing."""
     backward = size.tokens * (2 * model.hidden + 3 * model.intermediate) * model.element
-    norm = size.tokens * model.hidden * (2 * FP32 + model.element)
-    head = _head(model, how, size, gradient=True)
-    return max(backward, norm, head)
+    if size.checkpointing:
+        backward += size.tokens * layer_token_bytes(model, how, size)
+    made = max(_last_norm(model, size), _head(model, how, size, gradient=True), backward)
+    return _kept_of_forward(model, how, size) + made
 
 
-def layer_token_bytes(model: ModelSize, how: Sharding, columns: int) -> int:
+def _kept_of_forward(model: ModelSize, how: Sharding, size: PassSize) -> int:
+    """What the whole forward pass leaves behind."""
+    layers = model.layers * size.tokens * layer_token_bytes(model, how, size)
+    return _states(model, size) + (_inputs_of_layers(model, size) if size.checkpointing else layers)
+
+
+def _inputs_of_layers(model: ModelSize, size: PassSize) -> int:
+    return model.layers * size.tokens * model.hidden * model.element
+
+
+def _last_norm(model: ModelSize, size: PassSize) -> int:
+    return size.tokens * model.hidden * (2 * FP32 + model.element)
+
+
+def layer_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """Bytes that one layer keeps of a token for backward: two residuals, two normed states, queries, keys, values,
     attention's output, gate, up and product, each adapter's x A^T."""
-    widths = 4 * model.hidden + 2 * model.queries + 2 * model.keys + 3 * model.intermediate
+    widths = 4 * model.hidden + 2 * model.queries + _taken_keys(model, size) + 3 * model.intermediate
     widths += model.low_rank // max(1, model.layers)
     if how.on_cpu:
-        widths += model.heads * columns
+        widths += model.heads * size.columns
     plain = 2 * 2 * FP32 * model.hidden + model.intermediate * model.element if model.plain else 0
     return widths * model.element + 2 * FP32 + plain
+
+
+def _taken_keys(model: ModelSize, size: PassSize) -> int:
+    """Elements of keys and values of a token, as attention takes them."""
+    return ceil(2 * model.keys * size.key_copies)
 
 
 def _states(model: ModelSize, size: PassSize) -> int:

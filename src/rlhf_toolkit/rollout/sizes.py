@@ -16,11 +16,11 @@ from rlhf_toolkit.distributed.zero3 import element_count, full_shape
 from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
+from rlhf_toolkit.models.segment_attention import SHARES_HEADS
 from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.planning.memory import Placement, RolloutNeeds
 from rlhf_toolkit.planning.sizes import (
     FP32,
-    LOGIT_COPIES,
     ModelSize,
     PassSize,
     Sharding,
@@ -35,6 +35,7 @@ from rlhf_toolkit.planning.sizes import (
     window_bytes,
 )
 from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS
+from rlhf_toolkit.rollout.sampling import BLOCK
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,24 @@ class RolloutSize:
     """What bounds memory on one rank: ``rows`` sequences of at most ``columns`` tokens, of which the prompt has at most
     ``longest_prompt`` and, with an environment's ``later_turns``, the next turn's prompt all. ``scoring_tokens`` of a
     scoring pass of ``scoring_roles``, and ``update_tokens`` of an update's of ``update_roles``, the roles together;
-    no ``update_tokens``: nothing is updated. ``checkpointing``: layers are computed again in backward."""
+    no ``update_tokens``: nothing is updated. ``checkpointing``: layers are computed again in backward. ``packed``:
+    micro-batches are, and a prompt's ``responses`` share it. ``temperature``, ``top_k`` and ``top_p`` are those of
+    sampling."""
 
     rows: int
     columns: int
     scoring_tokens: int
     longest_prompt: int = 1
     later_turns: bool = False
-    scoring_roles: int = 3
+    scoring_roles: int = 2
     update_tokens: int = 0
     update_roles: int = 2
     checkpointing: bool = False
+    packed: bool = False
+    responses: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
     @property
     def slot_columns(self) -> int:
@@ -66,6 +74,23 @@ class RolloutSize:
         """Tokens of the longest prompt of any turn."""
         return self.columns if self.later_turns else self.longest_prompt
 
+    @property
+    def key_copies(self) -> float:
+        """How often packed attention takes a token's keys: those of a prompt for itself and for each response."""
+        if not self.packed or self.responses == 1:
+            return 1.0
+        prompt, response = self.longest_prompt, self.columns - self.longest_prompt
+        return (prompt + self.responses * (prompt + response)) / (prompt + self.responses * response)
+
+    def logit_rows(self, vocabulary: int) -> int:
+        """Rows of V fp32 logits that choosing one token holds at once (``choose_tokens``): the pass's own and those of
+        the slots that go on, shifted and exponentiated; tempered ones; for top-k the chosen and their mask, for top-p
+        the sorted, their places in int64, sums and masks; else blocks padded to whole ones."""
+        rows = 4 + (self.temperature != 1.0)
+        if self.top_p < 1.0:
+            return rows + bool(self.top_k) + 8
+        return rows + (2 if self.top_k else vocabulary % BLOCK > 0)
+
 
 class Estimate(NamedTuple):
     """A model, how it is shared, and what a rollout with it needs."""
@@ -76,12 +101,12 @@ class Estimate(NamedTuple):
 
     def phases(self, placed: Placement) -> dict[str, int]:
         """Bytes on a rank at the peak of each phase of a run that is placed like this."""
-        kept, base = kept_bytes(self.model, self.how), self.needs.base(placed.mode) - self.needs.later_bytes
+        free = kept_bytes(self.model, self.how, moments=False)
         return {
             "start": start_bytes(self.model, self.how),
-            "window": kept + base + self.needs.sampling(placed.slots, placed.prefill_tokens),
-            "scoring": kept + base + self.needs.scoring_bytes,
-            "update": kept + self.needs.update_bytes,
+            "window": free + placed.sampling,
+            "scoring": free + placed.scoring,
+            "update": free + placed.update,
         }
 
 
@@ -105,6 +130,7 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
         largest=max(size for _, size in sizes),
         adapted=sum(element_count(w) * w.element_size() for w in weights),
         trained=sum(map(element_count, trained)),
+        policy=sum(element_count(p) for name, p in shared.named_parameters() if f".{POLICY}." in name),
         low_rank=sum(module.r.get(POLICY, 0) for module in adapted),
         layers=values.get("num_hidden_layers") or 1,
         hidden=hidden,
@@ -135,8 +161,11 @@ def sharding(size: ModelSize, *, ranks: int, stage: int, on_cpu: bool) -> Shardi
 
 def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -> RolloutNeeds:
     """The estimate for this model, shared like this, and this size of rollout, decoded with ``weights``."""
-    score = PassSize(size.scoring_tokens, size.scoring_roles, size.columns)
-    update = PassSize(size.update_tokens, size.update_roles, size.columns, size.checkpointing)
+    repeats = model.queries / model.keys if size.packed and not how.on_cpu and not SHARES_HEADS else 1
+    copies = repeats * size.key_copies
+    score = PassSize(size.scoring_tokens, size.scoring_roles, size.columns, key_copies=copies)
+    update = PassSize(size.update_tokens, size.update_roles, size.columns, size.checkpointing, copies)
+    prefill = PassSize(size.widest_prompt, 1, size.columns)
     on_device = Sharding(how.ranks, how.stage, how.bucket, how.live, how.prefetched)  # a prefill keeps no scores
     window = window_bytes(model, how)
     trains = size.update_tokens > 0
@@ -144,11 +173,12 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         window_bytes=window,
         live_bytes=min(window, live_bytes(model, how)) + prefetched_bytes(model, how),
         slot_bytes=model.column * size.slot_columns,
-        choice_bytes=LOGIT_COPIES * model.vocabulary * FP32,
+        choice_bytes=size.logit_rows(model.vocabulary) * model.vocabulary * FP32,
         column_bytes=model.column,
-        prefill_bytes=pass_token_bytes(model, on_device, size.columns),
+        prefill_bytes=pass_token_bytes(model, on_device, prefill),
         longest_prompt=size.widest_prompt,
-        weights_bytes=decoding_bytes(model, how, weights),
+        weights_bytes=0 if weights == MERGED else model.policy * model.element,
+        copied_bytes=copied_bytes(model, how, weights),
         scoring_bytes=pass_bytes(model, how, score),
         update_bytes=update_bytes(model, how, update) if trains else 0,
         activation_bytes=activation_bytes(model, how, update) if trains else 0,
@@ -158,8 +188,8 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     )
 
 
-def decoding_bytes(model: ModelSize, how: Sharding, weights: str) -> int:
-    """Copies that decoding makes (``models/decoding_weights.py``): of the policy's adapters in the base's dtype; and of
-    the adapted weights, merged or, in bfloat16 on a CPU, in its kernel's order."""
+def copied_bytes(model: ModelSize, how: Sharding, weights: str) -> int:
+    """Copies that decoding makes of the adapted weights where they lie here (``models/decoding_weights.py``): merged
+    or, in bfloat16 on a CPU, in its kernel's order."""
     copied = weights == MERGED or (how.on_cpu and model.element == torch.bfloat16.itemsize)
-    return model.trained * model.element + (model.adapted if copied else 0)
+    return model.adapted if copied else 0

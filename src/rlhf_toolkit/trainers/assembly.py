@@ -182,7 +182,7 @@ def make_collector(
 ) -> Collector:
     """What turns prompts into experience; the trainer, where it ``trains``, gives it its model."""
     ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
-    sampler = make_sampler(experiment, task, progress, trains=trains)
+    sampler = make_sampler(experiment, task, progress, packing=packing, trains=trains)
     return Collector(
         sampler,
         task.prompts,
@@ -286,7 +286,9 @@ def correction_of(ppo: PPOConfig) -> Correction:
     return Correction(ppo.importance_correction, cap=ppo.importance_cap, floor=ppo.importance_floor)
 
 
-def make_sampler(experiment: Experiment, task: Task, progress: Progress, *, trains: bool = True) -> Sampler:
+def make_sampler(
+    experiment: Experiment, task: Task, progress: Progress, *, packing: bool, trains: bool = True
+) -> Sampler:
     """What decodes, for training and for evaluation: as large as the larger of the two. Where nothing ``trains``,
     memory need not hold an update."""
     rollout, ranks = experiment.rollout, world_size()
@@ -305,6 +307,11 @@ def make_sampler(experiment: Experiment, task: Task, progress: Progress, *, trai
         update_tokens=experiment.update.micro_batch_tokens if trains else 0,
         update_roles=roles,
         checkpointing=experiment.model.gradient_checkpointing,
+        packed=packing,
+        responses=rollout.responses_per_prompt,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
     )
     return Sampler(
         task.tokenizer,
