@@ -108,7 +108,7 @@ def write_random_model(folder: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(fetch_smollm())
     config = Qwen2Config(
         **GPU_SHAPES[name].settings(),
-        vocab_size=151936,
+        vocab_size=len(tokenizer) if name == TINY else 151936,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",

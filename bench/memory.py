@@ -26,7 +26,7 @@ ROLES = {"policy": ("policy",), "+value": ("policy", "value"), "+reference": ("p
 WIDTH = 128
 RUN_TOKENS = 1024
 RUN = {
-    "rollout.prompts_per_rollout": 16,
+    "rollout.prompts_per_rollout": 2 if SMOKE else 16,
     "rollout.responses_per_prompt": 2,
     "ppo.mini_batches": 2,  # in the second update the optimizer's moments are there
     "update.micro_batch_tokens": RUN_TOKENS,
