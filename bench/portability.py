@@ -1,6 +1,6 @@
 """Does the demo's task end and learn on other processors, as far as this one can imitate them?
 
-    python bench/portability.py [--rollouts 15] [--estimator-rollouts 2] [--only NAME ...]     # an hour and more
+    python bench/portability.py [--rollouts 15] [--small-rollouts 30] [--only NAME ...]     # an hour
     python bench/portability.py --smoke                                                        # two minutes
 
 oneDNN and PyTorch are held to older instruction sets by their own environment variables; bfloat16 that is named on such
@@ -36,7 +36,12 @@ PROCESSORS = {
     "AVX-512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
+SEEDS = 3
 SMALL = ["rollout.prompts_per_rollout=4", "rollout.max_new_tokens=8", "data.evaluation=none"]
+
+
+PAIRS = ["rollout.prompts_per_rollout=8", "rollout.responses_per_prompt=2", "rollout.max_new_tokens=16"]
+PAIRS += ["data.evaluation=none", "run.evaluate_every=0"]
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,18 @@ class Case:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every processor with its own dtype, bfloat16 where it is emulated, threads, ranks, seeds, estimators."""
-    long, short = f"ppo.num_rollouts={options.rollouts}", f"ppo.num_rollouts={options.estimator_rollouts}"
-    for name, environment in PROCESSORS.items():
-        yield Case(name, environment, settings=(long,))
+    """Every processor with its own dtype; bfloat16 where it is emulated; ranks, threads and seeds, spread over them;
+    every estimator, in thirty small rollouts of two responses to a prompt."""
+    long, short = f"ppo.num_rollouts={options.rollouts}", "ppo.num_rollouts=2"
+    for number, (name, environment) in enumerate(PROCESSORS.items()):
+        yield Case(name, environment, settings=(long, f"run.seed={number % SEEDS}"))
+    yield Case("this one, one rank, two threads", ranks=1, threads=2, settings=(long, "run.seed=1"))
+    yield Case("AVX2, one rank, two threads", PROCESSORS["AVX2"], 1, 2, (long, "run.seed=0"))
     yield Case("AVX2, bfloat16", PROCESSORS["AVX2"], settings=(short, "model.dtype=bfloat16"))
     yield Case("AVX-512, bfloat16", PROCESSORS["AVX-512"], settings=(short, "model.dtype=bfloat16"))
-    yield Case("one rank, two threads", ranks=1, threads=2, settings=(long,))
-    for seed in (1, 2):
-        yield Case(f"seed {seed}", settings=(long, f"run.seed={seed}"))
     for estimator in ESTIMATORS:
-        groups = ("rollout.responses_per_prompt=2", "rollout.prompts_per_rollout=16")
-        yield Case(f"estimator {estimator}", settings=(short, f"ppo.advantage={estimator}", *groups))
+        many = (f"ppo.num_rollouts={options.small_rollouts}", f"ppo.advantage={estimator}", "model.dtype=bfloat16")
+        yield Case(f"estimator {estimator}", ranks=1, settings=(*many, *PAIRS))
 
 
 def smoke_cases() -> Iterator[Case]:
@@ -118,7 +123,7 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rollouts", type=int, default=15)
-    parser.add_argument("--estimator-rollouts", type=int, default=2)
+    parser.add_argument("--small-rollouts", type=int, default=30, help="with each estimator")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only the cases of these names")
     parser.add_argument("--smoke", action="store_true", help="a few tokens; nothing is kept")
     options = parser.parse_args()

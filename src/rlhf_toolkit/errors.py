@@ -50,6 +50,20 @@ class TrainingPathError(RLHFError):
     """Two passes that must compute the same numbers do not: log-probs, ratio or reference KL."""
 
 
+class NotFiniteError(RLHFError):
+    """A model gave NaN or infinity, in a rollout or in a training step."""
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """A NotFiniteError from inside also says where the run was, such as ``rollout 3``."""
+    try:
+        yield
+    except NotFiniteError as error:
+        error.args = (f"{place}: {error}",)
+        raise
+
+
 def described(error: BaseException) -> str:
     """An exception on one line, its type first, at most some 400 characters of it."""
     return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 400)

@@ -194,5 +194,6 @@ def test_a_tool_that_fails_on_one_rank_ends_all(tmp_path: Path, mode: str) -> No
     path = write_experiment(tmp_path / "run.yaml", task(tmp_path, "broken", **{"rollout.mode": mode}))
     finished = run_recipe(path, processes=2, stage=3)
     assert finished.status == 1
-    assert "RewardError: rank 1 failed in the environment: rollout.environment=" in finished.output
+    phase = "sampling" if mode == "window" else "the environment"
+    assert f"RewardError: rank 1 failed in {phase}: rollout.environment=" in finished.output
     assert "raised ValueError: no such tool; repair the function" in finished.output

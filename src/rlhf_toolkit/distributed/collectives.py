@@ -41,13 +41,18 @@ def from_main(value: T) -> T:
     return all_gather(value)[0]
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is True on any rank; cheap enough to be asked before every forward pass."""
+def largest(value: int) -> int:
+    """The largest ``value`` of any rank; cheap enough to be asked before every forward pass."""
     if world_size() == 1:
-        return flag
-    votes = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(votes)
-    return bool(votes.item())
+        return value
+    votes = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return int(votes.item())
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is True on any rank."""
+    return bool(largest(int(flag)))
 
 
 def barrier() -> None:
@@ -68,6 +73,11 @@ def agreement(phase: str) -> Iterator[None]:
         yield
     except Exception as caught:  # handed on below, on every rank
         error = caught
+    raise_together(phase, error)
+
+
+def raise_together(phase: str, error: Exception | None) -> None:
+    """Raise this rank's ``error``; without one, what another rank failed with in ``phase``. A collective."""
     failures = all_gather(None if error is None else _failure(error))
     if error is not None:
         raise error

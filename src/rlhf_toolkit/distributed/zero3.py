@@ -20,9 +20,11 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from rlhf_toolkit.distributed.collectives import any_rank, rank, world_size
+from rlhf_toolkit.distributed.collectives import largest, raise_together, rank, world_size
 
 AVAILABLE = ZeroParamStatus.AVAILABLE
+RESTS, GOES_ON, FAILED = range(3)
+"""What a rank votes before a forward pass of a sharded model."""
 Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
 """A module's hooks of one kind, a number in it, and the hook of that number."""
 
@@ -98,23 +100,56 @@ def gathered(model: nn.Module) -> Iterator[None]:
 class InStep:
     """All ranks run equally many forward passes through the sharded model: each pass is a collective of every layer.
 
-    ``before_forward`` is called before every pass by ranks with work, ``until_others_finish`` once by a rank without:
-    it goes on with ``idle`` passes as long as any rank has work. So the end is a decision of all.
+    Ranks with work run theirs inside ``forward_pass``; a rank without calls ``until_others_finish`` once: it goes on
+    with ``idle`` passes as long as any rank has work. So the end is a decision of all, and so is an end before its
+    time: what one rank raises inside ``together``, all raise.
     """
 
     def __init__(self, new_pass: Callable[[], None]) -> None:
-        self._new_pass = new_pass
+        self._new_pass, self._in_pass = new_pass, False
 
-    def before_forward(self) -> None:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work with forward passes in it. A failure between two passes is voted; what fails within one, as memory does,
+        is raised at once: the others wait in the middle of a layer, where only the end of this process reaches them."""
+        error: Exception | None = None
+        try:
+            yield
+        except _OtherRankFailedError:
+            pass
+        except Exception as caught:
+            if self._in_pass:
+                raise
+            error = caught
+            largest(FAILED)
+        raise_together("sampling", error)
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
         """Tell the others that this rank goes on."""
-        any_rank(True)
+        self._vote(GOES_ON)
         self._new_pass()
+        self._in_pass = True
+        yield
+        self._in_pass = False
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
         """Keep the others company."""
-        while any_rank(False):
+        while self._vote(RESTS) == GOES_ON:
             self._new_pass()
+            self._in_pass = True
             idle()
+            self._in_pass = False
+
+    def _vote(self, mine: int) -> int:
+        most = largest(mine)
+        if most == FAILED:
+            raise _OtherRankFailedError
+        return most
+
+
+class _OtherRankFailedError(Exception):
+    """Ends this rank's passes; what has happened is told by the rank that failed."""
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from rlhf_toolkit.errors import ModelError, described, shortened
 from rlhf_toolkit.files import is_plain_name, link_outside
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json")
 NAMES_A_FILE = ("transformers_weights", "fast_tokenizer_files")
 """Settings of ``CONFIGS`` whose value transformers opens in the folder: a name, or a list of them."""
@@ -39,6 +40,20 @@ def check_model_folder(name: str) -> None:
     for config in CONFIGS:
         if (folder / config).is_file():
             _check_names(folder / config, _object(folder / config))
+
+
+def check_weights_are_here(name: str) -> None:
+    """ModelError where the local folder ``name`` has no weights, or lacks a file that its index of them names."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    files: list[tuple[str, ...]] = [WEIGHTS_FILES]
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            files = [(file,) for file in sorted(set(weight_map(folder / index).values()))]
+    missing = [names[0] for names in files if not any((folder / file).is_file() for file in names)]
+    if missing:
+        raise ModelError(f"{folder} lacks {missing[0]}, one of {len(missing)} files of weights; fetch the model again")
 
 
 def weight_map(index: Path) -> Mapping[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
-from rlhf_toolkit.models.folders import check_model_folder
+from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE, SharedBase
 
 REWARD_HEAD = "reward_head.safetensors"
@@ -65,7 +67,7 @@ def load_base(
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
     kind = ROLE_ATTENTION if ours else attention
     try:
-        with explained(name), sharded_loading(topology, dtype):
+        with loading_weights(name, topology, dtype):
             return AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
@@ -80,6 +82,19 @@ def load_base(
         raise ModelError(
             f"{config.model_type} does not run with model.attention={attention} ({described(error)}); set it to eager"
         ) from error
+
+
+@contextmanager
+def loading_weights(name: str, topology: Topology, dtype: torch.dtype) -> Iterator[None]:
+    """Around the loading of a model's weights, sharded where ZeRO-3 runs. That is then a collective itself, in which a
+    rank cannot tell the others of a failure; so what may be missing on one machine is looked for before. Without shards
+    what one rank fails with, all raise."""
+    sharded = topology.launch.zero_stage == 3 and topology.launch.shard_while_loading
+    if sharded:
+        with agreement("loading"):
+            check_weights_are_here(name)
+    with nullcontext() if sharded else agreement("loading"), explained(name), sharded_loading(topology, dtype):
+        yield
 
 
 def straight_to_device(topology: Topology) -> dict[str, Any]:

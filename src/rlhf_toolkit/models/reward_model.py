@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_toolkit.distributed.topology import Topology, sharded_loading
+from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
 from rlhf_toolkit.errors import ModelError, RewardError, shortened
-from rlhf_toolkit.models.loading import explained, load_tokenizer, straight_to_device
+from rlhf_toolkit.models.loading import explained, load_tokenizer, loading_weights, straight_to_device
 from rlhf_toolkit.types import Prompt
 
 BATCH_TOKENS = 8192  # of one forward pass, padding included
@@ -41,17 +42,21 @@ class RewardModel:
         self.most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One score for each response. A collective under ZeRO-3: the whole model is gathered meanwhile, and ranks may
-        have different numbers of responses.
+        """One score for each response. A collective: under ZeRO-3 the whole model is gathered meanwhile; ranks may have
+        different numbers of responses, and what one of them fails with, all raise.
 
         Raises RewardError for a text longer than the model can read, or a score that is not finite.
         """
-        rows = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        with agreement("the reward model"):
+            rows = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        with whole(list(self.model.parameters())), agreement("the reward model"), torch.inference_mode():
+            return self._scores(rows, responses)
+
+    def _scores(self, rows: list[list[int]], responses: Sequence[str]) -> list[float]:
         found = [0.0] * len(rows)
-        with whole(list(self.model.parameters())), torch.inference_mode():
-            for batch in _batches(rows):
-                for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                    found[i] = score
+        for batch in _batches(rows):
+            for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                found[i] = score
         for i, score in enumerate(found):
             if not abs(score) < float("inf"):
                 raise RewardError(
@@ -85,17 +90,15 @@ class RewardModel:
 
 def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trust_remote_code: bool) -> RewardModel:
     """The classifier and its tokenizer, from the hub or a folder; under ZeRO-3 every rank holds its shard."""
-    with explained(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        with sharded_loading(topology, dtype):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                **straight_to_device(topology),
-            )
-    return RewardModel(name, model, load_tokenizer(name, trust_remote_code=trust_remote_code))
+    with agreement("loading"):
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        with explained(name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with loading_weights(name, topology, dtype):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **straight_to_device(topology)
+        )
+    return RewardModel(name, model, tokenizer)
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -21,6 +21,8 @@ from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.data.packing import mini_batches
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.collectives import agreement, rank, world_size
+from rlhf_toolkit.errors import NotFiniteError, located
+from rlhf_toolkit.models.finite import WAYS_OUT
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.reporting.metrics import policy_metrics, reward_metrics, rollout_metrics, uniform_groups
@@ -29,7 +31,7 @@ from rlhf_toolkit.rollout.curriculum import Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.model_rewards import ModelReward
-from rlhf_toolkit.rollout.passes import Needs, Passes, gather_passes, score
+from rlhf_toolkit.rollout.passes import Needs, Passes, described_fault, gather_passes, not_finite, score
 from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, gather_rollout, joined, sampled_here
 from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
@@ -95,7 +97,7 @@ class Collector:
 
         Where its only update is one forward pass on each rank, that pass is what ``complete`` waits for.
         """
-        with self.sampler.opened(self.model()) as shared:
+        with located(f"rollout {rollout}"), self.sampler.opened(self.model()) as shared:
             sampled = self.responses_to(shared, self._chosen(rollout), rollout)
             self._remember(sampled)
             sampled = self._without_uniform_groups(shared, sampled, rollout)
@@ -139,7 +141,10 @@ class Collector:
             raise RuntimeError("the rollout's experience is complete already")
         (sampled, passes), self._incomplete = self._incomplete, None
         whole = gather_passes([(list(rows), {name: column.detach().cpu() for name, column in said.items()})])
-        return self._experience(sampled, replace(passes, **whole))
+        passes = replace(passes, **whole)
+        if (fault := not_finite(passes)) is not None:
+            raise NotFiniteError(f"in the update, {described_fault(*fault, sampled)}; {WAYS_OUT}")
+        return self._experience(sampled, passes)
 
     def sample(
         self,

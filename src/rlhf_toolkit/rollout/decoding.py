@@ -9,12 +9,15 @@ company do not matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from rlhf_toolkit.errors import NotFiniteError, shortened
+from rlhf_toolkit.models.finite import WAYS_OUT, first_not_finite
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import SlotCache, close_holes, full_attention_only
 from rlhf_toolkit.planning.memory import PREFILL_TOKENS
@@ -45,8 +48,11 @@ class Sampling:
 class Pace(Protocol):
     """Whether a rank may run forward passes as it likes (``Alone``) or must run as many as all others (streaming)."""
 
-    def before_forward(self) -> None:
-        """Called before every forward pass of a rank that has work."""
+    def together(self) -> AbstractContextManager[object]:
+        """Around all passes of a batch."""
+
+    def forward_pass(self) -> AbstractContextManager[object]:
+        """Around every forward pass of a rank that has work."""
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
         """Called once, when this rank has no more work; runs ``idle`` as often as others need a partner."""
@@ -55,8 +61,13 @@ class Pace(Protocol):
 class Alone:
     """In the window a forward pass needs no other rank."""
 
-    def before_forward(self) -> None:
+    def together(self) -> AbstractContextManager[object]:
+        """Nobody to tell of a failure."""
+        return nullcontext()
+
+    def forward_pass(self) -> AbstractContextManager[object]:
         """Nothing to wait for."""
+        return nullcontext()
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
         """Nobody to wait for."""
@@ -84,16 +95,16 @@ def decode(
     once have at most ``prefill_tokens``, unless a single one is longer; ``budgets`` are tokens for each row, by
     default ``sampling.max_new_tokens`` for all. Prompts whose responses are ``expected``
     to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step,
-    ``on_finished`` of each row that ends, with its tokens.
+    ``on_finished`` of each row that ends, with its tokens. Raises NotFiniteError where a row's logits are NaN or
+    infinite.
     """
-    budgets = [sampling.max_new_tokens] * len(batch) if budgets is None else list(budgets)
-    state = _Decoding(
-        model, tokenizer, batch, sampling, stream, slots or len(batch), budgets, expected, pace or Alone()
-    )
-    state.on_finished, state.prefill_tokens = on_finished, prefill_tokens
-    while state.waiting or state.living:
-        on_tokens(state.enter() if state.may_enter() else state.step())
-    state.pace.until_others_finish(state.idle)
+    budgets, pace = [sampling.max_new_tokens] * len(batch) if budgets is None else list(budgets), pace or Alone()
+    with pace.together():
+        state = _Decoding(model, tokenizer, batch, sampling, stream, slots or len(batch), budgets, expected, pace)
+        state.on_finished, state.prefill_tokens = on_finished, prefill_tokens
+        while state.waiting or state.living:
+            on_tokens(state.enter() if state.may_enter() else state.step())
+        pace.until_others_finish(state.idle)
     return state.rollout()
 
 
@@ -229,14 +240,14 @@ class _Decoding:
         cache: DynamicCache | SlotCache,
         *last: torch.Tensor,
     ) -> torch.Tensor:
-        self.pace.before_forward()
-        return self.model.next_token_logits(ids, mask, positions, cache, *last)
+        with self.pace.forward_pass():
+            return self.model.next_token_logits(ids, mask, positions, cache, *last)
 
     def _record(self, slots: list[int], chosen: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> None:
         """Choose a token for each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end.
 
-        ``chosen`` and ``rows`` (n,) are the slots and their rows, on the device. Reading which sequences end is the one
-        time in a step that the CPU waits for a GPU.
+        ``chosen`` and ``rows`` (n,) are the slots and their rows, on the device. Reading which sequences end, and which
+        have logits that are not finite, is the one time in a step that the CPU waits for a GPU.
         """
         s, now = self.sampling, self.lengths[rows]
         uniforms = None if self.uniforms is None else self.uniforms[rows, now]
@@ -249,10 +260,28 @@ class _Decoding:
             finished |= self._stop_string_seen(rows, length)
         self.finished[rows] = finished
         over = finished | (length == self.budgets[rows])
-        ended = [slot for slot, ends in zip(slots, over.tolist(), strict=True) if ends]
+        told = torch.add(over, logprobs, alpha=0).tolist()  # 1 where a sequence ends, NaN where its log-prob is
+        broken = [slot for slot, ends in zip(slots, told, strict=True) if ends != ends]
+        if broken:
+            raise self._not_finite(broken[0])
+        ended = [slot for slot, ends in zip(slots, told, strict=True) if ends]
         if ended:
             self._hand_over(self.row[ended])
         self._leave(ended)
+
+    def _not_finite(self, slot: int) -> NotFiniteError:
+        """What to say of the row in ``slot``, whose newest token has no log-prob."""
+        row = int(self.row[slot])
+        prompt, made = self.batch.prompts[row], int(self.lengths[row]) - 1
+        written = self.responses[row, :made].tolist()
+        ids = torch.tensor([[*prompt.token_ids, *written]], device=self.device)
+        cache = DynamicCache(config=self.model.causal_lm.config)
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        place = first_not_finite(self.model, lambda: self._forward(ids, torch.ones_like(ids), positions, cache))
+        return NotFiniteError(
+            f"the policy's logits are NaN or infinite at token {made + 1} of a response to prompt {prompt.index}, "
+            f"{shortened(prompt.text)}: {place}; {WAYS_OUT}"
+        )
 
     def _hand_over(self, rows: torch.Tensor) -> None:
         """Tell of the ``rows`` (n,) that have ended, with their tokens."""

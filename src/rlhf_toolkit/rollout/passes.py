@@ -11,7 +11,9 @@ from torch import Tensor
 from rlhf_toolkit.data.layout import unpack
 from rlhf_toolkit.data.packing import Rows
 from rlhf_toolkit.distributed.collectives import all_gather, rank
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
+from rlhf_toolkit.errors import NotFiniteError, shortened
+from rlhf_toolkit.models.finite import WAYS_OUT, first_not_finite
+from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from rlhf_toolkit.rollout.cutting import Layout, Plan
 from rlhf_toolkit.rollout.sampled import Sampled
 
@@ -98,13 +100,48 @@ def score(
 ) -> Passes:
     """What ``roles`` say about the rollout, each rank about its share of ``plan``, gathered on every rank.
 
-    Without roles no pass runs.
+    Without roles no pass runs. Raises NotFiniteError, on all ranks, where a role says NaN or infinity.
     """
     if not roles:
         return Passes()
     mine = [rows for part in plan.of_rank(rank()) for rows in part]
     done = [(rows, _score_rows(shared, sampled, rows, layout, temperature, roles)) for rows in mine]
-    return Passes(**gather_passes(done))
+    passes = Passes(**gather_passes(done))
+    fault = not_finite(passes)
+    if fault is not None:
+        role, row = fault
+        # All ranks know the row, so each runs the pass: that is right in the window and through a sharded model.
+        place = first_not_finite(shared, lambda: _score_rows(shared, sampled, [row], layout, temperature, (role,)))
+        raise NotFiniteError(f"{described_fault(role, row, sampled)}: {place}; {WAYS_OUT}")
+    return passes
+
+
+SAID_BY = {
+    "old_logprobs": POLICY,
+    "ref_logprobs": REFERENCE,
+    "values": VALUE,
+    "final_values": VALUE,
+    "reward_scores": REWARD,
+}
+"""The role whose word a column of ``Passes`` is."""
+
+
+def not_finite(passes: Passes) -> tuple[str, int] | None:
+    """The first role to have said NaN or infinity, and the first row about which it did."""
+    for name, role in SAID_BY.items():
+        column = getattr(passes, name)
+        if column is not None and not column.isfinite().all():
+            return role, int((~column.isfinite()).flatten(1 if column.ndim > 1 else 0).nonzero()[0, 0])
+    return None
+
+
+def described_fault(role: str, row: int, sampled: Sampled) -> str:
+    """What a role said, about which prompt and response."""
+    said = {VALUE: "values", REWARD: "scores"}.get(role, "log-probs")
+    return (
+        f"the {role}'s {said} are NaN or infinite for a response to prompt {int(sampled.groups[row])}, "
+        f"{shortened(sampled.responses[row])}"
+    )
 
 
 def separate_passes(roles: Sequence[str]) -> list[tuple[str, ...]]:

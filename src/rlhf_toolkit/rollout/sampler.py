@@ -88,7 +88,7 @@ class Sampler:
         on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
     ) -> Rollout:
         """One response for each row of ``batch``, of several turns where there is an environment; see
-        ``decoding.decode``. Only inside ``opened``."""
+        ``decoding.decode``. Only inside ``opened``. What one rank fails with, all raise."""
         options: dict[str, Any] = {
             "expected": expected,
             "pace": self._pace,
@@ -96,7 +96,7 @@ class Sampler:
         }
         if self.placement is not None:
             options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
-        with decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
+        with self._agreeing(), decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
             if self.environment is None:
                 rollout = decode(
                     shared, self.tokenizer, batch, sampling, stream=stream, on_finished=on_finished, **options
@@ -132,11 +132,13 @@ class Sampler:
             budget=sampling.max_new_tokens,
             pad_id=sampling.pad_id,
         )
-        agreeing = partial(agreement, "the environment")
-        if not isinstance(self._pace, Alone):
-            return go_on(anyone=any_rank, agreeing=agreeing)
-        with agreeing():  # ranks take as many turns as they need
+        if isinstance(self._pace, Alone):  # ranks take as many turns as they need
             return go_on()
+        return go_on(anyone=any_rank, agreeing=partial(agreement, "the environment"))
+
+    def _agreeing(self) -> AbstractContextManager[None]:
+        """Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes."""
+        return agreement("sampling") if isinstance(self._pace, Alone) else nullcontext()
 
 
 def tokens_of(rollout: Rollout) -> list[list[int]]:
@@ -172,6 +174,6 @@ def measured_column(shared: SharedBase, pace: Pace) -> int:
     """Bytes of keys and values of one token, from one token that every rank decodes: exact for every architecture."""
     cache = DynamicCache(config=shared.causal_lm.config)
     one = torch.ones(1, 1, dtype=torch.long, device=next(shared.parameters()).device)
-    pace.before_forward()
-    shared.next_token_logits(one, one, one - 1, cache)
+    with pace.forward_pass():
+        shared.next_token_logits(one, one, one - 1, cache)
     return column_bytes(cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,9 +10,13 @@ from torch import nn
 from transformers import PrinterCallback, Trainer
 
 from rlhf_toolkit.distributed.collectives import all_gather
+from rlhf_toolkit.errors import NotFiniteError
+from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined
+
+LOSS, GRADIENT_NORM = "train/loss", "train/grad_norm"
 
 
 class RoleTrainer(Trainer):
@@ -55,7 +60,17 @@ class RoleTrainer(Trainer):
         """Add the means over all ranks of what was metered since the last record. Every rank comes here at the same
         step."""
         logs.update(combined(all_gather(self.meter.take())))
+        self._refuse_not_finite(logs)
         super().log(logs, start_time)
+
+    def _refuse_not_finite(self, logs: dict[str, float]) -> None:
+        """Raise NotFiniteError, on all ranks, before such weights would become a checkpoint."""
+        broken = [name for name in (LOSS, GRADIENT_NORM) if not math.isfinite(logs.get(name, 0.0))]
+        if broken:
+            weights = broken_weights(self.model) or "all weights that lie here are finite"
+            raise NotFiniteError(
+                f"{broken[0]} is {logs[broken[0]]} at step {self.state.global_step}: {weights}; {WAYS_OUT}"
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Without DeepSpeed: Trainer's own way with several adapters would leave only the first one trainable."""

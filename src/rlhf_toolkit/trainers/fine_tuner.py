@@ -19,7 +19,7 @@ from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
 from rlhf_toolkit.rollout.cutting import Layout
 from rlhf_toolkit.rollout.sampler import inference
-from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.base import GRADIENT_NORM, LOSS, RoleTrainer
 from rlhf_toolkit.trainers.objectives import Objective
 
 
@@ -140,8 +140,8 @@ class FineTuner(RoleTrainer):
         """Give Trainer's own numbers their place among ours."""
         if "loss" in logs:
             logs = {
-                "train/loss": logs["loss"],
-                "train/grad_norm": float(logs.get("grad_norm", 0.0)),
+                LOSS: logs["loss"],
+                GRADIENT_NORM: float(logs.get("grad_norm", 0.0)),
                 "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
             }
         super().log(logs, start_time)

@@ -18,6 +18,7 @@ from rlhf_toolkit.data.layout import packed, padded
 from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
@@ -80,9 +81,10 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
     experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
-    config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-    tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-    stop_ids = stop_token_ids(tokenizer, generation_eos_of(experiment.model.name, config), stop_strings=())
+    with agreement("loading"):
+        config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+        tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+        stop_ids = stop_token_ids(tokenizer, generation_eos_of(experiment.model.name, config), stop_strings=())
     items, held_out = load_items(experiment, tokenizer, stop_ids)
     if checkpoint is None:
         on_main(lambda: claim_run_folder(folder, settings))
@@ -234,8 +236,10 @@ def _items(
         "chat_template": data.chat_template,
         "stop_ids": stop_ids,
     }
-    rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
-    found = (tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs)(rows, tokenizer, **options)
+    tokenise = tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs
+    with agreement("loading"):
+        rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
+        found = tokenise(rows, tokenizer, **options)
     on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
     return items_of(found)
 

@@ -16,6 +16,7 @@ from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.data.layout import stack_rows, unpack
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.errors import located
 from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, VALUE, SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import reference_kl, spread
@@ -26,7 +27,7 @@ from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
-from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.base import GRADIENT_NORM, LOSS, RoleTrainer
 from rlhf_toolkit.trainers.ppo_loss import PPOLoss, Said
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, present
 
@@ -110,7 +111,7 @@ class PPOTrainer(RoleTrainer):
             self._record_unscored()
         self._decide_whether_to_go_on()
         self._meter_rates()
-        self._meter_shares({"train/loss": total}, first=True)
+        self._meter_shares({LOSS: total}, first=True)
         return total * world_size()
 
     def compute_loss(  # type: ignore[override]
@@ -171,7 +172,8 @@ class PPOTrainer(RoleTrainer):
         prompts = list(eval_dataset or self.held_out)
         rows = PromptBatch(tuple(prompts), samples=(0,) * len(prompts))
         greedy = replace(self.collector.sampling, greedy=True)
-        with self.collector.clock.phase("testing"), self.collector.sampler.opened(self.model_wrapped) as shared:
+        clock, sampler = self.collector.clock, self.collector.sampler
+        with located("evaluation"), clock.phase("testing"), sampler.opened(self.model_wrapped) as shared:
             sampled = self.collector.sample(shared, rows, in_turn(len(rows)), greedy, stream=())
             plan, layout = self.collector.evaluation_plan(sampled), self.collector.cutting.layout
             passes = score(shared, sampled, plan, layout, greedy.temperature, roles=(POLICY, REFERENCE))
@@ -214,7 +216,7 @@ class PPOTrainer(RoleTrainer):
         """
         if "loss" in logs:
             logs = {
-                "train/grad_norm": 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
+                GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
                 **self._rollout_record(),
             }
         super().log(logs, start_time)

@@ -24,6 +24,7 @@ from rlhf_toolkit.checkpoints import (
     read_manifest,
 )
 from rlhf_toolkit.configs import ModelConfig
+from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
@@ -70,7 +71,8 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     check_algorithm(experiment.ppo)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
-    config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    with agreement("loading"):
+        config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     task = load_task(experiment, config, topology)
     if checkpoint is None:
         on_main(lambda: claim_run_folder(folder, settings))

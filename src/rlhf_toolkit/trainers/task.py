@@ -11,6 +11,7 @@ from rlhf_toolkit.checkpoints import on_main
 from rlhf_toolkit.configs import DataConfig
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.experiment import Experiment
@@ -37,9 +38,10 @@ class Task:
 
 def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
     """Reward, tokenizer and prompts; the model's weights are not touched."""
-    reward = load_rewards(experiment)
-    tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-    sampling = make_sampling(experiment, tokenizer, config)
+    with agreement("loading"):
+        reward = load_rewards(experiment)
+        tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+        sampling = make_sampling(experiment, tokenizer, config)
     data, processes = experiment.data, topology.world_size
     prompts = load_prompts(data, tokenizer, data.train, data.train_split, processes)
     held_out: tuple[Prompt, ...] = ()
@@ -71,14 +73,15 @@ def load_prompts(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, processes: int
 ) -> tuple[Prompt, ...]:
     """The prompts of one source, at least one for each process, and a line about what was dropped."""
-    found = tokenise_prompts(
-        load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows),
-        tokenizer,
-        column=data.prompt_column,
-        chat_template=data.chat_template,
-        system_prompt=data.system_prompt,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
+    with agreement("loading"):
+        found = tokenise_prompts(
+            load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows),
+            tokenizer,
+            column=data.prompt_column,
+            chat_template=data.chat_template,
+            system_prompt=data.system_prompt,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
     on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
     if len(found.prompts) < processes:
         raise DataError(

@@ -1,0 +1,71 @@
+"""Where NaN and infinity come from: the first layer whose output has one, the weights that hold one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_toolkit.distributed.zero3 import is_here
+
+WAYS_OUT = (
+    "likeliest are a broken checkpoint or adapter (take an earlier one), numbers beyond what the dtype holds (set "
+    "model.dtype to bfloat16 or float32) or an update that went too far (lower update.policy_lr, update.max_grad_norm)"
+)
+
+
+def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Run ``forward``, a pass of ``model``, and say which layer's output is the first that is not finite, and why.
+
+    One more pass, looked at layer by layer: only for an error's message.
+    """
+    found: list[str] = []
+
+    def looking_at(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(bool(tensor.isfinite().all()) for tensor in _floats(output)):
+                found.append(f"{_plain(name)} is the first layer whose output is not finite, {_why(module, inputs)}")
+
+        return hook
+
+    handles = [module.register_forward_hook(looking_at(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return "no layer's output is when these tokens run alone, so that only their company or the output layer makes it"
+
+
+def broken_weights(model: nn.Module) -> str | None:
+    """The first of the weights that lie here to hold NaN or infinity, and how many do; None where none does."""
+    names = [name for name, p in model.named_parameters() if is_here(p) and not bool(p.detach().isfinite().all())]
+    return f"{_plain(names[0])} holds NaN or infinity, one of {len(names)} such weights" if names else None
+
+
+def _why(module: nn.Module, inputs: Any) -> str:
+    weights = broken_weights(module)
+    if weights is not None:
+        return f"whose weight {weights}"
+    if all(bool(tensor.isfinite().all()) for tensor in _floats(inputs)):
+        return "though its input and its weights are"
+    return "from an input that an operation between two layers, such as attention, has spoiled"
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors in an output or in the inputs of a layer."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for each in value for tensor in _floats(each)] if isinstance(value, list | tuple) else []
+
+
+def _plain(name: str) -> str:
+    """Without what PEFT puts around the model's own names."""
+    return name.removeprefix("base_model.").removeprefix("model.")
