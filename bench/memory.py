@@ -22,6 +22,7 @@ from common import SMOKE, arguments, experiment, keep, model_folder, models, pea
 from ranks import on_ranks, worker_or_bench
 
 TOKENS = (256,) if SMOKE else (1024, 2048, 4096)
+PASSES = ("update",) if SMOKE else ("scoring", "update")  # the whole runs score too
 ROLES = {"policy": ("policy",), "+value": ("policy", "value"), "+reference": ("policy", "value", "reference")}
 WIDTH = 128
 RUN_TOKENS = 1024
@@ -79,7 +80,7 @@ def lines(model: str) -> list[dict[str, Any]]:
     rollout = measure(model, "rollout", 16 * WIDTH, "policy")
     passes = [
         measure(model, phase, tokens, roles)
-        for phase, tokens, roles in itertools.product(("scoring", "update"), TOKENS, ROLES)
+        for phase, tokens, roles in itertools.product(PASSES, TOKENS, ROLES)
         if (phase, roles) != ("update", "+reference")  # the update never runs the reference
         and (roles == "+value" or not SMOKE)
     ]
