@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,11 +27,35 @@ RESULTS = Path(__file__).parent / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_toolkit"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl")
 SMOLLM = "smollm2-135m"
-GPU_SHAPES = {  # Qwen2.5's: layers, hidden size, size of the MLP, heads, key and value heads, tied output layer
-    "0.5b": (24, 896, 4864, 14, 2, True),
-    "1.5b": (28, 1536, 8960, 12, 2, True),
-    "7b": (28, 3584, 18944, 28, 4, False),
-    "tiny": (2, 64, 96, 4, 2, True),  # for rehearsals
+
+
+class Shape(NamedTuple):
+    """What models of one family differ in."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    key_heads: int
+    tied: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """By the names that transformers' configs have for them."""
+        return {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "tie_word_embeddings": self.tied,
+        }
+
+
+GPU_SHAPES = {  # Qwen2.5's
+    "0.5b": Shape(24, 896, 4864, 14, 2, tied=True),
+    "1.5b": Shape(28, 1536, 8960, 12, 2, tied=True),
+    "7b": Shape(28, 3584, 18944, 28, 4),
+    "tiny": Shape(2, 64, 96, 4, 2, tied=True),  # for rehearsals
 }
 TINY = "tiny"
 SMOKE = "--smoke" in sys.argv[1:]
@@ -81,16 +105,10 @@ def write_random_model(folder: Path, name: str) -> None:
     """A Qwen2 model with random weights in bfloat16, and SmolLM2's tokenizer."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    layers, hidden, mlp, heads, key_heads, tied = GPU_SHAPES[name]
     tokenizer = AutoTokenizer.from_pretrained(fetch_smollm())
     config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        tie_word_embeddings=tied,
+        **GPU_SHAPES[name].settings(),
+        vocab_size=len(tokenizer) if name == TINY else 151936,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",

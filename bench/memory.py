@@ -22,11 +22,12 @@ from common import SMOKE, arguments, experiment, keep, model_folder, models, pea
 from ranks import on_ranks, worker_or_bench
 
 TOKENS = (256,) if SMOKE else (1024, 2048, 4096)
+PASSES = ("update",) if SMOKE else ("scoring", "update")  # the whole runs score too
 ROLES = {"policy": ("policy",), "+value": ("policy", "value"), "+reference": ("policy", "value", "reference")}
 WIDTH = 128
 RUN_TOKENS = 1024
 RUN = {
-    "rollout.prompts_per_rollout": 16,
+    "rollout.prompts_per_rollout": 2 if SMOKE else 16,
     "rollout.responses_per_prompt": 2,
     "ppo.mini_batches": 2,  # in the second update the optimizer's moments are there
     "update.micro_batch_tokens": RUN_TOKENS,
@@ -79,7 +80,7 @@ def lines(model: str) -> list[dict[str, Any]]:
     rollout = measure(model, "rollout", 16 * WIDTH, "policy")
     passes = [
         measure(model, phase, tokens, roles)
-        for phase, tokens, roles in itertools.product(("scoring", "update"), TOKENS, ROLES)
+        for phase, tokens, roles in itertools.product(PASSES, TOKENS, ROLES)
         if (phase, roles) != ("update", "+reference")  # the update never runs the reference
         and (roles == "+value" or not SMOKE)
     ]

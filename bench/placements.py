@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import GPU_SHAPES, Shape
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from rlhf_toolkit.errors import ConfigError
@@ -32,39 +33,19 @@ PHASES = ("start", "window", "scoring", "update")
 HEADER = ("model", "GPUs", "ZeRO", "rollout", "slots", "prefill", *PHASES)
 
 
-def qwen(hidden: int, mlp: int, layers: int, heads: int, key_heads: int) -> Qwen2Config:
-    """Qwen2.5's config of these sizes."""
-    return Qwen2Config(
-        vocab_size=152064,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        tie_word_embeddings=False,
-    )
-
-
-def llama_8b() -> LlamaConfig:
-    """Llama 3.1's."""
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-
-
 def configs() -> dict[str, PretrainedConfig]:
     """The models of the table."""
     return {
-        "Qwen2.5-7B": qwen(3584, 18944, 28, 28, 4),
-        "Llama-3.1-8B": llama_8b(),
-        "Qwen2.5-14B": qwen(5120, 13824, 48, 40, 8),
-        "Qwen2.5-32B": qwen(5120, 27648, 64, 40, 8),
+        "Qwen2.5-7B": qwen(GPU_SHAPES["7b"]),
+        "Llama-3.1-8B": LlamaConfig(vocab_size=128256, **Shape(32, 4096, 14336, 32, 8).settings()),
+        "Qwen2.5-14B": qwen(Shape(48, 5120, 13824, 40, 8)),
+        "Qwen2.5-32B": qwen(Shape(64, 5120, 27648, 40, 8)),
     }
+
+
+def qwen(shape: Shape) -> Qwen2Config:
+    """Qwen2.5's config."""
+    return Qwen2Config(vocab_size=152064, **shape.settings())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Does the demo's task end and learn on other processors, as far as this one can imitate them?
 
     python bench/portability.py [--rollouts 15] [--small-rollouts 30] [--only NAME ...]     # an hour
-    python bench/portability.py --smoke                                                        # two minutes
+    python bench/portability.py --smoke                                                        # half a minute
 
 oneDNN and PyTorch are held to older instruction sets by their own environment variables; bfloat16 that is named on such
 a processor must run, however slowly. A row for each run: how it ended, its dtype, the largest and the mean deviation of
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import fetch_smollm, keep
+from common import SMOLLM, TINY, keep, model_folder
 
 from rlhf_toolkit.algorithms.advantages import ESTIMATORS
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only the cases of these names")
     parser.add_argument("--smoke", action="store_true", help="a few tokens; nothing is kept")
     options = parser.parse_args()
-    model, found = str(fetch_smollm()), dict[str, Any]()
+    model, found = model_folder(TINY if options.smoke else SMOLLM), dict[str, Any]()
     for case in smoke_cases() if options.smoke else cases(options):
         if not options.only or case.name in options.only:
             found[case.name] = {"name": case.name, **run(case, model)}

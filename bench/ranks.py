@@ -24,20 +24,10 @@ def on_ranks(script: str, job: dict[str, Any], *, ranks: int, stage: int | None 
     Raises SystemExit with the launch's last output where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config, file = Path(folder, "launch.yaml"), Path(folder, "job.json")
-        config.write_text(yaml.safe_dump(launch_config(ranks, stage)))
+        file = Path(folder, "job.json")
         job = {**job, "folder": f"{folder}/run", "result": f"{folder}/result.json"}
         file.write_text(json.dumps(job))
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(config),
-            script,
-            "--worker",
-            str(file),
-        ]
+        command = [sys.executable, *launcher(Path(folder), ranks, stage), script, "--worker", str(file)]
         done = subprocess.run(
             command,
             env=environment(ranks),
@@ -50,6 +40,15 @@ def on_ranks(script: str, job: dict[str, Any], *, ranks: int, stage: int | None 
         if done.returncode != 0:
             sys.exit(f"{script} failed on {ranks} ranks:\n{done.stdout[-6000:]}")
         return json.loads(Path(job["result"]).read_text())
+
+
+def launcher(folder: Path, ranks: int, stage: int | None) -> list[str]:
+    """What starts the ranks, its config in ``folder``; nothing for a single process without ZeRO, which needs none."""
+    if ranks == 1 and stage is None:
+        return []
+    config = folder / "launch.yaml"
+    config.write_text(yaml.safe_dump(launch_config(ranks, stage)))
+    return ["-m", "accelerate.commands.launch", "--config_file", str(config)]
 
 
 def worker_or_bench(

@@ -31,8 +31,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "pytest_timeout")
-"""pytest's. Warning of what a destructor raised takes two full garbage collections, longer than most tests."""
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "pytest_timeout", "--timeout=0")
+"""pytest's. Warning of what a destructor raised takes two full garbage collections, longer than most tests. A limit by
+the clock would be the load's verdict, not the test's."""
 HEAVY = (
     "torch",
     "pytest",
@@ -131,7 +132,8 @@ def _verdict(mutation: Mutation, folder: Path) -> Verdict:
         _, kind, says_wrong = ended.failures[0]
         if says_wrong:
             return Verdict(mutation, "caught", kind)
-        return Verdict(mutation, "DEFECT", f"it does not compute something wrong but raises {kind}")
+        raises = f"it does not compute something wrong but raises {kind}"
+        return Verdict(mutation, "DEFECT", f"{raises}\n{ended.output[-3000:]}")
     status = "was killed" if ended.status is None else f"pytest ended with {ended.status}"
     return Verdict(mutation, "DEFECT", f"{status}\n{ended.output[-3000:]}")
 

@@ -409,32 +409,35 @@ OF_MODELS = [
          "vectors.append(-(", "vectors.append(+(")),
 ]
 
-IN_SLOTS = "a_row_in_company_is_the_row_alone[llama]"
-IN_COMMON = "tests/rollout/test_decoding.py::test_what_prompts_have_in_common_is_computed_once"
+IN_SLOTS = "the_number_of_slots_does_not_matter[0.01-2]"
+IN_COMMON = "what_prompts_have_in_common_is_computed_once"
+COLUMNS = "a_step_reads_the_columns_of_the_longest_living_sequence[100]"
 OF_SLOTS = [
-    *within("models/slot_cache.py", "tests/rollout/test_slots_property.py",
+    *within("models/slot_cache.py", "tests/rollout/test_decoding.py",
         ("slots: keys stay where the mask moves", IN_SLOTS,
          "layer.shift(by)", "layer.shift(0)"),
         ("slots: the mask stays where keys move", IN_SLOTS,
          "mask[:, columns.first + by : columns.now + by]", "mask[:, columns.first : columns.now]"),
-        ("slots: a move forgets where sequences start", IN_SLOTS,
+        ("slots: a move forgets where sequences start", COLUMNS,
          "[start + by for start in self.starts]", "self.starts"),
         ("slots: a closed hole mixes up a sequence", IN_COMMON,
          "order[:, None, :, None]", "order.flip(1)[:, None, :, None]"),
         ("slots: who entered before is still there", IN_SLOTS,
          "        self.mask[target] = 0\n", ""),
-        ("slots: a short one as wide as the longest beside it",
-         "tests/rollout/test_decoding.py::test_a_step_reads_the_columns_of_the_longest_living_sequence[100]",
+        ("slots: a short one as wide as the longest beside it", COLUMNS,
          "now - lengths[row]", "now - mask.shape[1]")),
-    *within("rollout/decoding.py", "tests/rollout/test_slots_property.py",
+    *within("rollout/decoding.py", "tests/rollout/test_decoding.py",
         ("slots: holes stay", IN_COMMON,
          "close_holes(cache, mask), cache", "mask, cache"),
         ("slots: behind a shared prefix, the padding read", IN_COMMON,
          "rest.sum(1) - 1", "rest.sum(1) * 0 + rest.shape[1] - 1"),
+        ("slots: behind a shared prefix, positions begin again", IN_COMMON,
+         "(mask.cumsum(1) - 1)[:, shared:]", "rest.cumsum(1) - 1"),
+        ("slots: a prompt's positions count the padding", IN_SLOTS,
+         "(mask.cumsum(1) - 1).clamp(min=0)", "(mask | 1).cumsum(1) - 1"),
         ("slots: positions count the padding", IN_SLOTS,
          "torch.tensor([lengths[i] for i in source]", "torch.tensor([mask.shape[1] for i in source]"),
-        ("slots: the longest prompt has the largest budget",
-         "tests/rollout/test_decoding.py::test_the_columns_of_a_rollout_are_those_of_its_longest_row",
+        ("slots: the longest prompt has the largest budget", "the_columns_of_a_rollout_are_those_of_its_longest_row",
          "len(p.token_ids) + budget for", "len(p.token_ids) + max(budgets) for")),
 ]
 OF_ROLLOUT = [

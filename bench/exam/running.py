@@ -100,10 +100,24 @@ def whole_run(exam: Exam, name: str, stage: int | None) -> list[dict[str, Any]]:
 # ---- 8: TRL ----------------------------------------------------------------------------------------------------------
 
 
+def missing_of_trl() -> str:
+    """What TRL's contestant imports and this environment lacks; empty where it can begin. A folder named ``trl`` is
+    none, and versions after 1.12 have no PPO."""
+    for module in ("trl.experimental.ppo.ppo_trainer", "vaderSentiment.vaderSentiment"):
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # of a package on the way
+            found = False
+        if not found:
+            return f"{module} is not installed"
+    return ""
+
+
 def trl(exam: Exam) -> None:
-    """``bench/versus_trl.py`` with the exam's model, where TRL is installed beside this toolkit."""
-    if importlib.util.find_spec("trl") is None:
-        exam.report.figure(left_out="TRL is not installed")
+    """``bench/versus_trl.py`` with the exam's model, where a TRL that has PPO is installed beside this toolkit."""
+    missing = missing_of_trl()
+    if missing:
+        exam.report.figure(left_out=missing)
         return
     from versus_trl import compare
 

@@ -118,15 +118,9 @@ def config_of(shape: str, vocabulary: int) -> Any:
     tokenizer of its own. The first tokens are unknown, end and padding."""
     from transformers import LlamaConfig
 
-    layers, hidden, mlp, heads, key_heads, tied = GPU_SHAPES[shape]
     return LlamaConfig(
+        **GPU_SHAPES[shape].settings(),
         vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        tie_word_embeddings=tied,
         attention_bias=True,
         max_position_embeddings=4096,
         bos_token_id=None,

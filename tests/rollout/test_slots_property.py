@@ -3,10 +3,13 @@ alone, decoded without any cache, in one process and on two ranks, in the window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -19,6 +22,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.slot_cache import SlotCache
+from rlhf_toolkit.planning import memory
 from rlhf_toolkit.rollout import decoding
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
@@ -49,6 +54,7 @@ class Situation:
     budget: int
     slots: int
     turns: int
+    prefill_tokens: int
     stop_strings: tuple[str, ...]
     constants: dict[str, float]
 
@@ -61,34 +67,36 @@ class Situation:
         )
 
 
-TOKEN = st.integers(2, 31)
-PROMPT = st.one_of(
-    st.lists(TOKEN, min_size=1, max_size=4),
-    st.lists(TOKEN, min_size=1, max_size=LONGEST),
-    st.lists(TOKEN, min_size=LONGEST, max_size=LONGEST),
-).map(tuple)
-ALIKE = st.lists(TOKEN, min_size=1, max_size=LONGEST - len(TEMPLATE)).map(lambda own: (*TEMPLATE, *own))
-SITUATION = st.one_of(
-    st.lists(st.tuples(prompt, st.integers(1, 2)), min_size=1, max_size=7) for prompt in (PROMPT, PROMPT, ALIKE)
-).flatmap(
-    lambda groups: st.builds(
-        Situation,
-        rows=st.just(tuple((ids, sample) for ids, samples in dict(groups).items() for sample in range(samples))),
-        order=st.permutations(range(len(dict(groups)))).map(tuple),
-        budget=st.integers(1, BUDGET),
-        slots=st.integers(1, 5),
-        turns=st.integers(1, 3),
-        stop_strings=st.sampled_from([(), ("w4",), ("w9 w2", "w20")]),
-        constants=st.fixed_dictionaries(
-            {
-                "SPARE_COLUMNS": st.sampled_from([1, 5, 32]),
-                "ENTRY_SHARE": st.sampled_from([0.01, 0.6]),
-                "IDLE_SHARE": st.sampled_from([0.01, 0.5, 1.1]),
-                "SHARED_PREFIX": st.sampled_from([2, 8]),
-            }
-        ),
+def situation_of(seed: int) -> Situation:
+    """The situation that dice throw. Hypothesis chooses the seed and nothing else: its own choices are the simplest or
+    repeat the last ones, depend on what has been imported, and half of them decode no second token."""
+    dice = Random(seed)
+    alike = dice.random() < 1 / 3
+
+    def prompt() -> tuple[int, ...]:
+        most = dice.choice((4, LONGEST))
+        count = dice.randint(1, LONGEST - len(TEMPLATE)) if alike else dice.choice((dice.randint(1, most), most))
+        return (*(TEMPLATE if alike else ()), *(dice.randint(2, 31) for _ in range(count)))
+
+    prompts = list(dict.fromkeys(prompt() for _ in range(dice.randint(1, 7))))
+    return Situation(
+        rows=tuple((ids, sample) for ids in prompts for sample in range(dice.randint(1, 2))),
+        order=tuple(dice.sample(range(len(prompts)), len(prompts))),
+        budget=dice.randint(1, BUDGET),
+        slots=dice.randint(1, 5),
+        turns=dice.randint(1, 3),
+        prefill_tokens=dice.choice((LONGEST, 2 * LONGEST, 999)),
+        stop_strings=dice.choice(((), ("w4",), ("w9 w2", "w20"))),
+        constants={
+            "SPARE_COLUMNS": dice.choice((1, 2, 32)),
+            "ENTRY_SHARE": dice.choice((0.01, 0.6)),
+            "IDLE_SHARE": dice.choice((0.01, 0.5, 1.1)),
+            "SHARED_PREFIX": dice.choice((2, 8)),
+        },
     )
-)
+
+
+SITUATION = st.integers(0, 2**32 - 1).map(situation_of)
 LIKE = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 LIKE |= {"phases": [Phase.generate]}  # a failing situation is small as it is
 
@@ -113,6 +121,39 @@ def model(name: str) -> SharedBase:
         if parameter.dim() > 1:
             parameter.data.mul_(3)  # attention that matters
     return tiny_shared(base, roles=("policy",)).eval()
+
+
+# ---- what happens on the way ----------------------------------------------------------------------------------------
+
+HAPPENS = ("ragged prompts enter", "ragged ones enter behind a prefix", "columns move left", "columns move right")
+"""What the situations must bring about to say anything, in a model of full attention."""
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts of what happens inside."""
+    seen: Counter[str] = Counter()
+
+    def watch(owner: Any, name: str, happens: Callable[..., str]) -> None:
+        own = getattr(owner, name)
+
+        def watched(*args: Any, **more: Any) -> Any:
+            seen[happens(*args)] += 1
+            return own(*args, **more)
+
+        patched.enter_context(mock.patch.object(owner, name, watched))
+
+    with ExitStack() as patched:
+        watch(
+            decoding, "left_padded", lambda each: "ragged prompts enter" if len(set(map(length_of, each))) > 1 else ""
+        )
+        watch(decoding, "close_holes", lambda cache, mask: "" if mask.all() else "ragged ones enter behind a prefix")
+        watch(SlotCache, "_move", lambda cache, by: "columns move left" if by < 0 else "columns move right")
+        yield seen
+
+
+def length_of(prompt: Prompt) -> int:
+    return len(prompt.token_ids)
 
 
 # ---- the oracle: one row, no cache, no slots -------------------------------------------------------------------------
@@ -173,10 +214,11 @@ def sampling_of(situation: Situation) -> Sampling:
 
 def decoded(engine: Any, situation: Situation, batch: PromptBatch, mode: str) -> Rollout:
     environment = Environment(tool, situation.turns) if situation.turns > 1 else None
-    size = RolloutSize(rows=len(situation.rows), columns=LONGEST + BUDGET, scoring_tokens=64)
+    size = RolloutSize(len(situation.rows), LONGEST + BUDGET, scoring_tokens=64, longest_prompt=LONGEST)
     sampler = Sampler(tokenizer(), size, mode=mode, slots=situation.slots, environment=environment)
     expected: Callable[[Prompt], float] = lambda prompt: float(situation.order[prompt.index])  # noqa: E731
-    with mock.patch.multiple(decoding, **situation.constants), sampler.opened(engine) as shared:
+    entering = mock.patch.object(memory, "PREFILL_TOKENS", situation.prefill_tokens)
+    with entering, mock.patch.multiple(decoding, **situation.constants), sampler.opened(engine) as shared:
         return sampler.decode(shared, batch, sampling_of(situation), stream=(5,), expected=expected)
 
 
@@ -188,11 +230,10 @@ def differences(shared: SharedBase, situation: Situation, batch: PromptBatch, fo
             tokens, logprobs, finished = alone(shared, prompt, sample, situation, sampling_of(situation))
             length = int(found.lengths[row])
             ours = found.responses[row, :length].tolist(), bool(found.finished[row])
-            close = torch.allclose(
-                found.rollout_logprobs[row, :length], torch.tensor(logprobs[:length]), rtol=0, atol=1e-5
-            )
-            if ours != (tokens, finished) or not close:
-                wrong.append(f"row {row}: {ours}, alone {(tokens, finished)}, log-probs close: {close}")
+            if ours != (tokens, finished):
+                wrong.append(f"row {row}: {ours}, alone {(tokens, finished)}")
+            elif not torch.allclose(said := found.rollout_logprobs[row, :length], torch.tensor(logprobs), 0, 1e-5):
+                wrong.append(f"row {row}: log-probs {said.tolist()}, alone {logprobs}")
     return wrong
 
 
@@ -205,7 +246,9 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
         found = decoded(model(name), situation, batch, "window")
         assert not differences(model(name), situation, batch, found)
 
-    holds()
+    with counted() as seen:
+        holds()
+    assert name != "llama" or seen.keys() >= set(HAPPENS), seen
 
 
 # ---- two ranks -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class RolloutSize:
     rows: int
     columns: int
     scoring_tokens: int
-    longest_prompt: int = 1
+    longest_prompt: int
     later_turns: bool = False
     scoring_roles: int = 2
     update_tokens: int = 0
