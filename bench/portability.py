@@ -1,6 +1,6 @@
 """Does the demo's task end and learn on other processors, as far as this one can imitate them?
 
-    python bench/portability.py [--rollouts 15] [--small-rollouts 30] [--only NAME ...]     # an hour
+    python bench/portability.py [--rollouts 10] [--small-rollouts 30] [--only NAME ...]     # an hour
     python bench/portability.py --smoke                                                        # half a minute
 
 oneDNN and PyTorch are held to older instruction sets by their own environment variables; bfloat16 that is named on such
@@ -122,7 +122,7 @@ def free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rollouts", type=int, default=15)
+    parser.add_argument("--rollouts", type=int, default=10)
     parser.add_argument("--small-rollouts", type=int, default=30, help="with each estimator")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only the cases of these names")
     parser.add_argument("--smoke", action="store_true", help="a few tokens; nothing is kept")
