@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -55,10 +56,8 @@ def test_a_section_that_fails_or_hangs_says_so_and_leaves_no_process_behind(tmp_
     )
     assert stand_in(tmp_path, hanging, 15) == "timed out"
     child = int((tmp_path / "child").read_text())
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(child).wait(timeout=60)  # it was killed, and may still be going
-    except psutil.NoSuchProcess:
-        pass
 
 
 def test_what_is_not_a_number_passes_no_check(tmp_path: Path) -> None:
