@@ -37,6 +37,8 @@ PROCESSORS = {
     "AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
 SEEDS = 3
+HEADER = ["run", "ranks x threads", "dtype", "rollouts", "largest first ratio - 1", "first two", "last four", "seconds"]
+FIGURES = ("first_ratio_largest", "first_two", "last_four")
 SMALL = ["rollout.prompts_per_rollout=4", "rollout.max_new_tokens=8", "data.evaluation=none"]
 
 
@@ -113,6 +115,22 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table as it stands in docs/performance.md."""
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for row in rows:
+        lines.append(
+            [
+                row["name"],
+                f"{row['ranks']} x {row['threads']}",
+                *([row["dtype"], str(row["rollouts"])] if row["status"] == 0 else ["stopped", ""]),
+                *(f"{row[name]:.3g}" if name in row else "" for name in FIGURES),
+                str(row["seconds"]),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as probe:
@@ -130,9 +148,11 @@ def main() -> None:
     model, found = model_folder(TINY if options.smoke else SMOLLM), dict[str, Any]()
     for case in smoke_cases() if options.smoke else cases(options):
         if not options.only or case.name in options.only:
-            found[case.name] = {"name": case.name, **run(case, model)}
+            shape = {"name": case.name, "ranks": case.ranks, "threads": case.threads}
+            found[case.name] = {**shape, **run(case, model)}
             print(json.dumps(found[case.name]), flush=True)
     if not options.smoke:
+        print(as_markdown(list(found.values())))
         keep("portability", list(found.values()))
     sys.exit(0 if all(row["status"] == 0 for row in found.values()) else 1)
 
