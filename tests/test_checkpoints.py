@@ -168,9 +168,18 @@ def test_a_run_with_a_link_to_elsewhere_is_not_resumed(tmp_path: Path) -> None:
     folder = started(tmp_path / "run")
     checkpoint(folder, 4, step=4)
     (folder / "wandb").mkdir()
-    (folder / "wandb" / "latest-run").symlink_to("run-1")  # W&B's own
+    (folder / "wandb" / "latest-run").symlink_to("offline-run-1")  # W&B's own, as the next one is
+    (folder / "wandb" / "offline-run-1" / "logs").mkdir(parents=True)
+    (folder / "wandb" / "offline-run-1" / "logs" / "debug-core.log").symlink_to(tmp_path / "cache.log")
     assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-4"
-    for place in ("log.jsonl", "policy", "checkpoint-4/optimizer.pt", "checkpoint-9"):
+    for place in (
+        "log.jsonl",
+        "policy",
+        "checkpoint-4/optimizer.pt",
+        "checkpoint-9",
+        "wandb/run-2",
+        "wandb/offline-run-1/files",
+    ):
         link = folder / place
         link.unlink(missing_ok=True)
         link.symlink_to(tmp_path)

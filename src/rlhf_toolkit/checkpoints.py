@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, barrier, from_main, rank
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described
-from rlhf_toolkit.files import is_plain_name, link_outside, write_text
+from rlhf_toolkit.files import WANDB_LOGS, is_plain_name, link_outside, write_text
 
 T = TypeVar("T")
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
@@ -199,7 +199,7 @@ def _settings_of(path: Path) -> dict[str, Any]:
 
 def _refuse_links(folder: Path) -> None:
     """A run goes on writing to names that it can be foreseen to use: none of them may lead elsewhere."""
-    link = link_outside(folder)
+    link = link_outside(folder, passing_over=WANDB_LOGS)
     if link is not None:
         raise CheckpointError(
             f"{link} is a link to something outside of run.output_dir={folder}, which a run would write to; put what "

@@ -10,6 +10,9 @@ from typing import IO
 
 NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 """One part of a path: no separator of any system, no control character."""
+WANDB_LOGS = "wandb/*run-*/logs/*"
+"""In a run folder: W&B links its own log to its cache in the home folder. A run that goes on gets a new folder there,
+so that nothing is written through the link of an earlier one."""
 DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -33,15 +36,21 @@ def leads_outside(path: Path, folder: Path, *also: Path) -> bool:
     return not any(target.is_relative_to(allowed) for allowed in roots)
 
 
-def link_outside(folder: Path, *also: Path) -> Path | None:
+def link_outside(folder: Path, *also: Path, passing_over: str | None = None) -> Path | None:
     """The first link in ``folder``, at any depth, that leads out of it and of ``also``; None where there is none. No
-    link is followed."""
+    link is followed. Those are passed over whose path below ``folder`` is of the pattern ``passing_over``."""
     for place, folders, names in os.walk(folder, followlinks=False):
         for name in sorted([*folders, *names]):
             path = Path(place, name)
-            if path.is_symlink() and leads_outside(path, folder, *also):
+            if path.is_symlink() and leads_outside(path, folder, *also) and not _is(path, folder, passing_over):
                 return path
     return None
+
+
+def _is(path: Path, folder: Path, pattern: str | None) -> bool:
+    """Whether ``path``, in ``folder``, has the parts of ``pattern``; Path.match alone would compare the last ones."""
+    below = path.relative_to(folder)
+    return pattern is not None and len(below.parts) == pattern.count("/") + 1 and below.match(pattern)
 
 
 def created(path: Path) -> IO[str]:

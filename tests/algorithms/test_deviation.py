@@ -66,5 +66,18 @@ def test_a_tolerance_of_the_users_bounds_the_mean() -> None:
     assert found.above(0.49) == "0.5 on average, more than 0.49"
 
 
+def test_of_few_tokens_nothing_is_said_and_of_a_few_more_rounding_is_no_fault() -> None:
+    assert deviation(torch.full((TOKENS,), 9.0)).beyond(MEASURED) is not None
+    for count in (1, 2, 3, 15, 16, 20, 40):
+        generator = torch.Generator().manual_seed(count)
+        for _ in range(300):
+            found, expected = (torch.rand(count, generator=generator) for _ in range(2))
+            # Laplace: heavier tails than a normal's, as rounding has
+            rounded = torch.distributions.Laplace(0.0, ROUNDING * 0.8).icdf(found.clamp(1e-3, 1 - 1e-3))
+            assert Deviation.between(4 * expected + rounded, 4 * expected).beyond(MEASURED) is None, count
+    assert Deviation.between(EXPECTED[:15] + 9.0, EXPECTED[:15]).beyond(MEASURED) is None
+    assert Deviation.between(EXPECTED[:16] + 9.0, EXPECTED[:16]).beyond(MEASURED) is not None
+
+
 def test_no_tokens_deviate_by_nothing() -> None:
     assert Deviation.between(torch.zeros(0), torch.zeros(0)).beyond(MEASURED) is None

@@ -12,6 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rlhf_toolkit.checkpoints import RUN_FILE, open_run_folder
+from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.export.folders import read_run
 from tests.launch import ROOT, Finished, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
@@ -107,6 +110,14 @@ def test_one_wandb_run_from_rank_zero(run: Path) -> None:
     assert [(call["rank"], call["mode"]) for call in calls(run, "init")] == [("0", "offline")]
     assert {call["rank"] for call in calls(run, "log")} == {"0"}
     assert len(list((run / "run/wandb").glob("offline-run-*"))) == 1
+
+
+def test_a_run_with_what_wandb_leaves_in_it_can_go_on_and_be_read(run: Path) -> None:
+    folder = run / "run"
+    settings = json.loads((folder / RUN_FILE).read_text())
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):  # and nothing about a link
+        open_run_folder(folder, settings, resume=True, overwrite=False)
+    assert read_run(folder).summary["mean_scores"]
 
 
 def test_wandb_gets_its_own_axis_and_never_a_step(run: Path) -> None:

@@ -175,6 +175,16 @@ def test_a_weight_that_is_not_finite_is_named(recipe: RecipeProcesses, tmp_path:
     assert "one of 1 such weights" in line and "take an earlier one" in line
 
 
+def test_a_weight_that_lies_in_shards_is_named_too(tmp_path: Path) -> None:
+    path = experiment(tmp_path / "task", "", **{"rollout.mode": "stream"})
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "task/model")
+    line = line_of(run_recipe(path, processes=2, stage=3))
+    assert "layers.1.mlp.up_proj is the first layer whose output is not finite, whose weight base_layer.weight" in line
+
+
 @pytest.mark.parametrize("mode", ["window", "stream"])
 def test_what_fails_on_one_rank_ends_both_with_its_message(tmp_path: Path, mode: str) -> None:
     wrong, classifier = {}, write_reward_model(tmp_path / "classifier")

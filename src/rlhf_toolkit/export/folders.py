@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.errors import CheckpointError, ModelError, described
-from rlhf_toolkit.files import link_outside
+from rlhf_toolkit.files import WANDB_LOGS, link_outside
 from rlhf_toolkit.models.folders import check_model_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a finished run. Raises CheckpointError where the folder holds none, or a link to something outside."""
     if not (folder / RUN_FILE).is_file():
         raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is not a run folder; give a run's run.output_dir")
-    link = link_outside(folder)
+    link = link_outside(folder, passing_over=WANDB_LOGS)
     if link is not None:
         raise CheckpointError(f"{link} is a link to something outside of the run folder; put the file itself there")
     if not (folder / "summary.json").is_file():

@@ -23,14 +23,20 @@ def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     """
     found: list[str] = []
 
-    def looking_at(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(bool(tensor.isfinite().all()) for tensor in _floats(output)):
-                found.append(f"{_plain(name)} is the first layer whose output is not finite, {_why(module, inputs)}")
+    def looking_at(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                why = _why(module, (args, kwargs))
+                found.append(f"{_plain(name)} is the first layer whose output is not finite, {why}")
 
         return hook
 
-    handles = [module.register_forward_hook(looking_at(name)) for name, module in model.named_modules() if name]
+    # Before ZeRO's own hooks, which let the layer's weights go.
+    handles = [
+        module.register_forward_hook(looking_at(name), prepend=True, with_kwargs=True)
+        for name, module in model.named_modules()
+        if name
+    ]
     try:
         with torch.no_grad():
             forward()
@@ -52,9 +58,18 @@ def _why(module: nn.Module, inputs: Any) -> str:
     weights = broken_weights(module)
     if weights is not None:
         return f"whose weight {weights}"
-    if all(bool(tensor.isfinite().all()) for tensor in _floats(inputs)):
-        return "though its input and its weights are"
-    return "from an input that an operation between two layers, such as attention, has spoiled"
+    if not _finite(inputs):
+        return "from an input that an operation between two layers, such as attention, has spoiled"
+    parameters = list(module.parameters())
+    return (
+        "though its input and its weights are"
+        if parameters and all(map(is_here, parameters))
+        else ("though its input is")
+    )
+
+
+def _finite(value: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in _floats(value))
 
 
 def _floats(value: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from rlhf_toolkit.errors import ModelError, described, shortened
 from rlhf_toolkit.files import is_plain_name, link_outside
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS_FILES = ("model.safetensors", INDEX_FILES[0], "pytorch_model.bin", INDEX_FILES[1])
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json")
 NAMES_A_FILE = ("transformers_weights", "fast_tokenizer_files")
 """Settings of ``CONFIGS`` whose value transformers opens in the folder: a name, or a list of them."""
@@ -47,13 +47,20 @@ def check_weights_are_here(name: str) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
-    files: list[tuple[str, ...]] = [WEIGHTS_FILES]
-    for index in INDEX_FILES:
-        if (folder / index).is_file():
-            files = [(file,) for file in sorted(set(weight_map(folder / index).values()))]
-    missing = [names[0] for names in files if not any((folder / file).is_file() for file in names)]
+    named = [name for name in _each(_named_weights(folder)) if isinstance(name, str)]
+    # In transformers' own order: what it finds first it loads, whatever else lies there.
+    first = next((name for name in (*named, *WEIGHTS_FILES) if (folder / name).is_file()), None)
+    if first is None:
+        raise ModelError(f"{folder} has no {(*named, *WEIGHTS_FILES)[0]}, nor other weights; fetch the model again")
+    files = sorted(set(weight_map(folder / first).values())) if first.endswith(".index.json") else []
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise ModelError(f"{folder} lacks {missing[0]}, one of {len(missing)} files of weights; fetch the model again")
+        raise ModelError(f"{folder} lacks {missing[0]}, one of {len(missing)} files that {first} names; fetch it again")
+
+
+def _named_weights(folder: Path) -> Any:
+    """What config.json says under ``transformers_weights``, None where it says nothing."""
+    return _object(folder / "config.json").get(NAMES_A_FILE[0]) if (folder / "config.json").is_file() else None
 
 
 def weight_map(index: Path) -> Mapping[str, str]:

@@ -279,6 +279,8 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     ones = torch.ones(8, 8, dtype=dtype, device=device)
     try:
         return bool((torch.mm(ones, ones.t(), out_dtype=torch.float32) == 8).all())
+    except torch.OutOfMemoryError:  # a full card says nothing about what it can
+        raise
     except (RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(

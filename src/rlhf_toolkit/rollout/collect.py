@@ -108,7 +108,7 @@ class Collector:
                 roles, temperature = self.roles_of(rollout, plan), self.sampling.temperature
                 passes = score(shared, sampled, plan, layout, temperature, roles=roles)
                 if self.checks is not None:
-                    self.checks.look(shared, sampled, passes, plan, layout, temperature)
+                    self.checks.look(shared, sampled, passes, plan, layout, temperature, rollout)
         if self.checks is not None:
             self.checks.check_scoring(sampled, passes, rollout)
         if rollout > 0 and self.needs.incomplete(one_forward=plan.one_forward):

@@ -38,11 +38,18 @@ class PathChecks:
     _warned: bool = field(default=False, init=False)
 
     def look(
-        self, shared: SharedBase, sampled: Sampled, passes: Passes, plan: Plan, layout: Layout, temperature: float
+        self,
+        shared: SharedBase,
+        sampled: Sampled,
+        passes: Passes,
+        plan: Plan,
+        layout: Layout,
+        temperature: float,
+        rollout: int,
     ) -> None:
         """Measure rounding, once and where the policy was scored. A collective, inside the sampler's window.
 
-        Raises TrainingPathError where the model computes something else while it trains.
+        Raises TrainingPathError in rollout 0 where the model computes something else while it trains.
         """
         if self.rounding is not None or passes.old_logprobs is None:
             return
@@ -51,7 +58,8 @@ class PathChecks:
         with nudged(shared.causal_lm.get_input_embeddings()):
             again = scored(plan, roles=(POLICY,))
         self.rounding = Deviation.between(present(again.old_logprobs)[mask], old[mask])
-        self._check_training_mode(shared, sampled, passes, plan, scored)
+        with self._stops_only_the_first(rollout):
+            self._check_training_mode(shared, sampled, passes, plan, scored)
 
     def _check_training_mode(
         self, shared: SharedBase, sampled: Sampled, passes: Passes, plan: Plan, scored: Callable[..., Passes]

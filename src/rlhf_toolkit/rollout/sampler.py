@@ -103,8 +103,9 @@ class Sampler:
                 )
             else:
                 rollout = self._with_turns(shared, batch, sampling, stream, options)
-                for row, tokens in enumerate(tokens_of(rollout)):
-                    on_finished(row, tokens)
+                with agreement("sampling"):
+                    for row, tokens in enumerate(tokens_of(rollout)):
+                        on_finished(row, tokens)
         columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
         return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
 

@@ -92,8 +92,8 @@ def decode_with_turns(
             break
         with agreeing():
             answers = _answers(environment, [rows[i] for i in stopped], tokenizer, turn)
-        answered = zip(stopped, answers, strict=True)
-        going = [i for i, answer in answered if _goes_on(rows[i], answer, tokenizer, budget)]
+            answered = zip(stopped, answers, strict=True)
+            going = [i for i, answer in answered if _goes_on(rows[i], answer, tokenizer, budget)]
         if not anyone(bool(going)):
             break
     return _rollout(rows, pad_id)

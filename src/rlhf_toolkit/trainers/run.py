@@ -83,7 +83,7 @@ def with_dtype(experiment: E, topology: Topology, *, trains: bool = True) -> E:
         )
     found = all_gather(resolved_dtype(experiment.model.dtype, topology.device))
     # Where one rank's device has no bfloat16, auto is float32 on all.
-    dtype, reason = next((each for each in found if each[0] == "float32"), found[0])
+    dtype, reason = next((each for each in found if each[0] == "float32" or "slow" in each[1]), found[0])
     if experiment.model.dtype == AUTO or "slow" in reason:
         on_main(lambda: print(reason, flush=True))
     return replace(experiment, model=replace(experiment.model, dtype=dtype))
