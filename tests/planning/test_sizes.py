@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,15 +19,19 @@ from transformers import (
     Qwen2Config,
 )
 
+from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, ModelError
+from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS, most_columns
 from rlhf_toolkit.rollout.sizes import RolloutSize, dimensions, model_size, needs_of, reward_bytes, sharding
 from rlhf_toolkit.types import Prompt
-from tests.launch import ROOT
+from tests.builders import tiny_tokenizer
+from tests.launch import ROOT, run_worker
 from tests.models.test_architectures import WORKS, Case
 from tests.roles import tiny_shared
+from tests.tiny import WORDS
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -115,24 +120,31 @@ def classifier(config: LlamaConfig, *, sharded: bool, device: str = "cpu") -> An
     return model
 
 
-def test_the_pass_of_a_reward_model_against_its_tensors() -> None:
-    config = LlamaConfig(**WORKS["llama"].sizes | {"hidden_size": 64, "intermediate_size": 256}, head_dim=16)
-    model, columns = classifier(config, sharded=False).eval(), 64
-    expected = reward_bytes(model, columns, on_cpu=False)
-    ids = torch.ones(8192 // columns, columns, dtype=torch.long)
-    with LiveTensors() as live, torch.inference_mode():
-        for p in model.parameters():
-            p.view(-1)  # seen before the pass
+def scored(topology: Topology, name: str) -> tuple[int, int]:
+    """Bytes of tensors at the peak of scoring a full batch, beside what lay there before, and those expected."""
+    model = load_reward_model(name, topology, dtype=torch.bfloat16, trust_remote_code=False)
+    text, rows = "w1 " * 63, 8192 // 64
+    with LiveTensors() as live:
+        for p in model.model.parameters():
+            getattr(p, "ds_tensor", p).view(-1)  # seen before the pass
         held = live.now
-        model(input_ids=ids)
-    assert 0.95 <= expected / (max(live.peaks.values()) - held) <= 1.10
+        model.scores([Prompt(i, text, (1,), {}) for i in range(rows)], ["w2"] * rows)
+    return max(live.peaks.values()) - held, reward_bytes(model.model, 64, on_cpu=False)
 
 
-def test_a_sharded_reward_model_is_gathered_whole_beside_its_shard() -> None:
-    sizes = WORKS["llama"].sizes
-    whole, sharded = (classifier(LlamaConfig(**sizes), sharded=each) for each in (False, True))
-    gathered = reward_bytes(sharded, 64, on_cpu=True) - reward_bytes(whole, 64, on_cpu=True)
-    assert gathered == sum(p.nbytes for p in whole.parameters()) > 0
+def test_a_reward_model_takes_its_pass_and_under_zero3_all_of_itself_beside_its_shard(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=12, num_labels=1, pad_token_id=0, **sizes)
+    model = LlamaForSequenceClassification(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(words=WORDS, pad="</s>").save_pretrained(tmp_path / "model")
+    expected = []
+    for stage in (2, 3):
+        (folder := tmp_path / str(stage)).mkdir()
+        ranks = run_worker("tests.planning.test_sizes:scored", folder, stage=stage, name=str(tmp_path / "model"))
+        assert all(0.95 <= estimate / peak <= 1.10 for peak, estimate in ranks), ranks
+        expected.append(ranks[0][1])
+    assert expected[1] - expected[0] == sum(p.nbytes for p in model.parameters())
 
 
 def test_a_row_longer_than_a_batch_is_a_pass_of_its_own() -> None:

@@ -184,7 +184,7 @@ def make_collector(
     """What turns prompts into experience; the trainer, where it ``trains``, gives it its model."""
     ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
     model_rewards = make_model_rewards(experiment, topology, packing=packing)
-    sampler = make_sampler(experiment, task, progress, model_rewards, packing=packing, trains=trains)
+    sampler = make_sampler(experiment, topology, task, progress, model_rewards, packing=packing, trains=trains)
     return Collector(
         sampler,
         task.prompts,
@@ -290,6 +290,7 @@ def correction_of(ppo: PPOConfig) -> Correction:
 
 def make_sampler(
     experiment: Experiment,
+    topology: Topology,
     task: Task,
     progress: Progress,
     model_rewards: Sequence[ModelReward],
@@ -305,8 +306,7 @@ def make_sampler(
         experiment, longest, ranks=world_size(), held_out=len(task.held_out), packing=packing, trains=trains
     )
     models = [reward.model.model for reward in model_rewards if isinstance(reward, TextReward)]
-    on_cpu = not torch.cuda.is_available()
-    rewards = [reward_bytes(model, size.columns, on_cpu=on_cpu) for model in models]
+    rewards = [reward_bytes(model, size.columns, on_cpu=topology.device.type == "cpu") for model in models]
     size = replace(size, reward_bytes=max(rewards, default=0))
     return Sampler(
         task.tokenizer,
