@@ -4,9 +4,10 @@
     python bench/gpu_exam.py --rehearse                # all of it on a CPU at tiny shapes, in a minute and a half
 
 Result in bench/results/gpu/exam.json, written anew after each section; what the sections printed is in exam.log beside
-it. Each section is a process of its own with a time limit, in the order of their importance, so that one that fails or
-hangs costs itself only. ``--wheels`` installs what ``bench/gpu_wheels.py`` gathered into a folder of its own, and
-leaves the machine's packages as they are.
+it. A rehearsal's go to a temporary folder, whose path it prints; ``--out`` names another. Each section is a process of
+its own with a time limit, in the order of their importance, so that one that fails or hangs costs itself only.
+``--wheels`` installs what ``bench/gpu_wheels.py`` gathered into a folder of its own, and leaves the machine's packages
+as they are.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main() -> None:
     if options.section:
         run_section(options)
         return
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.out = results_folder(options)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
@@ -81,11 +82,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first, without network")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="for everything; default: %(default)s")
     parser.add_argument("--patience", type=float, default=1.0, help="sections' own limits times this; default: 1")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS}, of a rehearsal a temporary folder")
     parser.add_argument("--only", nargs="+", choices=[s.name for s in SECTIONS if s.listed], help="only these sections")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def results_folder(options: argparse.Namespace) -> Path:
+    """Where the results go, made if need be: a rehearsal never touches those of a card, unless it is told to."""
+    if options.out is None and options.rehearse:
+        folder = Path(tempfile.mkdtemp(prefix="gpu_exam_"))
+        print(f"results of this rehearsal: {folder}", flush=True)
+        return folder
+    folder = options.out or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:

@@ -69,11 +69,11 @@ class Row:
         return [*head, self.mode, str(self.slots), str(self.prefill), *(f"{gib:.1f}" for gib in self.phases)]
 
 
-def size_of(config: Any) -> ModelSize:
-    """The model with policy and value of rank 16 on the meta device, in numbers, as a GPU runs it."""
+def size_of(config: Any, rank: int = 16) -> ModelSize:
+    """The model with policy and value of ``rank`` on the meta device, in numbers, as a GPU runs it."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ROLE_ATTENTION)
-        adapter = lora_config(rank=16, alpha=32, rslora=False, target_modules="all-linear", exclude_modules=[])
+        adapter = lora_config(rank=rank, alpha=2 * rank, rslora=False, target_modules="all-linear", exclude_modules=[])
         shared = build_ppo_roles(base, adapter, policy_adapter=None)
     width = config.hidden_size // config.num_attention_heads
     column = 2 * config.num_key_value_heads * width * config.num_hidden_layers * torch.bfloat16.itemsize
@@ -90,6 +90,8 @@ def row_of(name: str, model: ModelSize, ranks: int, stage: int) -> Row:
         longest_prompt=PROMPT,
         update_tokens=MICRO_BATCH,
         checkpointing=True,
+        packed=True,
+        shares_heads=True,  # whatever torch prints the table
     )
     estimate = Estimate(model, how, needs_of(model, how, size, "exact"))
     card = CARD - CONTEXT - (COMMUNICATOR if ranks > 1 else 0)

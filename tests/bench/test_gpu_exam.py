@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def test_the_whole_exam_passes_its_rehearsal(tmp_path: Path) -> None:
     assert not missing
     assert sections["decode"]["figures"]["tiny"]["tokens_per_second"] > 0
     assert sections["rate"]["figures"]["tiny"]["tflop_per_s"] > 0
+
+
+def test_a_rehearsal_leaves_the_results_of_a_card_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def folder(*words: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["gpu_exam.py", *words])
+        return gpu_exam.results_folder(gpu_exam.arguments())
+
+    rehearsed = folder("--rehearse", "--only", "ratio")
+    assert rehearsed.is_dir() and rehearsed.parent == tmp_path and str(rehearsed) in capsys.readouterr().out
+    assert folder("--rehearse", "--out", str(tmp_path / "named")) == tmp_path / "named"
+    assert folder() == gpu_exam.RESULTS
 
 
 def stand_in(tmp_path: Path, code: str, limit: float) -> str | None:

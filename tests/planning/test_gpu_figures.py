@@ -6,12 +6,10 @@ import json
 import sys
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
 from rlhf_toolkit.planning.memory import place
-from rlhf_toolkit.rollout import sizes
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
 from tests.launch import ROOT
 
@@ -38,10 +36,10 @@ def estimated(shape: str, *, shares_heads: bool) -> dict[str, float]:
         longest_prompt=longest,
         update_tokens=4096,
         packed=True,
+        shares_heads=shares_heads,
     )
     model = size_of(config_of(shape, WHOLE.vocabulary))
-    with patch.object(sizes, "SHARES_HEADS", shares_heads):
-        needs = needs_of(model, sharding(model, ranks=1, stage=0, on_cpu=False), size, "exact")
+    needs = needs_of(model, sharding(model, ranks=1, stage=0, on_cpu=False), size, "exact")
     needs = replace(needs, later_bytes=0)
     placed = place(needs, free=10**11, rows=size.rows, mode="auto", slots=None, sharded=False)
     assert (placed.slots, placed.prefill_tokens) == (64, 64 * longest)

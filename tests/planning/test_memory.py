@@ -31,6 +31,7 @@ NEEDS = RolloutNeeds(
     update_bytes=150,
     activation_bytes=100,
     micro_batch=1000,
+    scoring_batch=1000,
 )
 
 
@@ -82,6 +83,13 @@ def test_sampling_and_scoring_are_not_at_once() -> None:
     assert choice(1500, replace(NEEDS, scoring_bytes=351)) == ("stream", 64)
 
 
+def test_a_reward_model_is_gathered_beside_the_base_in_either_mode() -> None:
+    """After sampling and before scoring: it bounds where it is larger than both."""
+    assert choice(1500, replace(NEEDS, reward_bytes=350)) == ("window", 17)
+    assert choice(1500, replace(NEEDS, reward_bytes=351)) == ("stream", 64)
+    assert choice(1500, replace(NEEDS, reward_bytes=1250)) == ("stream", 64)
+
+
 def test_weights_are_copied_in_the_window_only() -> None:
     assert choice(1500, replace(NEEDS, copied_bytes=50)) == ("window", 12)
     assert choice(600, replace(NEEDS, copied_bytes=50)) == ("stream", 30)
@@ -99,19 +107,26 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
         ({}, {"mode": "window", "free": 1300, "sharded": False}, "lower data.max_prompt_tokens"),
         ({}, {"free": 200}, "lower data.max_prompt_tokens or rollout.max_new_tokens"),
         ({"live_bytes": 2000}, {}, "the base alone is too large: take more GPUs"),
-        ({"update_bytes": 1600}, {}, "an update of .* the base alone is too large: take more GPUs"),
+        ({"update_bytes": 1600}, {}, "an update with .* the base alone is too large: take more GPUs"),
         ({"scoring_bytes": 4000}, {}, r"set update\.micro_batch_tokens to 200 or less"),
         (
             {"update_bytes": 2400, "activation_bytes": 2000},
             {},
-            r"an update of update\.micro_batch_tokens=1000 needs .* set update\.micro_batch_tokens to 500 or less, or "
-            "model.gradient_checkpointing: true",
+            r"an update with 1000 tokens in a forward pass needs .* set update\.micro_batch_tokens to 500 or less, or "
+            "set model.gradient_checkpointing: true",
         ),
         (
             {"update_bytes": 2400, "activation_bytes": 2000, "checkpointing": True},
             {},
             r"set update\.micro_batch_tokens to 500 or less$",
         ),
+        ({"scoring_bytes": 4000, "least_batch": 300}, {}, r"lower data\.max_prompt_tokens or rollout.max_new_tokens$"),
+        (
+            {"update_bytes": 2400, "activation_bytes": 2000, "least_batch": 501},
+            {},
+            r"lower data\.max_prompt_tokens or rollout.max_new_tokens, or set model.gradient_checkpointing: true$",
+        ),
+        ({"reward_bytes": 1300}, {}, r"reward\.model alone needs .* take a smaller one"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_way_out(

@@ -168,6 +168,11 @@ def zero_stage(model: nn.Module) -> int:
     return int(model.zero_optimization_stage()) if isinstance(model, DeepSpeedEngine) else 0
 
 
+def offloads_optimizer(model: nn.Module) -> bool:
+    """Whether the optimizer's copies, gradients and moments lie in the machine's memory."""
+    return isinstance(model, DeepSpeedEngine) and bool(model.zero_cpu_offload())
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the engine runs ZeRO-3, so that a forward pass has to fetch parameters."""
     return _parameter_offload(model) is not None

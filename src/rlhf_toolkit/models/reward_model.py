@@ -39,6 +39,7 @@ class RewardModel:
             raise ModelError(f"reward.model={name}: its tokenizer has neither a pad nor an end token; add one of them")
         self.name, self.model, self.tokenizer = name, model.eval().requires_grad_(False), tokenizer
         self.model.config.pad_token_id = tokenizer.pad_token_id  # the classifier reads the last token that is not this
+        self.model.config.get_text_config().use_cache = False  # nobody goes on from here: no layer's keys are kept
         self.most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

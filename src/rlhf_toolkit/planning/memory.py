@@ -3,7 +3,7 @@
 A rollout needs, beside what already lies on the device (shards, adapters, optimizer):
 
     gathered  window: the part of the base that other ranks hold; stream: what streaming keeps gathered
-    rollout   max(sampling, gathered + scoring)
+    rollout   max(sampling, gathered + scoring, gathered + reward model)
     sampling  copies of weights + max(entering, choosing)
     entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x slot_bytes
     choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + choice_bytes)
@@ -27,6 +27,7 @@ MODES = (AUTO, WINDOW, STREAM)
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what nobody thought of
 ENOUGH_SLOTS = 8  # with fewer slots in the window, streaming with more of them wastes less
 TOO_LARGE = "the base alone is too large: take more GPUs with a zero3 launch config, or a smaller model"
+SHORTER = "lower data.max_prompt_tokens or rollout.max_new_tokens"
 PREFILL_TOKENS = 16384  # of the prompts that enter at once, at most: more is not faster
 
 
@@ -36,11 +37,13 @@ class RolloutNeeds:
     at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
     chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
     it; ``weights_bytes``: copies of adapters that decoding makes, ``copied_bytes``: those of weights, which it makes in
-    the window only; ``scoring_bytes``: of a scoring pass, after sampling; ``update_bytes``: of the update, after the
-    rollout, and ``activation_bytes`` that part of it which grows with the micro-batch; ``later_bytes``: what an update
-    will leave behind and is not there yet. ``longest_prompt`` in tokens, the least that a prefill must hold;
-    ``micro_batch``: tokens of the update's forward pass, to which scoring and activations are proportional;
-    ``checkpointing``: layers are computed again already."""
+    the window only; ``reward_bytes``: of a reward model and its pass, after sampling; ``scoring_bytes``: of a scoring
+    pass, after both; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which
+    grows with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet.
+    ``longest_prompt`` in tokens, the least that a prefill must hold; ``micro_batch`` and ``scoring_batch``:
+    update.micro_batch_tokens that the largest pass of the update and of scoring come to, to which activations and
+    ``scoring_bytes`` are proportional; ``least_batch``: what they come to with one row. ``checkpointing``: layers are
+    computed again already."""
 
     window_bytes: int
     live_bytes: int
@@ -55,8 +58,16 @@ class RolloutNeeds:
     update_bytes: int = 0
     activation_bytes: int = 0
     later_bytes: int = 0
+    reward_bytes: int = 0
     micro_batch: int = 0
+    scoring_batch: int = 0
+    least_batch: int = 0
     checkpointing: bool = False
+
+    @property
+    def after_sampling(self) -> int:
+        """Bytes of the larger of reward model and scoring pass, beside the base."""
+        return max(self.reward_bytes, self.scoring_bytes)
 
     def sampling(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
@@ -74,12 +85,12 @@ class RolloutNeeds:
 
     def total(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that a rollout needs."""
-        return max(self.sampling(mode, slots, prefill, rows), self.base(mode) + self.scoring_bytes)
+        return max(self.sampling(mode, slots, prefill, rows), self.base(mode) + self.after_sampling)
 
     def most_slots(self, mode: str, free: int) -> int:
         """How many slots fit into ``free`` bytes, with the smallest prefill; below 1 where not even one does."""
         usable = int(free * USABLE)
-        if usable < self.base(mode) + self.scoring_bytes:
+        if usable < self.base(mode) + self.after_sampling:
             return 0
         usable -= self._copies(mode) + self.longest_prompt * self.column_bytes
         while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
@@ -164,7 +175,7 @@ def place(
         needs.total(mode, wanted, prefill, rows),
         free,
         sampling=needs.sampling(mode, wanted, prefill, rows),
-        scoring=needs.base(mode) + needs.scoring_bytes,
+        scoring=needs.base(mode) + needs.after_sampling,
         update=needs.later_bytes + needs.update_bytes,
     )
 
@@ -177,19 +188,23 @@ def _refuse_update(needs: RolloutNeeds, free: int) -> None:
     room = free - (needed - needs.activation_bytes)
     way_out = TOO_LARGE
     if room > 0:
-        fits = _tokens_that_fit(needs, needs.activation_bytes, room)
-        way_out = f"set update.micro_batch_tokens to {fits} or less"
-        way_out += "" if needs.checkpointing else ", or model.gradient_checkpointing: true"
+        fits = _tokens_that_fit(needs, needs.micro_batch, needs.activation_bytes, room)
+        ways = [SHORTER if fits is None else f"set update.micro_batch_tokens to {fits} or less"]
+        ways += [] if needs.checkpointing else ["set model.gradient_checkpointing: true"]
+        way_out = ", or ".join(ways)
     raise ConfigError(
-        f"an update of update.micro_batch_tokens={needs.micro_batch} needs {_gib(needed)} GiB, but {_gib(free)} GiB "
+        f"an update with {needs.micro_batch} tokens in a forward pass needs {_gib(needed)} GiB, but {_gib(free)} GiB "
         f"are free; {way_out}"
     )
 
 
-def _tokens_that_fit(needs: RolloutNeeds, taken: int, usable: int) -> int:
-    """Of a micro-batch, where ``needs.micro_batch`` tokens take ``taken`` bytes: hundreds, and at least one."""
-    tokens = needs.micro_batch * max(usable, 0) // taken
-    return max(1, tokens // 100 * 100 or tokens)
+def _tokens_that_fit(needs: RolloutNeeds, tokens: int, taken: int, usable: int) -> int | None:
+    """update.micro_batch_tokens that fits, where ``tokens`` take ``taken`` bytes: hundreds where one row leaves them.
+    None: one row alone is too large, and a pass never has less."""
+    fitting = tokens * max(usable, 0) // taken
+    if fitting < max(needs.least_batch, 1):
+        return None
+    return max(needs.least_batch, fitting // 100 * 100 or fitting)
 
 
 def _way_out(needs: RolloutNeeds, mode: str, free: int, sharded: bool) -> str:
@@ -202,9 +217,12 @@ def _way_out(needs: RolloutNeeds, mode: str, free: int, sharded: bool) -> str:
     usable = int(free * USABLE) - needs.base(mode)
     if usable <= 0:
         return TOO_LARGE
+    if needs.reward_bytes > usable:
+        return f"reward.model alone needs {_gib(needs.reward_bytes)} GiB beside the base: take a smaller one"
     if needs.scoring_bytes > usable:
-        return f"set update.micro_batch_tokens to {_tokens_that_fit(needs, needs.scoring_bytes, usable)} or less"
-    return "lower data.max_prompt_tokens or rollout.max_new_tokens, or take a smaller model"
+        fits = _tokens_that_fit(needs, needs.scoring_batch, needs.scoring_bytes, usable)
+        return SHORTER if fits is None else f"set update.micro_batch_tokens to {fits} or less"
+    return f"{SHORTER}, or take a smaller model"
 
 
 def _gib(count: int) -> str:

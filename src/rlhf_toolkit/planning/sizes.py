@@ -55,7 +55,7 @@ class Sharding:
     """How ``ranks`` share a model. ``stage``: of ZeRO, 0 without DeepSpeed. Elements: ``bucket``, DeepSpeed's buffer of
     gradients, of which there are two with ``overlap`` under ZeRO-2; ``live`` and ``prefetched``, what ZeRO-3 keeps
     gathered and gathers ahead. ``on_cpu``: files are mapped into the memory that is counted, and attention of short
-    rows keeps its scores."""
+    rows keeps its scores. ``offloaded``: the optimizer's copies, gradients and moments lie in other memory."""
 
     ranks: int
     stage: int
@@ -64,6 +64,7 @@ class Sharding:
     prefetched: int
     overlap: bool = False
     on_cpu: bool = False
+    offloaded: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -89,12 +90,13 @@ def kept_bytes(model: ModelSize, how: Sharding, *, moments: bool = True) -> int:
     """What lies on a rank between phases; without ``moments``, before the first rollout and update."""
     trained = model.trained * FP32
     share = -(-trained // how.ranks) if how.stage else trained
-    late = 2 * share if moments else 0
+    of_optimizer = 0 if how.offloaded else share
+    late = 2 * of_optimizer if moments else 0
     if how.sharded:
         # Of each share the partition, DeepSpeed's flat copy of it and its gradient; later whole copies of all of it.
         late += trained if moments else 0
-        return shard_bytes(model, how) + model.kept + 3 * share + how.bucket * FP32 + late
-    return model.base + trained + (share if how.stage == 2 else 0) + late
+        return shard_bytes(model, how) + model.kept + share + 2 * of_optimizer + how.bucket * FP32 + late
+    return model.base + trained + (of_optimizer if how.stage == 2 else 0) + late
 
 
 def shard_bytes(model: ModelSize, how: Sharding) -> int:
@@ -152,7 +154,8 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     trained = model.trained * FP32
     gradients = 0 if how.sharded else trained
     if how.stage == 2:
-        gradients = -(-trained // how.ranks) + how.bucket * FP32 * (2 if how.overlap else 1)
+        share = 0 if how.offloaded else -(-trained // how.ranks)
+        gradients = share + how.bucket * FP32 * (2 if how.overlap else 1)
     gathered = live_bytes(model, how)
     ahead = prefetched_bytes(model, how)
     if gathered < window_bytes(model, how):  # backward gathers again

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_toolkit.distributed.collectives import agreement, any_rank, world_size
 from rlhf_toolkit.distributed.topology import free_memory
-from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, streamed, zero_stage
+from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, offloads_optimizer, streamed, zero_stage
 from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
 from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes
@@ -54,16 +54,16 @@ class Sampler:
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
             with streamed(model) as pace, inference(model):
                 column = measured_column(shared, pace)
-            self.estimate = self._estimate(shared, zero_stage(model), column)
+            self.estimate = self._estimate(shared, column, stage=zero_stage(model), offloaded=offloads_optimizer(model))
             self.placement = place(
                 self.estimate.needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded
             )
         return self.placement
 
-    def _estimate(self, shared: SharedBase, stage: int, column: int) -> Estimate:
+    def _estimate(self, shared: SharedBase, column: int, *, stage: int, offloaded: bool) -> Estimate:
         on_cpu = next(shared.parameters()).device.type == "cpu"
         model = model_size(shared, column, on_cpu=on_cpu)
-        how = sharding(model, ranks=world_size(), stage=stage, on_cpu=on_cpu)
+        how = sharding(model, ranks=world_size(), stage=stage, on_cpu=on_cpu, offloaded=offloaded)
         return Estimate(model, how, needs_of(model, how, self.size, self.weights))
 
     @contextmanager

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_toolkit.distributed.topology import LIVE_PARAMETERS, PREFETCHED_PARAMETERS, gradient_bucket
-from rlhf_toolkit.distributed.zero3 import element_count, full_shape
+from rlhf_toolkit.distributed.zero3 import element_count, full_shape, is_here
+from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
+from rlhf_toolkit.models.reward_model import BATCH_TOKENS
 from rlhf_toolkit.models.segment_attention import SHARES_HEADS
 from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.planning.memory import Placement, RolloutNeeds
@@ -44,8 +48,8 @@ class RolloutSize:
     ``longest_prompt`` and, with an environment's ``later_turns``, the next turn's prompt all. ``scoring_tokens`` of a
     scoring pass of ``scoring_roles``, and ``update_tokens`` of an update's of ``update_roles``, the roles together;
     no ``update_tokens``: nothing is updated. ``checkpointing``: layers are computed again in backward. ``packed``:
-    micro-batches are, and a prompt's ``responses`` share it. ``temperature``, ``top_k`` and ``top_p`` are those of
-    sampling."""
+    micro-batches are, and a prompt's ``responses`` share it; ``shares_heads``: its kernel reads the keys of grouped
+    heads once. ``temperature``, ``top_k`` and ``top_p`` are those of sampling. ``reward_bytes``: of a reward model."""
 
     rows: int
     columns: int
@@ -61,13 +65,14 @@ class RolloutSize:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    shares_heads: bool = SHARES_HEADS
+    reward_bytes: int = 0
 
     @property
     def slot_columns(self) -> int:
-        """Columns that a slot needs. In a later turn one row may have the longest prompt and another the largest
-        budget."""
-        response = self.columns - self.longest_prompt
-        return self.columns + (response if self.later_turns else 0) + SPARE_COLUMNS
+        """Columns that a slot needs, in a later turn too: what a prompt grows by, its budget has less
+        (``most_columns``)."""
+        return self.columns + SPARE_COLUMNS
 
     @property
     def widest_prompt(self) -> int:
@@ -112,12 +117,7 @@ class Estimate(NamedTuple):
 
 def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
     """The numbers of ``shared``, whose keys and values take ``column`` bytes a token."""
-    config = shared.causal_lm.config.get_text_config()
-    output = shared.causal_lm.get_output_embeddings().weight
-    vocabulary, hidden = full_shape(output)
-    values = vars(config)
-    heads = values.get("num_attention_heads") or 1
-    width = values.get("head_dim") or hidden // heads
+    output, widths = shared.causal_lm.get_output_embeddings().weight, dimensions(shared.causal_lm.config)
     trained = [p for p in shared.parameters() if p.requires_grad]
     largest_trained = max((element_count(p) for p in trained), default=0)
     frozen = [p for p in shared.parameters() if not p.requires_grad]
@@ -132,36 +132,94 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
         trained=sum(map(element_count, trained)),
         policy=sum(element_count(p) for name, p in shared.named_parameters() if f".{POLICY}." in name),
         low_rank=sum(module.r.get(POLICY, 0) for module in adapted),
-        layers=values.get("num_hidden_layers") or 1,
-        hidden=hidden,
-        intermediate=_intermediate(values, hidden),
-        queries=heads * width,
-        keys=(values.get("num_key_value_heads") or heads) * width,
-        heads=heads,
-        vocabulary=vocabulary,
+        **widths,
+        vocabulary=full_shape(output)[0],
         element=output.element_size(),
         column=column,
-        tile=tile_of(hidden, CPU_TILE if on_cpu else GPU_TILE),
-        plain=not any(type(module).__name__ in GATED_MLPS for module in shared.modules()),
+        tile=tile_of(widths["hidden"], CPU_TILE if on_cpu else GPU_TILE),
+        plain=_plain(shared),
     )
 
 
-def _intermediate(values: dict[str, Any], hidden: int) -> int:
-    """The MLP's width for a token, over the experts that it goes through."""
-    experts = values.get("num_experts_per_tok") or 0
-    own = values.get("intermediate_size") or 4 * hidden
-    return max(own, experts * (values.get("moe_intermediate_size") or own))
+def _plain(model: nn.Module) -> bool:
+    """Whether no MLP of it is one that makes few tensors on the way."""
+    return not any(type(module).__name__ in GATED_MLPS for module in model.modules())
 
 
-def sharding(size: ModelSize, *, ranks: int, stage: int, on_cpu: bool) -> Sharding:
-    """How the run shares a model of this size, with the settings that DeepSpeed gets (``deepspeed_settings``)."""
-    bucket = gradient_bucket(size.trained, adapters=True) if stage else 0
-    return Sharding(ranks, stage, bucket, LIVE_PARAMETERS, PREFETCHED_PARAMETERS, overlap=not on_cpu, on_cpu=on_cpu)
+def dimensions(config: Any) -> dict[str, int]:
+    """``layers``, ``hidden``, ``intermediate``, ``queries``, ``keys`` and ``heads`` of ``ModelSize``, by any name that
+    an architecture's config has for them."""
+    config = config.get_text_config()
+    hidden, heads = _named(config, "hidden_size"), _named(config, "num_attention_heads")
+    width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
+    return {
+        "layers": _named(config, "num_hidden_layers"),
+        "hidden": hidden,
+        "intermediate": _intermediate(config, hidden),
+        "queries": heads * width,
+        "keys": _named(config, "num_kv_heads", "num_key_value_heads", default=heads) * width,
+        "heads": heads,
+    }
+
+
+def _named(config: Any, *names: str, default: int | None = None) -> int:
+    """The first of the config's attributes ``names`` that has a value. It is asked for each, since what is called
+    ``n_layer`` in a file is ``num_hidden_layers`` as an attribute only (``attribute_map``). Raises ModelError where
+    there is none and no ``default``."""
+    found = next((value for value in (getattr(config, name, None) for name in names) if value), default)
+    if found is None:
+        raise ModelError(f"{type(config).__name__} has no {names[0]}; give it that attribute: memory follows from it")
+    return max(found) if isinstance(found, list | tuple) else int(found)  # one for each layer, or one
+
+
+def _intermediate(config: Any, hidden: int) -> int:
+    """The MLP's width for a token, over the experts that it goes through, shared ones included."""
+    dense = _named(config, "ffn_hidden_size", "ffn_dim", "n_inner", "intermediate_size", default=4 * hidden)
+    expert = _named(config, "moe_intermediate_size", default=dense)
+    shared = _named(config, "n_shared_experts", default=0) * expert
+    routed = _named(config, "num_experts_per_tok", default=0) * expert
+    return max(dense, routed + _named(config, "shared_expert_intermediate_size", default=shared))
+
+
+def reward_bytes(model: PreTrainedModel, columns: int, *, on_cpu: bool) -> int:
+    """What scoring with a reward model takes beside what lies there already: all of it where ZeRO-3 shards it, since
+    its shards stay while it is gathered, and its pass over a batch, or over one row of ``columns`` tokens if that is
+    longer."""
+    parameters = list(model.parameters())
+    gathered = sum(element_count(p) * p.element_size() for p in parameters if not is_here(p))
+    nothing = dict.fromkeys(("base", "kept", "largest", "adapted", "trained", "policy", "low_rank"), 0)
+    size = ModelSize(
+        **nothing,
+        **dimensions(model.config),
+        vocabulary=0,
+        element=parameters[0].element_size(),
+        column=0,
+        tile=(1, 1),
+        plain=_plain(model),
+    )
+    how = Sharding(1, 0, 0, 0, 0, on_cpu=on_cpu)
+    tokens = max(BATCH_TOKENS, columns)
+    return gathered + tokens * pass_token_bytes(size, how, PassSize(tokens, 1, columns))
+
+
+def sharding(size: ModelSize, *, ranks: int, stage: int, on_cpu: bool, offloaded: bool = False) -> Sharding:
+    """How the run shares a model of this size, with the settings that DeepSpeed gets (``deepspeed_settings``).
+    ``offloaded``: the optimizer lies in the machine's memory, which on a CPU is the same memory."""
+    return Sharding(
+        ranks,
+        stage,
+        bucket=gradient_bucket(size.trained, adapters=True) if stage else 0,
+        live=LIVE_PARAMETERS,
+        prefetched=PREFETCHED_PARAMETERS,
+        overlap=not on_cpu,
+        on_cpu=on_cpu,
+        offloaded=offloaded and not on_cpu,
+    )
 
 
 def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -> RolloutNeeds:
     """The estimate for this model, shared like this, and this size of rollout, decoded with ``weights``."""
-    repeats = model.queries / model.keys if size.packed and not how.on_cpu and not SHARES_HEADS else 1
+    repeats = model.queries / model.keys if size.packed and not how.on_cpu and not size.shares_heads else 1
     copies = repeats * size.key_copies
     score = PassSize(size.scoring_tokens, size.scoring_roles, size.columns, key_copies=copies)
     update = PassSize(size.update_tokens, size.update_roles, size.columns, size.checkpointing, copies)
@@ -184,7 +242,10 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         activation_bytes=activation_bytes(model, how, update) if trains else 0,
         checkpointing=size.checkpointing,
         later_bytes=kept_bytes(model, how) - kept_bytes(model, how, moments=False) if trains else 0,
-        micro_batch=size.update_tokens or size.scoring_tokens,
+        reward_bytes=size.reward_bytes,
+        micro_batch=size.update_tokens,
+        scoring_batch=size.scoring_tokens // size.scoring_roles * size.update_roles,
+        least_batch=size.columns * size.update_roles,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from rlhf_toolkit.rollout.passes import Needs
 from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
-from rlhf_toolkit.rollout.sizes import RolloutSize
+from rlhf_toolkit.rollout.sizes import RolloutSize, reward_bytes
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.trainers.arguments import training_arguments
 from rlhf_toolkit.trainers.ppo import PPOTrainer
@@ -182,7 +183,8 @@ def make_collector(
 ) -> Collector:
     """What turns prompts into experience; the trainer, where it ``trains``, gives it its model."""
     ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
-    sampler = make_sampler(experiment, task, progress, packing=packing, trains=trains)
+    model_rewards = make_model_rewards(experiment, topology, packing=packing)
+    sampler = make_sampler(experiment, topology, task, progress, model_rewards, packing=packing, trains=trains)
     return Collector(
         sampler,
         task.prompts,
@@ -204,7 +206,7 @@ def make_collector(
         ),
         correction=correction_of(ppo),
         replacement_rounds=rollout.replace_uniform_groups,
-        model_rewards=make_model_rewards(experiment, topology, packing=packing),
+        model_rewards=model_rewards,
         curriculum=curriculum_of(experiment, task),
     )
 
@@ -287,32 +289,25 @@ def correction_of(ppo: PPOConfig) -> Correction:
 
 
 def make_sampler(
-    experiment: Experiment, task: Task, progress: Progress, *, packing: bool, trains: bool = True
+    experiment: Experiment,
+    topology: Topology,
+    task: Task,
+    progress: Progress,
+    model_rewards: Sequence[ModelReward],
+    *,
+    packing: bool,
+    trains: bool = True,
 ) -> Sampler:
     """What decodes, for training and for evaluation: as large as the larger of the two. Where nothing ``trains``,
     memory need not hold an update."""
-    rollout, ranks = experiment.rollout, world_size()
+    rollout = experiment.rollout
     longest = max(len(p.token_ids) for p in (*task.prompts, *task.held_out))
-    with_value = estimator_of(experiment.ppo).needs("values") and experiment.model.value_on == ON_ADAPTER
-    roles = 2 if with_value else 1  # of an update's pass and of scoring's largest: the reference has one of its own
-    size = RolloutSize(
-        rows=max(
-            rollout.sequences // ranks, -(-len(task.held_out) * max(1, experiment.run.evaluation_samples) // ranks)
-        ),
-        columns=longest + rollout.max_new_tokens,
-        scoring_tokens=roles * tokens_of_a_role(experiment),
-        longest_prompt=longest,
-        later_turns=rollout.environment is not None and rollout.max_turns > 1,
-        scoring_roles=roles,
-        update_tokens=experiment.update.micro_batch_tokens if trains else 0,
-        update_roles=roles,
-        checkpointing=experiment.model.gradient_checkpointing,
-        packed=packing,
-        responses=rollout.responses_per_prompt,
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
+    size = rollout_size(
+        experiment, longest, ranks=world_size(), held_out=len(task.held_out), packing=packing, trains=trains
     )
+    models = [reward.model.model for reward in model_rewards if isinstance(reward, TextReward)]
+    rewards = [reward_bytes(model, size.columns, on_cpu=topology.device.type == "cpu") for model in models]
+    size = replace(size, reward_bytes=max(rewards, default=0))
     return Sampler(
         task.tokenizer,
         size,
@@ -322,6 +317,44 @@ def make_sampler(
         on_tokens=progress.on_tokens,
         environment=environment_of(experiment),
     )
+
+
+def rollout_size(
+    experiment: Experiment, longest: int, *, ranks: int, held_out: int, packing: bool, trains: bool = True
+) -> RolloutSize:
+    """The sizes that bound memory on one of ``ranks``, with prompts of at most ``longest`` tokens and ``held_out`` of
+    them for evaluation."""
+    rollout, budget = experiment.rollout, tokens_of_a_role(experiment)
+    with_value = estimator_of(experiment.ppo).needs("values") and experiment.model.value_on == ON_ADAPTER
+    roles = 2 if with_value else 1  # of an update's pass and of scoring's largest: the reference has one of its own
+    columns, rows = longest + rollout.max_new_tokens, rollout.sequences // ranks
+    evaluated = -(-held_out * max(1, experiment.run.evaluation_samples) // ranks)
+    update = roles * tokens_of_a_pass(experiment.mini_batch_rows // ranks, columns, budget) if trains else 0
+    # Evaluation and a reward adapter score with one role, and are not cut into mini-batches.
+    whole = tokens_of_a_pass(max(evaluated, 0 if experiment.reward.adapter is None else rows), columns, budget)
+    scoring_tokens, scoring_roles = max((update, roles), (whole, 1))
+    return RolloutSize(
+        rows=max(rows, evaluated),
+        columns=columns,
+        scoring_tokens=scoring_tokens,
+        longest_prompt=longest,
+        later_turns=rollout.environment is not None and rollout.max_turns > 1,
+        scoring_roles=scoring_roles,
+        update_tokens=update,
+        update_roles=roles,
+        checkpointing=experiment.model.gradient_checkpointing,
+        packed=packing,
+        responses=rollout.responses_per_prompt,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+    )
+
+
+def tokens_of_a_pass(rows: int, columns: int, budget: int) -> int:
+    """The most tokens of a role in one of the forward passes into which ``rows`` of at most ``columns`` tokens are cut:
+    never more than all of them, nor less than one row, be the ``budget`` as it may."""
+    return max(columns, min(budget, rows * columns))
 
 
 def environment_of(experiment: Experiment) -> Environment | None:
