@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 GPUS   := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RUN    ?= runs/demo
+ARGS   ?=
 LAST   ?= 0.40
 RISE   ?= 0.50
 
@@ -21,7 +22,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: help install demo demo-check pipeline test test-thorough mutations lint check format bench bench-smoke clean
 
 help:
-	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN)"
+	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN); ARGS=\"run.seed=1\" changes settings"
 	@echo "make demo-check  did it learn? At least $(LAST) over the last four rollouts, $(RISE) above the first two"
 	@echo "make pipeline  SFT, reward model, PPO, DPO, evaluation, merged model (about half an hour); goes on where it stopped"
 	@echo "make test    the tests, two ranks under real ZeRO-3 among them"
@@ -45,7 +46,7 @@ endif
 demo: install
 	MODEL=$$($(BIN)/python recipes/sentiment/fetch_model.py) && \
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_zero3.yaml --num_processes $(PROCESSES) \
-	  recipes/ppo.py --config recipes/sentiment/ppo.yaml --overwrite model.name="$$MODEL" run.output_dir=$(RUN)
+	  recipes/ppo.py --config recipes/sentiment/ppo.yaml --overwrite model.name="$$MODEL" run.output_dir=$(RUN) $(ARGS)
 
 demo-check: install
 	$(BIN)/python recipes/sentiment/learned.py $(RUN) --last $(LAST) --rise $(RISE)

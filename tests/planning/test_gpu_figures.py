@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 from exam.subject import WHOLE, config_of, prompts_of
 from placements import size_of
 
-FIGURES = json.loads((ROOT / "bench/results/gpu/exam_speed.json").read_text())["sections"]["decode"]["figures"]
+FIGURES = json.loads((ROOT / "bench/results/gpu/exam.json").read_text())["sections"]["decode"]["figures"]
 
 
 @pytest.fixture(params=FIGURES)
