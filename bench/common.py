@@ -140,7 +140,7 @@ def experiment(model: str, folder: Path, changes: Mapping[str, Any]) -> dict[str
 
 def known(setting: str) -> bool:
     """Whether this version's experiment has ``section.key``."""
-    from rlhf_toolkit.experiment import Experiment
+    from rlhf_toolkit.settings.experiment import Experiment
 
     section, _, key = setting.partition(".")
     return hasattr(Experiment.__dataclass_fields__[section].default_factory(), key)
@@ -150,8 +150,8 @@ def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:
     """The library's run of an experiment; without ``stops`` every response has exactly ``max_new_tokens`` tokens."""
     from dataclasses import replace
 
-    from rlhf_toolkit.config_loading import experiment_from_dict
-    from rlhf_toolkit.trainers.ppo_run import prepare
+    from rlhf_toolkit.runs.ppo import prepare
+    from rlhf_toolkit.settings.loading import experiment_from_dict
 
     run = prepare(experiment_from_dict(sections), overwrite=True)
     if not stops:

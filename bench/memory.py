@@ -1,4 +1,4 @@
-"""Peak memory of sampling, scoring and updating, by the micro-batch's tokens and by the roles that run; and of whole
+"""Peak memory of sampling, role pass and update, by the micro-batch's tokens and by the roles that run; and of whole
 runs with all four roles against the policy alone.
 
     python bench/memory.py        # result in bench/results/memory.json; about 5 minutes
@@ -22,7 +22,7 @@ from common import SMOKE, arguments, experiment, keep, model_folder, models, pea
 from ranks import on_ranks, worker_or_bench
 
 TOKENS = (256,) if SMOKE else (1024, 2048, 4096)
-PASSES = ("update",) if SMOKE else ("scoring", "update")  # the whole runs score too
+PASSES = ("update",) if SMOKE else ("role pass", "update")  # the whole runs score too
 ROLES = {"policy": ("policy",), "+value": ("policy", "value"), "+reference": ("policy", "value", "reference")}
 WIDTH = 128
 RUN_TOKENS = 1024
@@ -121,7 +121,7 @@ def write_adapters(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_whole(job: dict[str, Any]) -> dict[str, Any]:
     """A run from preparation to its end, and what the process held before it began."""
-    import rlhf_toolkit.trainers.ppo_run  # noqa: F401  all libraries
+    import rlhf_toolkit.runs.ppo  # noqa: F401  all libraries
 
     libraries = peak_memory_gib()
     run = prepared(experiment(job["model"], Path(job["folder"]), job["changes"]), stops=False)
@@ -152,7 +152,7 @@ def bases_held(shared: Any) -> float:
 
 
 def run_phase(job: dict[str, Any]) -> dict[str, Any]:
-    """The model loaded and idle, or one rollout, scoring pass or update."""
+    """The model loaded and idle, or one rollout, role pass or update."""
     changes = {"rollout.max_new_tokens": WIDTH // 2, "update.micro_batch_tokens": max(job["tokens"], 4096)}
     with tempfile.TemporaryDirectory() as folder:
         run = prepared(experiment(job["model"], Path(folder, "run"), changes), stops=False)
@@ -175,10 +175,10 @@ def forward(shared: Any, rows: int, roles: tuple[str, ...], *, gradient: bool) -
     """One pass of ``roles`` over rows of WIDTH tokens, half of them response, and its backward for an update."""
     import torch
 
-    from rlhf_toolkit.data.layout import packed
+    from rlhf_toolkit.data.layout import packed_layout
 
     half = torch.full((rows,), WIDTH // 2)
-    layout = packed(torch.randint(100, 1000, (rows, WIDTH)), half, half).to(next(shared.parameters()).device)
+    layout = packed_layout(torch.randint(100, 1000, (rows, WIDTH)), half, half).to(next(shared.parameters()).device)
     with torch.set_grad_enabled(gradient):
         out = shared(layout, roles=roles)
         if gradient:

@@ -10,7 +10,7 @@ import torch
 from common import model_folder
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.models.attention import ROLE_ATTENTION, packing_obstacle
 from rlhf_toolkit.models.loading import lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -53,7 +53,7 @@ def micro_batches(
     """Random sequences in micro-batches of ``rows``: packed where the base can, as a run would."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(100, vocabulary, (sequences, prompt + response), generator=generator)
-    lay_out = packed if packing_obstacle(shared.causal_lm) is None else padded
+    lay_out = packed_layout if packing_obstacle(shared.causal_lm) is None else padded_layout
     for part in tokens.split(rows):
         lengths = torch.full((2, len(part)), prompt)
         lengths[1] = response

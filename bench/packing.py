@@ -1,4 +1,4 @@
-"""Scoring and update of a micro-batch, packed against padded rows: 16 real prompts, responses of 48 tokens.
+"""The role pass and update of a micro-batch, packed against padded rows: 16 real prompts, responses of 48 tokens.
 
     python bench/packing.py CASE [FOLDER OF SmolLM2-135M-Instruct]        # result in bench/results/packing_CASE.json
     python bench/packing.py plan                    # seconds that planning 4,096 rows takes; no model
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import SMOKE, TINY, arguments, fetch_smollm, keep, model_folder, paired_medians
 
-from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.data.packing import packed_micro_batches
 from rlhf_toolkit.data.prompts import load_rows, tokenise_prompts
 from rlhf_toolkit.distributed.topology import Launch, Topology
@@ -85,10 +85,10 @@ def compare(shared: SharedBase, prompts: list[tuple[int, ...]], group: int, leas
     sequences = torch.randint(100, 40000, (ROWS, int((starts + sizes).max())), generator=generator)
     for row, prompt in enumerate(rows):
         sequences[row, : len(prompt)] = torch.tensor(prompt)
-    layouts = [make(sequences, starts, sizes) for make in (padded, packed)]
+    layouts = [make(sequences, starts, sizes) for make in (padded_layout, packed_layout)]
     figures: dict[str, Any] = {"real_tokens": int((starts + sizes).sum())}
     figures |= dict(zip(("padded_tokens", "packed_tokens"), (one.tokens.numel() for one in layouts), strict=True))
-    for name, work in (("scoring", score), ("update", update)):
+    for name, work in (("role pass", score), ("update", update)):
         runs = [partial(work, shared, layout) for layout in layouts]
         rows_ms, packed_ms = paired_medians(runs[0], runs[1], repeats=2)
         figures |= {f"{name}_padded_ms": rows_ms, f"{name}_packed_ms": packed_ms, f"{name}_ratio": packed_ms / rows_ms}

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 RANKS = 2
-PHASES = ("start", "window", "scoring", "update")
+PHASES = ("start", "window", "role pass", "update")
 SHAPE = {
     "hidden_size": 384,
     "intermediate_size": 1152,
@@ -218,7 +218,7 @@ def watch(run: Any, live: LiveTensors) -> None:
         live.phase = "between"
 
     sampler.opened = opened_window
-    collect.score = path_checks.score = live.watched("scoring", collect.score)
+    collect.score = path_checks.score = live.watched("role pass", collect.score)
     trainer.training_step = live.watched("update", trainer.training_step)
 
 

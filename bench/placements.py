@@ -29,7 +29,7 @@ CARD = int(23.6 * GIB)  # what a card of 24 GB shows
 CONTEXT, COMMUNICATOR = int(0.45 * GIB), int(0.3 * GIB)  # CUDA's and NCCL's own
 RESPONSES, PROMPT, NEW, MICRO_BATCH = 128, 512, 384, 4096  # README's experiment, with gradient checkpointing
 LAUNCHES = ((1, 0), (2, 2), (4, 2), (8, 2), (2, 3), (4, 3), (8, 3))
-PHASES = ("start", "window", "scoring", "update")
+PHASES = ("start", "window", "role pass", "update")
 HEADER = ("model", "GPUs", "ZeRO", "rollout", "slots", "prefill", *PHASES)
 
 
@@ -86,11 +86,11 @@ def row_of(name: str, model: ModelSize, ranks: int, stage: int) -> Row:
     size = RolloutSize(
         rows=RESPONSES // ranks,
         columns=PROMPT + NEW,
-        scoring_tokens=MICRO_BATCH,
+        role_pass_tokens=MICRO_BATCH,
         longest_prompt=PROMPT,
         update_tokens=MICRO_BATCH,
         checkpointing=True,
-        packed=True,
+        packing=True,
         shares_heads=True,  # whatever torch prints the table
     )
     estimate = Estimate(model, how, needs_of(model, how, size, "exact"))

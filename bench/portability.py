@@ -28,7 +28,7 @@ from typing import Any
 
 from common import SMOLLM, TINY, keep, model_folder
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 
 ROOT = Path(__file__).parents[1]
 PROCESSORS = {
@@ -67,7 +67,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for name in ("AVX2", "AVX-512"):
         few = ("ppo.num_rollouts=2", *PAIRS)
         yield Case(f"{name}, bfloat16", PROCESSORS[name], settings=(*few, "model.dtype=bfloat16"))
-    for estimator in ESTIMATORS:
+    for estimator in ADVANTAGE_ESTIMATORS:
         chosen = (f"ppo.advantage={estimator}", "model.dtype=bfloat16")
         yield Case(f"estimator {estimator}", ranks=1, settings=(*small, *chosen))
 

@@ -63,7 +63,7 @@ def figure(counted: dict[str, Any]) -> dict[str, Any]:
     in_bases = [{name: size / base for name, size in one["bytes"].items()} for one in iterations]
     last, micro_batches = in_bases[-1], iterations[-1]["micro_batches"]
     least = 1 + 2 * micro_batches
-    # Each role on its own: a gather for sampling, three scoring passes of each micro-batch, and two updates.
+    # Each role on its own: a gather for sampling, three role passes of each micro-batch, and two updates.
     separate = 1 + 3 * micro_batches + 2 * 2 * micro_batches
     return {
         "kept_elements": counted["kept_elements"],

@@ -38,7 +38,7 @@ def lines(model: str) -> list[dict[str, Any]]:
     for rows in (ROWS,) if SMOKE else (8, ROWS):
         layouts = list(micro_batches(fused, rows))
         before, after = paired_medians(lambda: update(plain, layouts), lambda: update(fused, layouts), repeats=3)  # noqa: B023
-        _, scoring = paired_medians(lambda: None, lambda: score(fused, layouts), repeats=3)  # noqa: B023
+        _, role_pass = paired_medians(lambda: None, lambda: score(fused, layouts), repeats=3)  # noqa: B023
         gib = [in_a_process(model, kind, rows) for kind in ("plain", "fused")]
         figures.append(
             {
@@ -47,7 +47,7 @@ def lines(model: str) -> list[dict[str, Any]]:
                 "update_s": after / 1e3,
                 "update_unfused_s": before / 1e3,
                 "ratio": after / before,
-                "scoring_of_three_roles_s": scoring / 1e3,
+                "role_pass_of_three_roles_s": role_pass / 1e3,
                 "update_gib": gib[1],
                 "update_unfused_gib": gib[0],
                 "memory_ratio": gib[1] / gib[0],

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from rlhf_toolkit.errors import reported
-from rlhf_toolkit.experiment import Experiment
 from rlhf_toolkit.reporting.report import print_report
-from rlhf_toolkit.trainers.ppo_run import prepare
-from rlhf_toolkit.trainers.run import read_command
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.runs.run import read_command
+from rlhf_toolkit.settings.experiment import Experiment
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ from typing import Any, NoReturn
 from tests.processes import ROOT, Finished, environment_of_tests
 
 HEAVY = (
-    "rlhf_toolkit.trainers.ppo_run",
-    "rlhf_toolkit.trainers.fine_tuning_run",
+    "rlhf_toolkit.runs.ppo",
+    "rlhf_toolkit.runs.fine_tuning",
     "transformers.models.llama.modeling_llama",
     "accelerate.commands.launch",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which brings torch's compiler along

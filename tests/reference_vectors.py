@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED
 from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES, aggregate
 from rlhf_toolkit.algorithms.importance import truncated_sequence_weights, truncated_token_weights
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS, kl_penalty
@@ -65,7 +65,10 @@ class Case:
 
 
 def _advantages(case: Case, name: str) -> Outputs:
-    estimator, offered = ESTIMATORS[name], case.inputs | _named(case.params, {"lam": "gae_lambda", "eps": "epsilon"})
+    estimator, offered = (
+        ADVANTAGE_ESTIMATORS[name],
+        case.inputs | _named(case.params, {"lam": "gae_lambda", "eps": "epsilon"}),
+    )
     if "group" in offered:
         offered["groups"] = offered.pop("group").long()
     advantages, returns = estimator(**{key: value for key, value in offered.items() if takes(estimator, key)})
@@ -143,7 +146,11 @@ NOT_IN_THE_VECTORS = {"vapo", "clip_cov"}
 """verl has no vapo, and its clip_cov draws tokens from torch's global generator."""
 
 EVALUATORS: dict[str, Callable[[Case], Outputs]] = {
-    **{f"advantages__{name}": partial(_advantages, name=name) for name in ESTIMATORS if name not in NOT_IN_THE_VECTORS},
+    **{
+        f"advantages__{name}": partial(_advantages, name=name)
+        for name in ADVANTAGE_ESTIMATORS
+        if name not in NOT_IN_THE_VECTORS
+    },
     **{f"aggregate__{mode}": partial(_aggregate, mode=mode) for mode in AGGREGATION_MODES},
     **{f"kl__{estimator}": partial(_kl, estimator=estimator) for estimator in KL_ESTIMATORS if estimator[-1] != "+"},
     **{

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.models.shared_base import SharedBase
 from tests.tiny import tiny_llama
 
@@ -61,12 +61,12 @@ def sequences_and_mask(
 
 def rows_of(sequences: torch.Tensor, mask: torch.Tensor) -> TokenLayout:
     """The padded layout of sequences and the mask of their responses."""
-    return padded(sequences, *prompt_and_response_lengths(mask))
+    return padded_layout(sequences, *prompt_and_response_lengths(mask))
 
 
 def packed_rows(sequences: torch.Tensor, mask: torch.Tensor) -> TokenLayout:
     """The packed one."""
-    return packed(sequences, *prompt_and_response_lengths(mask))
+    return packed_layout(sequences, *prompt_and_response_lengths(mask))
 
 
 def prompt_and_response_lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from tests.launch import run
 from tests.mutation_runner import mutated
@@ -29,7 +29,7 @@ def test_no_mutation_survives() -> None:
     assert lines[-1] == f"{len(MUTATIONS)} mutations: {len(MUTATIONS)} caught", wrong
 
 
-@pytest.mark.parametrize("name", [*ESTIMATORS, *POLICY_LOSSES])
+@pytest.mark.parametrize("name", [*ADVANTAGE_ESTIMATORS, *POLICY_LOSSES])
 def test_every_estimator_and_loss_has_sign_index_and_mask(name: str) -> None:
     assert {f"{name}: {kind}" for kind in EVERY_KIND} <= {mutation.name for mutation in MUTATIONS}
 

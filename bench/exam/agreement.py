@@ -183,14 +183,14 @@ def attention(exam: Exam) -> None:
 
 def layouts(exam: Exam, *, packs: bool) -> Any:
     """Sequences in groups of four with one prompt each, as a rollout with several responses has them."""
-    from rlhf_toolkit.data.layout import packed, padded
+    from rlhf_toolkit.data.layout import packed_layout, padded_layout
 
     generator = torch.Generator().manual_seed(0)
     prompt, response, rows = exam.sizes.prompt_words, exam.sizes.new_tokens, exam.sizes.prompts
     tokens = torch.randint(6, exam.sizes.vocabulary, (rows, prompt + response), generator=generator)
     tokens[:, :prompt] = tokens[::4, :prompt].repeat_interleave(4, 0)
     responses = torch.randint(1, response + 1, (rows,), generator=generator)
-    lay_out = packed if packs else padded
+    lay_out = packed_layout if packs else padded_layout
     return lay_out(tokens, torch.full((rows,), prompt), responses).to(torch.device(DEVICE))
 
 

@@ -171,7 +171,7 @@ def _add_evaluate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from rlhf_toolkit.reporting.report import evaluation_lines
-    from rlhf_toolkit.trainers.evaluation import evaluate, read_experiment
+    from rlhf_toolkit.runs.evaluation import evaluate, read_experiment
 
     experiment = read_experiment(options.experiment, options.set, samples=options.samples)
     found = evaluate(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
@@ -240,7 +240,7 @@ def _data_show(options: argparse.Namespace) -> None:
     from rlhf_toolkit.data.prompts import load_rows
     from rlhf_toolkit.data.tokenizers import stop_token_ids
     from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
-    from rlhf_toolkit.trainers.task import generation_eos_of
+    from rlhf_toolkit.runs.task import generation_eos_of
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED, gae, reinforce_plus_plus, remax, vapo
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED, gae, reinforce_plus_plus, remax, vapo
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import reward_to_go
 from rlhf_toolkit.plugins import takes
@@ -184,23 +184,23 @@ def offered(name: str, **changes: Tensor) -> dict[str, Any]:
         "gamma": 0.9,
         "gae_lambda": 0.8,
     }
-    return {key: value for key, value in (batch | changes).items() if takes(ESTIMATORS[name], key)}
+    return {key: value for key, value in (batch | changes).items() if takes(ADVANTAGE_ESTIMATORS[name], key)}
 
 
-EVERY = pytest.mark.parametrize("name", ESTIMATORS)
+EVERY = pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 
 
 @EVERY
 def test_every_estimator_asks_only_for_what_there_is(name: str) -> None:
     offer = set(offered(name))
-    constants = {key for key, p in signature(ESTIMATORS[name]).parameters.items() if p.default is not p.empty}
-    assert set(signature(ESTIMATORS[name]).parameters) == offer | constants
+    constants = {key for key, p in signature(ADVANTAGE_ESTIMATORS[name]).parameters.items() if p.default is not p.empty}
+    assert set(signature(ADVANTAGE_ESTIMATORS[name]).parameters) == offer | constants
 
 
 @EVERY
 def test_nothing_outside_the_mask_reaches_any_estimator(name: str) -> None:
-    clean = ESTIMATORS[name](**offered(name))
-    dirty = ESTIMATORS[name](**offered(name, rewards=poisoned(like_mask(27)), values=poisoned(like_mask(28))))
+    clean = ADVANTAGE_ESTIMATORS[name](**offered(name))
+    dirty = ADVANTAGE_ESTIMATORS[name](**offered(name, rewards=poisoned(like_mask(27)), values=poisoned(like_mask(28))))
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a, b) and blank_outside(b) and a.dtype == torch.float32 and a.shape == MASK.shape
 
@@ -209,7 +209,7 @@ def test_nothing_outside_the_mask_reaches_any_estimator(name: str) -> None:
 def test_rows_in_another_order_give_the_same_of_any_estimator(name: str) -> None:
     order, batch = torch.tensor([4, 2, 0, 3, 1]), offered(name)
     moved = {key: value[order] if isinstance(value, Tensor) else value for key, value in batch.items()}
-    for a, b in zip(ESTIMATORS[name](**batch), ESTIMATORS[name](**moved), strict=True):
+    for a, b in zip(ADVANTAGE_ESTIMATORS[name](**batch), ADVANTAGE_ESTIMATORS[name](**moved), strict=True):
         torch.testing.assert_close(a[order], b, rtol=1e-6, atol=1e-7)
 
 
@@ -217,10 +217,12 @@ def test_rows_in_another_order_give_the_same_of_any_estimator(name: str) -> None
 def test_an_estimator_leaves_its_inputs_and_does_not_whiten(name: str) -> None:
     batch = offered(name)
     before = {key: value.clone() for key, value in batch.items() if isinstance(value, Tensor)}
-    advantages, _ = ESTIMATORS[name](**batch)
+    advantages, _ = ADVANTAGE_ESTIMATORS[name](**batch)
     assert all(torch.equal(batch[key], value) for key, value in before.items())
     assert not torch.allclose(advantages, centre_and_scale(advantages, MASK), atol=1e-2)
 
 
 def test_the_whitened_are_estimators() -> None:
-    assert set(ESTIMATORS) > WHITENED == {"gae", "vapo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+    assert (
+        set(ADVANTAGE_ESTIMATORS) > WHITENED == {"gae", "vapo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+    )

@@ -14,7 +14,7 @@ from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, r
 
 
 def test_response_mask_marks_the_first_tokens() -> None:
-    mask = masking.response_mask(torch.tensor([0, 1, 3, 4]), 4)
+    mask = masking.length_mask(torch.tensor([0, 1, 3, 4]), 4)
     assert mask.dtype == torch.bool
     assert mask.int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 

@@ -39,14 +39,14 @@ PLANTED = [
         STEP,
     ),
     Mutation(
-        "a mask of the CPU in scoring",
+        "a mask of the CPU in the role pass",
         f"{SOURCE}/models/segment_attention.py:SegmentAttention.visible",
         ".to(self.device)",
         "",
         f"{PASSES}[scored-torch.float32]",
     ),
     Mutation(
-        "places of the CPU in scoring",
+        "places of the CPU in the role pass",
         f"{SOURCE}/data/layout.py:TokenLayout.to",
         '"targets", "last"',
         '"targets"',

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED
 from rlhf_toolkit.algorithms.importance import NO_CORRECTION, WEIGHTS, Correction
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
@@ -67,7 +67,7 @@ def test_every_estimator() -> None:
         "groups": torch.tensor([3, 1, 3, 1]),
     }
     functions: dict[str, Callable[..., Any]] = {
-        **ESTIMATORS,
+        **ADVANTAGE_ESTIMATORS,
         "highest": partial(highest_covariance, share=0.3),
         "within": partial(covariance_within, share=0.3, lowest=-1.0, highest=1.0, generator=drawn),
     }

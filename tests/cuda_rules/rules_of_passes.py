@@ -1,5 +1,5 @@
-"""Scoring and update say on the pretended GPU what they say on the CPU, packed and padded, in both precisions, with the
-kernels that a GPU has and without them."""
+"""Role pass and update say on the pretended GPU what they say on the CPU, packed and padded, in both precisions, with
+the kernels that a GPU has and without them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.data.layout import packed, padded
+from rlhf_toolkit.data.layout import packed_layout, padded_layout
 from rlhf_toolkit.models.heads import widens
 from rlhf_toolkit.models.segment_attention import flash_works
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -22,13 +22,13 @@ from tests.cuda_rules import gpu_kernels
 from tests.cuda_rules.device import GPU, Rules, numbers, to_gpu
 from tests.cuda_rules.subjects import gradients, sequences, shared_base
 
-LAYOUTS: dict[str, Layout] = {"packed": packed, "padded": padded}
+LAYOUTS: dict[str, Layout] = {"packed": packed_layout, "padded": padded_layout}
 DTYPES = (torch.float32, torch.bfloat16)
 FLASH = "torch_attn._varlen_attn.default"
 BOUNDS = {"packed": (96, 304, 399, 10), "padded": (113, 325, 437, 5)}
-"""Upper bounds, which may only fall: launches a layer of scoring by three roles, of an update of two, and of one with
-checkpointing; and the waits of any of them, which are copies of tokens and indices to the GPU and, for padded rows,
-transformers' own question whether they are packed."""
+"""Upper bounds, which may only fall: launches a layer of a role pass of three roles, of an update of two, and of one
+with checkpointing; and the waits of any of them, which are copies of tokens and indices to the GPU and, for padded
+rows, transformers' own question whether they are packed."""
 CPU = torch.device("cpu")
 
 
@@ -107,12 +107,12 @@ def test_both_layouts_say_what_they_say_on_the_cpu(work: Any, dtype: torch.dtype
 def test_a_card_without_a_kernel_is_told_and_works(missing: str) -> None:
     """Also where the layer that asks first is one that is checkpointed."""
     options: dict[str, Any] = {"dtype": torch.bfloat16, "gradient_checkpointing": True}
-    expected = updated(shared_base(**options), packed, CPU)
+    expected = updated(shared_base(**options), packed_layout, CPU)
     with watched(missing), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = to_gpu(shared_base(**options))
         with Rules():
-            found = updated(model, packed, GPU)
+            found = updated(model, packed_layout, GPU)
     assert off(found, expected) < 0.06
     assert [str(w.message) for w in told if f"no kernel {missing} on this card" in str(w.message)], told
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rlhf_toolkit.algorithms import evaluation
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.trainers.evaluation import BASE, evaluate
-from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.runs.evaluation import BASE, evaluate
+from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.cuda_rules.subjects import on_both, saved, unlike
 from tests.rollout.test_model_rewards import write_reward_adapter, write_reward_model
 from tests.rollout.test_turns import ENVIRONMENT

@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
-from rlhf_toolkit.trainers.ppo_run import prepare
 from rlhf_toolkit.types import Prompt, PromptBatch
 from tests.cuda_rules.device import NAME, Rules, numbers
 from tests.roles import tiny_shared

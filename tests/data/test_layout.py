@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_toolkit.data.layout import join, packed, padded, response_positions, stack_rows, unpack
+from rlhf_toolkit.data.layout import join, packed_layout, padded_layout, response_positions, stack_rows, unpack
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10)]
 RESPONSES = torch.tensor([[11, 12, 0], [13, 14, 15], [16, 0, 0]])
@@ -49,7 +49,7 @@ def test_layouts_read_the_right_tokens() -> None:
     """``before`` is the token in front of each target, ``last`` ends its row, and positions count from each start."""
     joined, starts = join(LONG, TAILS, SIZES, pad_id=99), torch.tensor([len(prompt) for prompt in LONG])
     rows = [row[: len(p) + n] for row, p, n in zip(joined.tolist(), LONG, SIZES.tolist(), strict=True)]
-    for layout in (padded(joined, starts, SIZES), packed(joined, starts, SIZES)):
+    for layout in (padded_layout(joined, starts, SIZES), packed_layout(joined, starts, SIZES)):
         flat = layout.tokens.flatten()
         assert layout.targets.tolist() == [t for row, p in zip(rows, LONG, strict=True) for t in row[len(p) :]]
         in_front = [t for row, p in zip(rows, LONG, strict=True) for t in row[len(p) - 1 : -1]]
@@ -59,7 +59,7 @@ def test_layouts_read_the_right_tokens() -> None:
 
 def test_a_packed_segment_attends_to_its_sequence_from_the_first_token_on() -> None:
     joined, starts = join(LONG, TAILS, SIZES, pad_id=99), torch.tensor([len(prompt) for prompt in LONG])
-    layout = packed(joined, starts, SIZES)
+    layout = packed_layout(joined, starts, SIZES)
     assert layout.positions is not None and layout.trie is not None
     assert layout.tokens.shape == layout.positions.shape == (1, sum(map(len, LONG)) + int(SIZES.sum()) - 3 * 10)
     flat, positions = layout.tokens[0], layout.positions[0]
@@ -71,4 +71,4 @@ def test_a_packed_segment_attends_to_its_sequence_from_the_first_token_on() -> N
 
 def test_padding_beyond_the_longest_row_is_cut_off() -> None:
     joined = torch.nn.functional.pad(join(PROMPTS, RESPONSES, LENGTHS, pad_id=99), (0, 4), value=99)
-    assert padded(joined, torch.tensor([3, 1, 2]), LENGTHS).tokens.shape == (3, 5)
+    assert padded_layout(joined, torch.tensor([3, 1, 2]), LENGTHS).tokens.shape == (3, 5)

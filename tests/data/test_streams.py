@@ -10,16 +10,16 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.configs import DataConfig
 from rlhf_toolkit.data.instructions import tokenise_examples
 from rlhf_toolkit.data.preferences import tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows, tokenise_prompts
 from rlhf_toolkit.data.streams import StreamedRows
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.experiment import DPOExperiment, FineTuning, SFTExperiment
-from rlhf_toolkit.trainers.fine_tuning_run import load_items
-from rlhf_toolkit.trainers.task import load_prompts
+from rlhf_toolkit.runs.fine_tuning import load_items
+from rlhf_toolkit.runs.task import load_prompts
+from rlhf_toolkit.settings.configs import DataConfig
+from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, SFTExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.data.chat_tokenizers import ask, said, word_tokenizer
 
 ROWS: list[dict[str, Any]] = [

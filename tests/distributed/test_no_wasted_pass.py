@@ -128,7 +128,9 @@ def test_one_process(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None
         outputs.append(recipe.run("--config", str(path)).succeeded().output)
     assert_same(tmp_path / "skipped", tmp_path / "everything")
     asked = ", ".join(r for r in ("policy", "value", "reference") if r in roles) or "nobody"
-    assert (f"where an update is one pass, {asked}" if "one pass" in case else f"scoring asks {asked}") in outputs[0]
+    assert (
+        f"where an update is one pass, {asked}" if "one pass" in case else f"the role pass asks {asked}"
+    ) in outputs[0]
     first, *later = records(tmp_path / "skipped")
     absent = first.keys() - later[0].keys()
     expected = set() if "reference" in roles else NEVER_WITHOUT_A_KL

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import CheckpointError
-from rlhf_toolkit.experiment import SFTExperiment
-from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.experiment import SFTExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.launch import ROOT, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 from tests.trainers.test_fine_tuning import sections

@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED
 from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
 from rlhf_toolkit.algorithms.importance import WEIGHTS
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
@@ -25,7 +25,7 @@ FUNCTION = re.compile(r"`src/(rlhf_toolkit/[\w/]+)\.py:([\w.]+)`")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 KNOB = re.compile(r"`(\w+)`(?: ([\w.-]+))?")
 REGISTRIES: dict[str, Any] = {
-    "Advantage estimators": ESTIMATORS,
+    "Advantage estimators": ADVANTAGE_ESTIMATORS,
     "Policy losses": POLICY_LOSSES,
     "Selected tokens": SELECTORS,
     "KL estimators": KL_ESTIMATORS,

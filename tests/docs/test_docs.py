@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.offenders import for_each
 
 SUPERVISED = (SFTExperiment, RewardExperiment, DPOExperiment)

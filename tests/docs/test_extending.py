@@ -128,7 +128,7 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     estimator, loss, _ = map(without_head, OUTSIDE)
     loss = re.sub(r"    return .*\n$", last_line, loss)
     for module, table, function, line in (
-        ("advantages", "ESTIMATORS", estimator, estimator_line),
+        ("advantages", "ADVANTAGE_ESTIMATORS", estimator, estimator_line),
         ("policy_losses", "POLICY_LOSSES", loss, loss_line),
     ):
         path = source / f"rlhf_toolkit/algorithms/{module}.py"

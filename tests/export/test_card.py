@@ -19,13 +19,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from rlhf_toolkit.cli import main
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import CheckpointError
-from rlhf_toolkit.experiment import RewardExperiment
 from rlhf_toolkit.export.card import ROWS, _numbers, card, push, write_card
 from rlhf_toolkit.export.card_kinds import KINDS
 from rlhf_toolkit.export.folders import read_run
-from rlhf_toolkit.trainers.fine_tuning_run import prepare_fine_tuning
+from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
+from rlhf_toolkit.settings.experiment import RewardExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.builders import tiny_tokenizer
 from tests.tiny import WORDS
 from tests.trainers.test_fine_tuning import prepared, sections

@@ -1,4 +1,4 @@
-"""No tensor as large as one row of logits exists in scoring or update: every allocation is watched.
+"""No tensor as large as one row of logits exists in role pass or update: every allocation is watched.
 
 The vocabulary is larger than anything else here, so what has V elements or more has something of the vocabulary in it.
 """

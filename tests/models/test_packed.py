@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.attention import ROLE_ATTENTION, packing_obstacle
 from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.roles import tiny_shared
 from tests.tiny import SIZES, merged, tiny_llama, write_task
 
@@ -64,7 +64,9 @@ def run(shared: SharedBase, layout: TokenLayout) -> tuple[dict[str, Tensor], dic
 
 
 def compare(shared: SharedBase, batch: list[tuple[list[int], int]]) -> None:
-    (expected, right), (found, gradients) = (run(shared, make(*tensors(batch))) for make in (padded, packed))
+    (expected, right), (found, gradients) = (
+        run(shared, make(*tensors(batch))) for make in (padded_layout, packed_layout)
+    )
     assert found.keys() == expected.keys() and gradients.keys() == right.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -126,7 +128,7 @@ def test_rows_do_not_see_one_another() -> None:
     other = sequences.clone()
     other[1, int(starts[1]) :] = 9
     with torch.no_grad():
-        before, after = (shared(packed(ids, starts, sizes), roles=("policy",)) for ids in (sequences, other))
+        before, after = (shared(packed_layout(ids, starts, sizes), roles=("policy",)) for ids in (sequences, other))
     rows = [part["policy_logprobs"].split(sizes.tolist()) for part in (before, after)]
     assert [torch.equal(a, b) for a, b in zip(*rows, strict=True)] == [True, False, True, True, True, True]
 
@@ -135,8 +137,8 @@ def test_the_same_layout_twice_gives_the_same_bits() -> None:
     """The first ratio is exactly 1."""
     shared, batch = tiny_shared(llama()), BATCHES["groups under one template"]
     with torch.no_grad():
-        scored = shared.eval()(packed(*tensors(batch)), roles=("policy", "value", "reference"))
-    updated = shared.train()(packed(*tensors(batch)), roles=("policy", "value"))
+        scored = shared.eval()(packed_layout(*tensors(batch)), roles=("policy", "value", "reference"))
+    updated = shared.train()(packed_layout(*tensors(batch)), roles=("policy", "value"))
     assert torch.equal(scored["policy_logprobs"], updated["policy_logprobs"])
 
 

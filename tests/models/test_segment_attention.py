@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.data.layout import TokenLayout, packed
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models import segment_attention
 from rlhf_toolkit.models.attention import no_mask, role_attention
@@ -20,7 +20,7 @@ SCALE = 0.3
 
 
 def layout_of(batch: list[tuple[list[int], int]]) -> TokenLayout:
-    return packed(*tensors(batch))
+    return packed_layout(*tensors(batch))
 
 
 def qkv(layout: TokenLayout, dtype: torch.dtype) -> list[Tensor]:

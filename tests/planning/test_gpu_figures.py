@@ -32,10 +32,10 @@ def estimated(shape: str, *, shares_heads: bool) -> dict[str, float]:
     size = RolloutSize(
         rows=WHOLE.prompts,
         columns=longest + WHOLE.new_tokens,
-        scoring_tokens=4096,
+        role_pass_tokens=4096,
         longest_prompt=longest,
         update_tokens=4096,
-        packed=True,
+        packing=True,
         shares_heads=shares_heads,
     )
     model = size_of(config_of(shape, WHOLE.vocabulary))

@@ -32,7 +32,7 @@ def test_the_rows_of_every_way_to_choose() -> None:
     for vocabulary in (16384, 16384 + 100):
         for temperature, top_k, top_p in WAYS:
             sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-            counted = RolloutSize(rows=1, columns=1, longest_prompt=1, scoring_tokens=1, **sampling).logit_rows(
+            counted = RolloutSize(rows=1, columns=1, longest_prompt=1, role_pass_tokens=1, **sampling).logit_rows(
                 vocabulary
             )
             found = rows_held(vocabulary, **sampling)

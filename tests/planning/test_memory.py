@@ -26,12 +26,12 @@ NEEDS = RolloutNeeds(
     column_bytes=0,
     prefill_bytes=1,
     longest_prompt=20,
-    scoring_bytes=50,
+    role_pass_bytes=50,
     weights_bytes=180,
     update_bytes=150,
     activation_bytes=100,
     micro_batch=1000,
-    scoring_batch=1000,
+    role_pass_batch=1000,
 )
 
 
@@ -79,12 +79,12 @@ def test_a_smaller_prefill_before_fewer_slots() -> None:
 
 def test_sampling_and_scoring_are_not_at_once() -> None:
     """A pass that scores takes the place of keys and values, and bounds them only where it is larger."""
-    assert choice(1500, replace(NEEDS, scoring_bytes=350)) == ("window", 17)
-    assert choice(1500, replace(NEEDS, scoring_bytes=351)) == ("stream", 64)
+    assert choice(1500, replace(NEEDS, role_pass_bytes=350)) == ("window", 17)
+    assert choice(1500, replace(NEEDS, role_pass_bytes=351)) == ("stream", 64)
 
 
 def test_a_reward_model_is_gathered_beside_the_base_in_either_mode() -> None:
-    """After sampling and before scoring: it bounds where it is larger than both."""
+    """After sampling and before the role pass: it bounds where it is larger than both."""
     assert choice(1500, replace(NEEDS, reward_bytes=350)) == ("window", 17)
     assert choice(1500, replace(NEEDS, reward_bytes=351)) == ("stream", 64)
     assert choice(1500, replace(NEEDS, reward_bytes=1250)) == ("stream", 64)
@@ -108,7 +108,7 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
         ({}, {"free": 200}, "lower data.max_prompt_tokens or rollout.max_new_tokens"),
         ({"live_bytes": 2000}, {}, "the base alone is too large: take more GPUs"),
         ({"update_bytes": 1600}, {}, "an update with .* the base alone is too large: take more GPUs"),
-        ({"scoring_bytes": 4000}, {}, r"set update\.micro_batch_tokens to 200 or less"),
+        ({"role_pass_bytes": 4000}, {}, r"set update\.micro_batch_tokens to 200 or less"),
         (
             {"update_bytes": 2400, "activation_bytes": 2000},
             {},
@@ -120,7 +120,11 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
             {},
             r"set update\.micro_batch_tokens to 500 or less$",
         ),
-        ({"scoring_bytes": 4000, "least_batch": 300}, {}, r"lower data\.max_prompt_tokens or rollout.max_new_tokens$"),
+        (
+            {"role_pass_bytes": 4000, "least_batch": 300},
+            {},
+            r"lower data\.max_prompt_tokens or rollout.max_new_tokens$",
+        ),
         (
             {"update_bytes": 2400, "activation_bytes": 2000, "least_batch": 501},
             {},
@@ -146,10 +150,10 @@ def test_the_nearest_setting_fits(free: int) -> None:
 
 
 def test_the_line_at_the_start_says_the_phases() -> None:
-    needs = replace(NEEDS, **{name: getattr(NEEDS, name) * 2**20 for name in ("window_bytes", "scoring_bytes")})
+    needs = replace(NEEDS, **{name: getattr(NEEDS, name) * 2**20 for name in ("window_bytes", "role_pass_bytes")})
     line = place(needs, free=2**31, rows=4, mode="auto", slots=None).description()
     assert line == (
-        "rollout: base gathered once a rollout, 4 slot(s), 80 tokens a prefill; sampling 0.98, scoring 1.03, update "
+        "rollout: base gathered once a rollout, 4 slot(s), 80 tokens a prefill; sampling 0.98, role pass 1.03, update "
         "0.00 of 2.00 GiB free"
     )
 

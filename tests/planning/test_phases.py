@@ -18,7 +18,7 @@ FIGURES: list[dict[str, Any]] = json.loads((ROOT / "bench/results/phases.json").
 
 
 LET_GO = ("ZeRO-3, streamed", "update")
-"""A model below DeepSpeed's bounds: its update lets layers go as scoring's passes do and gathers them again for
+"""A model below DeepSpeed's bounds: its update lets layers go as role passes do and gathers them again for
 backward, where the estimate has it keep them."""
 
 

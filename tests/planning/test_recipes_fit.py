@@ -12,12 +12,12 @@ import pytest
 import yaml
 from transformers import Qwen2Config
 
-from rlhf_toolkit.config_loading import experiment_from_dict, load_experiment
 from rlhf_toolkit.data.packing import packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.planning.memory import Placement, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
-from rlhf_toolkit.trainers.assembly import rollout_size
+from rlhf_toolkit.runs.assembly import rollout_size
+from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment
 from tests.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -110,7 +110,11 @@ def test_no_pass_has_more_tokens_than_are_counted_and_full_rows_have_as_many(adv
             settings = {"rollout": {**SECTIONS["rollout"], "responses_per_prompt": 2 if roles == 1 else 1}}
             size = size_with({"advantage": advantage, "mini_batches": mini_batches}, budget, **settings)
             counted, rows = size.update_tokens // roles, size.rows * RANKS // mini_batches
-            assert (size.update_roles, size.scoring_tokens, size.scoring_roles) == (roles, size.update_tokens, roles)
+            assert (size.update_roles, size.role_pass_tokens, size.role_pass_roles) == (
+                roles,
+                size.update_tokens,
+                roles,
+            )
             of_role = budget // roles
             full = largest(rows, [columns] * rows, of_role, packing=False)
             assert full <= counted < full + columns
@@ -122,11 +126,11 @@ def test_no_pass_has_more_tokens_than_are_counted_and_full_rows_have_as_many(adv
 def test_an_evaluation_and_a_reward_adapter_score_all_their_rows_with_one_role() -> None:
     columns = LONGEST + NEW
     small = {"advantage": "gae", "mini_batches": 8}
-    assert size_with(small, 10**6).scoring_tokens == 2 * 1 * columns
+    assert size_with(small, 10**6).role_pass_tokens == 2 * 1 * columns
     evaluated = size_with(small, 10**6, held=40)
-    assert (evaluated.scoring_tokens, evaluated.scoring_roles) == (40 // RANKS * columns, 1)
+    assert (evaluated.role_pass_tokens, evaluated.role_pass_roles) == (40 // RANKS * columns, 1)
     adapter = size_with(small, 10**6, reward={"adapter": "any"})
-    assert (adapter.scoring_tokens, adapter.scoring_roles) == (16 // RANKS * columns, 1)
+    assert (adapter.role_pass_tokens, adapter.role_pass_roles) == (16 // RANKS * columns, 1)
 
 
 def test_a_budget_beyond_the_rollout_is_one_forward_pass_and_fits() -> None:

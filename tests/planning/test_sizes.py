@@ -98,7 +98,7 @@ def test_what_no_config_says_is_asked_for() -> None:
 @pytest.mark.parametrize("later_turns", [False, True])
 def test_a_slot_has_the_columns_that_decoding_allocates(later_turns: bool) -> None:
     """Of all that a later turn's rows may have grown to, decoding never needs more than in the first."""
-    size = RolloutSize(8, 1200, scoring_tokens=1, longest_prompt=200, later_turns=later_turns)
+    size = RolloutSize(8, 1200, role_pass_tokens=1, longest_prompt=200, later_turns=later_turns)
     grown = (0, 300, 999) if later_turns else (0,)
     prompts = [Prompt(i, "", (1,) * (200 + more), {}) for i, more in enumerate(grown)]
     allocated = most_columns(prompts, [1000 - more for more in grown]) + SPARE_COLUMNS
@@ -121,7 +121,7 @@ def classifier(config: LlamaConfig, *, sharded: bool, device: str = "cpu") -> An
 
 
 def scored(topology: Topology, name: str) -> tuple[int, int]:
-    """Bytes of tensors at the peak of scoring a full batch, beside what lay there before, and those expected."""
+    """Bytes of tensors at the peak of scores of a full batch, beside what lay there before, and those expected."""
     model = load_reward_model(name, topology, dtype=torch.bfloat16, trust_remote_code=False)
     text, rows = "w1 " * 63, 8192 // 64
     with LiveTensors() as live:
@@ -178,7 +178,7 @@ ONE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, 
 )
 def test_7b_with_a_reward_model_on_cards_of_24_gb(policy: Any, shape: Any, cards: int, chosen: str) -> None:
     """An 8B reward model is 15 GiB whole, on every card beside its shard, the base's shard and what streaming keeps."""
-    size = RolloutSize(128 // cards, 896, 4096, 512, update_tokens=4096, checkpointing=True, packed=True)
+    size = RolloutSize(128 // cards, 896, 4096, 512, update_tokens=4096, checkpointing=True, packing=True)
     free = CARD - CONTEXT - COMMUNICATOR
     if shape is not None:
         config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, **shape)

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_toolkit.config_loading import load_experiment, parse_overrides
 from rlhf_toolkit.errors import reported
 from rlhf_toolkit.reporting import tracking
+from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from tests.builders import tiny_tokenizer
 from tests.forked import RecipeProcesses
 from tests.launch import Finished, run_recipe
@@ -351,7 +351,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, recipe: RecipeProcesses) -> None:
 # ---- what looks wrong and must work ----------------------------------------------------------------------------------
 
 OBSERVE = """
-import rlhf_toolkit.trainers.ppo_run as ppo_run
+import rlhf_toolkit.runs.ppo as ppo_run
 
 real = ppo_run.PPORun.train
 

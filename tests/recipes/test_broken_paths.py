@@ -65,7 +65,7 @@ sampler.decoding_weights = lambda model, role, kind: real(model, "value", kind)
 START = """
 import torch
 import rlhf_toolkit.models.loading as loading
-import rlhf_toolkit.trainers.ppo_run as ppo_run
+import rlhf_toolkit.runs.ppo as ppo_run
 
 real_build = loading.build_ppo_roles
 

@@ -13,8 +13,8 @@ import pytest
 
 from recipes.gold_reward import make_data, report
 from recipes.gold_reward import run as pipeline_of
-from rlhf_toolkit.config_loading import load_experiment, parse_overrides
-from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 
 ROOT = Path(make_data.__file__).parents[2]
 RECIPE = ROOT / "recipes/gold_reward"

@@ -17,9 +17,9 @@ PROCESSORS = {
 }
 RUNS = """
 import sys
-from rlhf_toolkit.config_loading import load_experiment
-from rlhf_toolkit.experiment import Experiment
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.settings.loading import load_experiment
+from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.runs.ppo import prepare
 
 for path in sys.argv[1:]:
     prepare(load_experiment(path, {}, Experiment)).train()

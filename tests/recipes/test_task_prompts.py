@@ -14,10 +14,10 @@ import pytest
 from recipes.countdown import make_prompts as countdown_prompts
 from recipes.gsm8k import make_prompts as gsm8k_prompts
 from recipes.reasoning_gym import make_prompts as gym_prompts
-from rlhf_toolkit.config_loading import load_experiment
 from rlhf_toolkit.data.prompts import RESERVED_COLUMNS
-from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.rewards.verifiable import countdown, gsm8k, reasoning_gym
+from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.loading import load_experiment
 
 ROOT = Path(countdown_prompts.__file__).parents[2]
 Rows = list[dict[str, Any]]

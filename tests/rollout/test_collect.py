@@ -12,7 +12,7 @@ import torch
 from rlhf_toolkit.algorithms.advantages import gae
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import FixedKL
-from rlhf_toolkit.data.layout import padded
+from rlhf_toolkit.data.layout import padded_layout
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.rollout.collect import Collector
@@ -194,8 +194,8 @@ def test_roles_say_what_all_of_them_say_and_the_others_nothing(roles: tuple[str,
     adapters = ("policy",) if value_on == "policy_trunk" else ("policy", "value")
     shared, plan = tiny_shared(roles=adapters, value_on=value_on).eval(), Plan([[[[2, 0], [1, 3]]]])
     with torch.no_grad():
-        everything = score(shared, sampled, plan, padded, 0.7)
-        found = score(shared, sampled, plan, padded, 0.7, roles=roles)
+        everything = score(shared, sampled, plan, padded_layout, 0.7)
+        found = score(shared, sampled, plan, padded_layout, 0.7, roles=roles)
     for name in set().union(*SAID_BY.values()):
         expected, result = getattr(everything, name), getattr(found, name)
         if name in set().union(*(SAID_BY[role] for role in roles)):
@@ -208,7 +208,7 @@ def test_without_roles_no_pass_runs() -> None:
     _, sampled, *_ = shaped()
     shared = tiny_shared()
     shared.forward = None  # type: ignore[assignment,method-assign]  not callable
-    assert score(shared, sampled, Plan([[[[0, 1, 2, 3]]]]), padded, 1.0, roles=()) == Passes()
+    assert score(shared, sampled, Plan([[[[0, 1, 2, 3]]]]), padded_layout, 1.0, roles=()) == Passes()
 
 
 # ---- what the policy's pass tells -----------------------------------------------------------------------------------

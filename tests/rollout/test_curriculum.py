@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.rollout.curriculum import Curriculum, near_target
 from rlhf_toolkit.rollout.schedule import LastMeans
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt
 from tests.tiny import merged, write_task
 

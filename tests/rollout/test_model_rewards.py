@@ -12,12 +12,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedModel
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import ConfigError, ModelError, RewardError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.models.reward_model import RewardModel
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
-from rlhf_toolkit.trainers.ppo_run import prepare
 from rlhf_toolkit.types import Prompt
 from tests.builders import tiny_tokenizer
 from tests.launch import run_recipe

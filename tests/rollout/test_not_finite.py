@@ -43,7 +43,7 @@ llama.LlamaAttention.forward = spoiled
 """
 VALUE_HEAD = """
 import torch
-import rlhf_toolkit.trainers.ppo_run as ppo_run
+import rlhf_toolkit.runs.ppo as ppo_run
 
 real = ppo_run.build_ppo_roles
 
@@ -86,7 +86,7 @@ FAULTS = {
         ATTENTION,
         "layers.1.self_attn.o_proj is the first layer whose output is not finite, from an input that an operation",
     ),
-    "scoring": (
+    "role pass": (
         VALUE_HEAD,
         "rollout 0: the value's values are NaN or infinite for a response to prompt",
     ),
@@ -101,7 +101,7 @@ ON_ONE_RANK = """
 import torch.distributed
 import rlhf_toolkit.models.reward_model as reward_model
 import rlhf_toolkit.rewards.compose as compose
-import rlhf_toolkit.trainers.task as task
+import rlhf_toolkit.runs.task as task
 from rlhf_toolkit.errors import DataError, RewardError
 
 def fail(error):

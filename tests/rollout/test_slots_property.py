@@ -214,7 +214,7 @@ def sampling_of(situation: Situation) -> Sampling:
 
 def decoded(engine: Any, situation: Situation, batch: PromptBatch, mode: str) -> Rollout:
     environment = Environment(tool, situation.turns) if situation.turns > 1 else None
-    size = RolloutSize(len(situation.rows), LONGEST + BUDGET, scoring_tokens=64, longest_prompt=LONGEST)
+    size = RolloutSize(len(situation.rows), LONGEST + BUDGET, role_pass_tokens=64, longest_prompt=LONGEST)
     sampler = Sampler(tokenizer(), size, mode=mode, slots=situation.slots, environment=environment)
     expected: Callable[[Prompt], float] = lambda prompt: float(situation.order[prompt.index])  # noqa: E731
     entering = mock.patch.object(memory, "PREFILL_TOKENS", situation.prefill_tokens)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.errors import RewardError
 from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.builders import tiny_tokenizer
 from tests.launch import run_recipe

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.trainers.ppo_run import prepare
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.tiny import merged, tiny_llama, write_task
 
 BOUND = 0.7  # of the mean score of the last rollouts; the first have about 0.5
@@ -58,7 +58,7 @@ def scores(folder: Path, estimator: str, changes: dict[str, Any]) -> list[float]
     return run.train()["mean_scores"]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
 def test_every_estimator_learns(tmp_path: Path, estimator: str) -> None:
     found = scores(tmp_path, estimator, OF_ESTIMATOR.get(estimator, {}))
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found

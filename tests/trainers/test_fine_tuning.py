@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.data.items import Item
-from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
-from rlhf_toolkit.trainers.fine_tuning_run import FineTuningRun, prepare_fine_tuning
+from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
+from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.launch import run_recipe
 from tests.tiny import merged, tiny_llama, write_experiment, write_task
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf_toolkit.config_loading import experiment_from_dict
 from rlhf_toolkit.data.items import Item
 from rlhf_toolkit.errors import CheckpointError, ModelError
-from rlhf_toolkit.experiment import SFTExperiment
 from rlhf_toolkit.export.folders import adapter_folder
-from rlhf_toolkit.trainers.fine_tuning_run import FineTuningRun, prepare_fine_tuning
+from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
+from rlhf_toolkit.settings.experiment import SFTExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.launch import run_recipe
 from tests.tiny import merged, tiny_llama, write_experiment
 from tests.trainers.test_fine_tuning import logprob

@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.policy_losses import vanilla
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.trainers.assembly import make_loss, make_shaping
+from rlhf_toolkit.runs.assembly import make_loss, make_shaping
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss, Said
 from rlhf_toolkit.types import Experience

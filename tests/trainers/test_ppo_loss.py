@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.algorithms.importance import Correction
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.data.layout import padded
+from rlhf_toolkit.data.layout import padded_layout
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout.loader import share_of_mini_batch
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
-from rlhf_toolkit.trainers.ppo_run import prepare
 from rlhf_toolkit.types import Experience
 from tests.tiny import merged, write_task
 
@@ -103,7 +103,7 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
     """PPO by its definition: one pass over the whole mini-batch, then a loop over rows and tokens."""
     knobs = trainer.loss
     lengths = batch["response_lengths"].tolist()
-    layout = padded(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
+    layout = padded_layout(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
     out = trainer.model(layout, roles=("policy", "value"), temperature=knobs.temperature, entropy_gradient=True)
     split = [out[name].split(lengths) for name in ("policy_logprobs", "policy_entropies", "values")]
     rows = [b for b, mask in enumerate(batch["response_mask"].tolist()) if any(mask)]

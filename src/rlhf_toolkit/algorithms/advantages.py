@@ -98,7 +98,7 @@ def remax(rewards: Tensor, mask: Tensor, baselines: Tensor) -> tuple[Tensor, Ten
     return zero_outside(returns - baselines.unsqueeze(1), mask), returns
 
 
-ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+ADVANTAGE_ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "gae": gae,
     "grpo": grpo,
     "dr_grpo": dr_grpo,

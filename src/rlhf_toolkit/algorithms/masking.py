@@ -15,7 +15,7 @@ WHITENING_EPSILON = 1e-8
 """Added to a variance before its inverse square root, as in verl's ``masked_whiten``."""
 
 
-def response_mask(lengths: Tensor, width: int) -> Tensor:
+def length_mask(lengths: Tensor, width: int) -> Tensor:
     """Mark the first ``lengths[b]`` of ``width`` response positions as real.
 
     Masks come from lengths, never from token ids, so that a pad token that equals EOS cannot hide the EOS.

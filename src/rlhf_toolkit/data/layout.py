@@ -60,7 +60,7 @@ class TokenLayout:
         return replace(self, **moved, positions=positions)
 
 
-def padded(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:
+def padded_layout(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:
     """Right-padded rows (n, T). They need no attention mask: attention is causal, and nothing is read at a padded
     position."""
     width = int((prompt_lengths + response_lengths).max())
@@ -71,7 +71,7 @@ def padded(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) 
     return TokenLayout(tokens, places - 1, tokens[mask], rows * width + prompt_lengths + response_lengths - 1)
 
 
-def packed(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:
+def packed_layout(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:
     """The tokens of sequences (n, T) as one row (1, N) without padding, every shared prefix once."""
     sequences, starts = sequences.cpu(), prompt_lengths.tolist()
     lengths = (prompt_lengths + response_lengths).tolist()
@@ -98,10 +98,10 @@ def _places(trie: Trie) -> list[Tensor]:
     return found
 
 
-def unpack(packed: Tensor, lengths: Tensor, width: int) -> Tensor:
+def unpack(positions: Tensor, lengths: Tensor, width: int) -> Tensor:
     """Packed (K,) to response rows (n, ``width``), zero past each row's end. Gradients flow back."""
-    mask = torch.arange(width, device=packed.device) < lengths[:, None]
-    return packed.new_zeros(mask.shape).masked_scatter(mask, packed)
+    mask = torch.arange(width, device=positions.device) < lengths[:, None]
+    return positions.new_zeros(mask.shape).masked_scatter(mask, positions)
 
 
 def stack_rows(blocks: Sequence[Tensor], *, fill: float | int | bool) -> Tensor:

@@ -1,7 +1,8 @@
 """How the rows of a rollout are cut: into mini-batches, among ranks, into micro-batches of bounded size.
 
 Every function here is a pure function of lengths, prompts and names, so all ranks make the same plan without talking.
-The same plan serves scoring and the first pass of the update: equal shapes are what makes the first ratio exactly 1.
+The role pass and the first pass of the update have the same plan: equal shapes are what makes the first ratio exactly
+1.
 """
 
 from __future__ import annotations

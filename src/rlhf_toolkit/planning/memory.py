@@ -3,7 +3,7 @@
 A rollout needs, beside what already lies on the device (shards, adapters, optimizer):
 
     gathered  window: the part of the base that other ranks hold; stream: what streaming keeps gathered
-    rollout   max(sampling, gathered + scoring, gathered + reward model)
+    rollout   max(sampling, gathered + role pass, gathered + reward model)
     sampling  copies of weights + max(entering, choosing)
     entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x slot_bytes
     choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + choice_bytes)
@@ -37,12 +37,12 @@ class RolloutNeeds:
     at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
     chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
     it; ``weights_bytes``: copies of adapters that decoding makes, ``copied_bytes``: those of weights, which it makes in
-    the window only; ``reward_bytes``: of a reward model and its pass, after sampling; ``scoring_bytes``: of a scoring
+    the window only; ``reward_bytes``: of a reward model and its pass, after sampling; ``role_pass_bytes``: of a role
     pass, after both; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which
     grows with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet.
-    ``longest_prompt`` in tokens, the least that a prefill must hold; ``micro_batch`` and ``scoring_batch``:
-    update.micro_batch_tokens that the largest pass of the update and of scoring come to, to which activations and
-    ``scoring_bytes`` are proportional; ``least_batch``: what they come to with one row. ``checkpointing``: layers are
+    ``longest_prompt`` in tokens, the least that a prefill must hold; ``micro_batch`` and ``role_pass_batch``:
+    update.micro_batch_tokens that the largest pass of the update and of the roles come to, to which activations and
+    ``role_pass_bytes`` are proportional; ``least_batch``: what they come to with one row. ``checkpointing``: layers are
     computed again already."""
 
     window_bytes: int
@@ -54,20 +54,20 @@ class RolloutNeeds:
     longest_prompt: int
     weights_bytes: int = 0
     copied_bytes: int = 0
-    scoring_bytes: int = 0
+    role_pass_bytes: int = 0
     update_bytes: int = 0
     activation_bytes: int = 0
     later_bytes: int = 0
     reward_bytes: int = 0
     micro_batch: int = 0
-    scoring_batch: int = 0
+    role_pass_batch: int = 0
     least_batch: int = 0
     checkpointing: bool = False
 
     @property
     def after_sampling(self) -> int:
-        """Bytes of the larger of reward model and scoring pass, beside the base."""
-        return max(self.reward_bytes, self.scoring_bytes)
+        """Bytes of the larger of reward model and role pass, beside the base."""
+        return max(self.reward_bytes, self.role_pass_bytes)
 
     def sampling(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
@@ -122,7 +122,7 @@ class RolloutNeeds:
 @dataclass(frozen=True)
 class Placement:
     """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, ``prefill_tokens`` of prompts that enter
-    at once, and the estimate behind it, in bytes: of sampling, of scoring, of the update, of what is free."""
+    at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free."""
 
     mode: str
     slots: int
@@ -130,13 +130,13 @@ class Placement:
     needed: int
     free: int
     sampling: int = 0
-    scoring: int = 0
+    role_pass: int = 0
     update: int = 0
 
     def description(self) -> str:
         """One line for the start of a run."""
         how = "base gathered once a rollout" if self.mode == WINDOW else "base streamed layer by layer"
-        phases = f"sampling {_gib(self.sampling)}, scoring {_gib(self.scoring)}, update {_gib(self.update)}"
+        phases = f"sampling {_gib(self.sampling)}, role pass {_gib(self.role_pass)}, update {_gib(self.update)}"
         return (
             f"rollout: {how}, {self.slots} slot(s), {self.prefill_tokens} tokens a prefill; {phases} of "
             f"{_gib(self.free)} GiB free"
@@ -175,7 +175,7 @@ def place(
         needs.total(mode, wanted, prefill, rows),
         free,
         sampling=needs.sampling(mode, wanted, prefill, rows),
-        scoring=needs.base(mode) + needs.after_sampling,
+        role_pass=needs.base(mode) + needs.after_sampling,
         update=needs.later_bytes + needs.update_bytes,
     )
 
@@ -219,8 +219,8 @@ def _way_out(needs: RolloutNeeds, mode: str, free: int, sharded: bool) -> str:
         return TOO_LARGE
     if needs.reward_bytes > usable:
         return f"reward.model alone needs {_gib(needs.reward_bytes)} GiB beside the base: take a smaller one"
-    if needs.scoring_bytes > usable:
-        fits = _tokens_that_fit(needs, needs.scoring_batch, needs.scoring_bytes, usable)
+    if needs.role_pass_bytes > usable:
+        fits = _tokens_that_fit(needs, needs.role_pass_batch, needs.role_pass_bytes, usable)
         return SHORTER if fits is None else f"set update.micro_batch_tokens to {fits} or less"
     return f"{SHORTER}, or take a smaller model"
 

@@ -2,7 +2,7 @@
 
     kept      what lies there between phases: the base or its shard, what is trained, DeepSpeed's buffers, moments
     start     loading, fingerprint, engine
-    window    kept + base or live layers + max(weights in decoding order + slots + prefill, scoring)
+    window    kept + base or live layers + max(weights in decoding order + slots + prefill, role pass)
     update    kept + live layers and what is gathered ahead + activations + the largest thing made on the way
 
 ``place`` in ``planning/memory.py`` decides from them. Shapes in comments: H hidden, I the MLP's width, Q all heads, KV
@@ -132,7 +132,7 @@ def start_bytes(model: ModelSize, how: Sharding) -> int:
 
 
 def pass_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """A scoring pass without gradient: its activations, or the output layer's tiles."""
+    """A role pass without gradient: its activations, or the output layer's tiles."""
     return max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
 
 

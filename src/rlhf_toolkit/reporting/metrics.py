@@ -28,8 +28,8 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 def rollout_metrics(
     experience: Experience, *, scores: Tensor, raw_scores: Tensor, rewards: Tensor, finished: Tensor
 ) -> dict[str, float]:
-    """What sampling and scoring gave. ``scores`` (n,) after shaping and ``rewards`` (n, R) after the KL are of the
-    responses that have a score. Without a value role nothing is said about values."""
+    """What sampling and the role pass gave. ``scores`` (n,) after shaping and ``rewards`` (n, R) after the KL are of
+    the responses that have a score. Without a value role nothing is said about values."""
     mask = experience.response_mask
     advantages, returns = (present(column)[mask] for column in (experience.advantages, experience.returns))
     metrics = {
@@ -92,8 +92,9 @@ def policy_metrics(
 ) -> dict[str, float]:
     """What the policy's pass over a whole rollout says, before any update; all (B, R).
 
-    The pass is scoring's, or the update's own where scoring left it out. ``trained`` marks the tokens of the loss.
-    Without ``ref_logprobs`` the distances to the reference are not there, nor the weights without a correction.
+    The numbers are the role pass's, or the update's own where that pass left the policy out. ``trained`` marks the
+    tokens of the loss. Without ``ref_logprobs`` the distances to the reference are not there, nor the weights without
+    a correction.
     """
     gap = (rollout_logprobs - old_logprobs).abs()
     metrics = {

@@ -1,4 +1,4 @@
-"""What scoring gives for one rank's batch of responses."""
+"""What the rewards give for one rank's batch of responses."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From prompts to experience: sampling, decoding, scoring, and the loader Trainer iterates."""
+"""From prompts to experience: sampling, scores, the role pass, and the loader Trainer iterates."""

@@ -225,7 +225,7 @@ class Collector:
         )
 
     def plan(self, sampled: Sampled | Experience, rollout: int, *, epoch: int) -> Plan:
-        """How pass number ``epoch`` over rollout number ``rollout`` is cut. Scoring uses that of epoch 0."""
+        """How pass number ``epoch`` over rollout number ``rollout`` is cut. The role pass uses that of epoch 0."""
         rows = len(sampled.sequences)
         parts = mini_batches(rows, self.cutting.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
         return Plan([self.cutting.among_ranks(part, sampled) for part in parts])
@@ -307,7 +307,7 @@ class Collector:
     def record_policy(self, **columns: Tensor) -> None:
         """Add what the policy's pass says to the rollout's metrics; ``columns`` are those of ``policy_metrics``.
 
-        Called from here, or by the trainer after the update whose pass stands in for scoring's.
+        Called from here, or by the trainer after the update whose pass stands in for the role pass.
         """
         kl_estimator, correction = self.shaping.kl_estimator, self.correction
         self.metrics |= policy_metrics(**columns, kl_estimator=kl_estimator, correction=correction)

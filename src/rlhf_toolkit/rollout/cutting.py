@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhf_toolkit.data.layout import TokenLayout, packed, padded
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.data.packing import Rows, packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.data.segments import Tokens
 from rlhf_toolkit.distributed.collectives import world_size
@@ -43,17 +43,17 @@ class Cutting:
     """How a rollout is cut into optimizer steps and forward passes."""
 
     mini_batches: int
-    micro_batch_tokens: int
+    role_tokens: int
     packing: bool = False
 
     @property
     def layout(self) -> Layout:
         """Sequences (n, T) and both lengths (n,) to the layout of a forward pass."""
-        return packed if self.packing else padded
+        return packed_layout if self.packing else padded_layout
 
     def among_ranks(self, rows: Sequence[int], sampled: Sampled | Experience) -> list[list[Rows]]:
         """``[rank][micro-batch]`` to row numbers, for a mini-batch of ``rows``."""
-        cut = {"ranks": world_size(), "budget": self.micro_batch_tokens}
+        cut = {"ranks": world_size(), "budget": self.role_tokens}
         lengths = sampled.lengths()
         if not self.packing:
             return padded_micro_batches(rows, lengths, **cut)

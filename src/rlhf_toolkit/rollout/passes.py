@@ -18,7 +18,7 @@ from rlhf_toolkit.rollout.cutting import Layout, Plan
 from rlhf_toolkit.rollout.sampled import Sampled
 
 SCORED_ROLES = (POLICY, VALUE, REFERENCE)
-"""Those of which scoring may ask."""
+"""Those that the role pass may ask."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def described_fault(role: str, row: int, sampled: Sampled) -> str:
 def separate_passes(roles: Sequence[str]) -> list[tuple[str, ...]]:
     """``roles`` in the forward passes that they share: those that an update trains in one, the reference in its own.
 
-    A product's last bits depend on its number of rows. So scoring has the rows of the update's own pass, which makes
-    the first ratio exactly 1 also in bfloat16, wherever one product of one size always gives the same bits.
+    A product's last bits depend on its number of rows. So the role pass has the rows of the update's own pass, which
+    makes the first ratio exactly 1 also in bfloat16, wherever one product of one size always gives the same bits.
     """
     groups = (tuple(role for role in roles if role != REFERENCE), tuple(role for role in roles if role == REFERENCE))
     return [group for group in groups if group]

@@ -1,4 +1,4 @@
-"""Whether sampling, scoring, update and reference see one policy, judged by what rounding does on this machine."""
+"""Whether sampling, role pass, update and reference see one policy, judged by what rounding does on this machine."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class PathChecks:
             )
 
     def check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, rollout: int) -> Deviation:
-        """Log-probs (K,) in the update's first pass are those of scoring. Raises TrainingPathError in rollout 0."""
+        """The update's first log-probs (K,) are those of the role pass. Raises TrainingPathError in rollout 0."""
         found = Deviation.between(logprobs, old_logprobs)
         with self._stops_only_the_first(rollout):
             if (unexplained := self._unexplained(found)) is not None:

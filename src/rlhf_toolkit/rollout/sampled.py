@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.masking import response_mask
+from rlhf_toolkit.algorithms.masking import length_mask
 from rlhf_toolkit.data.layout import join, stack_rows
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.rewards.scores import Scores
@@ -49,7 +49,7 @@ class Sampled:
     @property
     def token_mask(self) -> Tensor:
         """(B, R) bool, True at tokens that the policy wrote."""
-        return response_mask(self.response_lengths, self.written.shape[1]) & self.written
+        return length_mask(self.response_lengths, self.written.shape[1]) & self.written
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""

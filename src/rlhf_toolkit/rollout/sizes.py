@@ -45,22 +45,23 @@ from rlhf_toolkit.rollout.sampling import BLOCK
 @dataclass(frozen=True)
 class RolloutSize:
     """What bounds memory on one rank: ``rows`` sequences of at most ``columns`` tokens, of which the prompt has at most
-    ``longest_prompt`` and, with an environment's ``later_turns``, the next turn's prompt all. ``scoring_tokens`` of a
-    scoring pass of ``scoring_roles``, and ``update_tokens`` of an update's of ``update_roles``, the roles together;
-    no ``update_tokens``: nothing is updated. ``checkpointing``: layers are computed again in backward. ``packed``:
-    micro-batches are, and a prompt's ``responses`` share it; ``shares_heads``: its kernel reads the keys of grouped
-    heads once. ``temperature``, ``top_k`` and ``top_p`` are those of sampling. ``reward_bytes``: of a reward model."""
+    ``longest_prompt`` and, with an environment's ``later_turns``, the next turn's prompt all. ``role_pass_tokens`` of a
+    role pass of ``role_pass_roles``, and ``update_tokens`` of an update's of ``update_roles``, the roles together;
+    no ``update_tokens``: nothing is updated. ``checkpointing``: layers are computed again in backward. ``packing``:
+    micro-batches are packed, and a prompt's ``responses`` share it; ``shares_heads``: its kernel reads the keys of
+    grouped heads once. ``temperature``, ``top_k`` and ``top_p`` are those of sampling. ``reward_bytes``: of a reward
+    model."""
 
     rows: int
     columns: int
-    scoring_tokens: int
+    role_pass_tokens: int
     longest_prompt: int
     later_turns: bool = False
-    scoring_roles: int = 2
+    role_pass_roles: int = 2
     update_tokens: int = 0
     update_roles: int = 2
     checkpointing: bool = False
-    packed: bool = False
+    packing: bool = False
     responses: int = 1
     temperature: float = 1.0
     top_k: int = 0
@@ -82,7 +83,7 @@ class RolloutSize:
     @property
     def key_copies(self) -> float:
         """How often packed attention takes a token's keys: those of a prompt for itself and for each response."""
-        if not self.packed or self.responses == 1:
+        if not self.packing or self.responses == 1:
             return 1.0
         prompt, response = self.longest_prompt, self.columns - self.longest_prompt
         return (prompt + self.responses * (prompt + response)) / (prompt + self.responses * response)
@@ -110,7 +111,7 @@ class Estimate(NamedTuple):
         return {
             "start": start_bytes(self.model, self.how),
             "window": free + placed.sampling,
-            "scoring": free + placed.scoring,
+            "role pass": free + placed.role_pass,
             "update": free + placed.update,
         }
 
@@ -219,9 +220,9 @@ def sharding(size: ModelSize, *, ranks: int, stage: int, on_cpu: bool, offloaded
 
 def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -> RolloutNeeds:
     """The estimate for this model, shared like this, and this size of rollout, decoded with ``weights``."""
-    repeats = model.queries / model.keys if size.packed and not how.on_cpu and not size.shares_heads else 1
+    repeats = model.queries / model.keys if size.packing and not how.on_cpu and not size.shares_heads else 1
     copies = repeats * size.key_copies
-    score = PassSize(size.scoring_tokens, size.scoring_roles, size.columns, key_copies=copies)
+    score = PassSize(size.role_pass_tokens, size.role_pass_roles, size.columns, key_copies=copies)
     update = PassSize(size.update_tokens, size.update_roles, size.columns, size.checkpointing, copies)
     prefill = PassSize(size.widest_prompt, 1, size.columns)
     on_device = Sharding(how.ranks, how.stage, how.bucket, how.live, how.prefetched)  # a prefill keeps no scores
@@ -237,14 +238,14 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         longest_prompt=size.widest_prompt,
         weights_bytes=0 if weights == MERGED else model.policy * model.element,
         copied_bytes=copied_bytes(model, how, weights),
-        scoring_bytes=pass_bytes(model, how, score),
+        role_pass_bytes=pass_bytes(model, how, score),
         update_bytes=update_bytes(model, how, update) if trains else 0,
         activation_bytes=activation_bytes(model, how, update) if trains else 0,
         checkpointing=size.checkpointing,
         later_bytes=kept_bytes(model, how) - kept_bytes(model, how, moments=False) if trains else 0,
         reward_bytes=size.reward_bytes,
         micro_batch=size.update_tokens,
-        scoring_batch=size.scoring_tokens // size.scoring_roles * size.update_roles,
+        role_pass_batch=size.role_pass_tokens // size.role_pass_roles * size.update_roles,
         least_batch=size.columns * size.update_roles,
     )
 

@@ -129,8 +129,8 @@ class PPOTrainer(RoleTrainer):
         each aggregated with the counts of the whole mini-batch over all ranks. During value warm-up the policy's part
         is multiplied by 0: it keeps its place in the graph, so that ZeRO-3 sees a gradient, and moves nothing.
 
-        Where scoring left the policy out, this is the rollout's only update, and its own log-probs, detached, are the
-        old ones. Where it left the value out too, rewards and advantages are made here, before the backward.
+        Where the role pass left the policy out, this is the rollout's only update, and its own log-probs, detached,
+        are the old ones. Where it left the value out too, rewards and advantages are made here, before the backward.
         """
         batch = Experience.of(self._prepare_input(inputs))
         said = self._passes(model, Experience.of(inputs), batch.response_lengths)
@@ -238,7 +238,7 @@ class PPOTrainer(RoleTrainer):
         return Experience.of({name: column.to(self.args.device) for name, column in whole.rows(rows).items()})
 
     def _old_logprobs(self, batch: Experience, said: Said, *, check: bool) -> Tensor:
-        """Those that scoring gave, with ``check`` compared to the ones now; else the ones now, detached."""
+        """Those that the role pass gave, with ``check`` compared to the ones now; else the ones now, detached."""
         if batch.old_logprobs is None:
             self._keep_unscored(said.logprobs.detach(), said.entropies.detach(), batch)
             return said.logprobs.detach()
@@ -257,7 +257,7 @@ class PPOTrainer(RoleTrainer):
         self.meter.add("actor/first_ratio_mean_deviation", found.mean, 1)
 
     def _keep_unscored(self, logprobs: Tensor, entropies: Tensor, batch: Experience) -> None:
-        """Keep what this micro-batch's pass says about a rollout that scoring did not ask the policy about."""
+        """Keep what this micro-batch's pass says about a rollout that the role pass did not ask the policy about."""
         kept = {
             "old_logprobs": logprobs,
             "entropies": entropies,

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
-from rlhf_toolkit.config_loading import experiment_from_dict
-from rlhf_toolkit.configs import PPOConfig
+from rlhf_toolkit.settings.loading import experiment_from_dict
+from rlhf_toolkit.settings.configs import PPOConfig
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.trainers.assembly import check_algorithm, estimator_of, policy_loss_of
-from rlhf_toolkit.trainers.ppo_run import prepare
-from rlhf_toolkit.trainers.run import Run
+from rlhf_toolkit.runs.assembly import check_algorithm, estimator_of, policy_loss_of
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.runs.run import Run
 from tests.tiny import merged, write_task
 from tests.trainers.test_fine_tuning import prepared
 
@@ -153,7 +153,7 @@ def test_constants_go_to_the_loss_or_to_what_selects_its_tokens() -> None:
     assert policy_loss_of(PPOConfig()).select is None
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_a_critic_is_trained_where_the_estimator_takes_values(name: str) -> None:
     assert estimator_of(PPOConfig(advantage=name)).needs("values") == (name in ("gae", "vapo"))
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
-from rlhf_toolkit.configs import (
+from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.settings.configs import (
     DataConfig,
     DatasetConfig,
     DPOConfig,
@@ -21,7 +22,6 @@ from rlhf_toolkit.configs import (
     SFTConfig,
     UpdateConfig,
 )
-from rlhf_toolkit.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rlhf_toolkit.configs import OptimizerConfig, RunConfig
+from rlhf_toolkit.settings.configs import OptimizerConfig, RunConfig
 
 
 def training_arguments(

@@ -13,22 +13,20 @@ from transformers import SchedulerType, get_scheduler
 
 from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
 from rlhf_toolkit.algorithms.importance import NO_CORRECTION, WEIGHTS
-from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL
-from rlhf_toolkit.config_loading import experiment_from_dict, load_experiment, parse_overrides
-from rlhf_toolkit.configs import (
+from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.settings.configs import (
     AGGREGATIONS,
     CORRECTIONS,
-    ESTIMATORS,
     SCHEDULES,
     PPOConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
 )
-from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
-from rlhf_toolkit.knobs import Section
+from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.knobs import Section
+from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment, parse_overrides
 
 EXPERIMENTS = (Experiment, SFTExperiment, RewardExperiment, DPOExperiment)
 PPO_RATES = ("policy_lr", "value_lr", "value_head_lr")
@@ -554,7 +552,6 @@ def test_whether_a_kl_is_asked_for(settings: dict[str, Any], asked: bool) -> Non
 
 
 def test_choices_are_what_the_arithmetic_knows() -> None:
-    assert set(ESTIMATORS) == set(KL_ESTIMATORS)
     assert set(AGGREGATIONS) == set(AGGREGATION_MODES)
     assert set(CORRECTIONS) == {NO_CORRECTION, *WEIGHTS}
 

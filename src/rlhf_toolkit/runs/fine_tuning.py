@@ -14,28 +14,28 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
 from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
 from rlhf_toolkit.data.items import Cut, Item, Row
-from rlhf_toolkit.data.layout import packed, padded
+from rlhf_toolkit.data.layout import packed_layout, padded_layout
 from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
 from rlhf_toolkit.distributed.zero3 import element_count
-from rlhf_toolkit.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.models.loading import adapter_config, load_base, load_model_config, load_tokenizer
 from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, REWARD, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary
 from rlhf_toolkit.seeding import derive_seed
-from rlhf_toolkit.trainers.arguments import training_arguments
-from rlhf_toolkit.trainers.assembly import packs
-from rlhf_toolkit.trainers.callbacks import EngineCheck, EvaluationAtBothEnds
+from rlhf_toolkit.runs.arguments import training_arguments
+from rlhf_toolkit.runs.assembly import packs
+from rlhf_toolkit.runs.callbacks import EngineCheck, EvaluationAtBothEnds
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
 from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
-from rlhf_toolkit.trainers.ppo_run import fingerprint_of, load_adapted_base, start_wandb
-from rlhf_toolkit.trainers.run import Run, read_command, with_dtype
-from rlhf_toolkit.trainers.task import generation_eos_of
+from rlhf_toolkit.runs.ppo import fingerprint_of, load_adapted_base, start_wandb
+from rlhf_toolkit.runs.run import Run, read_command, with_dtype
+from rlhf_toolkit.runs.task import generation_eos_of
 
 
 class FineTuningRun(Run[FineTuning, FineTuner]):
@@ -154,7 +154,7 @@ def make_trainer(
         items=items,
         held_out=held_out,
         cut=Cut(size, update.micro_batch_tokens // len(objective.roles), not packing, topology.world_size),
-        layout=packed if packing else padded,
+        layout=packed_layout if packing else padded_layout,
         steps=steps,
         pad_id=pad_id,
         learning_rates={name: update.head_lr if name.endswith("_head") else experiment.lr for name in groups},

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
-from rlhf_toolkit.config_loading import load_experiment, parse_overrides
+from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.errors import ConfigError, TopologyError
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
@@ -34,10 +34,10 @@ from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, 
 from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
-from rlhf_toolkit.trainers.assembly import make_collector, packs, passing_of
-from rlhf_toolkit.trainers.ppo_run import load_adapted_base
-from rlhf_toolkit.trainers.run import with_dtype
-from rlhf_toolkit.trainers.task import Task, load_prompts, load_rewards, make_sampling
+from rlhf_toolkit.runs.assembly import make_collector, packs, passing_of
+from rlhf_toolkit.runs.ppo import load_adapted_base
+from rlhf_toolkit.runs.run import with_dtype
+from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling
 from rlhf_toolkit.types import present
 
 BASE = "base"

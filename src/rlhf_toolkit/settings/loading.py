@@ -15,8 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
-from rlhf_toolkit.experiment import Experiment
-from rlhf_toolkit.knobs import default_of, require_plain
+from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.knobs import default_of, require_plain
 
 E = TypeVar("E")
 ON_OFF = {True: "on", False: "off"}

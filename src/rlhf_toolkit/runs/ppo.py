@@ -23,10 +23,10 @@ from rlhf_toolkit.checkpoints import (
     open_run_folder,
     read_manifest,
 )
-from rlhf_toolkit.configs import ModelConfig
+from rlhf_toolkit.settings.configs import ModelConfig
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, start
-from rlhf_toolkit.experiment import Experiment, FineTuning
+from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
@@ -34,11 +34,11 @@ from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, write_summa
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.rollout.schedule import LastMeans
 from rlhf_toolkit.seeding import derive_seed
-from rlhf_toolkit.trainers.assembly import check_algorithm, estimator_of, make_trainer
-from rlhf_toolkit.trainers.callbacks import EvaluationAtBothEnds, StartCheck
+from rlhf_toolkit.runs.assembly import check_algorithm, estimator_of, make_trainer
+from rlhf_toolkit.runs.callbacks import EvaluationAtBothEnds, StartCheck
 from rlhf_toolkit.trainers.ppo import PPOTrainer
-from rlhf_toolkit.trainers.run import Run, with_dtype
-from rlhf_toolkit.trainers.task import load_task
+from rlhf_toolkit.runs.run import Run, with_dtype
+from rlhf_toolkit.runs.task import load_task
 
 
 class PPORun(Run[Experiment, PPOTrainer]):

@@ -8,13 +8,13 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import on_main
-from rlhf_toolkit.configs import DataConfig
+from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions

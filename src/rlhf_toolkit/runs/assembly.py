@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.algorithms.advantages import ESTIMATORS, WHITENED
+from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS
 from rlhf_toolkit.checkpoints import on_main
-from rlhf_toolkit.configs import PPOConfig
+from rlhf_toolkit.settings.configs import PPOConfig
 from rlhf_toolkit.distributed.collectives import world_size
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.errors import ConfigError, ModelError
-from rlhf_toolkit.experiment import Experiment
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
@@ -38,10 +38,10 @@ from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.rollout.sizes import RolloutSize, reward_bytes
 from rlhf_toolkit.rollout.turns import Environment
-from rlhf_toolkit.trainers.arguments import training_arguments
+from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
-from rlhf_toolkit.trainers.task import Task
+from rlhf_toolkit.runs.task import Task
 
 TOKEN_MEAN = "token-mean"
 OF_ESTIMATORS, OF_LOSSES = ("gamma", "gae_lambda"), ("clip_range_low", "clip_range_high", "dual_clip")
@@ -49,7 +49,7 @@ OF_ESTIMATORS, OF_LOSSES = ("gamma", "gae_lambda"), ("clip_range_low", "clip_ran
 
 def estimator_of(ppo: PPOConfig) -> Estimator:
     """The advantage estimator that the settings name. Raises ConfigError where a setting would do nothing."""
-    function = find(ppo.advantage, ESTIMATORS, "ppo.advantage")
+    function = find(ppo.advantage, ADVANTAGE_ESTIMATORS, "ppo.advantage")
     estimator = Estimator(function, ppo.advantage_kwargs, whitens(ppo) and over_rollout(ppo))
     _refuse_idle(ppo, "advantage", function, OF_ESTIMATORS)
     if not estimator.needs("values"):
@@ -326,24 +326,24 @@ def rollout_size(
     them for evaluation."""
     rollout, budget = experiment.rollout, tokens_of_a_role(experiment)
     with_value = estimator_of(experiment.ppo).needs("values") and experiment.model.value_on == ON_ADAPTER
-    roles = 2 if with_value else 1  # of an update's pass and of scoring's largest: the reference has one of its own
+    roles = 2 if with_value else 1  # of an update's pass and of the largest role pass: the reference has one of its own
     columns, rows = longest + rollout.max_new_tokens, rollout.sequences // ranks
     evaluated = -(-held_out * max(1, experiment.run.evaluation_samples) // ranks)
     update = roles * tokens_of_a_pass(experiment.mini_batch_rows // ranks, columns, budget) if trains else 0
     # Evaluation and a reward adapter score with one role, and are not cut into mini-batches.
     whole = tokens_of_a_pass(max(evaluated, 0 if experiment.reward.adapter is None else rows), columns, budget)
-    scoring_tokens, scoring_roles = max((update, roles), (whole, 1))
+    role_pass_tokens, role_pass_roles = max((update, roles), (whole, 1))
     return RolloutSize(
         rows=max(rows, evaluated),
         columns=columns,
-        scoring_tokens=scoring_tokens,
+        role_pass_tokens=role_pass_tokens,
         longest_prompt=longest,
         later_turns=rollout.environment is not None and rollout.max_turns > 1,
-        scoring_roles=scoring_roles,
+        role_pass_roles=role_pass_roles,
         update_tokens=update,
         update_roles=roles,
         checkpointing=experiment.model.gradient_checkpointing,
-        packed=packing,
+        packing=packing,
         responses=rollout.responses_per_prompt,
         temperature=rollout.temperature,
         top_k=rollout.top_k,

@@ -52,12 +52,12 @@ class StartCheck(TrainerCallback):
             f"{topology.world_size} process(es) on {topology.device.type}, {sharding}; "
             f"{total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained; "
             f"{cutting.mini_batches} mini-batch(es) a pass, "
-            f"micro-batches of at most {cutting.micro_batch_tokens} tokens a role; {value}"
-            f"scoring asks {scoring_roles(collector.needs)}"
+            f"micro-batches of at most {cutting.role_tokens} tokens a role; {value}"
+            f"the role pass asks {role_pass_roles(collector.needs)}"
         )
 
 
-def scoring_roles(needs: Needs) -> str:
+def role_pass_roles(needs: Needs) -> str:
     """Who scores, in words."""
     usually, at_least = (", ".join(needs.roles(one_forward=alone)) or "nobody" for alone in (False, True))
     return usually if at_least == usually else f"{usually}; where an update is one pass, {at_least}"

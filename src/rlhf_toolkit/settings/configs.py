@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.knobs import (
+from rlhf_toolkit.settings.knobs import (
     ABOVE_0,
     ABOVE_0_TO_1,
     ABOVE_1,
@@ -35,7 +36,6 @@ AUTO = "auto"
 VALUE_SITES = ("adapter", "policy_trunk")
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")
 SCHEDULES = (
     "constant",
     "constant_with_warmup",
@@ -241,7 +241,7 @@ class PPOConfig(Section):
         None, "how tokens become one loss; none: as the loss's source does", choices=AGGREGATIONS
     )
     kl_in: str = knob("reward", "reward: shapes each token's; loss: a term of the loss", choices=("reward", "loss"))
-    kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=ESTIMATORS)
+    kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=tuple(KL_ESTIMATORS))
     kl_coef: float = knob(0.05, "weight of the KL to the reference", NOT_NEGATIVE)
     kl_target: float | None = knob(
         None, "adapt kl_coef towards this KL per token, averaged over responses as in verl; none: fixed", ABOVE_0
