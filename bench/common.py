@@ -155,7 +155,7 @@ def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:
 
     run = prepare(experiment_from_dict(sections), overwrite=True)
     if not stops:
-        run.trainer.collector.sampling = replace(run.trainer.collector.sampling, stop_ids=())
+        run.trainer.maker.responder.sampling = replace(run.trainer.maker.responder.sampling, stop_ids=())
     return run
 
 

@@ -106,7 +106,8 @@ def write_adapters(job: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
-    from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REWARD, SharedBase
+    from rlhf_toolkit.models.roles import POLICY, REWARD
+    from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 
     base = AutoModelForCausalLM.from_pretrained(model_folder(job["model"]), dtype=torch.bfloat16)
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -162,10 +163,13 @@ def run_phase(job: dict[str, Any]) -> dict[str, Any]:
         if job["phase"] == "rollout":
             from rlhf_toolkit.types import PromptBatch
 
-            batch, sampler = PromptBatch(tuple(trainer.collector.prompts[:16]), (0,) * 16), trainer.collector.sampler
+            batch, sampler = (
+                PromptBatch(tuple(trainer.maker.source.prompts[:16]), (0,) * 16),
+                trainer.maker.responder.sampler,
+            )
             estimates["estimate_gib"] = sampler.place(shared).needed / 2**30
             with sampler.opened(shared):
-                sampler.decode(shared, batch, trainer.collector.sampling, stream=(0,))
+                sampler.decode(shared, batch, trainer.maker.responder.sampling, stream=(0,))
         elif job["phase"] != "idle":
             forward(shared, job["tokens"] // WIDTH, ROLES[job["roles"]], gradient=job["phase"] == "update")
     return {"peak_gib": peak_memory_gib(), **estimates}

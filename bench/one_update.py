@@ -64,7 +64,7 @@ def update(shared: SharedBase, layouts: list[TokenLayout]) -> None:
     """Forward and backward of policy and value."""
     for layout in layouts:
         out = shared(layout, roles=("policy", "value"))
-        (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
+        (out.policy_logprobs.sum() + out.token_values.square().sum()).backward()
 
 
 def score(shared: SharedBase, layouts: list[TokenLayout]) -> None:

@@ -102,7 +102,7 @@ def score(shared: SharedBase, layout: TokenLayout) -> None:
 
 def update(shared: SharedBase, layout: TokenLayout) -> None:
     out = shared.train()(layout, roles=("policy", "value"))
-    (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
+    (out.policy_logprobs.sum() + out.token_values.square().sum()).backward()
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def worker(job: dict[str, Any]) -> None:
     ranks = all_gather({phase: live.peaks[phase] for phase in PHASES})
     if run.topology.is_main:
         peak = {phase: max(rank[phase] for rank in ranks) for phase in PHASES}
-        sampler = run.trainer.collector.sampler
+        sampler = run.trainer.maker.responder.sampler
         placed = {name: getattr(sampler.placement, name) for name in ("mode", "slots", "prefill_tokens")}
         found = {"peak": peak, "estimate": sampler.estimate.phases(sampler.placement), "placement": placed}
         Path(job["result"]).write_text(json.dumps(found))
@@ -204,9 +204,9 @@ def set_bounds(live: int, prefetched: int) -> None:
 
 def watch(run: Any, live: LiveTensors) -> None:
     """Tell ``live`` which phase is under way. The start ends when the first rollout opens."""
-    from rlhf_toolkit.rollout import collect, path_checks
+    from rlhf_toolkit.rollout import scored_sampler
 
-    sampler, trainer = run.trainer.collector.sampler, run.trainer
+    sampler, trainer = run.trainer.maker.responder.sampler, run.trainer
     opened = sampler.opened
 
     @contextmanager
@@ -218,7 +218,7 @@ def watch(run: Any, live: LiveTensors) -> None:
         live.phase = "between"
 
     sampler.opened = opened_window
-    collect.score = path_checks.score = live.watched("role pass", collect.score)
+    scored_sampler.run_role_pass = live.watched("role pass", scored_sampler.run_role_pass)
     trainer.training_step = live.watched("update", trainer.training_step)
 
 

@@ -85,8 +85,8 @@ class Bench:
         self.run = prepared(experiment(model, folder, changes))
         self.slots, self.tokenizer = slots, self.run.trainer.processing_class
         self.shared = self.run.trainer.model.eval()
-        self.collector = self.run.trainer.collector
-        self.sampler = self.collector.sampler
+        self.maker = self.run.trainer.maker
+        self.sampler, self.sampling = self.maker.responder.sampler, self.maker.responder.sampling
         self.plain = plain_peft_model(self.shared, self.run, folder)
         self.ours(2, 4, 0, stops=False)
         self.generate(2, 4, 0, stops=False)
@@ -95,20 +95,20 @@ class Bench:
         """As a run samples: its ``Sampler``, which decodes in ``rollout.slots`` slots."""
         from rlhf_toolkit.types import PromptBatch
 
-        sampling = self.collector.sampling
+        sampling = self.sampling
         sampling = replace(sampling, max_new_tokens=tokens, stop_ids=sampling.stop_ids if stops else ())
-        batch = PromptBatch(tuple(self.collector.prompts[:prompts]), samples=(0,) * prompts)
+        batch = PromptBatch(tuple(self.maker.source.prompts[:prompts]), samples=(0,) * prompts)
         with self.sampler.opened(self.shared) as shared:
             return int(self.sampler.decode(shared, batch, sampling, stream=(seed,)).lengths.sum())
 
     def generate(self, prompts: int, tokens: int, seed: int, *, stops: bool) -> int:
         """transformers' ``generate`` in batches of ``slots``."""
         torch.manual_seed(seed)
-        ids = [list(prompt.token_ids) for prompt in self.collector.prompts[:prompts]]
+        ids = [list(prompt.token_ids) for prompt in self.maker.source.prompts[:prompts]]
         return sum(self._generate(ids[i : i + self.slots], tokens, stops) for i in range(0, prompts, self.slots))
 
     def _generate(self, ids: list[list[int]], tokens: int, stops: bool) -> int:
-        width, sampling = max(map(len, ids)), self.collector.sampling
+        width, sampling = max(map(len, ids)), self.sampling
         device = next(self.plain.parameters()).device
         inputs = torch.tensor([[sampling.pad_id] * (width - len(row)) + row for row in ids], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
@@ -127,14 +127,14 @@ class Bench:
         return sum(self._useful(row, stops) for row in out[:, width:].tolist())
 
     def _useful(self, row: list[int], stops: bool) -> int:
-        ends = [i for i, token in enumerate(row) if token in self.collector.sampling.stop_ids] if stops else []
+        ends = [i for i, token in enumerate(row) if token in self.sampling.stop_ids] if stops else []
         return ends[0] + 1 if ends else len(row)
 
     def generate_batch(self, prompts: int, tokens: int) -> dict[str, Any]:
         """transformers' continuous batching; what it raises where it does not run."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        sampling = self.collector.sampling
+        sampling = self.sampling
         config = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -145,7 +145,7 @@ class Bench:
             pad_token_id=sampling.pad_id,
         )
         cache = ContinuousBatchingConfig(num_blocks=16) if SMOKE else None  # by default nearly all memory that is free
-        ids = [list(prompt.token_ids) for prompt in self.collector.prompts[:prompts]]
+        ids = [list(prompt.token_ids) for prompt in self.maker.source.prompts[:prompts]]
         model = self.plain.get_base_model()
         model.set_attn_implementation("sdpa")
         began = time.perf_counter()

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
-from rlhf_toolkit.models.shared_base import POLICY, SharedBase
+from rlhf_toolkit.models.roles import POLICY
+from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import SlotCache
 
 ROLES, ROUNDS = 2, 5

@@ -158,7 +158,7 @@ def worker(job: dict[str, Any]) -> None:
                 iterations.append(count.take())
 
     trainer.add_callback(Iterations())
-    trainer.collector.collect = count.during("rollout", trainer.collector.collect)
+    trainer.maker.collect = count.during("rollout", trainer.maker.collect)
     trainer.training_step = count.during("update", trainer.training_step)
     count_micro_batches(trainer, count)
     run.train()
@@ -218,13 +218,13 @@ def name_kinds(model: Any) -> None:
 
 def count_micro_batches(trainer: Any, count: Count) -> None:
     """Each micro-batch of the update computes the loss once."""
-    compute = trainer.compute_loss
+    compute = trainer.micro_batch_loss
 
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+    def micro_batch_loss(*args: Any, **kwargs: Any) -> Any:
         count.micro_batches += 1
         return compute(*args, **kwargs)
 
-    trainer.compute_loss = compute_loss
+    trainer.micro_batch_loss = micro_batch_loss
 
 
 if __name__ == "__main__":

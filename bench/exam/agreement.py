@@ -137,11 +137,12 @@ def one_update(exam: Exam, name: str, *, packing: str) -> dict[str, Any]:
     with made_on("cpu"):
         run = prepared(sections)
     trainer, kept = run.trainer, {}
-    collect = trainer.collector.collect
+    collect = trainer.maker.collect
 
-    def collected(rollout: int) -> Any:
-        kept["experience"] = collect(rollout)
-        return kept["experience"]
+    def collected(model: Any, rollout: int) -> Any:
+        found = collect(model, rollout)
+        kept["experience"] = found.tokens
+        return found
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -150,7 +151,7 @@ def one_update(exam: Exam, name: str, *, packing: str) -> dict[str, Any]:
     def trained(part: Any) -> dict[str, torch.Tensor]:
         return {n: part(p).detach().cpu().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
-    trainer.collector.collect = collected
+    trainer.maker.collect = collected
     trainer.add_callback(Keep())
     start = trained(lambda parameter: parameter)
     run.train()
@@ -256,7 +257,7 @@ def model_pass(exam: Exam, dtype: torch.dtype, *, packs: bool) -> dict[str, torc
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.02 if "lora_" in each else 0.1))
     out = shared(layouts(exam, packs=packs), roles=("policy", "value"))
-    (out["policy_logprobs"].mean() + out["values"].square().mean()).backward()
+    (out.policy_logprobs.mean() + out.token_values.square().mean()).backward()
     groups = {
         f"gradient of {role}'s {part}": torch.cat(
             [p.grad.flatten() for n, p in shared.named_parameters() if f"{part}.{role}" in n]
@@ -264,4 +265,4 @@ def model_pass(exam: Exam, dtype: torch.dtype, *, packs: bool) -> dict[str, torc
         for role in ("policy", "value")
         for part in ("lora_A", "lora_B")
     }
-    return {"log-probs": out["policy_logprobs"].detach(), "values": out["values"].detach(), **groups}
+    return {"log-probs": out.policy_logprobs.detach(), "values": out.token_values.detach(), **groups}

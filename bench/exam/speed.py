@@ -67,27 +67,27 @@ def ours(exam: Exam, shape: str) -> dict[str, Any]:
     trainer = run.trainer
     model, loader, found = trainer.model, iter(trainer.get_train_dataloader()), {}
     optimizer = trainer.create_optimizer()
-    placement = trainer.collector.sampler.place(model)
+    placement = trainer.maker.responder.sampler.place(model)
     for _ in range(2):
-        trainer.collector.clock.take()
+        trainer.maker.responder.clock.take()
         with measured(found, "rollout"):
             batch = next(loader)
         with measured(found, "update"):
             trainer.training_step(model, batch)
         optimizer.step()
         optimizer.zero_grad()
-        phases = trainer.collector.clock.take()
+        phases = trainer.maker.responder.clock.take()
     tokens = sizes.prompts * sizes.new_tokens
-    prompts = trainer.collector.prompts[: sizes.prompts]
+    prompts = trainer.maker.source.prompts[: sizes.prompts]
     found |= {
         "slots": placement.slots,
         "placement": placement.description(),
-        "predicted_gib": predicted(trainer.collector.sampler),
+        "predicted_gib": predicted(trainer.maker.responder.sampler),
         "phases": phases,
         "tokens_per_second": tokens / phases["gen"],
         "prompt_tokens": [len(prompt.token_ids) for prompt in prompts],
     }
-    run.trainer.collector.scorer.close()
+    run.trainer.maker.responder.scorer.close()
     return found
 
 

@@ -171,10 +171,10 @@ def _add_evaluate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from rlhf_toolkit.reporting.report import evaluation_lines
-    from rlhf_toolkit.runs.evaluation import evaluate, read_experiment
+    from rlhf_toolkit.runs.evaluation import compare_contestants, read_experiment
 
     experiment = read_experiment(options.experiment, options.set, samples=options.samples)
-    found = evaluate(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
+    found = compare_contestants(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
     plain = found.as_dict()
     print("\n".join(evaluation_lines(plain)))
     if options.out:

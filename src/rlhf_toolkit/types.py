@@ -1,8 +1,8 @@
 """The nouns of a run. Each record is made in one place and frozen; shapes are checked where they are born and trusted
 inside.
 
-    PromptBatch --rollout/decoding--> Rollout --rollout/collect--> Experience --rollout/loader--> mini-batches
-    --trainers/ppo
+    PromptBatch --rollout/decoding--> Rollout --rollout/scored_sampler--> Sampled --rollout/experience--> Experience
+    --rollout/loader--> mini-batches --trainers/ppo
 
 Letters: B sequences, P prompt width, R response width, T = P + R.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -59,7 +59,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What sampling gave: made by ``rollout/decoding.py``, consumed by rewards and by ``rollout/collect.py``.
+    """What sampling gave: made by ``rollout/decoding.py``, consumed by rewards and by ``rollout/scored_sampler.py``.
 
     ``responses`` (B, R) token ids, right-padded, the stop token included; ``lengths`` (B,); ``rollout_logprobs`` (B, R)
     fp32, the policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string
@@ -83,17 +83,13 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experience:
-    """A scored rollout, ready for the update: every field has one row for each sequence of the whole rollout, on every
-    rank.
+class RolloutTokens:
+    """The tokens of a rollout that are trained on: a row for each sequence of the whole rollout, on every rank.
 
     ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
     rest (B, R), aligned so that column 0 is the first response token: ``token_mask`` bool, True where the policy wrote
-    the token, and ``response_mask``, True where it is trained on; log-probs ``old_logprobs``, ``ref_logprobs`` and
-    ``rollout_logprobs``; ``values``, ``advantages``, ``returns``; all fp32. ``old_logprobs`` are None where the only
-    update on the rollout makes its own, ``advantages``, ``returns`` and ``values`` with them where that update
-    completes the experience (``Collector.complete``), ``values`` where no value is trained, and ``ref_logprobs``
-    where no KL is asked for.
+    the token, and ``response_mask``, True where it is trained on; ``rollout_logprobs`` of the decoding path, and
+    ``ref_logprobs``, None where no KL is asked for; both fp32.
     """
 
     sequences: torch.Tensor
@@ -101,29 +97,16 @@ class Experience:
     response_lengths: torch.Tensor
     token_mask: torch.Tensor
     response_mask: torch.Tensor
-    old_logprobs: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
     rollout_logprobs: torch.Tensor
-    values: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.response_mask.shape
-        _expect("sequences", self.sequences, (rows, self.sequences.shape[-1]))
-        for name in ("prompt_lengths", "response_lengths"):
-            _expect(name, getattr(self, name), (rows,))
-        for name in (
-            "token_mask",
-            "old_logprobs",
-            "ref_logprobs",
-            "rollout_logprobs",
-            "values",
-            "advantages",
-            "returns",
-        ):
-            if getattr(self, name) is not None:
-                _expect(name, getattr(self, name), (rows, width))
+        shapes = {"sequences": (rows, self.sequences.shape[-1]), "prompt_lengths": (rows,), "response_lengths": (rows,)}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            if column is not None:
+                _expect(field.name, column, shapes.get(field.name, (rows, width)))
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -134,21 +117,35 @@ class Experience:
 
     def rows(self, index: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
         """The rows ``index`` as a plain dict of tensors, which is what Trainer handles, without the fields that are
-        None; ``Experience.of(d)`` brings it back."""
+        None; ``of`` brings the record back."""
         index, columns = torch.as_tensor(index), {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: column[index] for name, column in columns.items() if column is not None}
 
     @classmethod
-    def of(cls, columns: Mapping[str, torch.Tensor]) -> Experience:
-        """An Experience from the columns of ``rows``; others among them are left alone."""
+    def of(cls, columns: Mapping[str, torch.Tensor]) -> Self:
+        """The record from the columns of ``rows``; others among them are left alone."""
         return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
 
 
-def present(result: torch.Tensor | None) -> torch.Tensor:
-    """What a role said that was asked for. Raises RuntimeError, a defect, where it did not run."""
-    if result is None:
-        raise RuntimeError("a pass is needed that the collector's roles leave out")
-    return result
+@dataclass(frozen=True, kw_only=True)
+class Experience(RolloutTokens):
+    """A rollout with its advantages, ready for the update.
+
+    ``advantages`` and ``returns`` (B, R); ``values`` (B, R), None where no value is trained; ``old_logprobs`` (B, R),
+    None where the rollout's only update makes its own; all fp32.
+    """
+
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    values: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+
+    @property
+    def value_targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values at the rollout and returns, (B, R) each. RuntimeError, a defect, where no value is trained."""
+        if self.values is None:
+            raise RuntimeError("an experience without values has nothing that a value could learn")
+        return self.values, self.returns
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -68,9 +68,9 @@ PLANTED = [
     ),
     Mutation(
         "a number read back in every micro-batch",
-        f"{SOURCE}/trainers/ppo.py:PPOTrainer.compute_loss",
-        "self._meter_shares(terms.shares, first)",
-        "bool(terms.loss.isfinite()); self._meter_shares(terms.shares, first)",
+        f"{SOURCE}/trainers/ppo.py:PPOTrainer.micro_batch_loss",
+        "self._meter_micro_batch(terms, batch.response_mask, first=first)",
+        "bool(terms.loss.isfinite())",
         f"{UPDATE}[packed]",
     ),
     Mutation(

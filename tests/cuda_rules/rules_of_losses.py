@@ -34,7 +34,9 @@ def losses_and_gradients(folder: Path) -> dict[str, Tensor]:
     """Of every policy loss, each under another correction of the sampler, of a policy that has moved since the
     rollout."""
     trainer = ppo_trainer(folder, {"ppo.num_ppo_epochs": 2, "update.micro_batch_tokens": 32})
-    trainer.over_mini_batch = OverMiniBatch(select=partial(covariance_within, share=0.3, lowest=-9.0, highest=9.0))
+    trainer.rollouts.over_mini_batch = OverMiniBatch(
+        select=partial(covariance_within, share=0.3, lowest=-9.0, highest=9.0)
+    )
     rows = next(iter(trainer.get_train_dataloader()))
     move(trainer)
     found: dict[str, Tensor] = {}
@@ -44,7 +46,7 @@ def losses_and_gradients(folder: Path) -> dict[str, Tensor]:
         correction = Correction(corrections[number % len(corrections)])
         trainer.loss = replace(trainer.loss, policy_loss=loss, correction=correction, **TERMS)
         trainer.model.zero_grad()
-        parts = [trainer.compute_loss(trainer.model, part) for part in cut(rows)]
+        parts = [trainer.micro_batch_loss(trainer.model, part) for part in cut(rows)]
         torch.stack(parts).sum().backward()
         found[name] = numbers(torch.stack(parts).detach())
         found |= {f"{name} {key}": gradient for key, gradient in gradients(trainer.model).items()}

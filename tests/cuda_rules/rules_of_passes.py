@@ -67,7 +67,7 @@ def updated(model: SharedBase, make: Layout, device: torch.device) -> dict[str, 
     """Gradients of a loss of everything said."""
     model.train()
     out = model(make(*sequences()).to(device), roles=("policy", "value"), entropy_gradient=True)
-    loss = out["policy_logprobs"].mean() + 0.1 * out["policy_entropies"].mean() + (out["values"] - 1).square().mean()
+    loss = out.policy_logprobs.mean() + 0.1 * out.policy_entropies.mean() + (out.token_values - 1).square().mean()
     loss.backward()
     return gradients(model)
 

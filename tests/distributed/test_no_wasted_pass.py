@@ -16,10 +16,11 @@ from tests.launch import ROOT, run_recipe
 from tests.tiny import merged, write_experiment, write_task
 
 SCORE_EVERYTHING = """
-from rlhf_toolkit.rollout import collect, passes
+from rlhf_toolkit.rollout import role_pass
 
-collect.Collector.roles_of = lambda self, rollout, plan: self.needs.everything
-passes.Needs.incomplete = lambda self, one_forward: False
+roles = role_pass.Needs.roles
+role_pass.Needs.roles = lambda self, rollout, one_forward: roles(self, rollout=0, one_forward=one_forward)
+role_pass.Needs.defers = lambda self, rollout, one_forward: False
 """
 OTHER_SAMPLER = """
 from dataclasses import replace

@@ -185,8 +185,8 @@ def test_every_role_says_what_its_model_says(built: Built) -> None:
     for mode in (False, True):
         with torch.no_grad():
             out = built.shared.train(mode)(rows_of(ids, mask), roles=("value", "reference", "policy"))
-        close(out["policy_logprobs"], policy)
-        close(out["reference_logprobs"], reference)
+        close(out.policy_logprobs, policy)
+        close(out.reference_logprobs, reference)
 
 
 def test_packed_rows_say_what_the_model_says(built: Built, request: pytest.FixtureRequest) -> None:
@@ -203,8 +203,8 @@ def test_packed_rows_say_what_the_model_says(built: Built, request: pytest.Fixtu
     for mode in (False, True):
         with torch.no_grad():
             out = built.shared.train(mode)(layout, roles=("value", "reference", "policy"))
-        close(out["policy_logprobs"], policy)
-        close(out["reference_logprobs"], reference)
+        close(out.policy_logprobs, policy)
+        close(out.reference_logprobs, reference)
 
 
 def test_every_architecture_that_packs_is_tested() -> None:
@@ -214,7 +214,7 @@ def test_every_architecture_that_packs_is_tested() -> None:
 def test_every_trained_parameter_gets_a_gradient(built: Built) -> None:
     ids, mask = sequences_and_mask(PROMPT_LENGTHS, (6, 2, 4, 5, 3), vocabulary=36, pad_id=0)
     out = built.shared.train()(rows_of(ids, mask), roles=("policy", "value"))
-    (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
+    (out.policy_logprobs.sum() + out.token_values.square().sum()).backward()
     trained = [(name, p.grad) for name, p in built.shared.named_parameters() if p.requires_grad]
     built.shared.zero_grad()
     assert [name for name, gradient in trained if gradient is None or not bool(gradient.any())] == []
@@ -266,7 +266,7 @@ def test_the_training_path_agrees_with_the_rollout(built: Built) -> None:
     with torch.no_grad():
         out = built.shared.train()(rows_of(ids, positions), roles=("policy", "value"))
     width = rollout.responses.shape[1]
-    close(unpack(out["policy_logprobs"], rollout.lengths, width), rollout.rollout_logprobs)
+    close(unpack(out.policy_logprobs, rollout.lengths, width), rollout.rollout_logprobs)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

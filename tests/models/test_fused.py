@@ -86,8 +86,8 @@ def test_the_model_computes_the_same_with_and_without(monkeypatch: pytest.Monkey
         assert ("forward" in vars(shared.causal_lm.model.norm)) == replace
         out = shared(layout, roles=("policy", "value"))
         with torch.no_grad():
-            assert torch.equal(shared(layout, roles=("policy", "value"))["values"], out["values"])
-        (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
+            assert torch.equal(shared(layout, roles=("policy", "value")).token_values, out.token_values)
+        (out.policy_logprobs.sum() + out.token_values.square().sum()).backward()
         outputs.append(out)
         gradients.append({name: p.grad for name, p in shared.named_parameters() if p.grad is not None})
     assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])

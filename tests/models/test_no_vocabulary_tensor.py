@@ -51,8 +51,8 @@ def update(model: SharedBase) -> dict[str, Tensor]:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values())
     out = run(model, "policy", "value")
-    weights = torch.linspace(-1, 2, len(out["values"]))
-    loss = (weights * out["policy_logprobs"]).sum() - 0.1 * out["policy_entropies"].sum() + out["values"].square().sum()
+    weights = torch.linspace(-1, 2, len(out.token_values))
+    loss = (weights * out.policy_logprobs).sum() - 0.1 * out.policy_entropies.sum() + out.token_values.square().sum()
     loss.backward()
     optimizer.step()
     return {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}

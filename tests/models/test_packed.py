@@ -129,7 +129,7 @@ def test_rows_do_not_see_one_another() -> None:
     other[1, int(starts[1]) :] = 9
     with torch.no_grad():
         before, after = (shared(packed_layout(ids, starts, sizes), roles=("policy",)) for ids in (sequences, other))
-    rows = [part["policy_logprobs"].split(sizes.tolist()) for part in (before, after)]
+    rows = [part.policy_logprobs.split(sizes.tolist()) for part in (before, after)]
     assert [torch.equal(a, b) for a, b in zip(*rows, strict=True)] == [True, False, True, True, True, True]
 
 
@@ -139,7 +139,7 @@ def test_the_same_layout_twice_gives_the_same_bits() -> None:
     with torch.no_grad():
         scored = shared.eval()(packed_layout(*tensors(batch)), roles=("policy", "value", "reference"))
     updated = shared.train()(packed_layout(*tensors(batch)), roles=("policy", "value"))
-    assert torch.equal(scored["policy_logprobs"], updated["policy_logprobs"])
+    assert torch.equal(scored.policy_logprobs, updated.policy_logprobs)
 
 
 # ---- whether a model packs -------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_the_choice_is_made_at_load_and_printed(
     run = prepare(experiment_from_dict(merged(write_task(tmp_path), changes)))
     run.progress.bar.close()
     assert says in capsys.readouterr().out
-    assert run.trainer.collector.cutting.packing == ("packed" in says.split("(")[0])
+    assert run.trainer.maker.responder.cutting.packing == ("packed" in says.split("(")[0])
 
 
 def test_packing_on_a_model_that_cannot_is_refused(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def gradients(*, checkpointing: bool, between: Any = None) -> dict[str, Tensor]:
         sequences_and_mask((2, 4, 3), (5, 3, 2)),
     )
     out = shared(rows_of(ids, mask), roles=("policy", "value"), entropy_gradient=True)
-    loss = out["policy_logprobs"].sum() + out["policy_entropies"].sum() + out["values"].square().sum()
+    loss = out.policy_logprobs.sum() + out.policy_entropies.sum() + out.token_values.square().sum()
     if between is not None:
         between(shared, ids, mask)
     loss.backward()
@@ -228,7 +228,7 @@ def forward_without_gradient(shared: SharedBase, ids: Tensor, mask: Tensor) -> N
 
 
 def forward_and_backward_of_another_batch(shared: SharedBase, ids: Tensor, mask: Tensor) -> None:
-    shared(rows_of(ids[1:], mask[1:]), roles=("value", "policy"))["values"].sum().backward()
+    shared(rows_of(ids[1:], mask[1:]), roles=("value", "policy")).token_values.sum().backward()
     shared.zero_grad()
 
 
@@ -242,7 +242,7 @@ def test_checkpointing_really_recomputes() -> None:
         )
         calls: list[int] = []
         shared.causal_lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        shared(rows_of(ids, mask), roles=("policy", "value"))["values"].sum().backward()
+        shared(rows_of(ids, mask), roles=("policy", "value")).token_values.sum().backward()
         counts[checkpointing] = len(calls)
     assert counts == {False: 1, True: 2}
 

@@ -76,8 +76,8 @@ def test_values_are_read_before_each_token_and_after_the_last() -> None:
                 state = model.base_model.model.model(input_ids=row[None, :t]).last_hidden_state[0, -1]
                 values.append((state @ head.weight + head.bias).item())
             final.append(values.pop())
-    close(out["values"], values)
-    close(out["final_values"], final)
+    close(out.token_values, values)
+    close(out.final_values, final)
 
 
 def test_reward_scores_are_read_at_the_last_response_token() -> None:
@@ -90,7 +90,7 @@ def test_reward_scores_are_read_at_the_last_response_token() -> None:
             model.base_model.model.model(input_ids=row[None, :end]).last_hidden_state[0, -1]
             for row, end in zip(ids, ends, strict=True)
         ]
-        close(out["reward_scores"], [(state @ head.weight + head.bias).item() for state in states])
+        close(out.reward_scores, [(state @ head.weight + head.bias).item() for state in states])
 
 
 @pytest.mark.parametrize("roles", SUBSETS, ids="-".join)
@@ -124,7 +124,7 @@ def test_a_trunk_that_ends_narrower_than_its_hidden_size() -> None:
     base = OPTForCausalLM(OPTConfig(**config, word_embed_proj_dim=16, do_layer_norm_before=False, dropout=0.0))
     shared, (ids, mask) = tiny_shared(base), sequences_and_mask(*LENGTHS)
     out = shared(rows_of(ids, mask), roles=("policy", "value"))
-    assert shared.scalar_heads["value"].weight.shape == (16,) and out["values"].shape == (mask.sum(),)
+    assert shared.scalar_heads["value"].weight.shape == (16,) and out.token_values.shape == (mask.sum(),)
 
 
 # ---- what trains -----------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_parameter_groups_hold_each_trained_parameter_once() -> None:
 def test_one_joint_forward_gives_every_trained_parameter_a_gradient(checkpointing: bool) -> None:
     shared, (ids, mask) = tiny_shared(gradient_checkpointing=checkpointing).train(), sequences_and_mask(*LENGTHS)
     out = shared(rows_of(ids, mask), roles=("policy", "value"))
-    (out["policy_logprobs"].sum() + out["values"].square().sum()).backward()
+    (out.policy_logprobs.sum() + out.token_values.square().sum()).backward()
     for name, p in shared.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) if p.requires_grad else p.grad is None, name
 
@@ -195,8 +195,8 @@ def test_a_loss_of_one_role_moves_that_role_alone(said: str, moved: set[str], st
 
 def test_without_entropy_gradient_entropies_carry_none() -> None:
     shared, (ids, mask) = tiny_shared(), sequences_and_mask(*LENGTHS)
-    assert not shared(rows_of(ids, mask), roles=("policy",))["policy_entropies"].requires_grad
-    assert shared(rows_of(ids, mask), roles=("policy",), entropy_gradient=True)["policy_entropies"].requires_grad
+    assert not shared(rows_of(ids, mask), roles=("policy",)).policy_entropies.requires_grad
+    assert shared(rows_of(ids, mask), roles=("policy",), entropy_gradient=True).policy_entropies.requires_grad
 
 
 # ---- a value on the policy's trunk -----------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ def test_a_borrowing_value_reads_the_policys_states(roles: tuple[str, ...]) -> N
             values += said[prompt - 1 : -1]
             final.append(said[-1])
     assert out.keys() == of_roles(*roles)
-    close(out["values"], values)
-    close(out["final_values"], final)
+    close(out.token_values, values)
+    close(out.final_values, final)
 
 
 def test_a_borrowing_value_costs_no_rows() -> None:
@@ -241,7 +241,7 @@ def test_the_loss_of_a_borrowing_value_moves_its_head_alone(checkpointing: bool)
     for value_coef in (0.0, 100.0):
         shared = borrowing(gradient_checkpointing=checkpointing).train()
         out = shared(rows_of(ids, mask), roles=("policy", "value"))
-        (out["policy_logprobs"].sum() + value_coef * out["values"].square().sum()).backward()
+        (out.policy_logprobs.sum() + value_coef * out.token_values.square().sum()).backward()
         gradients.append({name: p.grad for name, p in shared.named_parameters() if p.requires_grad})
     without, with_value = gradients
     for name, gradient in with_value.items():
@@ -249,7 +249,7 @@ def test_the_loss_of_a_borrowing_value_moves_its_head_alone(checkpointing: bool)
         assert torch.equal(gradient, without[name]) == name.startswith("base_model"), name
     states = []
     shared.scalar_heads["value"].register_forward_hook(lambda module, args, out: states.append(args[0]))
-    values = shared(rows_of(ids, mask), roles=("value",))["values"]
+    values = shared(rows_of(ids, mask), roles=("value",)).token_values
     assert not any(state.requires_grad for state in states)
     close(with_value["scalar_heads.value.weight"], 200 * values.detach() @ states[0])
     close(with_value["scalar_heads.value.bias"], 200 * values.detach().sum()[None])
@@ -283,7 +283,7 @@ def test_plain_peft_loads_the_policy_and_says_the_same(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "policy").eval()
     with torch.no_grad():
         logp = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-        close(shared(rows_of(ids, mask), roles=("policy", "value"))["policy_logprobs"], logp[mask[:, 1:]])
+        close(shared(rows_of(ids, mask), roles=("policy", "value")).policy_logprobs, logp[mask[:, 1:]])
         merged = model.merge_and_unload()(input_ids=ids).logits.log_softmax(-1)[:, :-1]
     close(merged.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]], logp[mask[:, 1:]])
 
@@ -386,11 +386,11 @@ def test_reference_is_a_frozen_copy_of_the_policys_start(start: Path) -> None:
     assert not any(p.requires_grad for name, p in shared.named_parameters() if ".reference." in name)
     with torch.no_grad():
         out = shared.train()(rows_of(ids, mask), roles=("policy", "value", "reference"))
-    assert torch.equal(out["policy_logprobs"], out["reference_logprobs"])
+    assert torch.equal(out.policy_logprobs, out.reference_logprobs)
     model = PeftModel.from_pretrained(tiny_llama(), start).eval()
     with torch.no_grad():
         logp = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-    close(out["reference_logprobs"], logp[mask[:, 1:]])
+    close(out.reference_logprobs, logp[mask[:, 1:]])
 
 
 def test_it_stays_where_it_was_when_the_policy_moves(start: Path) -> None:
@@ -400,11 +400,11 @@ def test_it_stays_where_it_was_when_the_policy_moves(start: Path) -> None:
     )
     optimizer = torch.optim.SGD([p for p in shared.parameters() if p.requires_grad], lr=0.1)
     before = shared(rows_of(ids, mask), roles=("policy", "reference"))
-    before["policy_logprobs"].sum().backward()
+    before.policy_logprobs.sum().backward()
     optimizer.step()
     after = shared(rows_of(ids, mask), roles=("policy", "reference"))
-    assert torch.equal(before["reference_logprobs"], after["reference_logprobs"])
-    assert not torch.allclose(before["policy_logprobs"], after["policy_logprobs"], atol=1e-3)
+    assert torch.equal(before.reference_logprobs, after.reference_logprobs)
+    assert not torch.allclose(before.policy_logprobs, after.policy_logprobs, atol=1e-3)
 
 
 def test_without_an_adapter_to_start_from_policy_is_reference_is_base() -> None:
@@ -414,7 +414,7 @@ def test_without_an_adapter_to_start_from_policy_is_reference_is_base() -> None:
         sequences_and_mask(*LENGTHS),
     )
     out = shared(rows_of(ids, mask), roles=("policy", "reference"))
-    assert torch.equal(out["policy_logprobs"], out["reference_logprobs"])
+    assert torch.equal(out.policy_logprobs, out.reference_logprobs)
     assert not [name for name, _ in shared.named_parameters() if ".reference." in name]
 
 

@@ -34,7 +34,7 @@ def batch(vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def said(model: WholeModel, layout: TokenLayout) -> Tensor:
-    return model(layout, roles=("policy",))["policy_logprobs"]
+    return model(layout, roles=("policy",)).policy_logprobs
 
 
 def weighted(logprobs: Tensor) -> Tensor:

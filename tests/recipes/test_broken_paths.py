@@ -31,30 +31,30 @@ temperature=0.9), **kw)
 TEMPERATURE_IN_UPDATE = """
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
-real = PPOTrainer._passes
+real = PPOTrainer.say
 
 
-def passes(self, *inputs):
+def say(self, *inputs):
     object.__setattr__(self.loss, "temperature", 0.9)
     return real(self, *inputs)
 
 
-PPOTrainer._passes = passes
+PPOTrainer.say = say
 """
 ADAPTER_IN_UPDATE = """
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
-real = PPOTrainer._passes
+real = PPOTrainer.say
 
 
-def passes(self, *inputs):
+def say(self, *inputs):
     for module in self.model.modules():
         if "policy" in getattr(module, "lora_A", ()):
             module.scaling["policy"] *= {factor}
     return real(self, *inputs)
 
 
-PPOTrainer._passes = passes
+PPOTrainer.say = say
 """
 ADAPTER_IN_SAMPLING = """
 import rlhf_toolkit.rollout.sampler as sampler

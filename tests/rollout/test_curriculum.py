@@ -74,7 +74,7 @@ def test_a_run_asks_with_the_scores_of_the_rollouts_before(tmp_path: Path) -> No
     asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     assert [each["rollout"] for each in asked] == [0, 1, 2] and asked[0]["scores"] == {}
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    text = {prompt.index: prompt.text for prompt in run.trainer.collector.prompts}
+    text = {prompt.index: prompt.text for prompt in run.trainer.maker.source.prompts}
     first = {sample["prompt"]: sample["score"] for sample in samples if sample["rollout"] == 1}
     assert {text[int(index)]: score for index, score in asked[1]["scores"].items()} == pytest.approx(first)
     assert set(asked[1]["chosen"][:4]) == set(range(12)) - set(asked[0]["chosen"]), "the unseen ones"

@@ -262,7 +262,7 @@ def test_log_probs_are_those_of_one_forward_pass() -> None:
         mask = torch.arange(ids.shape[1])[None] >= len(PROMPTS[index])
         with torch.no_grad():
             out = model()(rows_of(ids, mask), roles=("policy",), temperature=SAMPLING.temperature)
-        torch.testing.assert_close(logprobs[: len(response)], out["policy_logprobs"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logprobs[: len(response)], out.policy_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_top_k_of_one_is_greedy() -> None:

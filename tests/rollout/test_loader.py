@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 
 from rlhf_toolkit.rollout import loader
 from rlhf_toolkit.rollout.cutting import Plan
-from rlhf_toolkit.rollout.loader import OverMiniBatch, RolloutLoader, share_of_mini_batch
+from rlhf_toolkit.rollout.experience import Collected
+from rlhf_toolkit.rollout.loader import OverMiniBatch, RolloutLoader, Schedule, share_of_mini_batch
 from rlhf_toolkit.trainers.ppo import cut
 from rlhf_toolkit.types import Experience
 from tests.algorithms.batches import noise
@@ -119,13 +120,17 @@ def test_what_is_chosen_does_not_depend_on_the_order_of_rows_but_on_the_mini_bat
 def test_mini_batches_come_in_order_and_only_the_first_is_fresh(monkeypatch: Any) -> None:
     plans = {epoch: Plan([[[[0, 1]], [[2, 3]]], [[[4, 5]], [[6, 7]]]]) for epoch in (0, 1)}
     collected: list[int] = []
-    collector: Any = SimpleNamespace(
-        collect=lambda number: collected.append(number) or rollout(),
-        plan=lambda experience, number, *, epoch: plans[epoch],
-    )
-    sizes = {"num_rollouts": 3, "num_ppo_epochs": 2, "mini_batches": 2}
+    maker, model = Mock(), Mock()
+
+    def collect(given: Any, number: int) -> Collected:
+        assert given is model
+        collected.append(number)
+        return Collected(rollout())
+
+    maker.collect = collect
+    maker.responder.cutting.plan = lambda experience, number, *, epoch: plans[epoch]
     monkeypatch.setattr(loader, "rank", lambda: 1)
-    found = list(RolloutLoader(collector, **sizes, steps_done=lambda: 4))
+    found = list(RolloutLoader(maker, Schedule(3, 2, 2), model=lambda: model, steps_done=lambda: 4))
     assert collected == [1, 2], "one rollout of four steps has been done"
     assert [batch["row"].tolist() for batch in found] == [[2, 3], [6, 7]] * 4
     assert [batch["fresh"].item() for batch in found] == [True, False, False, False] * 2

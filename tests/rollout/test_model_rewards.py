@@ -68,10 +68,11 @@ def by_plain_peft(adapter: Path, sequences: torch.Tensor, lengths: list[int]) ->
 def test_the_reward_adapters_score_is_plain_pefts(tmp_path: Path, packing: str) -> None:
     adapter = write_reward_adapter(tmp_path / "adapter")
     changes = {"reward.function": "", "reward.adapter": str(adapter), "update.packing": packing}
-    collector = prepared(tmp_path, **changes).collector
-    experience = collector.collect(0)
+    trainer = prepared(tmp_path, **changes)
+    collected = trainer.maker.collect(trainer.model, 0)
+    experience = collected.tokens
     expected = by_plain_peft(adapter, experience.sequences, experience.lengths())
-    assert [sample["score"] for sample in collector.samples] == pytest.approx(expected, abs=1e-5)
+    assert [sample["score"] for sample in collected.samples] == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) > 4, "equal scores would not show which row is which"
 
 
@@ -88,26 +89,26 @@ def test_weights_of_function_adapter_and_model_add_up(tmp_path: Path) -> None:
         folder = tmp_path / f"run {name}"
         folder.mkdir()
         both = {"reward.adapter_weight": weights[0], "reward.model_weight": weights[1]}
-        collector = prepared(folder, **changes, **both).collector
-        collector.collect(0)
-        alone[name] = torch.tensor([float(sample["score"]) for sample in collector.samples])
+        trainer = prepared(folder, **changes, **both)
+        collected = trainer.maker.collect(trainer.model, 0)
+        alone[name] = torch.tensor([float(sample["score"]) for sample in collected.samples])
     function = alone["function"]
     expected = function + 0.5 * (alone["adapter"] - function) - 2.0 * (alone["model"] - function)
     torch.testing.assert_close(alone["all"], expected, rtol=1e-5, atol=1e-5)
-    assert {"reward/low_words", "reward/adapter", "reward/model"} <= collector.metrics.keys()
+    assert {"reward/low_words", "reward/adapter", "reward/model"} <= collected.metrics.keys()
 
 
 def test_the_value_starts_at_the_reward_adapters_score(tmp_path: Path) -> None:
     """After the last token the value is the score, exactly: same adapter, same head, one forward."""
     adapter = write_reward_adapter(tmp_path / "adapter")
     trainer = prepared(tmp_path, **{"reward.adapter": str(adapter), "model.value_adapter": str(adapter)})
-    experience = trainer.collector.collect(0)
-    layout = trainer.collector.cutting.layout(
+    experience = trainer.maker.collect(trainer.model, 0).tokens
+    layout = trainer.maker.responder.cutting.layout(
         experience.sequences, experience.prompt_lengths, experience.response_lengths
     )
     with torch.no_grad():
         out = trainer.model(layout, roles=("value", "reward"))
-    assert torch.equal(out["final_values"], out["reward_scores"]) and out["reward_scores"].std() > 0.01
+    assert torch.equal(out.final_values, out.reward_scores) and out.reward_scores.std() > 0.01
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert not any(".reward." in name for name in trained) and any(".value." in name for name in trained)
 

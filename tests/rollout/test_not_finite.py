@@ -73,9 +73,8 @@ ppo.backward = backward
 LOSS = """
 import rlhf_toolkit.trainers.ppo as ppo
 
-ppo.PPOTrainer._warming_up = lambda self: True
 real = ppo.PPOTrainer._reduction
-ppo.PPOTrainer._reduction = lambda self, *args: lambda loss: real(self, *args)(loss) * float("inf")
+ppo.PPOTrainer._reduction = lambda self, *args: lambda loss: real(self, *args)(loss) * float("nan")
 """
 FAULTS = {
     "a layer": (

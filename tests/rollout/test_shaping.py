@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.advantages import gae, reinforce_plus_plus, remax
 from rlhf_toolkit.algorithms.group_advantages import dr_grpo, grpo, opo, reinforce_plus_plus_baseline, rloo
+from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import ConfigError, DataError
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rewards.scores import Scores
-from rlhf_toolkit.rollout.decoding import Sampling
-from rlhf_toolkit.rollout.passes import Passes
+from rlhf_toolkit.rollout.prompt_source import PromptSource
 from rlhf_toolkit.rollout.sampled import Sampled, gather_rollout, sampled_here
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.rollout.test_collect import FINISHED, LENGTHS, PENALTY, shaped
+from tests.rollout.test_experience import FINISHED, LENGTHS, PENALTY, finished_by, maker_of, shaped
 
 KEPT = torch.tensor([True, True, False, True])
 
@@ -36,20 +39,19 @@ def test_rewards_of_tokens_are_paid_where_they_were_earned() -> None:
         torch.ones(4, 4, dtype=torch.long), torch.tensor(LENGTHS), torch.zeros(4, 4), torch.tensor(FINISHED)
     )
     sampled = sampled_here(batch, rollout, ["r"] * 4, scores, pad_id=0)
-    *_, collector = shaped()
-    shaping = replace(collector.shaping, scores=ScoreShaping(scale=2.0))
-    found = shaping.rewards(shaping.scores(sampled, budget=4), sampled, Passes(), kl_coef=None)
+    shaping = maker_of(reward_scale=2.0).shaping
+    found = shaping.rewards(ScoreShaping(scale=2.0)(sampled, budget=4), sampled, RoleOutputs(), kl_coef=None)
     assert [row[:n] for row, n in zip(found.tolist(), LENGTHS, strict=True)] == [[2 * r for r in row] for row in given]
 
 
 def test_the_kl_is_charged_to_the_policy_and_not_where_it_did_not_write() -> None:
-    _, sampled, passes, collector = shaped()
+    _, sampled, outputs, _, maker = shaped()
     written = torch.ones(4, 4, dtype=torch.bool)
     written[0, 1] = False
-    found = collector.shaping.rewards(torch.zeros(4), replace(sampled, written=written), passes, kl_coef=0.5)
+    found = maker.shaping.rewards(torch.zeros(4), replace(sampled, written=written), outputs, kl_coef=0.5)
     for b, length in enumerate(LENGTHS):
         for t in range(length):
-            x = (passes.old_logprobs[b, t] - passes.ref_logprobs[b, t]).item() if written[b, t] else 0.0
+            x = (outputs.policy_logprobs[b, t] - outputs.reference_logprobs[b, t]).item() if written[b, t] else 0.0
             assert found[b, t].item() == pytest.approx(-0.5 * x, abs=1e-6)
 
 
@@ -120,19 +122,18 @@ def test_a_response_is_measured_against_its_own_baseline() -> None:
 def with_baselines(kept: list[bool], scores: ScoreShaping) -> tuple[Sampled, list[tuple[bool, list[int]]]]:
     """The rows of ``shaped`` with baselines, and what was asked for: whether greedily, and which prompts. The greedy
     responses to prompts 3, 5 and 8 come in that order, the rows in another."""
-    _, sampled, _, collector = shaped(groups=torch.tensor([5, 8, 3, 5]))
-    collector.prompts = [Prompt(index, "p", (1,), {}) for index in (8, 3, 5)]
-    collector.position_of = {8: 0, 3: 1, 5: 2}
-    collector.shaping = replace(collector.shaping, scores=scores)
-    asked = []
+    sampled = shaped(groups=torch.tensor([5, 8, 3, 5])).sampled
+    maker, asked = maker_of(scores=scores), []
+    prompts = [Prompt(index, "p", (1,), {}) for index in (8, 3, 5)]
+    maker.source = PromptSource(prompts, PromptSchedule(3, 3, 0), responses_per_prompt=1)
 
-    def sample(shared: object, rows: PromptBatch, shares: object, sampling: Sampling, *, stream: object) -> Sampled:
-        asked.append((sampling.greedy, [prompt.index for prompt in rows.prompts]))
+    def responses(shared: object, rows: PromptBatch, shares: object, *, greedy: bool) -> Sampled:
+        asked.append((greedy, [prompt.index for prompt in rows.prompts]))
         found = replace(sampled.rows([0, 1, 2]), raw_scores=torch.tensor([0.3, 0.5, 0.8]), kept=torch.tensor(kept))
         return replace(found, groups=torch.tensor([3, 5, 8]), finished=torch.tensor([True, False, True]))
 
-    collector.sample = sample  # type: ignore[method-assign]
-    return collector._with_baselines(None, sampled), asked  # type: ignore[arg-type]
+    maker.responder.responses = responses  # type: ignore[method-assign,assignment]
+    return maker._with_baselines(Mock(spec=SharedBase), sampled), asked
 
 
 def test_a_rows_baseline_is_the_score_of_the_greedy_response_to_its_prompt() -> None:
@@ -174,13 +175,13 @@ def test_the_order_is_penalties_clip_scale_whitening() -> None:
 
 
 def test_a_dropped_response_counts_in_no_score_of_the_log() -> None:
-    *_, collector = shaped(kept=KEPT, scores=ScoreShaping())
-    _, sampled, *_ = shaped()
+    metrics = shaped(kept=KEPT, scores=ScoreShaping()).collected.metrics
+    sampled = shaped().sampled
     there = [sampled.raw_scores[b].item() for b in (0, 1, 3)]
     for name in ("critic/score", "critic/raw_score"):
-        assert collector.metrics[f"{name}/mean"] == pytest.approx(statistics.fmean(there), rel=1e-5)
-        assert collector.metrics[f"{name}/min"] == pytest.approx(min(there))
-    assert collector.metrics["reward/dropped"] == 1.0
+        assert metrics[f"{name}/mean"] == pytest.approx(statistics.fmean(there), rel=1e-5)
+        assert metrics[f"{name}/min"] == pytest.approx(min(there))
+    assert metrics["reward/dropped"] == 1.0
 
 
 # ---- estimators of one's own ----------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def test_gathered_rows_come_back_to_their_own_places() -> None:
 
 
 def test_what_an_environment_wrote_is_no_token_of_the_policy() -> None:
-    _, sampled, passes, collector = shaped(estimator=reinforce_plus_plus)
+    _, sampled, outputs, _, maker = shaped(estimator=reinforce_plus_plus)
     written = torch.ones(4, 4, dtype=torch.bool)
     written[3, 1:3] = False
     holed = replace(sampled, written=written)
@@ -275,14 +276,14 @@ def test_what_an_environment_wrote_is_no_token_of_the_policy() -> None:
         [True] * 4,
         [True, False, False, True],
     ]
-    assert torch.equal(collector._experience(holed, passes).response_mask, holed.token_mask)
+    assert torch.equal(finished_by(maker, holed, outputs).experience.response_mask, holed.token_mask)
 
 
 def test_only_a_response_that_was_cut_off_goes_on_with_the_value_of_its_end() -> None:
     """With lambda 0 the advantage of a last token is its TD error."""
-    experience, sampled, passes, _ = shaped(truncated="bootstrap", kl_in_reward=False, gae_lambda=0.0)
+    experience, sampled, outputs, *_ = shaped(truncated="bootstrap", kl_in_reward=False, gae_lambda=0.0)
     for b, length in enumerate(LENGTHS):
         score = sampled.raw_scores[b].item() - (0 if FINISHED[b] else PENALTY)
-        following = 0.0 if FINISHED[b] else passes.final_values[b].item()
-        expected = score + 0.9 * following - passes.values[b, length - 1].item()
+        following = 0.0 if FINISHED[b] else outputs.final_values[b].item()
+        expected = score + 0.9 * following - outputs.token_values[b, length - 1].item()
         assert experience.advantages[b, length - 1].item() == pytest.approx(expected, rel=1e-5)

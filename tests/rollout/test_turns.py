@@ -149,7 +149,7 @@ def test_the_policy_reads_the_answers_and_no_loss_sees_them(tmp_path: Path) -> N
     change of an answer's log-prob changes nothing."""
     run = prepare(experiment_from_dict(task(tmp_path, "tool")))
     run.progress.bar.close()
-    experience = run.trainer.collector.collect(0)
+    experience = run.trainer.maker.collect(run.trainer.model, 0).tokens
     written, width = experience.token_mask, experience.token_mask.shape[1]
     real = torch.arange(width) < experience.response_lengths[:, None]
     answers = real & ~written

@@ -16,10 +16,13 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.policy_losses import vanilla
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.rollout.deferred import UpdatePolicyRecord
+from rlhf_toolkit.rollout.loader import Schedule
 from rlhf_toolkit.runs.assembly import make_loss, make_shaping
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
-from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss, Said
+from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
 from rlhf_toolkit.types import Experience
 from tests.algorithms.batches import MASK, like_mask, real
 from tests.tiny import merged, write_task
@@ -56,12 +59,13 @@ def batch() -> Experience:
     )
 
 
-def said() -> Said:
+def said() -> RoleOutputs:
     """What the roles say now, with gradients."""
-    return Said(*(like_mask(seed, scale=0.5).requires_grad_() for seed in (10, 11, 12)))
+    names = ("policy_logprobs", "policy_entropies", "token_values")
+    return RoleOutputs({name: like_mask(10 + i, scale=0.5).requires_grad_() for i, name in enumerate(names)})
 
 
-def priced(loss: PPOLoss, experience: Experience, now: Said, *, policy_weight: float = 1.0) -> Tensor:
+def priced(loss: PPOLoss, experience: Experience, now: RoleOutputs, *, policy_weight: float = 1.0) -> Tensor:
     """The loss of the whole mini-batch."""
     reduce = partial(aggregate, mask=MASK, mode=loss.loss_aggregation, tokens=17, sequences=5, width=7)
     given = {"selected": None, "reduce": reduce, "kl_coef": KL_COEF, "policy_weight": policy_weight}
@@ -77,7 +81,7 @@ def test_loss_and_gradients_are_the_formula_written_out(policy_weight: float) ->
     loss.backward()
     total = 0.0
     for at in real():
-        logprob, entropy, value = (column[at].item() for column in (now.logprobs, now.entropies, now.values))
+        logprob, entropy, value = (column[at].item() for column in now.values())
         old, ref, sampler, old_value, advantage, target = (
             getattr(experience, name)[at].item()
             for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns")
@@ -90,27 +94,27 @@ def test_loss_and_gradients_are_the_formula_written_out(policy_weight: float) ->
         limited = min(max(value, old_value - 0.4), old_value + 0.4)
         total += policy_weight * policy + 0.7 * max((value - target) ** 2, (limited - target) ** 2) / 2
         free = (value - target) ** 2 >= (limited - target) ** 2
-        assert now.logprobs.grad[at].item() == pytest.approx(policy_weight * slope / 17, rel=1e-4, abs=1e-7)
-        assert now.entropies.grad[at].item() == pytest.approx(policy_weight * -0.2 / 17, rel=1e-5)
-        assert now.values.grad[at].item() == pytest.approx(
+        assert now.policy_logprobs.grad[at].item() == pytest.approx(policy_weight * slope / 17, rel=1e-4, abs=1e-7)
+        assert now.policy_entropies.grad[at].item() == pytest.approx(policy_weight * -0.2 / 17, rel=1e-5)
+        assert now.token_values.grad[at].item() == pytest.approx(
             0.7 * (value - target) / 17 if free else 0.0, rel=1e-4, abs=1e-7
         )
     assert loss.item() == pytest.approx(total / 17, rel=1e-5)
-    for column in (now.logprobs, now.entropies, now.values):
+    for column in now.values():
         assert not column.grad[~MASK].any()
 
 
 def test_without_critic_and_kl_only_policy_and_entropy_are_left() -> None:
-    experience, now = batch(), replace_values(said())
+    experience, now = batch(), without_values(said())
     whole = priced(replace(LOSS, kl_in_loss=False), experience, now)
     policy_alone = priced(replace(LOSS, kl_in_loss=False, entropy_coef=0.0), experience, now)
-    mean_entropy = sum(now.entropies[at].item() for at in real()) / 17
+    mean_entropy = sum(now.policy_entropies[at].item() for at in real()) / 17
     assert whole.item() == pytest.approx(policy_alone.item() - 0.2 * mean_entropy, rel=1e-5)
 
 
-def replace_values(now: Said) -> Said:
+def without_values(now: RoleOutputs) -> RoleOutputs:
     """The same without a critic."""
-    return now._replace(values=None)
+    return RoleOutputs(policy_logprobs=now.policy_logprobs, policy_entropies=now.policy_entropies)
 
 
 def test_a_loss_of_ones_own_is_masked_like_the_others() -> None:
@@ -150,7 +154,7 @@ def test_updates_stop_above_the_kl_of_the_policy_to_that_at_rollout() -> None:
         trainer = stub(loss=replace(LOSS, kl_stop=limit), _kl_sums=torch.zeros(2), _stopped=False)
         for difference in differences:
             PPOTrainer._watch_kl(trainer, torch.zeros(5, 7), difference, MASK)
-        PPOTrainer._decide_whether_to_go_on(trainer)
+        PPOTrainer.decide_whether_to_go_on(trainer)
         assert trainer._stopped == stops and not trainer._kl_sums.any()
 
 
@@ -158,17 +162,23 @@ def test_warm_up_ends_with_the_last_update_of_its_last_rollout() -> None:
     """Two rollouts of three epochs and two mini-batches are the steps 0 to 11."""
     loss = replace(LOSS, value_warmup_rollouts=2)
     steps = range(14)
-    warm = [PPOTrainer._warming_up(stub(loss=loss, schedule=(9, 3, 2), state=stub(global_step=n))) for n in steps]
+    trainers = [stub(loss=loss, schedule=Schedule(9, 3, 2), state=stub(global_step=n)) for n in steps]
+    warm = [PPOTrainer.warming_up.fget(trainer) for trainer in trainers]
     assert warm == [True] * 12 + [False] * 2
 
 
 def test_old_log_probs_that_the_update_makes_itself_are_constants() -> None:
     """Or the ratio's gradient would cancel."""
     experience, now = replace(batch(), old_logprobs=None), said()
-    trainer = stub(_keep_unscored=lambda *_: None)
-    old = PPOTrainer._old_logprobs(trainer, experience, now, check=False)
-    assert torch.equal(old, now.logprobs) and not old.requires_grad
-    assert PPOTrainer._old_logprobs(trainer, batch(), now, check=False) is not now.logprobs
+    maker, record = stub(checks=None), UpdatePolicyRecord()
+    for deferred in (None, stub()):
+        trainer = stub(maker=maker, rollouts=stub(newest=stub(deferred=deferred)), _policy_record=record)
+        old = PPOTrainer.old_logprobs(trainer, experience, now, check=False)
+        assert torch.equal(old, now.policy_logprobs) and not old.requires_grad
+    known = batch()
+    trainer = stub(maker=maker, rollouts=stub(newest=stub(deferred=None)))
+    assert PPOTrainer.old_logprobs(trainer, known, now, check=False) is known.old_logprobs
+    assert record, "what the policy says is kept for the rollout's metrics"
 
 
 def test_a_knob_of_the_experiment_becomes_the_knob_of_that_name(tmp_path: Path) -> None:

@@ -75,15 +75,15 @@ def moved(shared: SharedBase) -> None:
 
 def test_loss_and_gradient_equal_ppo_written_out(trainer: PPOTrainer) -> None:
     shared = trainer.model
-    collector = trainer.collector
-    experience = with_gap(collector.collect(0))
-    plan = collector.plan(experience, 0, epoch=0)
+    trainer.rollouts.newest = trainer.maker.collect(shared, 0)
+    experience = with_gap(trainer.rollouts.newest.tokens)
+    plan = trainer.maker.responder.cutting.plan(experience, 0, epoch=0)
     mini_batch = share_of_mini_batch(experience, plan.batches[0], 0, fresh=False)
     moved(shared)
     parts = cut(mini_batch)
     assert len(parts) > 1, "one micro-batch would not test the cut"
 
-    losses = [trainer.compute_loss(shared, part) for part in parts]
+    losses = [trainer.micro_batch_loss(shared, part) for part in parts]
     torch.stack(losses).sum().backward()
     gradients = {name: p.grad.clone() for name, p in shared.named_parameters() if p.grad is not None}
     shared.zero_grad()
@@ -105,7 +105,7 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
     lengths = batch["response_lengths"].tolist()
     layout = padded_layout(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
     out = trainer.model(layout, roles=("policy", "value"), temperature=knobs.temperature, entropy_gradient=True)
-    split = [out[name].split(lengths) for name in ("policy_logprobs", "policy_entropies", "values")]
+    split = [out[name].split(lengths) for name in ("policy_logprobs", "policy_entropies", "token_values")]
     rows = [b for b, mask in enumerate(batch["response_mask"].tolist()) if any(mask)]
     tokens = sum(lengths[b] for b in rows)
     importance = weights_written_out(batch, lengths, knobs.correction)
@@ -124,7 +124,7 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
             total = total - weight * knobs.entropy_coef * entropy
             if knobs.kl_in_loss:
                 y = ref - logprob
-                total = total + weight * trainer.collector.kl_control.coefficient * (torch.exp(y) - 1 - y)
+                total = total + weight * trainer.maker.kl_control.coefficient * (torch.exp(y) - 1 - y)
     return total
 
 

@@ -23,7 +23,8 @@ from rlhf_toolkit.distributed.topology import Topology, sharded_loading
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
-from rlhf_toolkit.models.shared_base import ON_ADAPTER, POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE, SharedBase
+from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE
+from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 
 REWARD_HEAD = "reward_head.safetensors"
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions

@@ -22,14 +22,12 @@ from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
 from rlhf_toolkit.models.renamed import cache_argument, recompute_layers
+from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
+from rlhf_toolkit.models.roles import LANGUAGE_ROLES, POLICY, REWARD, SCALAR_ROLES, TRAINED_ROLES, VALUE
 from rlhf_toolkit.models.slot_cache import full_attention_only
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
-POLICY, VALUE, REFERENCE, REWARD = "policy", "value", "reference", "reward"
-LANGUAGE_ROLES = (POLICY, REFERENCE)
-SCALAR_ROLES = (VALUE, REWARD)
-TRAINED_ROLES = (POLICY, VALUE)
 ON_ADAPTER, ON_POLICY_TRUNK, NOWHERE = "adapter", "policy_trunk", "nowhere"
 CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
 UNFIT = {
@@ -107,7 +105,7 @@ class SharedBase(PeftModel):
         roles: Sequence[str],
         temperature: float = 1.0,
         entropy_gradient: bool = False,
-    ) -> dict[str, torch.Tensor]:
+    ) -> RoleOutputs:
         """Run ``roles`` over the same sequences and return what each says about the response tokens.
 
         Args:
@@ -118,22 +116,22 @@ class SharedBase(PeftModel):
             entropy_gradient: whether the policy's entropies are part of a loss; without, they carry no gradient.
 
         Returns:
-            ``{role}_logprobs`` (K,) and ``{role}_entropies`` (K,) for policy and reference; ``values`` (K,), the head's
-            output on the prefix *before* each response token, and ``final_values`` (B,), after the last one;
-            ``reward_scores`` (B,), read at the last response token. All fp32, in row-major order of the sequences.
+            What they say, in row-major order of the sequences: columns of tokens (K,), columns of sequences (B,).
         """
         trunks = self.trunks(roles)
         states_of = dict(zip(trunks, self._states(layout, trunks), strict=True))
-        outputs: dict[str, torch.Tensor] = {}
+        outputs = RoleOutputs()
         for role in roles:
             states = states_of[POLICY].detach() if self._borrows(role) else states_of[role]
             if role in LANGUAGE_ROLES:
                 logprobs, entropies = self.policy_head(
                     states.index_select(0, layout.before), layout.targets, temperature, entropy_gradient
                 )
-                outputs[f"{role}_logprobs"], outputs[f"{role}_entropies"] = logprobs, entropies
+                outputs[f"{role}_logprobs"] = logprobs
+                if role == POLICY:
+                    outputs["policy_entropies"] = entropies
             elif role == VALUE:
-                outputs["values"] = self.scalar_heads[VALUE](states.index_select(0, layout.before))
+                outputs["token_values"] = self.scalar_heads[VALUE](states.index_select(0, layout.before))
                 outputs["final_values"] = self.scalar_heads[VALUE](states.index_select(0, layout.last))
             else:
                 outputs["reward_scores"] = self.scalar_heads[REWARD](states.index_select(0, layout.last))

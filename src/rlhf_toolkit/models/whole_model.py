@@ -17,7 +17,9 @@ from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.attention import trunk_inputs
 from rlhf_toolkit.models.renamed import recompute_layers
-from rlhf_toolkit.models.shared_base import POLICY, refuse_architecture, refuse_empty
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import POLICY
+from rlhf_toolkit.models.shared_base import refuse_architecture, refuse_empty
 from rlhf_toolkit.models.trained_head import TrainedHead
 
 
@@ -54,7 +56,7 @@ class WholeModel(PreTrainedModel):
         if gradient_checkpointing:
             recompute_layers(base, {"use_reentrant": False})
 
-    def forward(self, layout: TokenLayout, *, roles: Sequence[str] = (POLICY,)) -> dict[str, torch.Tensor]:
+    def forward(self, layout: TokenLayout, *, roles: Sequence[str] = (POLICY,)) -> RoleOutputs:
         """What the model says about the K response tokens of ``layout``: ``policy_logprobs`` and ``policy_entropies``
         (K,), fp32; entropies carry no gradient. There is no role but ``policy``."""
         assert tuple(roles) == (POLICY,), roles
@@ -64,7 +66,7 @@ class WholeModel(PreTrainedModel):
         if states.is_cuda:
             states = states.to(self.products)
         logprobs, entropies = self.policy_head(states, layout.targets, 1.0, False)
-        return {f"{POLICY}_logprobs": logprobs, f"{POLICY}_entropies": entropies}
+        return RoleOutputs(policy_logprobs=logprobs, policy_entropies=entropies)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Without autocast's cache: it would hold a rounded copy of every weight until the end of the forward pass, of

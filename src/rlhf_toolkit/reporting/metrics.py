@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.importance import Correction, effective_sample_share, mean_weight
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_mean, masked_sum
-from rlhf_toolkit.types import Experience, present
+from rlhf_toolkit.types import Experience
 
 
 def spread(name: str, values: Tensor) -> dict[str, float]:
@@ -31,7 +31,7 @@ def rollout_metrics(
     """What sampling and the role pass gave. ``scores`` (n,) after shaping and ``rewards`` (n, R) after the KL are of
     the responses that have a score. Without a value role nothing is said about values."""
     mask = experience.response_mask
-    advantages, returns = (present(column)[mask] for column in (experience.advantages, experience.returns))
+    advantages, returns = experience.advantages[mask], experience.returns[mask]
     metrics = {
         **spread("critic/score", scores),
         **spread("critic/raw_score", raw_scores),
@@ -103,9 +103,7 @@ def policy_metrics(
         "rollout/logprob_gap_max": gap[token_mask].max().item(),
     }
     if ref_logprobs is not None:
-        kl = kl_penalty(old_logprobs, ref_logprobs, token_mask, estimator=kl_estimator)
-        # As in verl: over tokens first, then over responses.
-        metrics["actor/reward_kl_penalty"] = (kl.sum(1) / token_mask.sum(1)).mean().item()
+        metrics["actor/reward_kl_penalty"] = penalty_kl(old_logprobs, ref_logprobs, token_mask, kl_estimator)
         metrics |= reference_kl(old_logprobs, ref_logprobs, token_mask)
     weights = correction.weights(old_logprobs, rollout_logprobs, trained)
     if weights is not None:
@@ -113,6 +111,12 @@ def policy_metrics(
         metrics["rollout/importance_capped"] = correction.cut_share(weights, trained).item()
         metrics["rollout/importance_ess"] = effective_sample_share(weights, trained).item()
     return metrics
+
+
+def penalty_kl(old_logprobs: Tensor, ref_logprobs: Tensor, token_mask: Tensor, estimator: str) -> float:
+    """The mean KL of a rollout by ``estimator``: over a response's tokens first and then over responses, as in verl."""
+    kl = kl_penalty(old_logprobs, ref_logprobs, token_mask, estimator=estimator)
+    return (kl.sum(1) / token_mask.sum(1)).mean().item()
 
 
 def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, float]:

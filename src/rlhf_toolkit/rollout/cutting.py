@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
-from rlhf_toolkit.data.packing import Rows, packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.data.segments import Tokens
 from rlhf_toolkit.distributed.collectives import world_size
 from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.types import Experience
+from rlhf_toolkit.types import RolloutTokens
 
 Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
 
@@ -40,18 +40,29 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How a rollout is cut into optimizer steps and forward passes."""
+    """How a rollout is cut into optimizer steps and forward passes. ``role_tokens``: the most tokens of one role in a
+    forward pass; ``seed``: from which every pass's mini-batches are drawn."""
 
     mini_batches: int
     role_tokens: int
     packing: bool = False
+    seed: int = 0
 
     @property
     def layout(self) -> Layout:
         """Sequences (n, T) and both lengths (n,) to the layout of a forward pass."""
         return packed_layout if self.packing else padded_layout
 
-    def among_ranks(self, rows: Sequence[int], sampled: Sampled | Experience) -> list[list[Rows]]:
+    def plan(self, rows: Sampled | RolloutTokens, rollout: int, *, epoch: int) -> Plan:
+        """How pass number ``epoch`` over rollout number ``rollout`` is cut. The role pass has the plan of epoch 0."""
+        parts = mini_batches(len(rows), self.mini_batches, seed=self.seed, rollout=rollout, epoch=epoch)
+        return Plan([self.among_ranks(part, rows) for part in parts])
+
+    def in_order(self, sampled: Sampled) -> Plan:
+        """One pass over rows in their own order, on which nothing is trained."""
+        return Plan([self.among_ranks(range(len(sampled)), sampled)])
+
+    def among_ranks(self, rows: Sequence[int], sampled: Sampled | RolloutTokens) -> list[list[Rows]]:
         """``[rank][micro-batch]`` to row numbers, for a mini-batch of ``rows``."""
         cut = {"ranks": world_size(), "budget": self.role_tokens}
         lengths = sampled.lengths()

@@ -1,4 +1,6 @@
-"""What an evaluation says of a rollout: a value for each prompt and each quantity, whose mean over prompts counts."""
+"""An evaluation: answers to held-out prompts, and a value for each prompt and quantity, whose mean over prompts counts.
+
+A run evaluates with these functions while it trains, and ``rlhf evaluate`` with the same."""
 
 from __future__ import annotations
 
@@ -10,10 +12,52 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.evaluation import majority_at_k, pass_at_k
 from rlhf_toolkit.errors import DataError, shortened
+from rlhf_toolkit.models.roles import POLICY, REFERENCE
+from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout.sampled import Sampled
+from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
+from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
+from rlhf_toolkit.types import Prompt
+
+GREEDY = 0
+"""Instead of a number of samples: one greedy response to each prompt."""
 
 Values = dict[str, list[float]]
-Answers = Callable[[list[str]], Sequence[Hashable | None]]
+ReadAnswers = Callable[[list[str]], Sequence[Hashable | None]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Responses to held-out prompts, rows in the order of the prompts; scores and KL (B,), None where nobody asked for
+    the KL."""
+
+    sampled: Sampled
+    scores: Tensor
+    kl: Tensor | None
+
+    @property
+    def rewards(self) -> dict[str, Tensor]:
+        """(B,) ``score``, NaN where there is none, and each reward where there are several."""
+        return {"score": torch.where(self.sampled.kept, self.scores, torch.nan), **single_rewards(self.sampled)}
+
+
+def answers(
+    responder: ScoredSampler, shared: SharedBase, prompts: Sequence[Prompt], *, samples: int, kl: bool
+) -> Answers:
+    """``samples`` responses to each prompt, or ``GREEDY`` ones, with scores that are not whitened. A collective, only
+    inside ``ScoredSampler.opened``.
+
+    They are sampled as in training, from the same random numbers in every evaluation. With ``kl`` policy and reference
+    run over them.
+    """
+    rows = rollout_rows(prompts, max(samples, 1))
+    shares = in_turn(len(rows))
+    sampled = responder.responses(shared, rows, shares, stream=("evaluation",), greedy=samples == GREEDY)
+    found = None
+    if kl:
+        said = responder.say(shared, sampled, responder.cutting.in_order(sampled), roles=(POLICY, REFERENCE))
+        found = response_kl(said.policy_logprobs, said.reference_logprobs, sampled.token_mask)
+    return Answers(sampled, responder.unwhitened_scores(sampled), found)
 
 
 @dataclass(frozen=True)
@@ -22,7 +66,7 @@ class Passing:
     it has none; without that function there is no vote."""
 
     at: float
-    answers: Answers | None = None
+    answers: ReadAnswers | None = None
 
     def values(self, sampled: Sampled, scores: Tensor) -> Values:
         """``pass@k`` and ``maj@k`` for k = 1, 2, 4, ... up to the samples of a prompt. A response without a score does

@@ -12,15 +12,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.data.packing import Rows
 from rlhf_toolkit.distributed.collectives import rank
-from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.experience import Collected, ExperienceMaker
 from rlhf_toolkit.seeding import derived_generator
-from rlhf_toolkit.types import Experience, present
+from rlhf_toolkit.types import Experience, RolloutTokens
 
 MiniBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many rollouts a run has, and how many updates a rollout: ``epochs`` passes of ``mini_batches`` each."""
+
+    rollouts: int
+    epochs: int
+    mini_batches: int
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on each rollout."""
+        return self.epochs * self.mini_batches
+
+    def rollout_of(self, step: int) -> int:
+        """The number of the rollout on which optimizer step number ``step``, from 0, is made."""
+        return step // self.updates_per_rollout
 
 
 @dataclass(frozen=True)
@@ -37,19 +56,20 @@ class OverMiniBatch:
 
     @property
     def anything(self) -> bool:
-        """Whether there is something to do; else an experience that the update completes is left as it is."""
+        """Whether there is something to do."""
         return self.whiten or self.select is not None
 
     def columns(self, experience: Experience, rows: Rows, stream: Sequence[int]) -> dict[str, torch.Tensor]:
         """Columns for ``rows`` that replace or join those of the experience; ``stream`` names the mini-batch."""
         ordered = sorted(rows)  # what is drawn must not depend on how ranks share the rows
-        mask, advantages = experience.response_mask[ordered], present(experience.advantages)[ordered]
+        mask, advantages = experience.response_mask[ordered], experience.advantages[ordered]
         columns = {}
         if self.whiten:
             columns["advantages"] = advantages = centre_and_scale(advantages, mask)
         if self.select is not None:
+            assert experience.old_logprobs is not None, "Needs.old_logprobs has the policy run before such a loss"
             columns["selected"] = self.select(
-                logprobs=present(experience.old_logprobs)[ordered],
+                logprobs=experience.old_logprobs[ordered],
                 advantages=advantages,
                 mask=mask,
                 generator=derived_generator(self.seed, "selected", *stream),
@@ -64,45 +84,49 @@ class RolloutLoader:
     Besides the fields of ``Experience`` it holds ``row`` (n,), the rows' numbers in the rollout, ``micro_batch`` (n,),
     the number of the micro-batch each row belongs to, and ``token_count`` and ``sequence_count`` of the whole
     mini-batch over all ranks, which losses are divided by; ``fresh`` is True when no update has happened since the
-    rollout.
+    rollout. Where the experience is deferred, the fields are those of ``RolloutTokens``.
+
+    Args:
+        maker: makes each rollout's experience.
+        model: gives the engine, which exists only once training has begun.
+        steps_done: tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed from.
     """
+
+    newest: Collected
+    """The rollout whose mini-batches come out now."""
 
     def __init__(
         self,
-        collector: Collector,
+        maker: ExperienceMaker,
+        schedule: Schedule,
         *,
-        num_rollouts: int,
-        num_ppo_epochs: int,
-        mini_batches: int,
+        model: Callable[[], nn.Module],
         steps_done: Callable[[], int],
         over_mini_batch: OverMiniBatch = OverMiniBatch(),
     ) -> None:
-        """``steps_done`` tells the optimizer steps taken before this pass began: 0, or those of the checkpoint resumed
-        from."""
-        self.collector, self.steps_done, self.over_mini_batch = collector, steps_done, over_mini_batch
-        self.num_rollouts, self.num_ppo_epochs, self.mini_batches = num_rollouts, num_ppo_epochs, mini_batches
+        self.maker, self.schedule, self.model = maker, schedule, model
+        self.steps_done, self.over_mini_batch = steps_done, over_mini_batch
 
     def __len__(self) -> int:
         """Optimizer steps in the run."""
-        return self.num_rollouts * self.num_ppo_epochs * self.mini_batches
+        return self.schedule.rollouts * self.schedule.updates_per_rollout
 
     def __iter__(self) -> Iterator[MiniBatch]:
-        first = self.steps_done() // (self.num_ppo_epochs * self.mini_batches)
-        for rollout in range(first, self.num_rollouts):
-            experience = self.collector.collect(rollout)
-            for epoch in range(self.num_ppo_epochs):
-                plan = self.collector.plan(experience, rollout, epoch=epoch)
+        for rollout in range(self.schedule.rollout_of(self.steps_done()), self.schedule.rollouts):
+            self.newest = self.maker.collect(self.model(), rollout)
+            tokens = self.newest.tokens
+            for epoch in range(self.schedule.epochs):
+                plan = self.maker.responder.cutting.plan(tokens, rollout, epoch=epoch)
                 for number, shares in enumerate(plan.batches):
-                    fresh = epoch == 0 and number == 0
-                    everyone = [row for share in shares for rows in share for row in rows]
-                    columns = None
-                    if self.over_mini_batch.anything:
-                        columns = self.over_mini_batch.columns(experience, everyone, (rollout, epoch, number))
-                    yield share_of_mini_batch(experience, shares, rank(), fresh=fresh, columns=columns)
+                    columns = {}
+                    if isinstance(tokens, Experience) and self.over_mini_batch.anything:
+                        everyone = [row for share in shares for rows in share for row in rows]
+                        columns = self.over_mini_batch.columns(tokens, everyone, (rollout, epoch, number))
+                    yield share_of_mini_batch(tokens, shares, rank(), fresh=epoch == number == 0, columns=columns)
 
 
 def share_of_mini_batch(
-    experience: Experience,
+    tokens: RolloutTokens,
     shares: list[list[Rows]],
     number: int,
     *,
@@ -112,12 +136,12 @@ def share_of_mini_batch(
     """Rank ``number``'s rows of a mini-batch. ``fresh``: no update has happened since the rollout, so ratios must be
     1. ``columns`` are further ones, with a row for each of the mini-batch in the order of ``shares``."""
     everyone = [row for share in shares for rows in share for row in rows]
-    mask = experience.response_mask[everyone]
+    mask = tokens.response_mask[everyone]
     mine = shares[number]
     numbers = [row for rows in mine for row in rows]
     first = sum(len(rows) for share in shares[:number] for rows in share)
     return {
-        **experience.rows(numbers),
+        **tokens.rows(numbers),
         **{name: column[first : first + len(numbers)] for name, column in (columns or {}).items()},
         "row": torch.tensor(numbers),
         "micro_batch": torch.tensor([i for i, rows in enumerate(mine) for _ in rows]),

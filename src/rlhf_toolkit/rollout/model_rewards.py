@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.models.reward_model import RewardModel
-from rlhf_toolkit.models.shared_base import REWARD, SharedBase
-from rlhf_toolkit.rollout.cutting import Cutting, Plan
-from rlhf_toolkit.rollout.passes import score
+from rlhf_toolkit.models.roles import REWARD
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.rollout.cutting import Cutting
+from rlhf_toolkit.rollout.role_pass import run_role_pass
 from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.types import Prompt, present
+from rlhf_toolkit.types import Prompt
 
 
 class ModelReward(Protocol):
@@ -38,8 +39,8 @@ class AdapterReward:
 
     def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
         """One pass of the reward role over the rollout."""
-        plan = Plan([self.cutting.among_ranks(range(len(sampled)), sampled)])
-        return present(score(shared, sampled, plan, self.cutting.layout, 1.0, roles=(REWARD,)).reward_scores)
+        plan, layout = self.cutting.in_order(sampled), self.cutting.layout
+        return run_role_pass(shared, sampled, plan, layout, temperature=1.0, roles=(REWARD,)).reward_scores
 
 
 @dataclass

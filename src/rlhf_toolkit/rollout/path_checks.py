@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 from rlhf_toolkit.algorithms.deviation import Deviation
 from rlhf_toolkit.distributed.collectives import rank
 from rlhf_toolkit.errors import TrainingPathError
-from rlhf_toolkit.models.shared_base import POLICY, VALUE, SharedBase
-from rlhf_toolkit.rollout.cutting import Layout, Plan
-from rlhf_toolkit.rollout.passes import Passes, score
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import POLICY, REFERENCE, VALUE
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.rollout.cutting import Plan
 from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.types import present
 
 NUDGED = 8  # one column of the embeddings in so many; from one in 1 to one in 576 the deviation is the same
 
 WAY_OUT = "if rounding makes more of it here than was measured, set ppo.first_ratio_tolerance above"
+
+
+class RolePass(Protocol):
+    """The role pass over a rollout that is given already."""
+
+    def __call__(self, plan: Plan, *, roles: Sequence[str]) -> RoleOutputs:
+        """What ``roles`` say about the rows of ``plan``."""
 
 
 @dataclass
@@ -38,43 +45,36 @@ class PathChecks:
     _warned: bool = field(default=False, init=False)
 
     def look(
-        self,
-        shared: SharedBase,
-        sampled: Sampled,
-        passes: Passes,
-        plan: Plan,
-        layout: Layout,
-        temperature: float,
-        rollout: int,
+        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, say: RolePass, rollout: int
     ) -> None:
-        """Measure rounding, once and where the policy was scored. A collective, inside the sampler's window.
+        """Measure rounding, once and where the policy ran; ``say`` repeats the role pass. A collective, inside the
+        sampler's window.
 
         Raises TrainingPathError in rollout 0 where the model computes something else while it trains.
         """
-        if self.rounding is not None or passes.old_logprobs is None:
+        if self.rounding is not None or not outputs.says(POLICY):
             return
-        mask, old = sampled.token_mask, passes.old_logprobs
-        scored = partial(score, shared, sampled, layout=layout, temperature=temperature)
+        mask, old = sampled.token_mask, outputs.policy_logprobs
         with nudged(shared.causal_lm.get_input_embeddings()):
-            again = scored(plan, roles=(POLICY,))
-        self.rounding = Deviation.between(present(again.old_logprobs)[mask], old[mask])
+            again = say(plan, roles=(POLICY,))
+        self.rounding = Deviation.between(again.policy_logprobs[mask], old[mask])
         with self._stops_only_the_first(rollout):
-            self._check_training_mode(shared, sampled, passes, plan, scored)
+            self._check_training_mode(shared, sampled, outputs, plan, say)
 
     def _check_training_mode(
-        self, shared: SharedBase, sampled: Sampled, passes: Passes, plan: Plan, scored: Callable[..., Passes]
+        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, say: RolePass
     ) -> None:
-        """The ranks' first micro-batches again, as they were scored and in training mode: the same rows give the same
-        bits, or what this hardware makes of them, so that even little dropout shows."""
+        """The ranks' first micro-batches again, once as they were and once in training mode: the same rows give the
+        same bits, or what this hardware makes of them, so that even little dropout shows."""
         first = plan.first
         rows = sorted(row for share in first.batches[0] for micro in share for row in micro)
-        roles = (POLICY,) if passes.values is None else (POLICY, VALUE)
-        mask, old = sampled.token_mask[rows], present(passes.old_logprobs)[rows]
+        roles = (POLICY, VALUE) if outputs.says(VALUE) else (POLICY,)
+        mask, old = sampled.token_mask[rows], outputs.policy_logprobs[rows]
         repeated, training = [], shared.training
         try:
             for mode in (False, True):
                 shared.train(mode)
-                repeated.append(Deviation.between(present(scored(first, roles=roles).old_logprobs)[mask], old[mask]))
+                repeated.append(Deviation.between(say(first, roles=roles).policy_logprobs[mask], old[mask]))
         finally:
             shared.train(training)
         unexplained = repeated[1].beyond(repeated[0])
@@ -84,15 +84,15 @@ class PathChecks:
                 "another noise that its config does not name: switch it off there, or set ppo.first_ratio_tolerance"
             )
 
-    def check_scoring(self, sampled: Sampled, passes: Passes, rollout: int) -> None:
+    def check_role_pass(self, sampled: Sampled, outputs: RoleOutputs, rollout: int) -> None:
         """Sampling and training see one policy; before the first update the policy is the reference.
 
         Raises TrainingPathError in rollout 0.
         """
-        if passes.old_logprobs is None:
+        if not outputs.says(POLICY):
             return
         mask = sampled.token_mask
-        old = passes.old_logprobs[mask]
+        old = outputs.policy_logprobs[mask]
         gap = Deviation.between(sampled.rollout_logprobs[mask], old)
         with self._stops_only_the_first(rollout):
             if (unexplained := self._unexplained(gap)) is not None:
@@ -101,8 +101,8 @@ class PathChecks:
                     "are dropout, a temperature on one side only, or an output layer that the toolkit does not know; "
                     f"{WAY_OUT} {gap.mean:.2g}"
                 )
-        if rollout == 0 and passes.ref_logprobs is not None:
-            self._check_reference(Deviation.between(passes.ref_logprobs[mask], old))
+        if rollout == 0 and outputs.says(REFERENCE):
+            self._check_reference(Deviation.between(outputs.reference_logprobs[mask], old))
 
     def _check_reference(self, found: Deviation) -> None:
         if (unexplained := self._unexplained(found)) is not None:

@@ -1,4 +1,4 @@
-"""From scores and passes to rewards and advantages, over the whole rollout of all ranks. Arithmetic:
+"""From scores and role outputs to rewards and advantages, over the whole rollout of all ranks. Arithmetic:
 docs/ppo_details.md and docs/algorithms.md."""
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import missing_eos_penalty, shape_rewards, soft_overlong_penalty, whiten_scores
 from rlhf_toolkit.errors import ConfigError, DataError
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import VALUE
 from rlhf_toolkit.plugins import arguments_for, takes
-from rlhf_toolkit.rollout.passes import Passes
 from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.types import present
 
 OFFERED = ("rewards", "mask", "values", "groups", "baselines", "bootstrap", "gamma", "gae_lambda")
 """What an advantage estimator may take, by the names of its parameters."""
@@ -100,7 +100,7 @@ class ScoreShaping:
 
 @dataclass(frozen=True)
 class Shaping:
-    """How scores become rewards and advantages."""
+    """How scores become rewards and advantages. ``reward_scale`` multiplies rewards of tokens, as scores were."""
 
     estimator: Estimator
     gamma: float
@@ -108,16 +108,16 @@ class Shaping:
     kl_in_reward: bool
     kl_estimator: str
     truncated: str
-    scores: ScoreShaping = ScoreShaping()
+    reward_scale: float = 1.0
 
-    def rewards(self, scores: Tensor, sampled: Sampled, passes: Passes, *, kl_coef: float | None) -> Tensor:
+    def rewards(self, scores: Tensor, sampled: Sampled, outputs: RoleOutputs, *, kl_coef: float | None) -> Tensor:
         """(B, R): rewards of tokens and, on the last token, of the response, less the KL; ``kl_coef`` None: no KL."""
         tokens, kl = sampled.token_mask, torch.zeros_like(sampled.rollout_logprobs)
         if kl_coef is not None:
-            old, ref = present(passes.old_logprobs), present(passes.ref_logprobs)
+            old, ref = outputs.policy_logprobs, outputs.reference_logprobs
             kl = kl_penalty(old, ref, tokens, estimator=self.kl_estimator)
         rewards = shape_rewards(scores, kl, tokens, kl_coef=kl_coef or 0.0)
-        return rewards + torch.where(tokens, sampled.token_rewards, 0.0) * self.scores.scale
+        return rewards + torch.where(tokens, sampled.token_rewards, 0.0) * self.reward_scale
 
     def trained(self, sampled: Sampled) -> Tensor:
         """(B, R) bool, the tokens of the loss: without responses that have no score and, with ``truncated: mask``,
@@ -137,7 +137,9 @@ class Shaping:
             "on_failure to score"
         )
 
-    def advantages(self, rewards: Tensor, trained: Tensor, sampled: Sampled, passes: Passes) -> tuple[Tensor, Tensor]:
+    def advantages(
+        self, rewards: Tensor, trained: Tensor, sampled: Sampled, outputs: RoleOutputs
+    ) -> tuple[Tensor, Tensor]:
         """Advantages, whitened over the tokens ``trained`` where the estimator asks for it, and returns; each (B, R).
 
         A response cut by the budget ends as if it were finished (terminal), goes on with the value of its last state
@@ -145,14 +147,14 @@ class Shaping:
         its group's statistics, and the only one left of a group has the advantage 0, as if its group were uniform: its
         score says nothing about it that another response could be measured by.
         """
-        offered: dict[str, Tensor | None] = {"rewards": rewards, "mask": sampled.token_mask, "groups": sampled.groups}
-        if self.estimator.needs("baselines"):
+        offered = {"rewards": rewards, "mask": sampled.token_mask, "groups": sampled.groups}
+        if sampled.baselines is not None:
             offered["baselines"] = sampled.baselines
-        if passes.values is not None:
-            final = present(passes.final_values)
+        if outputs.says(VALUE):
+            final = outputs.final_values
             cut_off = final if self.truncated == "bootstrap" else torch.zeros_like(final)
-            offered |= {"values": passes.values, "bootstrap": torch.where(sampled.finished, 0.0, cut_off)}
-        kept = {name: present(column)[sampled.kept] for name, column in offered.items()}
+            offered |= {"values": outputs.token_values, "bootstrap": torch.where(sampled.finished, 0.0, cut_off)}
+        kept = {name: column[sampled.kept] for name, column in offered.items()}
         found = self.estimator({**kept, "gamma": self.gamma, "gae_lambda": self.gae_lambda})
         advantages, returns = (torch.zeros_like(rewards) for _ in found)
         advantages[sampled.kept], returns[sampled.kept] = found

@@ -20,8 +20,9 @@ from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
 from rlhf_toolkit.models.reward_model import BATCH_TOKENS
+from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.segment_attention import SHARES_HEADS
-from rlhf_toolkit.models.shared_base import POLICY, SharedBase
+from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.planning.memory import Placement, RolloutNeeds
 from rlhf_toolkit.planning.sizes import (
     FP32,

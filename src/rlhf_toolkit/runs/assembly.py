@@ -26,20 +26,22 @@ from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
 from rlhf_toolkit.reporting.run_log import Progress
-from rlhf_toolkit.rollout.collect import Collector
+from rlhf_toolkit.rollout.experience import ExperienceMaker
 from rlhf_toolkit.rollout.curriculum import CURRICULA, Curriculum
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.evaluated import Passing
-from rlhf_toolkit.rollout.loader import OverMiniBatch
+from rlhf_toolkit.rollout.loader import OverMiniBatch, Schedule
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
-from rlhf_toolkit.rollout.passes import Needs
+from rlhf_toolkit.rollout.prompt_source import PromptSource
+from rlhf_toolkit.rollout.role_pass import Needs
+from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
 from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.rollout.sizes import RolloutSize, reward_bytes
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.runs.arguments import training_arguments
-from rlhf_toolkit.trainers.ppo import PPOTrainer
+from rlhf_toolkit.trainers.ppo import HeldOut, PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
 from rlhf_toolkit.runs.task import Task
 
@@ -153,13 +155,11 @@ def make_trainer(
             learning_rate=update.policy_lr,
         ),
         processing_class=task.tokenizer,
-        collector=make_collector(experiment, topology, task, progress, packing=packing),
+        maker=make_maker(experiment, topology, task, progress, packing=packing),
         loss=make_loss(experiment),
-        schedule=(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
+        schedule=Schedule(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=over_mini_batch(experiment),
-        held_out=task.held_out,
-        evaluation_samples=experiment.run.evaluation_samples,
-        passing=passing_of(experiment),
+        held_out=HeldOut(task.held_out, experiment.run.evaluation_samples, passing_of(experiment)),
         learning_rates=rates,
         callbacks=[progress],
     )
@@ -178,36 +178,48 @@ def packs(wanted: str, model: SharedBase | WholeModel) -> bool:
     return chosen
 
 
-def make_collector(
-    experiment: Experiment, topology: Topology, task: Task, progress: Progress, *, packing: bool, trains: bool = True
-) -> Collector:
-    """What turns prompts into experience; the trainer, where it ``trains``, gives it its model."""
-    ppo, rollout, cutting = experiment.ppo, experiment.rollout, make_cutting(experiment, packing=packing)
-    model_rewards = make_model_rewards(experiment, topology, packing=packing)
-    sampler = make_sampler(experiment, topology, task, progress, model_rewards, packing=packing, trains=trains)
-    return Collector(
-        sampler,
+def make_maker(
+    experiment: Experiment, topology: Topology, task: Task, progress: Progress, *, packing: bool
+) -> ExperienceMaker:
+    """What turns prompts into experience."""
+    ppo, rollout = experiment.ppo, experiment.rollout
+    source = PromptSource(
         task.prompts,
         task.schedule,
-        task.reward,
-        task.sampling,
+        rollout.responses_per_prompt,
+        curriculum_of(experiment, task),
+        rollout.replace_uniform_groups,
+    )
+    return ExperienceMaker(
+        make_responder(experiment, topology, task, progress, packing=packing),
+        source,
         make_shaping(experiment),
-        cutting,
-        FixedKL(ppo.kl_coef) if ppo.kl_target is None else AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon),
-        responses_per_prompt=rollout.responses_per_prompt,
-        seed=experiment.run.seed,
-        checks=PathChecks(ppo.first_ratio_tolerance),
-        needs=Needs(
+        Needs(
             updates_per_rollout=experiment.updates_per_rollout,
             kl_in_reward=ppo.kl_in == "reward",
             kl_asked=experiment.kl_asked,
             value=estimator_of(ppo).needs("values"),
             old_logprobs=policy_loss_of(ppo).select is not None,
         ),
+        FixedKL(ppo.kl_coef) if ppo.kl_target is None else AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon),
+        checks=PathChecks(ppo.first_ratio_tolerance),
         correction=correction_of(ppo),
-        replacement_rounds=rollout.replace_uniform_groups,
+    )
+
+
+def make_responder(
+    experiment: Experiment, topology: Topology, task: Task, progress: Progress, *, packing: bool, trains: bool = True
+) -> ScoredSampler:
+    """What samples and scores, for training and for evaluation."""
+    model_rewards = make_model_rewards(experiment, topology, packing=packing)
+    return ScoredSampler(
+        make_sampler(experiment, topology, task, progress, model_rewards, packing=packing, trains=trains),
+        task.reward,
+        task.sampling,
+        make_cutting(experiment, packing=packing),
+        score_shaping=make_score_shaping(experiment),
         model_rewards=model_rewards,
-        curriculum=curriculum_of(experiment, task),
+        seed=experiment.run.seed,
     )
 
 
@@ -222,7 +234,8 @@ def curriculum_of(experiment: Experiment, task: Task) -> Curriculum | None:
 
 def make_cutting(experiment: Experiment, *, packing: bool) -> Cutting:
     """How rollouts are cut."""
-    return Cutting(experiment.ppo.mini_batches, tokens_of_a_role(experiment), packing)
+    ppo, seed = experiment.ppo, experiment.run.seed
+    return Cutting(ppo.mini_batches, tokens_of_a_role(experiment), packing, seed)
 
 
 def tokens_of_a_role(experiment: Experiment) -> int:
@@ -250,7 +263,7 @@ def make_model_rewards(experiment: Experiment, topology: Topology, *, packing: b
 
 def make_shaping(experiment: Experiment) -> Shaping:
     """From scores to advantages, as the experiment says."""
-    ppo, reward = experiment.ppo, experiment.reward
+    ppo = experiment.ppo
     return Shaping(
         estimator=estimator_of(ppo),
         gamma=ppo.gamma,
@@ -258,14 +271,20 @@ def make_shaping(experiment: Experiment) -> Shaping:
         kl_in_reward=ppo.kl_in == "reward",
         kl_estimator=ppo.kl_estimator,
         truncated=ppo.truncated,
-        scores=ScoreShaping(
-            missing_eos_penalty=reward.missing_eos_penalty,
-            overlong_buffer=reward.overlong_buffer,
-            overlong_penalty=reward.overlong_penalty,
-            clip=reward.clip,
-            scale=reward.scale,
-            whiten=reward.whiten,
-        ),
+        reward_scale=experiment.reward.scale,
+    )
+
+
+def make_score_shaping(experiment: Experiment) -> ScoreShaping:
+    """What happens to scores before they count."""
+    reward = experiment.reward
+    return ScoreShaping(
+        missing_eos_penalty=reward.missing_eos_penalty,
+        overlong_buffer=reward.overlong_buffer,
+        overlong_penalty=reward.overlong_penalty,
+        clip=reward.clip,
+        scale=reward.scale,
+        whiten=reward.whiten,
     )
 
 

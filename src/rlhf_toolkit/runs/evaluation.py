@@ -27,36 +27,17 @@ from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
-from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, SharedBase
+from rlhf_toolkit.models.roles import POLICY, REFERENCE
+from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
-from rlhf_toolkit.rollout.collect import Collector
-from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, single_rewards, values_by_prompt
-from rlhf_toolkit.rollout.passes import score
-from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
-from rlhf_toolkit.runs.assembly import make_collector, packs, passing_of
+from rlhf_toolkit.rollout.evaluated import GREEDY, Answers, Values, answers, rows_by_prompt, values_by_prompt
+from rlhf_toolkit.runs.assembly import make_responder, packs, passing_of
 from rlhf_toolkit.runs.ppo import load_adapted_base
 from rlhf_toolkit.runs.run import with_dtype
 from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling
-from rlhf_toolkit.types import present
 
 BASE = "base"
-GREEDY, SAMPLED = "greedy", "sampled"
-
-
-@dataclass(frozen=True)
-class Responses:
-    """What one contestant said in one way of decoding: rows in the order of the prompts, scores and KL (B,), None where
-    it was not asked for."""
-
-    sampled: Sampled
-    scores: Tensor
-    kl: Tensor | None
-
-    @property
-    def rewards(self) -> dict[str, Tensor]:
-        """(B,) ``score``, NaN where there is none, and each reward where there are several."""
-        return {"score": torch.where(self.sampled.kept, self.scores, torch.nan), **single_rewards(self.sampled)}
+GREEDY_WAY, SAMPLED_WAY = "greedy", "sampled"
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,7 @@ class Evaluation:
     samples: int
     estimates: dict[str, dict[str, dict[str, Estimate]]]
     win_rates: list[WinRate]
-    responses: dict[str, dict[str, Responses]]
+    responses: dict[str, dict[str, Answers]]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the responses, as JSON takes it."""
@@ -114,7 +95,7 @@ def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None)
     return load_experiment(path, settings, Experiment)
 
 
-def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True) -> Evaluation:
+def compare_contestants(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True) -> Evaluation:
     """Have every contestant answer the held-out prompts, once greedily with ``greedy`` and ``run.evaluation_samples``
     times at random. Without ``kl`` the pass of policy and reference over the responses is left out.
 
@@ -130,7 +111,7 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     task = load_held_out(experiment, config)
     progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
-    said: dict[str, dict[str, Responses]] = {}
+    said: dict[str, dict[str, Answers]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
             said[label] = _answers(experiment, config, topology, task, progress, folder, greedy=greedy, kl=kl)
@@ -151,11 +132,11 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
 
 
-def compare(experiment: Experiment, said: dict[str, dict[str, Responses]], *, prompts: int) -> Evaluation:
+def compare(experiment: Experiment, said: dict[str, dict[str, Answers]], *, prompts: int) -> Evaluation:
     """Estimates and win rates from what everybody said."""
     seed, passing = experiment.run.seed, passing_of(experiment)
 
-    def estimates(found: Responses) -> dict[str, Estimate]:
+    def estimates(found: Answers) -> dict[str, Estimate]:
         values: Values = values_by_prompt(found.sampled, found.scores, found.kl)
         if passing is not None:
             values |= passing.values(found.sampled, found.scores)
@@ -171,7 +152,7 @@ def compare(experiment: Experiment, said: dict[str, dict[str, Responses]], *, pr
     return Evaluation(prompts, experiment.run.evaluation_samples, by_label, rates, said)
 
 
-def rates_by_prompt(mine: Responses, theirs: Responses, by: str) -> list[float]:
+def rates_by_prompt(mine: Answers, theirs: Answers, by: str) -> list[float]:
     """The win rate at each prompt to which both gave a response with a score."""
     rates = []
     for rows in rows_by_prompt(mine.sampled):
@@ -202,17 +183,17 @@ def _answers(
     *,
     greedy: bool,
     kl: bool,
-) -> dict[str, Responses]:
+) -> dict[str, Answers]:
     """What one contestant says."""
     shared = _roles(experiment, config, topology, folder).to(topology.device)
     packing = packs(experiment.update.packing, shared)
-    collector = make_collector(experiment, topology, task, progress, packing=packing, trains=False)
-    samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
-    with collector.sampler.opened(shared) as opened:
+    responder = make_responder(experiment, topology, task, progress, packing=packing, trains=False)
+    samples, found = experiment.run.evaluation_samples, dict[str, Answers]()
+    with responder.opened(shared) as opened:
         if greedy:
-            found[GREEDY] = _responses(opened, collector, 1, greedy=True, kl=kl)
+            found[GREEDY_WAY] = answers(responder, opened, task.held_out, samples=GREEDY, kl=kl)
         if samples:
-            found[SAMPLED] = _responses(opened, collector, samples, greedy=False, kl=kl)
+            found[SAMPLED_WAY] = answers(responder, opened, task.held_out, samples=samples, kl=kl)
     return found
 
 
@@ -229,20 +210,7 @@ def _roles(experiment: Experiment, config: PretrainedConfig, topology: Topology,
     )
 
 
-def _responses(shared: SharedBase, collector: Collector, samples: int, *, greedy: bool, kl: bool) -> Responses:
-    rows = rollout_rows(collector.prompts, samples)
-    sampling = replace(collector.sampling, greedy=greedy)
-    stream = () if greedy else (collector.seed, "evaluation")
-    sampled = collector.sample(shared, rows, in_turn(len(rows)), sampling, stream=stream)
-    found = None
-    if kl:
-        plan, layout = collector.evaluation_plan(sampled), collector.cutting.layout
-        passes = score(shared, sampled, plan, layout, sampling.temperature, roles=(POLICY, REFERENCE))
-        found = response_kl(present(passes.old_logprobs), present(passes.ref_logprobs), sampled.token_mask)
-    return Responses(sampled, collector.evaluation_scores(sampled), found)
-
-
-def _lines(label: str, way: str, said: Responses) -> list[dict[str, Any]]:
+def _lines(label: str, way: str, said: Answers) -> list[dict[str, Any]]:
     sampled, seen, lines = said.sampled, dict[int, int](), list[dict[str, Any]]()
     rewards = {name: column.tolist() for name, column in said.rewards.items()}
     for i, row in enumerate(sampled.groups.tolist()):

@@ -23,7 +23,8 @@ from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, star
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.models.loading import adapter_config, load_base, load_model_config, load_tokenizer
-from rlhf_toolkit.models.shared_base import NOWHERE, POLICY, REFERENCE, REWARD, SharedBase
+from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
+from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary

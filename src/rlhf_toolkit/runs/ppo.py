@@ -50,7 +50,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
         try:
             self.fit()
         finally:
-            self.trainer.collector.scorer.close()
+            self.trainer.maker.responder.scorer.close()
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
@@ -87,10 +87,10 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
         show=topology.is_main,
     )
     trainer = make_trainer(experiment, topology, task, shared, progress)
-    control = trainer.collector.kl_control
+    control, responder, source = trainer.maker.kl_control, trainer.maker.responder, trainer.maker.source
     control.coefficient = manifest.get("kl_coefficient", control.coefficient)
-    trainer.collector.expected = expected = LastMeans(manifest.get("expected_lengths"))
-    trainer.collector.mean_scores = mean_scores = LastMeans(manifest.get("mean_scores"))
+    responder.expected = expected = LastMeans(manifest.get("expected_lengths"))
+    source.mean_scores = mean_scores = LastMeans(manifest.get("mean_scores"))
 
     def state() -> dict[str, Any]:
         """What only the run knows, for the manifest of a checkpoint."""
@@ -185,7 +185,7 @@ def run_log(experiment: Experiment, trainer: PPOTrainer, mirror: WandbMirror | N
     """The JSONL log with its mirror."""
 
     def samples(kind: str) -> Sequence[Record]:
-        newest = trainer.evaluation_samples if kind == "eval" else trainer.collector.samples
+        newest = trainer.answered if kind == "eval" else trainer.rollouts.newest.samples
         return newest[: experiment.run.samples]
 
     sinks = () if mirror is None else (mirror,)

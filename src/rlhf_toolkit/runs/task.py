@@ -19,7 +19,7 @@ from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions
 from rlhf_toolkit.rewards.specification import RewardSpec
-from rlhf_toolkit.rollout.collect import Scorer
+from rlhf_toolkit.rollout.scored_sampler import Scorer
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.types import Prompt
 

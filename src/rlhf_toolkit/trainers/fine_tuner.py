@@ -14,11 +14,13 @@ from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.distributed.zero3 import gathered, whole
 from rlhf_toolkit.models.heads import ScalarHead
-from rlhf_toolkit.models.shared_base import REWARD, SharedBase
+from rlhf_toolkit.models.inference import inference
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import REWARD
+from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
 from rlhf_toolkit.rollout.cutting import Layout
-from rlhf_toolkit.rollout.sampler import inference
 from rlhf_toolkit.trainers.base import GRADIENT_NORM, LOSS, RoleTrainer
 from rlhf_toolkit.trainers.objectives import Objective
 
@@ -116,7 +118,7 @@ class FineTuner(RoleTrainer):
         with gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
             for part in mine:
                 batch = batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id)
-                found = self._forward(shared, batch, (REWARD,))["reward_scores"]
+                found = self._forward(shared, batch, (REWARD,)).reward_scores
                 scores += found[: 2 * len(part)].tolist()
         everything = torch.tensor([score for share in all_gather(scores) for score in share], dtype=torch.float64)
         mean, deviation = everything.mean().item(), everything.std().item()
@@ -147,14 +149,14 @@ class FineTuner(RoleTrainer):
         super().log(logs, start_time)
 
     def _terms(self, model: nn.Module, batch: Batch, prefix: str, meter: Meter) -> Tensor:
-        out = self._forward(model, batch, self.objective.roles)
-        terms = self.objective.terms(out, self._prepare_input(batch))
+        outputs = self._forward(model, batch, self.objective.roles)
+        terms = self.objective.terms(outputs, self._prepare_input(batch))
         for name, (total, count) in terms.metrics.items():
             meter.add(f"{prefix}/{name}", total, count)
         return terms.loss
 
-    def _forward(self, model: nn.Module, batch: Batch, roles: Sequence[str]) -> dict[str, Tensor]:
+    def _forward(self, model: nn.Module, batch: Batch, roles: Sequence[str]) -> RoleOutputs:
         """``batch`` lies on the CPU, where its layout is worked out: that reads tokens and lengths."""
         layout = self.layout(batch["sequences"], batch["prompt_lengths"], batch["response_lengths"])
-        found: dict[str, Tensor] = model(layout.to(self.args.device), roles=roles)
+        found: RoleOutputs = model(layout.to(self.args.device), roles=roles)
         return found

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.preference_losses import DPO_LOSSES, bradley_terry, implicit_rewards, share_above
 from rlhf_toolkit.data.items import Batch
-from rlhf_toolkit.data.layout import unpack
-from rlhf_toolkit.models.shared_base import POLICY, REFERENCE, REWARD
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.reporting.meters import Number
 
 
@@ -33,7 +33,7 @@ class Objective(Protocol):
     def roles(self) -> tuple[str, ...]:
         """The roles of its forward pass."""
 
-    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+    def terms(self, outputs: RoleOutputs, batch: Batch) -> Terms:
         """The loss of a micro-batch, divided by the counts of the whole mini-batch, from what ``SharedBase.forward``
         gives for ``roles``. An empty micro-batch gives 0 with a gradient of zeros."""
 
@@ -45,10 +45,11 @@ class SFT:
     prefix: str = "sft"
     roles: tuple[str, ...] = (POLICY,)
 
-    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+    def terms(self, outputs: RoleOutputs, batch: Batch) -> Terms:
         """See ``Objective``."""
         trained = batch["trained"]
-        logprobs, entropies = (_rows(out[f"policy_{name}"], trained, batch) for name in ("logprobs", "entropies"))
+        rows = outputs.as_rows(batch["response_lengths"], trained.shape[1])
+        logprobs, entropies = rows.policy_logprobs, rows.policy_entropies
         loss = -(logprobs * trained).sum()
         tokens = trained.sum()
         return Terms(
@@ -64,11 +65,11 @@ class BradleyTerry:
     prefix: str = "reward_model"
     roles: tuple[str, ...] = (REWARD,)
 
-    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+    def terms(self, outputs: RoleOutputs, batch: Batch) -> Terms:
         """See ``Objective``."""
-        chosen, rejected = _pairs(out["reward_scores"], batch)
+        chosen, rejected = _pairs(outputs.reward_scores, batch)
         losses = bradley_terry(chosen, rejected, batch["margins"], centring=self.centring)
-        loss = losses.sum() + 0.0 * out["reward_scores"].sum()
+        loss = losses.sum() + 0.0 * outputs.reward_scores.sum()
         of_pairs = {
             "loss": losses,
             "accuracy": share_above(chosen, rejected),
@@ -89,11 +90,12 @@ class DPO:
     prefix: str = "dpo"
     roles: tuple[str, ...] = (POLICY, REFERENCE)
 
-    def terms(self, out: Mapping[str, Tensor], batch: Batch) -> Terms:
+    def terms(self, outputs: RoleOutputs, batch: Batch) -> Terms:
         """See ``Objective``."""
         trained = batch["trained"]
-        policy = (_rows(out["policy_logprobs"], trained, batch) * trained).sum(1)
-        reference = (_rows(out["reference_logprobs"].detach(), trained, batch) * trained).sum(1)
+        rows = outputs.as_rows(batch["response_lengths"], trained.shape[1])
+        policy = (rows.policy_logprobs * trained).sum(1)
+        reference = (rows.reference_logprobs.detach() * trained).sum(1)
         (chosen, rejected), (ref_chosen, ref_rejected) = _pairs(policy, batch), _pairs(reference, batch)
         difference = (chosen - ref_chosen) - (rejected - ref_rejected)
         losses = DPO_LOSSES[self.kind](difference, beta=self.beta, label_smoothing=self.label_smoothing)
@@ -107,10 +109,6 @@ class DPO:
             "rejected": of_rejected,
         }
         return Terms((losses.sum() + 0.0 * policy.sum()) / batch["items"], _metered(of_pairs))
-
-
-def _rows(packed: Tensor, trained: Tensor, batch: Batch) -> Tensor:
-    return unpack(packed, batch["response_lengths"], trained.shape[1])
 
 
 def _pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.policy_losses import PolicyLossTerms
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
 from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import VALUE
 from rlhf_toolkit.plugins import arguments_for, takes
-from rlhf_toolkit.types import Experience, present
+from rlhf_toolkit.types import Experience
 
 OFFERED = (
     "logprobs",
@@ -68,20 +70,6 @@ class PolicyLoss:
         return PolicyLossTerms(torch.where(mask, loss, 0.0), never, never, ratio)
 
 
-class Said(NamedTuple):
-    """What policy and value say about a micro-batch: (n, R), ``final_values`` (n,); None without a value role."""
-
-    logprobs: Tensor
-    entropies: Tensor
-    values: Tensor | None = None
-    final_values: Tensor | None = None
-
-    def as_passes(self) -> dict[str, Tensor]:
-        """The same under the names of ``rollout.passes.Passes``."""
-        columns = {"old_logprobs": self.logprobs, **self._asdict()}
-        return {name: column for name, column in columns.items() if column is not None and name != "logprobs"}
-
-
 class LossTerms(NamedTuple):
     """A micro-batch's share of the loss, with the shares it consists of and quantities of tokens, for the meter."""
 
@@ -113,7 +101,7 @@ class PPOLoss:
     def terms(
         self,
         batch: Experience,
-        said: Said,
+        outputs: RoleOutputs,
         old_logprobs: Tensor,
         *,
         selected: Tensor | None,
@@ -123,28 +111,29 @@ class PPOLoss:
     ) -> LossTerms:
         """``policy_weight`` (policy loss - entropy_coef entropy + kl_coef KL) + value_coef value loss.
 
-        ``reduce`` takes a loss per token to this micro-batch's share of the mini-batch's. The KL is a term where
-        ``kl_in_loss``, the value loss where the value is trained.
+        ``outputs`` are what policy and value say now, in rows (n, R). ``reduce`` takes a loss per token to this
+        micro-batch's share of the mini-batch's. The KL is a term where ``kl_in_loss``, the value loss where the value
+        is trained.
         """
         mask = batch.response_mask
-        policy = self._policy_terms(batch, said.logprobs, old_logprobs, selected)
-        policy_loss, entropy = reduce(policy.per_token), reduce(said.entropies)
+        policy = self._policy_terms(batch, outputs.policy_logprobs, old_logprobs, selected)
+        policy_loss, entropy = reduce(policy.per_token), reduce(outputs.policy_entropies)
         kl_loss = torch.zeros_like(policy_loss)
         if self.kl_in_loss and batch.ref_logprobs is not None:
-            kl_loss = reduce(kl_penalty(said.logprobs, batch.ref_logprobs, mask, estimator=self.kl_estimator))
+            kl_loss = reduce(kl_penalty(outputs.policy_logprobs, batch.ref_logprobs, mask, estimator=self.kl_estimator))
         loss = policy_weight * (policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss)
         shares = {"actor/pg_loss": policy_loss, "actor/kl_loss": kl_loss}
         of_tokens = {
             "actor/pg_clipfrac": policy.clipped,
             "actor/pg_clipfrac_lower": policy.dual_clipped,
-            "actor/ppo_kl": old_logprobs - said.logprobs.detach(),
+            "actor/ppo_kl": old_logprobs - outputs.policy_logprobs.detach(),
         }
-        if said.values is not None:
-            old_values, returns = present(batch.values), present(batch.returns)
-            value = clipped_value_loss(said.values, old_values, returns, mask, value_clip_range=self.value_clip_range)
+        if outputs.says(VALUE):
+            (old_values, returns), values = batch.value_targets, outputs.token_values
+            value = clipped_value_loss(values, old_values, returns, mask, value_clip_range=self.value_clip_range)
             shares["critic/vf_loss"] = reduce(value.per_token)
             loss = loss + self.value_coef * shares["critic/vf_loss"]
-            of_tokens |= {"critic/vf_clipfrac": value.clipped, "critic/vpred_mean": said.values.detach()}
+            of_tokens |= {"critic/vf_clipfrac": value.clipped, "critic/vpred_mean": values.detach()}
         return LossTerms(loss, shares, of_tokens)
 
     def _policy_terms(
@@ -156,7 +145,7 @@ class PPOLoss:
             {
                 "logprobs": logprobs,
                 "old_logprobs": old_logprobs,
-                "advantages": present(batch.advantages),
+                "advantages": batch.advantages,
                 "mask": mask,
                 "clip_range_low": self.clip_range_low,
                 "clip_range_high": self.clip_range_high,

@@ -1,0 +1,219 @@
+"""The page to read first: how prompts become experience.
+
+    1. prompts      a PromptSource chooses them                                                  prompt_source.py
+    2. responses    each rank samples its share, rewards score it, every rank holds all of it    scored_sampler.py
+    3. role pass    policy, value and reference say their numbers about it                       role_pass.py
+    4. checks       in the first rollout: do sampling, role pass and reference see one policy?   path_checks.py
+    5. experience   scores become rewards, rewards advantages                                    shaping.py
+
+Steps 1 to 4 happen inside one gather of the base. From step 2 on all ranks hold the whole rollout, so every statistic
+is over all of it and needs no collective. Arithmetic: docs/ppo_details.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from rlhf_toolkit.algorithms.importance import Correction
+from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
+from rlhf_toolkit.distributed.collectives import world_size
+from rlhf_toolkit.errors import located
+from rlhf_toolkit.models.role_outputs import RoleOutputs
+from rlhf_toolkit.models.roles import POLICY, REFERENCE
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.reporting.metrics import penalty_kl, policy_metrics, reward_metrics, rollout_metrics
+from rlhf_toolkit.rollout.deferred import DeferredExperience
+from rlhf_toolkit.rollout.path_checks import PathChecks
+from rlhf_toolkit.rollout.prompt_source import PromptSource
+from rlhf_toolkit.rollout.role_pass import Needs
+from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, joined
+from rlhf_toolkit.rollout.schedule import deal, in_turn
+from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
+from rlhf_toolkit.rollout.shaping import Shaping
+from rlhf_toolkit.types import Experience, PromptBatch, RolloutTokens
+
+
+@dataclass
+class Collected:
+    """What collecting a rollout gave: what is trained on, and what the log says about it.
+
+    ``deferred`` is there where ``tokens`` are no Experience yet, since the update's own forward pass completes it;
+    ``metrics`` then are those of the completed one, from when it is.
+    """
+
+    tokens: RolloutTokens
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    deferred: DeferredExperience | None = None
+
+
+class ExperienceMaker:
+    """Makes experience: ``collect`` is one rollout of it.
+
+    Args:
+        responder: samples and scores, and runs the role pass.
+        source: chooses prompts.
+        shaping: from scores to advantages.
+        needs: decides which roles run before the update.
+        kl_control: gives the KL's coefficient, and is told the KL of each rollout.
+        checks: stop the first rollout where its numbers contradict one another; None: nothing is checked.
+        correction: the importance weights that the metrics report.
+    """
+
+    def __init__(
+        self,
+        responder: ScoredSampler,
+        source: PromptSource,
+        shaping: Shaping,
+        needs: Needs,
+        kl_control: FixedKL | AdaptiveKL,
+        *,
+        checks: PathChecks | None = None,
+        correction: Correction = Correction(),  # noqa: B008  frozen
+    ) -> None:
+        self.responder, self.source, self.shaping, self.needs = responder, source, shaping, needs
+        self.kl_control, self.checks, self.correction = kl_control, checks, correction
+
+    def collect(self, model: nn.Module, rollout: int) -> Collected:
+        """Rollout number ``rollout`` of the engine ``model``, from its prompts to its experience. A collective."""
+        responder, checks = self.responder, self.checks
+        with located(f"rollout {rollout}"), responder.opened(model) as shared:
+            sampled = self.responses_to(shared, self.source.positions(rollout), rollout)
+            sampled = self._without_uniform_groups(shared, sampled, rollout)
+            if self.shaping.estimator.needs("baselines"):
+                sampled = self._with_baselines(shared, sampled)
+            with responder.clock.phase("old_log_prob"):
+                plan = responder.cutting.plan(sampled, rollout, epoch=0)
+                roles = self.needs.roles(rollout=rollout, one_forward=plan.one_forward)
+                outputs = responder.say(shared, sampled, plan, roles=roles)
+                if checks is not None:
+                    checks.look(shared, sampled, outputs, plan, partial(responder.say, shared, sampled), rollout)
+        if checks is not None:
+            checks.check_role_pass(sampled, outputs, rollout)
+        collected = Collected(self._tokens_of(sampled, outputs))
+        finish = partial(self._finish, collected)
+        if self.needs.defers(rollout=rollout, one_forward=plan.one_forward):
+            collected.deferred = DeferredExperience(sampled, outputs, finish)
+        else:
+            collected.tokens = finish(sampled, outputs)
+        return collected
+
+    def responses_to(self, shared: SharedBase, positions: list[int], rollout: int) -> Sampled:
+        """Scored responses to the prompts at ``positions``, dealt among ranks by how long they were last time."""
+        rows, expected = self.source.rows(positions), self.responder.expected
+        shares = deal(rows, self.source.responses_per_prompt, world_size(), expected)
+        return self.responder.responses(shared, rows, shares, stream=("sample", rollout))
+
+    def _remember(self, sampled: Sampled) -> None:
+        """Note lengths and scores of prompts, also of those that are replaced, for the next time they are there."""
+        self.responder.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
+        self.source.remember(sampled)
+
+    def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int) -> Sampled:
+        """The rollout with prompts replaced whose responses all have one score, as far as others do better: DAPO's
+        dynamic sampling (arXiv 2503.14476, section 3.2), for at most ``replacement_rounds`` rounds.
+
+        All ranks see all scores and draw the same other prompts, as many as there are to replace. No prompt is drawn
+        that is in the rollout or was.
+        """
+        source = self.source
+        self._remember(sampled)
+        seen = {source.position_of[group] for group in sampled.groups.tolist()}
+        for number in range(source.replacement_rounds):
+            uniform = source.uniform(sampled)
+            drawn = source.schedule.others(rollout, number, count=len(uniform), without=seen)
+            if not drawn:
+                break
+            seen |= set(drawn)
+            others = self._responses_to_few(shared, drawn, rollout)
+            self._remember(others)
+            better = set(others.groups.tolist()) - set(source.uniform(others))
+            replaced = uniform[: len(better)]
+            kept = [row for row, group in enumerate(sampled.groups.tolist()) if group not in replaced]
+            added = [row for row, group in enumerate(others.groups.tolist()) if group in better]
+            sampled = joined([sampled.rows(kept), others.rows(added)], pad_id=self.responder.sampling.pad_id)
+        return sampled
+
+    def _responses_to_few(self, shared: SharedBase, positions: list[int], rollout: int) -> Sampled:
+        """``responses_to`` any number of different prompts: some get further responses, which are left out again, so
+        that each rank has as many to do."""
+        more = positions * world_size()
+        everything = self.responses_to(shared, positions + more[: -len(positions) % world_size()], rollout)
+        return everything.rows(range(len(positions) * self.source.responses_per_prompt))
+
+    def _with_baselines(self, shared: SharedBase, sampled: Sampled) -> Sampled:
+        """The rollout with the score of the greedy response to each row's prompt. A row is dropped where that response
+        has no score."""
+        groups = sampled.groups.unique().tolist()
+        groups += groups[:1] * (world_size() - len(groups))  # each rank needs one
+        chosen = tuple(self.source.prompts[self.source.position_of[group]] for group in groups)
+        rows = PromptBatch(chosen, samples=(0,) * len(groups))
+        greedy = self.responder.responses(shared, rows, in_turn(len(groups)), greedy=True)
+        place = [groups.index(group) for group in sampled.groups.tolist()]
+        return replace(
+            sampled,
+            baselines=self.responder.baselines(greedy, sampled)[place],
+            kept=sampled.kept & greedy.kept[place],
+            failures={name: failed + greedy.failures.get(name, 0) for name, failed in sampled.failures.items()},
+        )
+
+    def _tokens_of(self, sampled: Sampled, outputs: RoleOutputs) -> RolloutTokens:
+        return RolloutTokens(
+            sequences=sampled.sequences,
+            prompt_lengths=sampled.prompt_lengths,
+            response_lengths=sampled.response_lengths,
+            token_mask=sampled.token_mask,
+            response_mask=self.shaping.trained(sampled),
+            rollout_logprobs=sampled.rollout_logprobs,
+            ref_logprobs=outputs.get("reference_logprobs"),
+        )
+
+    def _finish(self, collected: Collected, sampled: Sampled, outputs: RoleOutputs) -> Experience:
+        """Rewards, advantages and, in ``collected``, the record of both, over the whole rollout."""
+        scores, coefficient = self.responder.scores(sampled), self.kl_control.coefficient
+        shaped_by_kl = self.shaping.kl_in_reward and self.needs.kl_asked
+        rewards = self.shaping.rewards(scores, sampled, outputs, kl_coef=coefficient if shaped_by_kl else None)
+        mask = collected.tokens.response_mask
+        advantages, returns = self.shaping.advantages(rewards, mask, sampled, outputs)
+        experience = Experience(
+            **vars(collected.tokens),
+            advantages=advantages,
+            returns=returns,
+            values=outputs.get("token_values"),
+            old_logprobs=outputs.get("policy_logprobs"),
+        )
+        kept = sampled.kept
+        collected.samples = as_samples(sampled, scores)
+        collected.metrics = {
+            **rollout_metrics(
+                experience,
+                scores=scores[kept],
+                raw_scores=sampled.raw_scores[kept],
+                rewards=rewards[kept],
+                finished=sampled.finished,
+            ),
+            **reward_metrics(sampled.parts, kept, sampled.failures, scores, sampled.groups),
+            "actor/reward_kl_penalty_coeff": coefficient,
+            "perf/total_num_tokens": float(sum(sampled.lengths())),
+        }
+        if outputs.says(POLICY):
+            collected.metrics |= self.policy_metrics(
+                old_logprobs=outputs.policy_logprobs,
+                entropies=outputs.policy_entropies,
+                ref_logprobs=experience.ref_logprobs,
+                rollout_logprobs=sampled.rollout_logprobs,
+                token_mask=sampled.token_mask,
+                trained=mask,
+            )
+        if outputs.says(POLICY) and outputs.says(REFERENCE):
+            old, ref, estimator = outputs.policy_logprobs, outputs.reference_logprobs, self.shaping.kl_estimator
+            self.kl_control.update(penalty_kl(old, ref, sampled.token_mask, estimator), len(experience))
+        return experience
+
+    def policy_metrics(self, **columns: Any) -> dict[str, float]:
+        """``reporting.metrics.policy_metrics`` of ``columns``, with this run's KL estimator and correction."""
+        return policy_metrics(**columns, kl_estimator=self.shaping.kl_estimator, correction=self.correction)
