@@ -114,14 +114,19 @@ def tokenise_examples(
         if read is None:
             dropped.add(EMPTY_RESPONSE)
         elif dropped.fits(len(read[0])):
-            examples.append(Example(index, read[0], _mask(*read)))
+            token_ids, spans = read
+            trained = [False] * len(token_ids)
+            for start, stop in spans:
+                trained[start:stop] = [True] * (stop - start)
+            examples.append(Example(index, token_ids, tuple(trained)))
     if not examples:
         raise dropped.nothing_left()
     return ExampleSet(tuple(examples), total, dict(dropped.reasons), _source(shape, rows.column_names))
 
 
 def _shape(rows: Rows) -> tuple[str, ...]:
-    """The columns that are read, as ``("prompt", "completion")`` or, verl's, ``("prompt", "extra_info.answer")``."""
+    """The columns that are read, as ``("prompt", "completion")`` or, verl's, ``("prompt", "extra_info.answer")``: which
+    of verl's places holds the first row's response says where all rows have it."""
     columns, first = rows.column_names, first_row(rows)
     if first is None:
         raise DataError(f"the dataset {NO_ROWS}")
@@ -129,22 +134,17 @@ def _shape(rows: Rows) -> tuple[str, ...]:
         if set(shape) <= set(columns):
             return shape
     if "prompt" in columns and {outer for outer, _ in NESTED} & set(columns):
-        return "prompt", _nested(first, columns)
+        for outer, inner in NESTED:
+            if isinstance(first.get(outer), Mapping) and isinstance(first[outer].get(inner), str):
+                return "prompt", f"{outer}.{inner}"
+        raise DataError(
+            f"row 0: there is a prompt but no response: {' and '.join(f'{a}.{b}' for a, b in NESTED)} hold no string; "
+            f"the columns are {', '.join(columns)}: add a column completion or response"
+        )
     for shape in (CONVERSATIONS, ALPACA, ("text",)):
         if set(shape) <= set(columns):
             return shape
     raise unknown_columns(columns, UNDERSTOOD)
-
-
-def _nested(row: Mapping[str, Any], columns: list[str]) -> str:
-    """Which of verl's places holds the first row's response: all rows are read from there."""
-    for outer, inner in NESTED:
-        if isinstance(row.get(outer), Mapping) and isinstance(row[outer].get(inner), str):
-            return f"{outer}.{inner}"
-    raise DataError(
-        f"row 0: there is a prompt but no response: {' and '.join(f'{a}.{b}' for a, b in NESTED)} hold no string; the "
-        f"columns are {', '.join(columns)}: add a column completion or response"
-    )
 
 
 def _source(shape: tuple[str, ...], columns: list[str]) -> str:
@@ -153,13 +153,6 @@ def _source(shape: tuple[str, ...], columns: list[str]) -> str:
     if len(shape) == 1:
         return f"loss on every assistant message of {columns_read(shape[0], columns)}"
     return f"prompts from {columns_read(shape[0], columns)}, loss on {shape[1]}"
-
-
-def _mask(token_ids: Ids, spans: list[Span]) -> tuple[bool, ...]:
-    trained = [False] * len(token_ids)
-    for start, stop in spans:
-        trained[start:stop] = [True] * (stop - start)
-    return tuple(trained)
 
 
 @dataclass(frozen=True)
@@ -184,9 +177,12 @@ class _Reader:
         if shape == ALPACA:
             prompt = alpaca_prompt(row, index=index)
         if isinstance(prompt, str) and isinstance(response, str) and not self.chat_template:
-            return self._plain(prompt, response, index)
-        given = prompt_messages(prompt, self.system_prompt, index=index)
-        return self._conversation([*given, *response_messages(response, shape[1], index=index)], len(given), index)
+            if not response.strip():
+                return None
+            given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
+            return given + own, [(len(given), len(given) + len(own))]
+        before = prompt_messages(prompt, self.system_prompt, index=index)
+        return self._conversation([*before, *response_messages(response, shape[1], index=index)], len(before), index)
 
     def _value(self, row: Mapping[str, Any], column: str, index: int) -> Any:
         outer, _, inner = column.partition(".")
@@ -212,12 +208,6 @@ class _Reader:
         if ids[-1] not in self.stop_ids or len(ids) == 1:
             ids = (*ids, int(self.tokenizer.eos_token_id))
         return ids, [(1, len(ids))]
-
-    def _plain(self, prompt: str, response: str, index: int) -> tuple[Ids, list[Span]] | None:
-        if not response.strip():
-            return None
-        given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
-        return given + own, [(len(given), len(given) + len(own))]
 
     def _conversation(self, messages: list[Message], first: int, index: int) -> tuple[Ids, list[Span]] | None:
         check_order(messages, index=index)

@@ -1,9 +1,8 @@
 """What is wrong with a JSON file, found before ``datasets`` reads it.
 
 Its reader, in C++, ends the process with a segmentation fault on ``null`` where an object should be, and on brackets
-that are nested too deep. So each line goes through Python's own
-parser first, one line in memory at a time: some 25 seconds for a gigabyte (192 MiB in 4.6 s on a busy processor), where
-reading it takes minutes.
+that are nested too deep. So each line goes through Python's own parser first, one line in memory at a time: some 25
+seconds for a gigabyte (192 MiB in 4.6 s on a busy processor), where reading it takes minutes.
 """
 
 from __future__ import annotations
@@ -35,8 +34,12 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
     that begins as an object and breaks off: the reader of ``datasets`` survives it and names it when it gets there.
     Raises DataError for another encoding than UTF-8.
     """
-    if path.suffix.lower() == ".json" and _begins_with(path, b"["):
-        return _fault_of_whole(path)
+    is_json = path.suffix.lower() == ".json"
+    if is_json:
+        with path.open("rb") as file:
+            beginning = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
+        if beginning.startswith(b"["):
+            return _fault_of_whole(path)
     fault = None
     for number, line in _lines(path, max_rows):
         fault = _fault_of_line(line)
@@ -44,9 +47,7 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
             fault = f"line {number}: {fault}"
             break
         fault = None
-    if fault is not None and path.suffix.lower() == ".json" and _is_one_object(path):
-        return None
-    return fault
+    return None if fault is not None and is_json and _is_one_object(path) else fault
 
 
 def is_blank(path: Path) -> bool:
@@ -125,11 +126,6 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 
 
 # ---- one value in the whole file -------------------------------------------------------------------------------------
-
-
-def _begins_with(path: Path, mark: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark)
 
 
 def _fault_of_whole(path: Path) -> str | None:

@@ -66,6 +66,23 @@ def conversation(
     return whole[: spans[-1][1]], spans
 
 
+def chat_response(
+    prompt: Sequence[Message],
+    answer: Message,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: Collection[int],
+    index: int,
+) -> tuple[Ids, Ids]:
+    """The ids of the messages of ``prompt`` and of the assistant's ``answer`` to them, up to its stop token.
+
+    DataError as ``conversation`` raises it.
+    """
+    messages = [*prompt, answer]
+    ids, spans = conversation(messages, tokenizer, first=len(prompt), stop_ids=stop_ids, index=index)
+    return ids[: spans[0][0]], ids[spans[0][0] :]
+
+
 def plain_response(
     prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int], index: int
 ) -> tuple[Ids, Ids]:
@@ -135,10 +152,11 @@ def _behind_stop(
     stops = [at for at in range(start, end) if whole[at] in stop_ids]
     tail = tokenizer.decode(list(whole[stops[-1] + 1 : end])) if stops else ""
     if not stops or str(tail).strip():
+        known = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids))
         raise DataError(
             f"row {index}: {template_name(tokenizer)} ends the assistant's turn in "
             f"{shortened(tokenizer.decode(list(whole[max(start, end - 8) : end])), 80)}, without a stop token "
-            f"({_stops(tokenizer, stop_ids)}): a model trained on it would never stop; use a template that writes one, "
+            f"({known}): a model trained on it would never stop; use a template that writes one, "
             "or make the token that ends its turns the tokenizer's eos_token"
         )
     if stops[-1] == start:
@@ -155,10 +173,6 @@ def _check_one_stop(own: Ids, tokenizer: PreTrainedTokenizerBase, stop_ids: Coll
             f"row {index}: the response {shortened(tokenizer.decode(list(own)))} holds the stop token "
             f"{tokenizer.convert_ids_to_tokens(inside[0])!r} before its end; take it out of the text"
         )
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> str:
-    return ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids))
 
 
 def _merged(given: str, own: str, index: int, way_out: str) -> DataError:
