@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, check_order, messages_of, plain_ids, prompt_messages, response_messages
+from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
 from rlhf_toolkit.data.prompts import NO_ROWS
-from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response
+from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response, plain_text
 from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
 from rlhf_toolkit.data.shapes import alpaca_prompt, columns_read, sharegpt_messages
 from rlhf_toolkit.data.streams import Rows, first_row
@@ -168,7 +168,8 @@ class _Reader:
     def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> tuple[Ids, list[Span]] | None:
         values = [self._value(row, column, index) for column in shape]
         if shape == ("text",):
-            return self._text(values[0], index)
+            ids = plain_text(values[0], self.tokenizer, stop_ids=self.stop_ids, index=index)
+            return None if ids is None else (ids, [(1, len(ids))])
         if shape == ("messages",):
             return self._conversation(messages_of(values[0], index=index, column="messages"), 0, index)
         if shape == CONVERSATIONS:
@@ -196,18 +197,6 @@ class _Reader:
                 )
         self.types.check(value, index=index, column=column)
         return value
-
-    def _text(self, text: Any, index: int) -> tuple[Ids, list[Span]] | None:
-        if not isinstance(text, str):
-            raise DataError(f"row {index}: text {shortened(text)} is not a string; repair that row")
-        if not text.strip():
-            return None
-        ids = plain_ids(text, self.tokenizer)
-        if not ids:
-            raise DataError(f"row {index}: text {shortened(text)} tokenises to nothing; fill or remove that row")
-        if ids[-1] not in self.stop_ids or len(ids) == 1:
-            ids = (*ids, int(self.tokenizer.eos_token_id))
-        return ids, [(1, len(ids))]
 
     def _conversation(self, messages: list[Message], first: int, index: int) -> tuple[Ids, list[Span]] | None:
         check_order(messages, index=index)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
             return _fault_of_whole(path)
     fault = None
     for number, line in _lines(path, max_rows):
-        fault = _fault_of_line(line)
+        fault = _fault_of_object(line)
         if fault is not None and not (fatal_only and fault.startswith(SURVIVED) and line.startswith("{")):
             fault = f"line {number}: {fault}"
             break
         fault = None
-    return None if fault is not None and is_json and _is_one_object(path) else fault
+    if fault is not None and is_json:
+        with suppress(UnicodeDecodeError):  # one object, written over several lines
+            if _fault_of_object(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()) is None:
+                return None
+    return fault
 
 
 def is_blank(path: Path) -> bool:
@@ -85,16 +90,16 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         raise DataError(f"cannot read {path}: line {number} is not UTF-8; save the file as UTF-8") from error
 
 
-def _fault_of_line(line: str) -> str | None:
+def _fault_of_object(text: str) -> str | None:
     try:
-        value = json.loads(line)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         return error.msg
     except (ValueError, RecursionError) as error:
         return _beyond(error)
     if not isinstance(value, dict):
         return f"{shortened(value)} is not {OBJECT}"
-    return _unusable(line, value)
+    return _unusable(text, value)
 
 
 def _beyond(error: Exception) -> str:
@@ -142,13 +147,3 @@ def _fault_of_whole(path: Path) -> str | None:
             return f"line 1: item {index} of the list, {shortened(item)}, is not {OBJECT}"
     fault = _unusable(text, value)
     return f"line 1: {fault}" if fault else None
-
-
-def _is_one_object(path: Path) -> bool:
-    """Whether the whole file is one sound object, written over several lines."""
-    try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and _unusable(text, value) is None

@@ -43,7 +43,7 @@ def packed_micro_batches(
     ``prompts[row]`` is a tuple of tokens. Ranks get equally many rows. Rows of one prompt go to one rank and one
     micro-batch where they fit, and prompts that begin alike sit together.
     """
-    shares = _deal_groups(_by_prompt(rows, lengths, prompts), lengths, prompts, ranks)
+    shares = _deal_by_prompt(rows, lengths, prompts, ranks)
     return _in_step([_fill_packed(share, lengths, prompts, budget) for share in shares])
 
 
@@ -67,22 +67,17 @@ def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
     return batches
 
 
-def _by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens]) -> list[Rows]:
-    """Rows with the same prompt, longest first; ties go by row number."""
+def _deal_by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:
+    """Rows of one prompt are a group. Costliest group first, to the rank with the fewest tokens so far. A group that
+    would give a rank more than its share of rows goes on at the next. In a group rows come longest first; ties go by
+    row number."""
     groups: dict[Tokens, Rows] = {}
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         groups.setdefault(prompts[row], []).append(row)
-    return list(groups.values())
-
-
-def _deal_groups(groups: list[Rows], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:
-    """Costliest group first, to the rank with the fewest tokens so far. A group that would give a rank more than its
-    share of rows goes on at the next."""
-    rows = sum(map(len, groups))
-    room = [rows // ranks + (number < rows % ranks) for number in range(ranks)]
+    room = [len(rows) // ranks + (number < len(rows) % ranks) for number in range(ranks)]
     shares: list[Rows] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    for group in sorted(groups, key=lambda group: (-_cost(group, lengths, prompts), group[0])):
+    for group in sorted(groups.values(), key=lambda group: (-_cost(group, lengths, prompts), group[0])):
         while group:
             number = min((n for n in range(ranks) if room[n]), key=lambda n: (room[n] < len(group), tokens[n], n))
             taken, group = group[: room[number]], group[room[number] :]

@@ -104,6 +104,24 @@ def plain_response(
     return given, own
 
 
+def plain_text(
+    text: object, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int], index: int
+) -> Ids | None:
+    """The ids of a ``text`` that is trained on as a whole, EOS appended unless a stop token is there; None where it has
+    nothing but whitespace.
+
+    DataError where it is no string, or tokenises to nothing.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"row {index}: text {shortened(text)} is not a string; repair that row")
+    if not text.strip():
+        return None
+    ids = plain_ids(text, tokenizer)
+    if not ids:
+        raise DataError(f"row {index}: text {shortened(text)} tokenises to nothing; fill or remove that row")
+    return ids if ids[-1] in stop_ids and len(ids) > 1 else (*ids, int(tokenizer.eos_token_id))
+
+
 def _prefix(part: str, text: str, whole: Ids, tokenizer: PreTrainedTokenizerBase, index: int) -> Ids:
     """The ids of ``part``, which are those at the beginning of ``whole``."""
     ids = rendered_ids(part, tokenizer)
