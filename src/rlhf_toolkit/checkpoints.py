@@ -129,7 +129,10 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int, zero_s
             f"each rank holds a part of the optimizer; start {manifest['world_size']} processes"
         )
     if manifest.get("zero_stage", UNKNOWN) != zero_stage:
-        launches = {UNKNOWN: "by a version that did not note the ZeRO stage", None: "without DeepSpeed"}
+        launches: dict[object, str] = {
+            UNKNOWN: "by a version that did not note the ZeRO stage",
+            None: "without DeepSpeed",
+        }
         stages = (manifest.get("zero_stage", UNKNOWN), zero_stage)
         before, now = (launches.get(stage, f"under ZeRO stage {stage}") for stage in stages)
         raise CheckpointError(

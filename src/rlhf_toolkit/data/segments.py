@@ -78,17 +78,12 @@ def share_prefixes(prompts: Sequence[Tokens], lengths: Sequence[int], *, least: 
     return trie
 
 
-def packed_tokens(prompts: Sequence[Tokens], lengths: Sequence[int]) -> int:
-    """N, the tokens that the rows take together once their prefixes are shared."""
-    return share_prefixes(prompts, lengths).tokens
-
-
 class GrowingRow:
     """Counts the tokens of a packed row while sequences join it in the order of their prompts.
 
-    After any number of ``add``, ``tokens`` equals ``packed_tokens`` of what was added, without building that trie
-    again: in this order a prompt meets those before it only along the path to the last one, so that path alone is kept
-    open.
+    After any number of ``add``, ``tokens`` equals that of the trie which ``share_prefixes`` makes of what was added,
+    without building it again: in this order a prompt meets those before it only along the path to the last one, so that
+    path alone is kept open.
     """
 
     def __init__(self) -> None:
