@@ -44,7 +44,7 @@ class ManifestWriter(TrainerCallback):
         self.state = state
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Written to a temporary name and renamed, after every rank has written its part."""
+        """Write the manifest, to a temporary name that is then renamed, after every rank has written its part."""
         barrier()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -99,8 +99,8 @@ def claim_run_folder(folder: Path, experiment: dict[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError when there is none, or where it names a part of itself
-    that lies elsewhere."""
+    """The newest complete checkpoint. Raises CheckpointError where there is none, and where its file ``latest`` names
+    no folder in it."""
     found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
     complete = {int(number): path for path in found if (number := path.name.rpartition("-")[2]).isdecimal()}
     if not complete:
@@ -116,7 +116,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int, zero_stage: int | None) -> dict[str, Any]:
     """The manifest of a checkpoint that fits this base, this number of ranks and this way of starting them; otherwise
-    CheckpointError. ``zero_stage`` is None without DeepSpeed, whose own files the optimizer's state then is not in."""
+    CheckpointError. ``zero_stage`` is None without DeepSpeed, which keeps the optimizer's state in files of its own."""
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["base"] != fingerprint:
         raise CheckpointError(

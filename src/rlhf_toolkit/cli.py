@@ -1,4 +1,5 @@
-"""``rlhf``: what needs no distributed launch. Each command's work is a module of its own; here are its words.
+"""``rlhf``: the commands that need no distributed launch. This module reads their arguments and prints their lines; the
+work of each is done elsewhere.
 
 Modules are imported by the command that needs them, so that ``rlhf --help`` answers at once.
 """

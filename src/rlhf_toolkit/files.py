@@ -38,7 +38,7 @@ def leads_outside(path: Path, folder: Path, *also: Path) -> bool:
 
 def link_outside(folder: Path, *also: Path, passing_over: str | None = None) -> Path | None:
     """The first link in ``folder``, at any depth, that leads out of it and of ``also``; None where there is none. No
-    link is followed. Those are passed over whose path below ``folder`` is of the pattern ``passing_over``."""
+    link is followed. A link whose path below ``folder`` is of the pattern ``passing_over`` is passed over."""
     for place, folders, names in os.walk(folder, followlinks=False):
         for name in sorted([*folders, *names]):
             path = Path(place, name)

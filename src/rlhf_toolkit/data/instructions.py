@@ -157,7 +157,7 @@ def _source(shape: tuple[str, ...], columns: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """From a row to its token ids and the spans that are trained on; None for a row with an empty response."""
+    """Turns a row into token ids and the spans that are trained on, or into None where its response is empty."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]

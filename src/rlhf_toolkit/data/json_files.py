@@ -91,6 +91,7 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
 
 
 def _fault_of_object(text: str) -> str | None:
+    """What is wrong with a text that has to be one object; None where it is one."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -109,7 +110,7 @@ def _beyond(error: Exception) -> str:
 
 
 def _unusable(text: str, value: Any) -> str | None:
-    """Why a value that is JSON cannot be a row all the same; ``text`` spares looking through most of them."""
+    """Say why a value that is JSON cannot be a row all the same. Its ``text`` spares looking through most values."""
     if text.count("[") + text.count("{") > DEEPEST and _depth_exceeds(value, DEEPEST):
         return f"brackets nested deeper than {DEEPEST}"
     if "\\ud" in text or "\\uD" in text:
@@ -134,6 +135,7 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 
 
 def _fault_of_whole(path: Path) -> str | None:
+    """What is wrong with a file that has to be one list of objects or of texts."""
     text = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1)
     try:
         value = json.loads(text)

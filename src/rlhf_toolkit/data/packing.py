@@ -18,7 +18,7 @@ Rows = list[int]
 
 
 def mini_batches(rows: int, count: int, *, seed: int, rollout: int, epoch: int) -> list[Rows]:
-    """``count`` equal shares of a permutation of ``rows`` that is derived from (seed, rollout, epoch)."""
+    """Cut a permutation of ``rows``, which is derived from (seed, rollout, epoch), into ``count`` equal shares."""
     order = torch.randperm(rows, generator=derived_generator(seed, "mini-batches", rollout, epoch)).tolist()
     size = rows // count
     return [order[i * size : (i + 1) * size] for i in range(count)]
@@ -38,7 +38,7 @@ def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: 
 def packed_micro_batches(
     rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], *, ranks: int, budget: int
 ) -> list[list[Rows]]:
-    """The same for packed rows: ``budget`` bounds the tokens of a micro-batch once prefixes are shared.
+    """Do the same for packed rows: ``budget`` bounds the tokens of a micro-batch once prefixes are shared.
 
     ``prompts[row]`` is a tuple of tokens. Ranks get equally many rows. Rows of one prompt go to one rank and one
     micro-batch where they fit, and prompts that begin alike sit together.
@@ -48,7 +48,7 @@ def packed_micro_batches(
 
 
 def _deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[Rows]:
-    """Longest first: to ranks 0, 1, ..., then back, and so on. Ties go by row number, so that the deal is unique."""
+    """Deal rows, longest first, to ranks 0, 1, ..., then back, and so on. Ties go by row number: one deal results."""
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     shares: list[Rows] = [[] for _ in range(ranks)]
     for i, row in enumerate(ordered):
@@ -58,7 +58,7 @@ def _deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[Rows]
 
 
 def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
-    """Rows, longest first, into batches whose first row sets the width."""
+    """Put rows, longest first, into batches whose first row sets the width."""
     batches: list[Rows] = []
     for row in share:
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
@@ -68,9 +68,9 @@ def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
 
 
 def _deal_by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:
-    """Rows of one prompt are a group. Costliest group first, to the rank with the fewest tokens so far. A group that
-    would give a rank more than its share of rows goes on at the next. In a group rows come longest first; ties go by
-    row number."""
+    """Deal rows to ranks, those of one prompt as a group: the costliest group first, to the rank with the fewest tokens
+    so far. A group that would give a rank more than its share of rows goes on at the next. In a group rows come longest
+    first; ties go by row number."""
     groups: dict[Tokens, Rows] = {}
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         groups.setdefault(prompts[row], []).append(row)
@@ -88,13 +88,13 @@ def _deal_by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequen
 
 
 def _cost(group: Rows, lengths: Sequence[int], prompts: Sequence[Tokens]) -> int:
-    """Tokens of rows with one prompt."""
+    """The tokens that rows with one prompt take together."""
     shared = len(prompts[group[0]])
     return shared + sum(lengths[row] - shared for row in group)
 
 
 def _fill_packed(share: Rows, lengths: Sequence[int], prompts: Sequence[Tokens], budget: int) -> list[Rows]:
-    """Rows in the order of their prompts' tokens, so that those that begin alike are neighbours."""
+    """Put rows into batches in the order of their prompts' tokens, so that those that begin alike are neighbours."""
     batches, packed = list[Rows](), GrowingRow()
     for row in sorted(share, key=lambda row: (prompts[row], -lengths[row], row)):
         packed.add(prompts[row], lengths[row])
@@ -108,7 +108,7 @@ def _fill_packed(share: Rows, lengths: Sequence[int], prompts: Sequence[Tokens],
 
 
 def _in_step(shares: list[list[Rows]]) -> list[list[Rows]]:
-    """All ranks cut into as many batches as the one that needs most."""
+    """Cut the share of each rank into as many batches as the rank has that needs most."""
     count = max(map(len, shares))
     return [_split_to(batches, count) for batches in shares]
 

@@ -139,7 +139,7 @@ def _prompt_column(row: Mapping[str, Any]) -> str | None:
 
 
 def _as_pair(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """A row of ShareGPT's or Alpaca's columns, or of transcripts, with prompt, chosen and rejected as other rows."""
+    """Give a row of ShareGPT's or Alpaca's columns, or of transcripts, what others have: prompt, chosen, rejected."""
     column, sides = _prompt_column(row), {name: row[name] for name in ("chosen", "rejected")}
     if column == "conversations":
         answers = {
@@ -158,7 +158,7 @@ def _as_pair(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """From a row to its pair; None where a response is empty."""
+    """Turns a row into a pair, or into None where a response is empty."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
@@ -210,7 +210,7 @@ class _Reader:
 
 
 def _side(row: Mapping[str, Any], column: str, index: int) -> list[Message]:
-    """Chosen or rejected as messages; a string is the assistant's answer, and needs a prompt."""
+    """The column ``chosen`` or ``rejected`` as messages. A string is the assistant's answer; it needs a prompt."""
     if isinstance(row[column], str) and "prompt" in row:
         return response_messages(row[column], column, index=index)
     if isinstance(row[column], str):

@@ -62,7 +62,7 @@ def pair_lines(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def _line(kind: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, trained: bool) -> str:
-    """Characters that would not print are escaped; all others, of any language, stay."""
+    """Tokens of one ``kind`` as a line. Characters that would not print are escaped; others, of any language, stay."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
     escaped = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text.replace("\\", "\\\\"))
     return f"  {kind:<8} {len(ids):>5} {'>' if trained else '|'} {escaped}"

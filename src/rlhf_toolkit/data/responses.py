@@ -184,7 +184,7 @@ def _behind_stop(
 
 
 def _check_one_stop(own: Ids, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], index: int) -> None:
-    """Generation ends at the first stop token: what stands behind it could never be said."""
+    """Raise DataError where a stop token stands inside a response: generation ends there, and never says the rest."""
     inside = [token for token in own[:-1] if token in stop_ids]
     if inside:
         raise DataError(

@@ -108,7 +108,7 @@ def transcript_messages(value: Any, column: str, *, index: int) -> list[Message]
 
 
 def _text(row: Mapping[str, Any], column: str, index: int) -> str:
-    """A string that need not be there; the instruction has to."""
+    """The string in ``column``, empty where there is none. Only ``instruction`` must be there."""
     value = row.get(column)
     if value is None and column != "instruction":
         return ""

@@ -24,7 +24,7 @@ ADAPTER_HEAD = ("folder", "rank", "alpha", "scale", "layers")
 
 
 class Uploader(Protocol):
-    """What is needed of ``huggingface_hub.HfApi``."""
+    """The methods of ``huggingface_hub.HfApi`` that ``push`` calls."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
         """Make the repository, or leave it as it is."""

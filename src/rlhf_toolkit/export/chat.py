@@ -209,7 +209,7 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
 
 
 def _with_adapter(model: Any, folder: str, name: str) -> tuple[PeftModel, list[str]]:
-    """``PeftModel.from_pretrained`` and ``load_adapter``, with the names that found no place, which they let pass."""
+    """Put an adapter on the model; say which weights only one of the two has, since PEFT alone would pass over them."""
     if not isinstance(model, PeftModel):
         model = PeftModel(model, PeftConfig.from_pretrained(folder), adapter_name=name)
     found: Any = model.load_adapter(folder, adapter_name=name)

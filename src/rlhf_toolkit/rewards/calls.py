@@ -20,7 +20,7 @@ LARGEST = 3.4028234663852886e38
 """Scores become float32, of which this is the largest; beyond it they would be infinite."""
 
 Score = float | list[float]
-"""Of one response: a number, or as many numbers as the response has tokens."""
+"""What a reward gives one response: a number, or as many numbers as the response has tokens."""
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class WorkerTraceback(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call is about: position for position the prompt, the response, its token ids and the columns."""
+    """The responses that one call is about: position for position prompt, response, its token ids and columns."""
 
     prompts: list[str]
     responses: list[str]
@@ -64,7 +64,7 @@ class Fault:
 
 
 Outcome = Fault | list[Score | Fault]
-"""Of one call: a fault of the call as a whole, or for each response its score or its own fault."""
+"""What comes of one call: a fault of the call as a whole, or for each response its score or its own fault."""
 
 
 class Source(Protocol):

@@ -41,7 +41,7 @@ class _Row:
 
 @dataclass
 class _Reward:
-    """One reward with what is under way for the current batch, and with the lines it has had so far."""
+    """One reward, its calls for the current batch, and how many lines there have been about its failures."""
 
     spec: RewardSpec
     source: Source
@@ -254,7 +254,7 @@ def _part(value: Score | Fault) -> float:
 
 
 def fault_message(name: str, fault: Fault, prompts: Sequence[Prompt]) -> str:
-    """What continues "reward ": which one, what it did, the way out, and the first prompt it was asked about."""
+    """What is said after "reward": which one, what it did, the way out, and the first prompt it was asked about."""
     which = "its prompt was" if len(prompts) == 1 else f"the first of its {len(prompts)} prompts was"
     return f"{name} {fault.what}; {fault.way_out}; {which} {_named(prompts[0])}"
 

@@ -40,7 +40,7 @@ class HTTPCaller:
         self._socket: socket.socket | None = None
 
     def prepare(self) -> None:
-        """Nothing to do."""
+        """Do nothing: every request makes its own connection."""
 
     def call(self, batch: Batch) -> Outcome:
         """The scores, asked for again up to ``retries`` times after a connection error or a status of 500 or more."""

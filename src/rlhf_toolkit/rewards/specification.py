@@ -69,7 +69,7 @@ class RewardSpec:
 
 
 def _check_effects(setting: str, given: Mapping[str, Any]) -> None:
-    """Nothing that is set may be without effect; of ``timeout`` without workers only the loaded function can tell."""
+    """Raise ConfigError where a key has no effect; of ``timeout`` without workers only the loaded function tells."""
     if "url" in given and given.get("workers") == 0:
         raise ConfigError(f"{setting}.workers=0 would send no request; give 1 or more, or leave it out")
     elsewhere = "url" in given or given.get("workers", 0) > 0
