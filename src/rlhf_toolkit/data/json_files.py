@@ -111,7 +111,7 @@ def _beyond(error: Exception) -> str:
 
 def _unusable(text: str, value: Any) -> str | None:
     """Say why a value that is JSON cannot be a row all the same. Its ``text`` spares looking through most values."""
-    if text.count("[") + text.count("{") > DEEPEST and _depth_exceeds(value, DEEPEST):
+    if text.count("[") + text.count("{") > DEEPEST and is_deeper(value, DEEPEST):
         return f"brackets nested deeper than {DEEPEST}"
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -121,7 +121,8 @@ def _unusable(text: str, value: Any) -> str | None:
     return None
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether more than ``limit`` lists and objects lie inside one another in ``value``, which is one of the two."""
     level = [value]
     for _ in range(limit):
         level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]

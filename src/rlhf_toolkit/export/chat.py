@@ -108,7 +108,7 @@ class Chat:
     def answer(self, contestant: Contestant, text: str) -> None:
         """Have ``contestant`` answer ``text``; both become part of its conversation. An answer that might not fit the
         model's longest sequence is not begun."""
-        ids, mask = self._prompt(contestant, text)
+        ids, mask = self.prompt(contestant, text)
         length = ids.shape[1]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)  # ALiBi has none
         if length + self.max_new_tokens > limit:
@@ -132,8 +132,8 @@ class Chat:
     def _text(self, tokens: Tensor) -> str:
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
-        """Token ids (1, P) and their mask."""
+    def prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
+        """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
         if self.tokenizer.chat_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
             found: Any = self.tokenizer.apply_chat_template(
