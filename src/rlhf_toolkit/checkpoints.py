@@ -44,7 +44,7 @@ class ManifestWriter(TrainerCallback):
         self.state = state
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Written to a temporary name and renamed, after every rank has written its part."""
+        """Write the manifest, to a temporary name that is then renamed, after every rank has written its part."""
         barrier()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -68,8 +68,13 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     if resume:
         if not holds_run:
             raise CheckpointError(f"--resume, but run.output_dir={folder} holds no run; start without --resume")
-        _refuse_links(folder)
-        _require_same(_settings_of(folder / RUN_FILE), experiment, folder)
+        link = link_outside(folder, passing_over=WANDB_LOGS)
+        if link is not None:
+            raise CheckpointError(
+                f"{link} is a link to something outside of run.output_dir={folder}, which a run would write to; put "
+                "what it leads to in its place, or remove it"
+            )
+        _require_same(folder, experiment)
         return last_checkpoint(folder)
     if holds_run and not overwrite:
         raise CheckpointError(
@@ -94,8 +99,8 @@ def claim_run_folder(folder: Path, experiment: dict[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError when there is none, or where it names a part of itself
-    that lies elsewhere."""
+    """The newest complete checkpoint. Raises CheckpointError where there is none, and where its file ``latest`` names
+    no folder in it."""
     found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
     complete = {int(number): path for path in found if (number := path.name.rpartition("-")[2]).isdecimal()}
     if not complete:
@@ -111,32 +116,30 @@ def last_checkpoint(folder: Path) -> Path:
 
 def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int, zero_stage: int | None) -> dict[str, Any]:
     """The manifest of a checkpoint that fits this base, this number of ranks and this way of starting them; otherwise
-    CheckpointError. ``zero_stage`` is None without DeepSpeed, whose own files the optimizer's state then is not in."""
+    CheckpointError. ``zero_stage`` is None without DeepSpeed, which keeps the optimizer's state in files of its own."""
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["base"] != fingerprint:
         raise CheckpointError(
             f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use "
-            f"that one"
+            "that one"
         )
     if manifest["world_size"] != world_size:
         raise CheckpointError(
             f"{checkpoint} was written by {manifest['world_size']} ranks and cannot be resumed on {world_size}: "
-            f"each rank holds a part of "
-            f"the optimizer; start {manifest['world_size']} processes"
+            f"each rank holds a part of the optimizer; start {manifest['world_size']} processes"
         )
     if manifest.get("zero_stage", UNKNOWN) != zero_stage:
-        before, now = (_launched(stage) for stage in (manifest.get("zero_stage", UNKNOWN), zero_stage))
+        launches: dict[object, str] = {
+            UNKNOWN: "by a version that did not note the ZeRO stage",
+            None: "without DeepSpeed",
+        }
+        stages = (manifest.get("zero_stage", UNKNOWN), zero_stage)
+        before, now = (launches.get(stage, f"under ZeRO stage {stage}") for stage in stages)
         raise CheckpointError(
             f"{checkpoint} was written {before} and cannot be resumed {now}: the optimizer would start afresh, since "
             "its state is kept in another form; start with the launch config that the run began with"
         )
     return manifest
-
-
-def _launched(zero_stage: int | str | None) -> str:
-    if zero_stage == UNKNOWN:
-        return "by a version that did not note the ZeRO stage"
-    return "without DeepSpeed" if zero_stage is None else f"under ZeRO stage {zero_stage}"
 
 
 def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:
@@ -184,29 +187,6 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
-    """The settings in a ``run.json``: section -> name -> value."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({described(error)}); restore it, or start with --overwrite"
-        ) from error
-    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
-        raise CheckpointError(f"{path} holds no settings; restore it, or start with --overwrite")
-    return settings
-
-
-def _refuse_links(folder: Path) -> None:
-    """A run goes on writing to names that it can be foreseen to use: none of them may lead elsewhere."""
-    link = link_outside(folder, passing_over=WANDB_LOGS)
-    if link is not None:
-        raise CheckpointError(
-            f"{link} is a link to something outside of run.output_dir={folder}, which a run would write to; put what "
-            "it leads to in its place, or remove it"
-        )
-
-
 def _require_room(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,14 +200,23 @@ def _require_room(folder: Path) -> None:
     if free < LEAST_FREE_BYTES:
         raise CheckpointError(
             f"run.output_dir={folder} has {free / 2**20:.0f} MiB of free space, a run needs at least "
-            f"{LEAST_FREE_BYTES // 2**20}; "
-            "make room or choose another disk"
+            f"{LEAST_FREE_BYTES // 2**20}; make room or choose another disk"
         )
 
 
-def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """A resumed run continues the same experiment; only how long and how it is watched may change."""
-    for section, settings in now.items():
+def _require_same(folder: Path, experiment: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the folder's settings are those of ``experiment``, but for how long a run is and who
+    watches it."""
+    path = folder / RUN_FILE
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({described(error)}); restore it, or start with --overwrite"
+        ) from error
+    if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
+        raise CheckpointError(f"{path} holds no settings; restore it, or start with --overwrite")
+    for section, settings in experiment.items():
         for key, value in settings.items():
             name, old = f"{section}.{key}", before.get(section, {}).get(key)
             free = name.startswith(FREE_TO_CHANGE) and name not in NEVER_FREE

@@ -1,4 +1,5 @@
-"""``rlhf``: what needs no distributed launch. Each command's work is a module of its own; here are its words.
+"""``rlhf``: the commands that need no distributed launch. This module reads their arguments and prints their lines; the
+work of each is done elsewhere.
 
 Modules are imported by the command that needs them, so that ``rlhf --help`` answers at once.
 """
@@ -9,54 +10,41 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 from rlhf_toolkit.errors import reported
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-DTYPES = ("bfloat16", "float16", "float32")
+Options = argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error the user can mend ends the process with status 1 and one line."""
-    parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_report, _add_card, _add_merge, _add_chat, _add_evaluate, _add_data):
-        add(commands)
-    parsed = parser.parse_args(arguments)
+    parsed = command_line().parse_args(arguments)
     with reported():
-        _quiet()
+        from transformers.utils import logging
+
+        warnings.filterwarnings("ignore")  # no warnings and no bars of libraries between a command's lines
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         parsed.run(parsed)
 
 
-# ---- report and card -------------------------------------------------------------------------------------------------
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _add_report(commands: Commands) -> None:
-    parser = commands.add_parser("report", help="print what a finished run came to")
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
-    parser.set_defaults(run=_report)
-
-
-def _report(options: argparse.Namespace) -> None:
+def report(options: Options) -> None:
+    """Print what a finished run came to."""
     from rlhf_toolkit.export.folders import read_run
     from rlhf_toolkit.reporting.report import print_report
 
     print_report(options.run_folder, read_run(options.run_folder).summary)
 
 
-def _add_card(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "card", help="write a finished run's model card, and send it and the adapters to the hub"
-    )
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
-    parser.add_argument("--push", metavar="REPO", help="send card and adapters to this name of the hub")
-    parser.set_defaults(run=_card)
-
-
-def _card(options: argparse.Namespace) -> None:
+def card(options: Options) -> None:
+    """Write a finished run's model card; with ``--push`` send it and the adapters to the hub."""
     from huggingface_hub import HfApi
 
     from rlhf_toolkit.export.card import push, write_card
@@ -68,25 +56,8 @@ def _card(options: argparse.Namespace) -> None:
         print(f"sent to {options.push}: {', '.join(push(run, options.push, HfApi()))}")
 
 
-# ---- merge -----------------------------------------------------------------------------------------------------------
-
-
-def _add_merge(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "merge", help="add a LoRA adapter to its base: one plain model, tensor by tensor on CPU"
-    )
-    parser.add_argument("base", help="hub name or folder of the base model")
-    parser.add_argument("adapter", help="hub name or folder of the adapter, such as runs/x/policy")
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the result; without it, the base's own")
-    parser.add_argument(
-        "--verify", type=_at_least_1, metavar="N", help="then compare logits with base + adapter on N random sequences"
-    )
-    _add_trust(parser)
-    parser.set_defaults(run=_merge)
-
-
-def _merge(options: argparse.Namespace) -> None:
+def merge(options: Options) -> None:
+    """Add an adapter to its base; with ``--verify`` compare the logits of both afterwards."""
     import torch
 
     from rlhf_toolkit.export.merge import merge
@@ -115,21 +86,8 @@ def _merge(options: argparse.Namespace) -> None:
         )
 
 
-# ---- chat ------------------------------------------------------------------------------------------------------------
-
-
-def _add_chat(commands: Commands) -> None:
-    parser = commands.add_parser("chat", help="talk to a base and to adapters on it, side by side")
-    parser.add_argument("base", help="hub name or folder of the base model")
-    parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help="hub names or folders of adapters")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the base; without it, the one it is stored in")
-    parser.add_argument("--max-new-tokens", type=_at_least_1, default=256, metavar="N", help="of an answer (256)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature above 0 (0)")
-    _add_trust(parser)
-    parser.set_defaults(run=_chat)
-
-
-def _chat(options: argparse.Namespace) -> None:
+def chat(options: Options) -> None:
+    """Let a base and adapters on it answer what is typed."""
     import torch
 
     from rlhf_toolkit.export.chat import load_chat, typed
@@ -149,27 +107,8 @@ def _chat(options: argparse.Namespace) -> None:
         print()
 
 
-# ---- evaluate --------------------------------------------------------------------------------------------------------
-
-
-def _add_evaluate(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "evaluate", help="have adapters and their base answer an experiment's held-out prompts, and compare them"
-    )
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="a YAML file of PPO: prompts, rewards, sampling")
-    parser.add_argument(
-        "contestants", nargs="+", metavar="CONTESTANT", help="adapter folders, their names on the hub, or base"
-    )
-    parser.add_argument("--samples", type=_at_least_1, metavar="N", help="sampled responses to each prompt as well")
-    parser.add_argument("--no-greedy", action="store_true", help="sampled responses only")
-    parser.add_argument("--no-kl", action="store_true", help="leave out the pass that the KL to the reference needs")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write estimates and win rates there, as JSON")
-    parser.add_argument("--responses", type=Path, metavar="FILE", help="write every response there, as JSON lines")
-    parser.set_defaults(run=_evaluate)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
+def evaluate(options: Options) -> None:
+    """Have adapters and their base answer an experiment's held-out prompts, and compare them."""
     from rlhf_toolkit.reporting.report import evaluation_lines
     from rlhf_toolkit.runs.evaluation import compare_contestants, read_experiment
 
@@ -183,53 +122,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         found.write_responses(options.responses)
 
 
-# ---- shared ----------------------------------------------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """No bars and no warnings of libraries between a command's lines."""
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the hub")
-
-
-def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def _add_data(commands: Commands) -> None:
-    parser = commands.add_parser("data", help="look at training data as a model will see it")
-    show = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "show", help="print rows token by token, what is trained, and what is dropped"
-    )
-    show.add_argument("source", metavar="SOURCE", help="a hub dataset, or a json, jsonl, csv or parquet file")
-    show.add_argument("--model", required=True, help="hub name or folder, for its tokenizer")
-    show.add_argument(
-        "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
-    )
-    show.add_argument("--split", default="train", help="default: %(default)s")
-    show.add_argument("--streaming", action="store_true", help="read rows while they are tokenised, store none")
-    show.add_argument("--max-rows", type=_at_least_1, metavar="N", help="read only the first N rows")
-    show.add_argument("--count", type=int, default=3, help="rows to print; default: %(default)s")
-    show.add_argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s")
-    show.add_argument("--no-chat-template", action="store_true", help="take strings as they stand")
-    show.add_argument("--system-prompt", help="system message before string prompts")
-    show.set_defaults(run=_data_show)
-
-
-def _data_show(options: argparse.Namespace) -> None:
+def show_data(options: Options) -> None:
+    """Print rows of training data token by token."""
     import logging
 
     import datasets
@@ -255,6 +149,134 @@ def _data_show(options: argparse.Namespace) -> None:
         stop_ids=stop_token_ids(tokenizer, generation_eos_of(options.model, config), stop_strings=()),
     )
     print(preview(found, tokenizer, options.count))
+
+
+# ---- their words -----------------------------------------------------------------------------------------------------
+
+
+class Argument:
+    """What ``add_argument`` is given."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        self.names, self.options = names, options
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed, what ``--help`` says of it, the function that runs it, and the arguments it takes."""
+
+    name: str
+    help: str
+    run: Callable[[Options], None]
+    arguments: tuple[Argument, ...]
+
+
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+RUN = Argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
+BASE = Argument("base", help="hub name or folder of the base model")
+TRUST = Argument("--trust-remote-code", action="store_true", help="run model code from the hub")
+COMMANDS = (
+    Command("report", "print what a finished run came to", report, (RUN,)),
+    Command(
+        "card",
+        "write a finished run's model card, and send it and the adapters to the hub",
+        card,
+        (RUN, Argument("--push", metavar="REPO", help="send card and adapters to this name of the hub")),
+    ),
+    Command(
+        "merge",
+        "add a LoRA adapter to its base: one plain model, tensor by tensor on CPU",
+        merge,
+        (
+            BASE,
+            Argument("adapter", help="hub name or folder of the adapter, such as runs/x/policy"),
+            Argument("out", type=Path, help="folder to make"),
+            Argument("--dtype", choices=DTYPES, help="of the result; without it, the base's own"),
+            Argument(
+                "--verify",
+                type=_at_least_1,
+                metavar="N",
+                help="then compare logits with base + adapter on N random sequences",
+            ),
+            TRUST,
+        ),
+    ),
+    Command(
+        "chat",
+        "talk to a base and to adapters on it, side by side",
+        chat,
+        (
+            BASE,
+            Argument("adapters", nargs="*", metavar="ADAPTER", help="hub names or folders of adapters"),
+            Argument("--dtype", choices=DTYPES, help="of the base; without it, the one it is stored in"),
+            Argument("--max-new-tokens", type=_at_least_1, default=256, metavar="N", help="of an answer (256)"),
+            Argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature above 0 (0)"),
+            TRUST,
+        ),
+    ),
+    Command(
+        "evaluate",
+        "have adapters and their base answer an experiment's held-out prompts, and compare them",
+        evaluate,
+        (
+            Argument("experiment", metavar="EXPERIMENT", help="a YAML file of PPO: prompts, rewards, sampling"),
+            Argument(
+                "contestants", nargs="+", metavar="CONTESTANT", help="adapter folders, their names on the hub, or base"
+            ),
+            Argument("--samples", type=_at_least_1, metavar="N", help="sampled responses to each prompt as well"),
+            Argument("--no-greedy", action="store_true", help="sampled responses only"),
+            Argument("--no-kl", action="store_true", help="leave out the pass that the KL to the reference needs"),
+            Argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting"),
+            Argument("--out", type=Path, metavar="FILE", help="write estimates and win rates there, as JSON"),
+            Argument("--responses", type=Path, metavar="FILE", help="write every response there, as JSON lines"),
+        ),
+    ),
+)
+DATA_COMMANDS = (
+    Command(
+        "show",
+        "print rows token by token, what is trained, and what is dropped",
+        show_data,
+        (
+            Argument("source", metavar="SOURCE", help="a hub dataset, or a json, jsonl, csv or parquet file"),
+            Argument("--model", required=True, help="hub name or folder, for its tokenizer"),
+            Argument(
+                "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
+            ),
+            Argument("--split", default="train", help="default: %(default)s"),
+            Argument("--streaming", action="store_true", help="read rows while they are tokenised, store none"),
+            Argument("--max-rows", type=_at_least_1, metavar="N", help="read only the first N rows"),
+            Argument("--count", type=int, default=3, help="rows to print; default: %(default)s"),
+            Argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s"),
+            Argument("--no-chat-template", action="store_true", help="take strings as they stand"),
+            Argument("--system-prompt", help="system message before string prompts"),
+        ),
+    ),
+)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands; what it parses has the command's function as ``run``."""
+
+    def add(parser: argparse.ArgumentParser, commands: Sequence[Command]) -> Any:
+        places = parser.add_subparsers(required=True, metavar="COMMAND")
+        for command in commands:
+            place = places.add_parser(command.name, help=command.help)
+            for argument in command.arguments:
+                place.add_argument(*argument.names, **argument.options)
+            place.set_defaults(run=command.run)
+        return places
+
+    parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
+    add(add(parser, COMMANDS).add_parser("data", help="look at training data as a model will see it"), DATA_COMMANDS)
+    return parser
 
 
 if __name__ == "__main__":

@@ -94,7 +94,12 @@ def reported() -> Iterator[None]:
     try:
         yield
     except RLHFError as error:
-        _end(f"{type(error).__name__}: {error}", *_appended(error, on_main=os.environ.get("RANK", "0") == "0"))
+        more = getattr(error, "__notes__", [])  # by ``collectives.agreement``: the traceback of another rank
+        if isinstance(error, RewardError) and error.__cause__ is not None:
+            more = ["".join(traceback.format_exception(error.__cause__)).rstrip()]
+        elif os.environ.get("RANK", "0") != "0":
+            more = []
+        _end(f"{type(error).__name__}: {error}", *more)
     except Exception as error:
         if DISK_FULL not in str(error):
             raise
@@ -106,10 +111,3 @@ def _end(line: str, *more: str) -> NoReturn:
     prefix = "" if rank == "0" else f"\n[rank {rank}] "  # not at the end of rank 0's progress bar
     sys.stderr.write("\n".join([prefix + line, *more, ""]))  # at once: ranks share the terminal
     sys.exit(1)
-
-
-def _appended(error: RLHFError, *, on_main: bool) -> list[str]:
-    """The traceback of a reward, and the notes of ``collectives.agreement``: they hold that of another rank."""
-    if isinstance(error, RewardError) and error.__cause__ is not None:
-        return ["".join(traceback.format_exception(error.__cause__)).rstrip()]
-    return getattr(error, "__notes__", []) if on_main else []

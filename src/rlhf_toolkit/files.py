@@ -38,19 +38,16 @@ def leads_outside(path: Path, folder: Path, *also: Path) -> bool:
 
 def link_outside(folder: Path, *also: Path, passing_over: str | None = None) -> Path | None:
     """The first link in ``folder``, at any depth, that leads out of it and of ``also``; None where there is none. No
-    link is followed. Those are passed over whose path below ``folder`` is of the pattern ``passing_over``."""
+    link is followed. A link whose path below ``folder`` is of the pattern ``passing_over`` is passed over."""
     for place, folders, names in os.walk(folder, followlinks=False):
         for name in sorted([*folders, *names]):
             path = Path(place, name)
-            if path.is_symlink() and leads_outside(path, folder, *also) and not _is(path, folder, passing_over):
-                return path
+            if path.is_symlink() and leads_outside(path, folder, *also):
+                below, pattern = path.relative_to(folder), passing_over or ""
+                same_depth = len(below.parts) == pattern.count("/") + 1  # match alone would compare the last parts
+                if not (pattern and same_depth and below.match(pattern)):
+                    return path
     return None
-
-
-def _is(path: Path, folder: Path, pattern: str | None) -> bool:
-    """Whether ``path``, in ``folder``, has the parts of ``pattern``; Path.match alone would compare the last ones."""
-    below = path.relative_to(folder)
-    return pattern is not None and len(below.parts) == pattern.count("/") + 1 and below.match(pattern)
 
 
 def created(path: Path) -> IO[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_toolkit.data import packing
 from rlhf_toolkit.data.packing import mini_batches, packed_micro_batches, padded_micro_batches
-from rlhf_toolkit.data.segments import GrowingRow, Tokens, packed_tokens
+from rlhf_toolkit.data.segments import GrowingRow, Tokens, share_prefixes
 
 LENGTHS = [random.Random(3).randint(2, 40) for _ in range(48)]
 
@@ -85,7 +85,7 @@ PACKED_LENGTHS = [len(prompt) + length for prompt, length in zip(PROMPTS, LENGTH
 
 
 def tokens_of(rows: list[int]) -> int:
-    return packed_tokens([PROMPTS[row] for row in rows], [PACKED_LENGTHS[row] for row in rows])
+    return share_prefixes([PROMPTS[row] for row in rows], [PACKED_LENGTHS[row] for row in rows]).tokens
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -121,7 +121,7 @@ def plainly_filled(share: list[int], lengths: list[int], prompts: list[Tokens], 
     batches: list[list[int]] = []
     for row in sorted(share, key=lambda row: (prompts[row], -lengths[row], row)):
         more = [*batches[-1], row] if batches else []
-        if more and packed_tokens([prompts[each] for each in more], [lengths[each] for each in more]) <= budget:
+        if more and share_prefixes([prompts[each] for each in more], [lengths[each] for each in more]).tokens <= budget:
             batches[-1] = more
         else:
             batches.append([row])
@@ -148,7 +148,7 @@ def test_a_growing_row_counts_what_its_trie_holds_after_every_sequence() -> None
         for number, each in enumerate(order, start=1):
             row.add(prompts[each], lengths[each])
             joined = order[:number]
-            assert row.tokens == packed_tokens([prompts[i] for i in joined], [lengths[i] for i in joined]), (
+            assert row.tokens == share_prefixes([prompts[i] for i in joined], [lengths[i] for i in joined]).tokens, (
                 seed,
                 number,
             )

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rlhf_toolkit.data.segments import Trie, common_prefix, packed_tokens, share_prefixes
+from rlhf_toolkit.data.segments import Trie, common_prefix, share_prefixes
 
 TEMPLATE = tuple(range(100, 120))
 CASES = {
@@ -61,13 +61,13 @@ def test_sharing_from_the_first_token_on_keeps_each_prefix_once(prompts: list[tu
     responses = sum(lengths_of(prompts)) - sum(map(len, prompts))
     trie = share_prefixes(prompts, lengths_of(prompts), least=1)
     assert trie.tokens == len(prefixes) + responses
-    assert packed_tokens(prompts, lengths_of(prompts)) >= trie.tokens
+    assert share_prefixes(prompts, lengths_of(prompts)).tokens >= trie.tokens
 
 
 def test_the_figures_of_a_template() -> None:
     """20 tokens three times: 40 saved. Then two rows share one more, which is not worth a segment."""
     prompts = CASES["a template"]
-    assert packed_tokens(prompts, lengths_of(prompts)) == sum(lengths_of(prompts)) - 40
+    assert share_prefixes(prompts, lengths_of(prompts)).tokens == sum(lengths_of(prompts)) - 40
     assert share_prefixes(prompts, lengths_of(prompts), least=1).tokens == sum(lengths_of(prompts)) - 41
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from rlhf_toolkit.errors import ConfigError, RewardError
 from rlhf_toolkit.rewards.compose import WARNINGS, Rewards
 from rlhf_toolkit.rewards.scores import Scores
+from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.types import Prompt
 from tests.rewards.common import MISBEHAVING, batch_of, prompts_for, rewards_of, tokens_for
 
@@ -304,7 +306,7 @@ def test_a_line_for_each_batch_with_failures_up_to_a_few() -> None:
 
 
 def test_lines_go_to_stderr_by_default(capfd: pytest.CaptureFixture[str]) -> None:
-    with rewards_of(of("act", on_failure="score", failure_score=-0.5)) as rewards:
-        rewards._warn = Rewards.__init__.__globals__["_to_stderr"]
+    spec = RewardSpec.parse(of("act", on_failure="score", failure_score=-0.5), 0)
+    with closing(Rewards([spec])) as rewards:
         rewards.collect(*batch_of(["none", "b"]))
     assert capfd.readouterr().err.startswith("reward act: 1 of 1 calls failed and were scored as -0.5; the first: ")

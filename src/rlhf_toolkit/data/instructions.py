@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, check_order, messages_of, plain_ids, prompt_messages, response_messages
+from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
 from rlhf_toolkit.data.prompts import NO_ROWS
-from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response
+from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response, plain_text
 from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
 from rlhf_toolkit.data.shapes import alpaca_prompt, columns_read, sharegpt_messages
 from rlhf_toolkit.data.streams import Rows, first_row
@@ -114,14 +114,19 @@ def tokenise_examples(
         if read is None:
             dropped.add(EMPTY_RESPONSE)
         elif dropped.fits(len(read[0])):
-            examples.append(Example(index, read[0], _mask(*read)))
+            token_ids, spans = read
+            trained = [False] * len(token_ids)
+            for start, stop in spans:
+                trained[start:stop] = [True] * (stop - start)
+            examples.append(Example(index, token_ids, tuple(trained)))
     if not examples:
         raise dropped.nothing_left()
     return ExampleSet(tuple(examples), total, dict(dropped.reasons), _source(shape, rows.column_names))
 
 
 def _shape(rows: Rows) -> tuple[str, ...]:
-    """The columns that are read, as ``("prompt", "completion")`` or, verl's, ``("prompt", "extra_info.answer")``."""
+    """The columns that are read, as ``("prompt", "completion")`` or, verl's, ``("prompt", "extra_info.answer")``: which
+    of verl's places holds the first row's response says where all rows have it."""
     columns, first = rows.column_names, first_row(rows)
     if first is None:
         raise DataError(f"the dataset {NO_ROWS}")
@@ -129,22 +134,17 @@ def _shape(rows: Rows) -> tuple[str, ...]:
         if set(shape) <= set(columns):
             return shape
     if "prompt" in columns and {outer for outer, _ in NESTED} & set(columns):
-        return "prompt", _nested(first, columns)
+        for outer, inner in NESTED:
+            if isinstance(first.get(outer), Mapping) and isinstance(first[outer].get(inner), str):
+                return "prompt", f"{outer}.{inner}"
+        raise DataError(
+            f"row 0: there is a prompt but no response: {' and '.join(f'{a}.{b}' for a, b in NESTED)} hold no string; "
+            f"the columns are {', '.join(columns)}: add a column completion or response"
+        )
     for shape in (CONVERSATIONS, ALPACA, ("text",)):
         if set(shape) <= set(columns):
             return shape
     raise unknown_columns(columns, UNDERSTOOD)
-
-
-def _nested(row: Mapping[str, Any], columns: list[str]) -> str:
-    """Which of verl's places holds the first row's response: all rows are read from there."""
-    for outer, inner in NESTED:
-        if isinstance(row.get(outer), Mapping) and isinstance(row[outer].get(inner), str):
-            return f"{outer}.{inner}"
-    raise DataError(
-        f"row 0: there is a prompt but no response: {' and '.join(f'{a}.{b}' for a, b in NESTED)} hold no string; the "
-        f"columns are {', '.join(columns)}: add a column completion or response"
-    )
 
 
 def _source(shape: tuple[str, ...], columns: list[str]) -> str:
@@ -155,16 +155,9 @@ def _source(shape: tuple[str, ...], columns: list[str]) -> str:
     return f"prompts from {columns_read(shape[0], columns)}, loss on {shape[1]}"
 
 
-def _mask(token_ids: Ids, spans: list[Span]) -> tuple[bool, ...]:
-    trained = [False] * len(token_ids)
-    for start, stop in spans:
-        trained[start:stop] = [True] * (stop - start)
-    return tuple(trained)
-
-
 @dataclass(frozen=True)
 class _Reader:
-    """From a row to its token ids and the spans that are trained on; None for a row with an empty response."""
+    """Turns a row into token ids and the spans that are trained on, or into None where its response is empty."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
@@ -175,7 +168,8 @@ class _Reader:
     def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> tuple[Ids, list[Span]] | None:
         values = [self._value(row, column, index) for column in shape]
         if shape == ("text",):
-            return self._text(values[0], index)
+            ids = plain_text(values[0], self.tokenizer, stop_ids=self.stop_ids, index=index)
+            return None if ids is None else (ids, [(1, len(ids))])
         if shape == ("messages",):
             return self._conversation(messages_of(values[0], index=index, column="messages"), 0, index)
         if shape == CONVERSATIONS:
@@ -184,9 +178,12 @@ class _Reader:
         if shape == ALPACA:
             prompt = alpaca_prompt(row, index=index)
         if isinstance(prompt, str) and isinstance(response, str) and not self.chat_template:
-            return self._plain(prompt, response, index)
-        given = prompt_messages(prompt, self.system_prompt, index=index)
-        return self._conversation([*given, *response_messages(response, shape[1], index=index)], len(given), index)
+            if not response.strip():
+                return None
+            given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
+            return given + own, [(len(given), len(given) + len(own))]
+        before = prompt_messages(prompt, self.system_prompt, index=index)
+        return self._conversation([*before, *response_messages(response, shape[1], index=index)], len(before), index)
 
     def _value(self, row: Mapping[str, Any], column: str, index: int) -> Any:
         outer, _, inner = column.partition(".")
@@ -200,24 +197,6 @@ class _Reader:
                 )
         self.types.check(value, index=index, column=column)
         return value
-
-    def _text(self, text: Any, index: int) -> tuple[Ids, list[Span]] | None:
-        if not isinstance(text, str):
-            raise DataError(f"row {index}: text {shortened(text)} is not a string; repair that row")
-        if not text.strip():
-            return None
-        ids = plain_ids(text, self.tokenizer)
-        if not ids:
-            raise DataError(f"row {index}: text {shortened(text)} tokenises to nothing; fill or remove that row")
-        if ids[-1] not in self.stop_ids or len(ids) == 1:
-            ids = (*ids, int(self.tokenizer.eos_token_id))
-        return ids, [(1, len(ids))]
-
-    def _plain(self, prompt: str, response: str, index: int) -> tuple[Ids, list[Span]] | None:
-        if not response.strip():
-            return None
-        given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
-        return given + own, [(len(given), len(given) + len(own))]
 
     def _conversation(self, messages: list[Message], first: int, index: int) -> tuple[Ids, list[Span]] | None:
         check_order(messages, index=index)

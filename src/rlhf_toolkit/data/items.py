@@ -24,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Item:
-    """What stays together: the row of an example, or the chosen and the rejected row of a pair, with its ``margin``."""
+    """The rows that stay together: one for an example, chosen and rejected for a pair, which also has a ``margin``."""
 
     rows: tuple[Row, ...]
     margin: float = 0.0
@@ -45,7 +45,7 @@ class Cut:
     ranks: int
 
     def among_ranks(self, chosen: Sequence[int], items: Sequence[Item]) -> list[list[list[int]]]:
-        """``[rank][micro-batch]`` to item numbers."""
+        """Cut the items ``chosen`` for each rank: ``[rank][micro-batch]`` to item numbers."""
         lengths = [items[i].lengths for i in chosen]
         cut = group_micro_batches(range(len(chosen)), lengths, ranks=self.ranks, budget=self.tokens, padded=self.padded)
         return [[[chosen[place] for place in batch] for batch in share] for share in cut]

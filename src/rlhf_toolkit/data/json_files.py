@@ -1,9 +1,8 @@
 """What is wrong with a JSON file, found before ``datasets`` reads it.
 
 Its reader, in C++, ends the process with a segmentation fault on ``null`` where an object should be, and on brackets
-that are nested too deep. So each line goes through Python's own
-parser first, one line in memory at a time: some 25 seconds for a gigabyte (192 MiB in 4.6 s on a busy processor), where
-reading it takes minutes.
+that are nested too deep. So each line goes through Python's own parser first, one line in memory at a time: some 25
+seconds for a gigabyte (192 MiB in 4.6 s on a busy processor), where reading it takes minutes.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,23 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
     that begins as an object and breaks off: the reader of ``datasets`` survives it and names it when it gets there.
     Raises DataError for another encoding than UTF-8.
     """
-    if path.suffix.lower() == ".json" and _begins_with(path, b"["):
-        return _fault_of_whole(path)
+    is_json = path.suffix.lower() == ".json"
+    if is_json:
+        with path.open("rb") as file:
+            beginning = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
+        if beginning.startswith(b"["):
+            return _fault_of_whole(path)
     fault = None
     for number, line in _lines(path, max_rows):
-        fault = _fault_of_line(line)
+        fault = _fault_of_object(line)
         if fault is not None and not (fatal_only and fault.startswith(SURVIVED) and line.startswith("{")):
             fault = f"line {number}: {fault}"
             break
         fault = None
-    if fault is not None and path.suffix.lower() == ".json" and _is_one_object(path):
-        return None
+    if fault is not None and is_json:
+        with suppress(UnicodeDecodeError):  # one object, written over several lines
+            if _fault_of_object(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()) is None:
+                return None
     return fault
 
 
@@ -84,16 +90,17 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         raise DataError(f"cannot read {path}: line {number} is not UTF-8; save the file as UTF-8") from error
 
 
-def _fault_of_line(line: str) -> str | None:
+def _fault_of_object(text: str) -> str | None:
+    """What is wrong with a text that has to be one object; None where it is one."""
     try:
-        value = json.loads(line)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         return error.msg
     except (ValueError, RecursionError) as error:
         return _beyond(error)
     if not isinstance(value, dict):
         return f"{shortened(value)} is not {OBJECT}"
-    return _unusable(line, value)
+    return _unusable(text, value)
 
 
 def _beyond(error: Exception) -> str:
@@ -103,8 +110,8 @@ def _beyond(error: Exception) -> str:
 
 
 def _unusable(text: str, value: Any) -> str | None:
-    """Why a value that is JSON cannot be a row all the same; ``text`` spares looking through most of them."""
-    if text.count("[") + text.count("{") > DEEPEST and _depth_exceeds(value, DEEPEST):
+    """Say why a value that is JSON cannot be a row all the same. Its ``text`` spares looking through most values."""
+    if text.count("[") + text.count("{") > DEEPEST and is_deeper(value, DEEPEST):
         return f"brackets nested deeper than {DEEPEST}"
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -114,7 +121,8 @@ def _unusable(text: str, value: Any) -> str | None:
     return None
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether more than ``limit`` lists and objects lie inside one another in ``value``, which is one of the two."""
     level = [value]
     for _ in range(limit):
         level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
@@ -127,12 +135,8 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 # ---- one value in the whole file -------------------------------------------------------------------------------------
 
 
-def _begins_with(path: Path, mark: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark)
-
-
 def _fault_of_whole(path: Path) -> str | None:
+    """What is wrong with a file that has to be one list of objects or of texts."""
     text = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1)
     try:
         value = json.loads(text)
@@ -146,13 +150,3 @@ def _fault_of_whole(path: Path) -> str | None:
             return f"line 1: item {index} of the list, {shortened(item)}, is not {OBJECT}"
     fault = _unusable(text, value)
     return f"line 1: {fault}" if fault else None
-
-
-def _is_one_object(path: Path) -> bool:
-    """Whether the whole file is one sound object, written over several lines."""
-    try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and _unusable(text, value) is None

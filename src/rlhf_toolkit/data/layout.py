@@ -1,5 +1,5 @@
-"""Between sequences (n, T), the tokens of a forward pass, packed response positions (K,) and response rows (n, R).
-One place for every index.
+"""Converts between sequences (n, T), the tokens of a forward pass, packed response positions (K,) and response rows
+(n, R). Every index is made here.
 
 Sequences are prompt and response, right-padded. Response rows are aligned so that column 0 is the first response token.
 Packed means the response tokens of all rows end to end, row after row.
@@ -17,7 +17,7 @@ from rlhf_toolkit.data.segments import Trie, share_prefixes
 
 
 def join(prompts: Sequence[Sequence[int]], responses: Tensor, lengths: Tensor, *, pad_id: int) -> Tensor:
-    """Prompts of any lengths and responses (n, R) with ``lengths`` (n,) to right-padded sequences (n, T)."""
+    """Join prompts of any lengths and responses (n, R) with ``lengths`` (n,) into right-padded sequences (n, T)."""
     width = max(len(prompt) + int(length) for prompt, length in zip(prompts, lengths, strict=True))
     sequences = torch.full((len(prompts), width), pad_id)
     for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
@@ -54,7 +54,7 @@ class TokenLayout:
     keys: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> TokenLayout:
-        """The same on ``device``."""
+        """The same layout on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "before", "targets", "last")}
         positions = None if self.positions is None else self.positions.to(device)
         return replace(self, **moved, positions=positions)
@@ -99,13 +99,13 @@ def _places(trie: Trie) -> list[Tensor]:
 
 
 def unpack(positions: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Packed (K,) to response rows (n, ``width``), zero past each row's end. Gradients flow back."""
+    """Spread packed (K,) over response rows (n, ``width``), zero past each row's end. Gradients flow back."""
     mask = torch.arange(width, device=positions.device) < lengths[:, None]
     return positions.new_zeros(mask.shape).masked_scatter(mask, positions)
 
 
 def stack_rows(blocks: Sequence[Tensor], *, fill: float | int | bool) -> Tensor:
-    """Blocks (n_i, w_i) under one another, widened to the widest with ``fill``; (n_i,) blocks are simply joined."""
+    """Put blocks (n_i, w_i) under one another, widened to the widest with ``fill``; (n_i,) blocks are simply joined."""
     if blocks[0].dim() == 1:
         return torch.cat(list(blocks))
     width = max(block.shape[1] for block in blocks)

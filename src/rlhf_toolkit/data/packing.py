@@ -18,7 +18,7 @@ Rows = list[int]
 
 
 def mini_batches(rows: int, count: int, *, seed: int, rollout: int, epoch: int) -> list[Rows]:
-    """``count`` equal shares of a permutation of ``rows`` that is derived from (seed, rollout, epoch)."""
+    """Cut a permutation of ``rows``, which is derived from (seed, rollout, epoch), into ``count`` equal shares."""
     order = torch.randperm(rows, generator=derived_generator(seed, "mini-batches", rollout, epoch)).tolist()
     size = rows // count
     return [order[i * size : (i + 1) * size] for i in range(count)]
@@ -38,17 +38,17 @@ def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: 
 def packed_micro_batches(
     rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], *, ranks: int, budget: int
 ) -> list[list[Rows]]:
-    """The same for packed rows: ``budget`` bounds the tokens of a micro-batch once prefixes are shared.
+    """Do the same for packed rows: ``budget`` bounds the tokens of a micro-batch once prefixes are shared.
 
     ``prompts[row]`` is a tuple of tokens. Ranks get equally many rows. Rows of one prompt go to one rank and one
     micro-batch where they fit, and prompts that begin alike sit together.
     """
-    shares = _deal_groups(_by_prompt(rows, lengths, prompts), lengths, prompts, ranks)
+    shares = _deal_by_prompt(rows, lengths, prompts, ranks)
     return _in_step([_fill_packed(share, lengths, prompts, budget) for share in shares])
 
 
 def _deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[Rows]:
-    """Longest first: to ranks 0, 1, ..., then back, and so on. Ties go by row number, so that the deal is unique."""
+    """Deal rows, longest first, to ranks 0, 1, ..., then back, and so on. Ties go by row number: one deal results."""
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     shares: list[Rows] = [[] for _ in range(ranks)]
     for i, row in enumerate(ordered):
@@ -58,7 +58,7 @@ def _deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[Rows]
 
 
 def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
-    """Rows, longest first, into batches whose first row sets the width."""
+    """Put rows, longest first, into batches whose first row sets the width."""
     batches: list[Rows] = []
     for row in share:
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
@@ -67,22 +67,17 @@ def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
     return batches
 
 
-def _by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens]) -> list[Rows]:
-    """Rows with the same prompt, longest first; ties go by row number."""
+def _deal_by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:
+    """Deal rows to ranks, those of one prompt as a group: the costliest group first, to the rank with the fewest tokens
+    so far. A group that would give a rank more than its share of rows goes on at the next. In a group rows come longest
+    first; ties go by row number."""
     groups: dict[Tokens, Rows] = {}
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         groups.setdefault(prompts[row], []).append(row)
-    return list(groups.values())
-
-
-def _deal_groups(groups: list[Rows], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:
-    """Costliest group first, to the rank with the fewest tokens so far. A group that would give a rank more than its
-    share of rows goes on at the next."""
-    rows = sum(map(len, groups))
-    room = [rows // ranks + (number < rows % ranks) for number in range(ranks)]
+    room = [len(rows) // ranks + (number < len(rows) % ranks) for number in range(ranks)]
     shares: list[Rows] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    for group in sorted(groups, key=lambda group: (-_cost(group, lengths, prompts), group[0])):
+    for group in sorted(groups.values(), key=lambda group: (-_cost(group, lengths, prompts), group[0])):
         while group:
             number = min((n for n in range(ranks) if room[n]), key=lambda n: (room[n] < len(group), tokens[n], n))
             taken, group = group[: room[number]], group[room[number] :]
@@ -93,13 +88,13 @@ def _deal_groups(groups: list[Rows], lengths: Sequence[int], prompts: Sequence[T
 
 
 def _cost(group: Rows, lengths: Sequence[int], prompts: Sequence[Tokens]) -> int:
-    """Tokens of rows with one prompt."""
+    """The tokens that rows with one prompt take together."""
     shared = len(prompts[group[0]])
     return shared + sum(lengths[row] - shared for row in group)
 
 
 def _fill_packed(share: Rows, lengths: Sequence[int], prompts: Sequence[Tokens], budget: int) -> list[Rows]:
-    """Rows in the order of their prompts' tokens, so that those that begin alike are neighbours."""
+    """Put rows into batches in the order of their prompts' tokens, so that those that begin alike are neighbours."""
     batches, packed = list[Rows](), GrowingRow()
     for row in sorted(share, key=lambda row: (prompts[row], -lengths[row], row)):
         packed.add(prompts[row], lengths[row])
@@ -113,7 +108,7 @@ def _fill_packed(share: Rows, lengths: Sequence[int], prompts: Sequence[Tokens],
 
 
 def _in_step(shares: list[list[Rows]]) -> list[list[Rows]]:
-    """All ranks cut into as many batches as the one that needs most."""
+    """Cut the share of each rank into as many batches as the rank has that needs most."""
     count = max(map(len, shares))
     return [_split_to(batches, count) for batches in shares]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
 from rlhf_toolkit.data.prompts import NO_ROWS
-from rlhf_toolkit.data.responses import Ids, checked_stop_ids, conversation, plain_response
+from rlhf_toolkit.data.responses import chat_response, checked_stop_ids, plain_response
 from rlhf_toolkit.data.rows import (
     CHOSEN_IS_REJECTED,
     EMPTY_RESPONSE,
@@ -139,7 +139,7 @@ def _prompt_column(row: Mapping[str, Any]) -> str | None:
 
 
 def _as_pair(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """A row of ShareGPT's or Alpaca's columns, or of transcripts, with prompt, chosen and rejected as other rows."""
+    """Give a row of ShareGPT's or Alpaca's columns, or of transcripts, what others have: prompt, chosen, rejected."""
     column, sides = _prompt_column(row), {name: row[name] for name in ("chosen", "rejected")}
     if column == "conversations":
         answers = {
@@ -158,7 +158,7 @@ def _as_pair(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """From a row to its pair; None where a response is empty."""
+    """Turns a row into a pair, or into None where a response is empty."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
@@ -171,29 +171,35 @@ class _Reader:
             if column is not None:
                 self.types.check(row[column], index=index, column=column)
         row = _as_pair(row, index)
-        values = [row.get("prompt"), row["chosen"], row["rejected"]]
-        if all(isinstance(value, str) for value in values) and not self.chat_template:
-            texts = [str(value) for value in values]
-            return self._plain(texts[0], texts[1:], _margin(row, index), index)
-        prompt, answers = self._messages(row, index)
-        if not all(answer["content"].strip() for answer in answers):
-            return None
-        parts = [self._response(prompt, answer, index) for answer in answers]
-        return Pair(index, parts[0][0], parts[0][1], parts[1][1], _margin(row, index))
-
-    def _plain(self, prompt: str, texts: list[str], margin: float, index: int) -> Pair | None:
-        if not all(text.strip() for text in texts):
-            return None
-        parts = [plain_response(prompt, text, self.tokenizer, stop_ids=self.stop_ids, index=index) for text in texts]
+        texts = [row.get("prompt"), row["chosen"], row["rejected"]]
+        known: dict[str, Any] = {"tokenizer": self.tokenizer, "stop_ids": self.stop_ids, "index": index}
+        if all(isinstance(text, str) for text in texts) and not self.chat_template:
+            margin = _margin(row, index)
+            if not all(text.strip() for text in texts[1:]):
+                return None
+            parts = [plain_response(texts[0], text, **known) for text in texts[1:]]
+        else:
+            prompt, answers = self._messages(row, index)
+            if not all(answer["content"].strip() for answer in answers):
+                return None
+            parts = [chat_response(prompt, answer, **known) for answer in answers]
+            margin = _margin(row, index)
         return Pair(index, parts[0][0], parts[0][1], parts[1][1], margin)
 
     def _messages(self, row: Mapping[str, Any], index: int) -> tuple[list[Message], list[Message]]:
-        """The prompt's messages, and the last one of chosen and of rejected."""
+        """The prompt's messages, and the last one of chosen and of rejected.
+
+        A prompt beside whole conversations is their last user message, or all of what they share.
+        """
         sides = [_side(row, column, index) for column in ("chosen", "rejected")]
         if sides[0][0]["role"] != "assistant" or "prompt" not in row:
             prompt = _common_prompt(sides, index)
-            if "prompt" in row:
-                _check_same_prompt(row["prompt"], prompt, index)
+            beside, said = row.get("prompt"), prompt[-1]["content"].strip()
+            if "prompt" in row and not (beside.strip() == said if isinstance(beside, str) else beside == prompt):
+                raise DataError(
+                    f"row {index}: prompt {shortened(beside, 80)} is not what chosen and rejected begin with, "
+                    f"{shortened(said, 80)}; repair it, or remove the column prompt"
+                )
         else:
             prompt = prompt_messages(row["prompt"], self.system_prompt, index=index)
             sides = [
@@ -202,14 +208,9 @@ class _Reader:
             _common_prompt(sides, index)
         return prompt, [side[-1] for side in sides]
 
-    def _response(self, prompt: list[Message], answer: Message, index: int) -> tuple[Ids, Ids]:
-        messages = [*prompt, answer]
-        ids, spans = conversation(messages, self.tokenizer, first=len(prompt), stop_ids=self.stop_ids, index=index)
-        return ids[: spans[0][0]], ids[spans[0][0] :]
-
 
 def _side(row: Mapping[str, Any], column: str, index: int) -> list[Message]:
-    """Chosen or rejected as messages; a string is the assistant's answer, and needs a prompt."""
+    """The column ``chosen`` or ``rejected`` as messages. A string is the assistant's answer; it needs a prompt."""
     if isinstance(row[column], str) and "prompt" in row:
         return response_messages(row[column], column, index=index)
     if isinstance(row[column], str):
@@ -232,17 +233,6 @@ def _common_prompt(sides: list[list[Message]], index: int) -> list[Message]:
             "they have to differ in the last message alone: cut both behind the first answer that differs"
         )
     return chosen[:-1]
-
-
-def _check_same_prompt(value: Any, prompt: list[Message], index: int) -> None:
-    """A prompt beside whole conversations is their last user message, or all of what they share."""
-    said = prompt[-1]["content"].strip()
-    same = value.strip() == said if isinstance(value, str) else value == prompt
-    if not same:
-        raise DataError(
-            f"row {index}: prompt {shortened(value, 80)} is not what chosen and rejected begin with, "
-            f"{shortened(said, 80)}; repair it, or remove the column prompt"
-        )
 
 
 def _margin(row: Mapping[str, Any], index: int) -> float:

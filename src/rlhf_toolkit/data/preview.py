@@ -25,19 +25,19 @@ def preview(rows: ExampleSet | PairSet, tokenizer: PreTrainedTokenizerBase, coun
     A line has the number of its tokens and their text, special tokens and all, line breaks and other invisible
     characters escaped as in a Python string: ``|`` stands before text that is given, ``>`` before text that gets a
     loss. The line ``mask`` spells the mask of an example as runs, ``14x0 10x1``; its prompt ends where the first ``>``
-    begins.
-    DataError where ``count`` is less than 1.
+    begins. DataError where ``count`` is less than 1.
     """
     if count < 1:
         raise DataError(f"count={count} rows to show is less than 1; give at least 1")
     if isinstance(rows, ExampleSet):
-        shown = [line for example in rows.examples[:count] for line in _example(example, tokenizer)]
+        shown = [line for example in rows.examples[:count] for line in example_lines(example, tokenizer)]
     else:
-        shown = [line for pair in rows.pairs[:count] for line in _pair(pair, tokenizer)]
+        shown = [line for pair in rows.pairs[:count] for line in pair_lines(pair, tokenizer)]
     return "\n".join([*shown, rows.summary()])
 
 
-def _example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def example_lines(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """One example: its counts, a line for each run of tokens of one kind, and its mask."""
     yield (
         f"row {example.index}: {len(example.token_ids)} tokens = {example.prompt_length} prompt + "
         f"{example.response_length} response, {sum(example.trained)} trained on"
@@ -50,7 +50,8 @@ def _example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     yield "  mask " + " ".join(f"{size}x{int(trained)}" for trained, size in runs)
 
 
-def _pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def pair_lines(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """One pair: its counts, the prompt, and both responses."""
     yield (
         f"row {pair.index}: {len(pair.prompt_ids)} tokens of prompt + {len(pair.chosen_ids)} chosen or "
         f"{len(pair.rejected_ids)} rejected, margin {pair.margin:g}"
@@ -61,12 +62,7 @@ def _pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def _line(kind: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, trained: bool) -> str:
+    """Tokens of one ``kind`` as a line. Characters that would not print are escaped; others, of any language, stay."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    return f"  {kind:<8} {len(ids):>5} {'>' if trained else '|'} {_escaped(text)}"
-
-
-def _escaped(text: str) -> str:
-    """On one line: characters that would not print are escaped, all others, of any language, stay."""
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text.replace("\\", "\\\\")
-    )
+    escaped = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text.replace("\\", "\\\\"))
+    return f"  {kind:<8} {len(ids):>5} {'>' if trained else '|'} {escaped}"

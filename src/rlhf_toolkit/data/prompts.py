@@ -39,6 +39,20 @@ class PromptSet:
     dropped_too_long: int
     total: int
 
+    @classmethod
+    def fitting(cls, prompts: Sequence[Prompt], max_prompt_tokens: int) -> PromptSet:
+        """Those of ``prompts`` that have at most ``max_prompt_tokens``. DataError where there is none."""
+        if not prompts:
+            raise DataError(f"the dataset {NO_ROWS}")
+        kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
+        if not kept:
+            shortest = min(len(prompt.token_ids) for prompt in prompts)
+            raise DataError(
+                f"all {len(prompts)} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}; "
+                f"the shortest has {shortest} tokens, so set it to {shortest} or more"
+            )
+        return cls(prompts=kept, dropped_too_long=len(prompts) - len(kept), total=len(prompts))
+
     def summary(self) -> str:
         """One line for a log."""
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
@@ -72,7 +86,8 @@ class PromptSchedule:
         """The positions in ``PromptSet.prompts`` that rollout number ``rollout``, from 0, uses, in order."""
         first = rollout * self.per_rollout
         epochs = range(first // self.size, (first + self.per_rollout - 1) // self.size + 1)
-        stream = [index for epoch in epochs for index in self._permutation(epoch)]
+        generators = (derived_generator(self.seed, "prompts", epoch) for epoch in epochs)
+        stream = [index for each in generators for index in torch.randperm(self.size, generator=each).tolist()]
         offset = first % self.size
         return stream[offset : offset + self.per_rollout]
 
@@ -82,10 +97,6 @@ class PromptSchedule:
         generator = derived_generator(self.seed, "other prompts", rollout, number)
         order: list[int] = torch.randperm(self.size, generator=generator).tolist()
         return [position for position in order if position not in without][:count]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        order: list[int] = torch.randperm(self.size, generator=derived_generator(self.seed, "prompts", epoch)).tolist()
-        return order
 
 
 # ---- reading rows ----------------------------------------------------------------------------------------------------
@@ -109,106 +120,110 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
         )
     if is_file and not path.is_file():
         raise DataError(f"there is no file {path} (looked in {Path.cwd()}); check data.train or data.evaluation")
+    place = _File(path, split) if is_file else _HubDataset(source, split)
     rows: Rows
     if streaming:
-        rows = _stream(source, split, max_rows)
+        if set(split) & set("[+"):
+            raise DataError(
+                f"the split {split!r} cannot be streamed; name one split without a slice, with data.max_rows for its "
+                "beginning, or set data.streaming to false"
+            )
+        place.check(max_rows, streaming=True)
+        rows = StreamedRows(source, partial(place.load, streaming=True), place.fault, max_rows)
     else:
-        rows = _rows_of_file(path, split) if is_file else _rows_of_hub(source, split)
+        place.check()
+        rows = place.load_whole()
         rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
     if first_row(rows) is None:
         raise DataError(f"{source} (split {split}) {NO_ROWS}")
     return rows
 
 
-def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
-    """Rows in memory, through a cache that is thrown away.
+@dataclass(frozen=True)
+class _File:
+    """A local file, all of which is ``split``."""
 
-    The cache of ``datasets`` is shared by all ranks, and knows a file by its time of change, not by its content.
-    """
-    _check_text(path, split)
-    with tempfile.TemporaryDirectory() as cache:
+    path: Path
+    split: str
+
+    def check(self, max_rows: int | None = None, *, streaming: bool = False) -> None:
+        """Raise DataError where the file is text and no UTF-8, or JSON and empty or not sound. Of a stream, what the
+        reader survives is left to be found when it is reached."""
+        kind = FORMATS[self.path.suffix.lower()]
+        if kind == "json":
+            blank = is_blank(self.path)
+            what = f"it {NO_ROWS}" if blank else json_fault(self.path, max_rows=max_rows, fatal_only=streaming)
+            if what is not None:
+                way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
+                raise DataError(f"cannot read {self.path} (split {self.split}): {what}{way_out}")
+        elif kind == "csv" and not streaming:
+            _check_utf8(self.path)
+
+    def load(self, **options: Any) -> Any:
+        """What ``datasets.load_dataset`` makes of the file."""
+        files = {self.split.partition("[")[0]: glob.escape(str(self.path))}
+        return datasets.load_dataset(FORMATS[self.path.suffix.lower()], data_files=files, split=self.split, **options)
+
+    def load_whole(self) -> datasets.Dataset:
+        """Rows in memory, through a cache that is thrown away.
+
+        The cache of ``datasets`` is shared by all ranks, and knows a file by its time of change, not by its content.
+        """
+        with tempfile.TemporaryDirectory() as cache:
+            try:
+                rows: datasets.Dataset = self.load(cache_dir=cache, keep_in_memory=True)
+            except Exception as error:  # whatever datasets, pyarrow or pandas raise
+                raise self.fault(error) from error
+        return rows
+
+    def fault(self, error: Exception, count: int = 0) -> DataError:
+        """What is wrong with the file, by line where that can be found out, and the way out."""
+        if isinstance(error, UnicodeDecodeError):
+            _check_utf8(self.path)
+        if self.path.stat().st_size == 0 or "corresponds to no data" in str(error):
+            what = f"it {NO_ROWS}"
+        elif line := json_fault(self.path) if FORMATS[self.path.suffix.lower()] == "json" else None:
+            what = f"{line}; repair that line"
+        else:
+            what = f"{described(error.__cause__ or error)}; repair the file or name another split"
+        return DataError(f"cannot read {self.path} (split {self.split}){_after(count)}: {what}")
+
+
+@dataclass(frozen=True)
+class _HubDataset:
+    """A dataset of the hub, ``name`` or ``name:configuration``, or a local folder that stands for one."""
+
+    source: str
+    split: str
+
+    def check(self, max_rows: int | None = None, *, streaming: bool = False) -> None:
+        """Raise DataError where a file of JSON in a local folder is empty or not sound."""
+        folder = Path(self.source.partition(":")[0])
+        for path in sorted(folder.rglob("*.json*")) if folder.is_dir() else ():
+            if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
+                _File(path, self.split).check(max_rows, streaming=streaming)
+
+    def load(self, **options: Any) -> Any:
+        """What ``datasets.load_dataset`` makes of the name."""
+        name, _, configuration = self.source.partition(":")
+        return datasets.load_dataset(name, configuration or None, split=self.split, **options)
+
+    def load_whole(self) -> datasets.Dataset:
+        """Rows from the cache of ``datasets``."""
         try:
-            return datasets.load_dataset(
-                FORMATS[path.suffix.lower()],
-                data_files={split.partition("[")[0]: glob.escape(str(path))},
-                split=split,
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
-        except Exception as error:  # whatever datasets, pyarrow or pandas raise
-            raise _fault_of_file(path, split, error) from error
+            rows: datasets.Dataset = self.load()
+        except Exception as error:  # network, hub, cache and dataset fail in many ways
+            raise self.fault(error) from error
+        return rows
 
-
-def _rows_of_hub(source: str, split: str) -> datasets.Dataset:
-    name, _, configuration = source.partition(":")
-    _check_folder(Path(name), split)
-    try:
-        return datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # network, hub, cache and dataset fail in many ways
-        raise _fault_of_hub(source, split, error) from error
-
-
-def _stream(source: str, split: str, max_rows: int | None) -> StreamedRows:
-    if set(split) & set("[+"):
-        raise DataError(
-            f"the split {split!r} cannot be streamed; name one split without a slice, with data.max_rows for its "
-            "beginning, or set data.streaming to false"
+    def fault(self, error: Exception, count: int = 0) -> DataError:
+        """Why the dataset cannot be loaded, and the way out."""
+        name, _, configuration = self.source.partition(":")
+        return DataError(
+            f"cannot load dataset {name!r} (configuration {configuration or 'default'}, split {self.split!r})"
+            f"{_after(count)}: {described(error)}; check these names and the network, or use a local file "
+            f"({', '.join(FORMATS)})"
         )
-    path = Path(source)
-    if path.suffix.lower() in FORMATS:
-        _check_text(path, split, max_rows, streaming=True)
-        files = {split: glob.escape(str(path))}
-        load = partial(datasets.load_dataset, FORMATS[path.suffix.lower()], data_files=files)
-        fault = partial(_fault_of_file, path, split)
-    else:
-        name, _, configuration = source.partition(":")
-        _check_folder(Path(name), split, max_rows, streaming=True)
-        load, fault = partial(datasets.load_dataset, name, configuration or None), partial(_fault_of_hub, source, split)
-    return StreamedRows(source, partial(load, split=split, streaming=True), fault, max_rows)
-
-
-# ---- what is wrong with a file or a dataset --------------------------------------------------------------------------
-
-
-def _fault_of_file(path: Path, split: str, error: Exception, count: int = 0) -> DataError:
-    """What is wrong with a file, by line where that can be found out, and the way out."""
-    if isinstance(error, UnicodeDecodeError):
-        _check_utf8(path)
-    if path.stat().st_size == 0 or "corresponds to no data" in str(error):
-        what = f"it {NO_ROWS}"
-    elif line := json_fault(path) if FORMATS[path.suffix.lower()] == "json" else None:
-        what = f"{line}; repair that line"
-    else:
-        what = f"{described(error.__cause__ or error)}; repair the file or name another split"
-    return DataError(f"cannot read {path} (split {split}){_after(count)}: {what}")
-
-
-def _fault_of_hub(source: str, split: str, error: Exception, count: int = 0) -> DataError:
-    name, _, configuration = source.partition(":")
-    return DataError(
-        f"cannot load dataset {name!r} (configuration {configuration or 'default'}, split {split!r}){_after(count)}: "
-        f"{described(error)}; check these names and the network, or use a local file ({', '.join(FORMATS)})"
-    )
-
-
-def _check_text(path: Path, split: str, max_rows: int | None = None, *, streaming: bool = False) -> None:
-    """Raise DataError where a file of text is no UTF-8, and one of JSON is empty or not sound. Of a stream, what the
-    reader survives is left to be found when it is reached."""
-    kind = FORMATS[path.suffix.lower()]
-    if kind == "json":
-        what = f"it {NO_ROWS}" if is_blank(path) else json_fault(path, max_rows=max_rows, fatal_only=streaming)
-        if what is not None:
-            way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
-            raise DataError(f"cannot read {path} (split {split}): {what}{way_out}")
-    elif kind == "csv" and not streaming:
-        _check_utf8(path)
-
-
-def _check_folder(folder: Path, split: str, max_rows: int | None = None, *, streaming: bool = False) -> None:
-    """The same for each file of JSON in a local folder that stands for a dataset."""
-    for path in sorted(folder.rglob("*.json*")) if folder.is_dir() else ():
-        if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
-            _check_text(path, split, max_rows, streaming=streaming)
 
 
 def _after(count: int) -> str:
@@ -247,14 +262,19 @@ def tokenise_prompts(
     _check_columns(rows.column_names, column)
     prompts = []
     for index, row in enumerate(rows):
-        messages = _messages_of(row[column], index, chat_template, system_prompt)
-        text, special = _rendered(row[column], messages, index, tokenizer)
-        token_ids = tuple(tokenizer(text, add_special_tokens=special).input_ids)
+        value = row[column]
+        if isinstance(value, str) and not chat_template:
+            messages, text = None, value
+        else:
+            messages = _messages(value, index, system_prompt)
+            text = render(messages, tokenizer, index=index, add_generation_prompt=True)
+        # A chat template has put its special tokens into the text.
+        token_ids = tuple(tokenizer(text, add_special_tokens=messages is None).input_ids)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
         columns = {name: value for name, value in row.items() if name != column}
         prompts.append(Prompt(index, text, token_ids, columns, None if messages is None else tuple(messages)))
-    return _those_that_fit(prompts, max_prompt_tokens)
+    return PromptSet.fitting(prompts, max_prompt_tokens)
 
 
 def _check_columns(columns: Sequence[str], column: str) -> None:
@@ -267,22 +287,6 @@ def _check_columns(columns: Sequence[str], column: str) -> None:
             )
 
 
-def _messages_of(value: Any, index: int, chat_template: bool, system_prompt: str | None) -> list[Message] | None:
-    """A prompt's chat messages; None for one that stays as it stands."""
-    if isinstance(value, str) and not chat_template:
-        return None
-    return _messages(value, index, system_prompt)
-
-
-def _rendered(
-    value: Any, messages: list[Message] | None, index: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, bool]:
-    """A prompt's text, and whether special tokens are still to be added: a chat template puts them into the text."""
-    if messages is None:
-        return str(value), True
-    return render(messages, tokenizer, index=index, add_generation_prompt=True), False
-
-
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
     """``value`` as chat messages."""
     if isinstance(value, str):
@@ -293,16 +297,3 @@ def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message
         f"row {index}: the prompt {shortened(value)} is neither a string nor a list of messages with role and content "
         "as strings; repair that row or name another data.prompt_column"
     )
-
-
-def _those_that_fit(prompts: list[Prompt], max_prompt_tokens: int) -> PromptSet:
-    if not prompts:
-        raise DataError(f"the dataset {NO_ROWS}")
-    fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
-    if not fitting:
-        shortest = min(len(prompt.token_ids) for prompt in prompts)
-        raise DataError(
-            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}; "
-            f"the shortest has {shortest} tokens, so set it to {shortest} or more"
-        )
-    return PromptSet(prompts=fitting, dropped_too_long=len(prompts) - len(fitting), total=len(prompts))

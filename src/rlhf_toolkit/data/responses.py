@@ -66,6 +66,23 @@ def conversation(
     return whole[: spans[-1][1]], spans
 
 
+def chat_response(
+    prompt: Sequence[Message],
+    answer: Message,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: Collection[int],
+    index: int,
+) -> tuple[Ids, Ids]:
+    """The ids of the messages of ``prompt`` and of the assistant's ``answer`` to them, up to its stop token.
+
+    DataError as ``conversation`` raises it.
+    """
+    messages = [*prompt, answer]
+    ids, spans = conversation(messages, tokenizer, first=len(prompt), stop_ids=stop_ids, index=index)
+    return ids[: spans[0][0]], ids[spans[0][0] :]
+
+
 def plain_response(
     prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int], index: int
 ) -> tuple[Ids, Ids]:
@@ -85,6 +102,24 @@ def plain_response(
         own = (*own, int(tokenizer.eos_token_id))
     _check_one_stop(own, tokenizer, stop_ids, index)
     return given, own
+
+
+def plain_text(
+    text: object, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int], index: int
+) -> Ids | None:
+    """The ids of a ``text`` that is trained on as a whole, EOS appended unless a stop token is there; None where it has
+    nothing but whitespace.
+
+    DataError where it is no string, or tokenises to nothing.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"row {index}: text {shortened(text)} is not a string; repair that row")
+    if not text.strip():
+        return None
+    ids = plain_ids(text, tokenizer)
+    if not ids:
+        raise DataError(f"row {index}: text {shortened(text)} tokenises to nothing; fill or remove that row")
+    return ids if ids[-1] in stop_ids and len(ids) > 1 else (*ids, int(tokenizer.eos_token_id))
 
 
 def _prefix(part: str, text: str, whole: Ids, tokenizer: PreTrainedTokenizerBase, index: int) -> Ids:
@@ -135,10 +170,11 @@ def _behind_stop(
     stops = [at for at in range(start, end) if whole[at] in stop_ids]
     tail = tokenizer.decode(list(whole[stops[-1] + 1 : end])) if stops else ""
     if not stops or str(tail).strip():
+        known = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids))
         raise DataError(
             f"row {index}: {template_name(tokenizer)} ends the assistant's turn in "
             f"{shortened(tokenizer.decode(list(whole[max(start, end - 8) : end])), 80)}, without a stop token "
-            f"({_stops(tokenizer, stop_ids)}): a model trained on it would never stop; use a template that writes one, "
+            f"({known}): a model trained on it would never stop; use a template that writes one, "
             "or make the token that ends its turns the tokenizer's eos_token"
         )
     if stops[-1] == start:
@@ -148,17 +184,13 @@ def _behind_stop(
 
 
 def _check_one_stop(own: Ids, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], index: int) -> None:
-    """Generation ends at the first stop token: what stands behind it could never be said."""
+    """Raise DataError where a stop token stands inside a response: generation ends there, and never says the rest."""
     inside = [token for token in own[:-1] if token in stop_ids]
     if inside:
         raise DataError(
             f"row {index}: the response {shortened(tokenizer.decode(list(own)))} holds the stop token "
             f"{tokenizer.convert_ids_to_tokens(inside[0])!r} before its end; take it out of the text"
         )
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> str:
-    return ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids))
 
 
 def _merged(given: str, own: str, index: int, way_out: str) -> DataError:

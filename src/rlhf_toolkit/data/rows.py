@@ -48,7 +48,7 @@ class DropCount:
         self._shortest = math.inf
 
     def add(self, reason: str) -> None:
-        """One row more is left out for ``reason``."""
+        """Count one row more that is left out for ``reason``."""
         self.reasons[reason] += 1
 
     def fits(self, tokens: int) -> bool:
@@ -70,11 +70,11 @@ class DropCount:
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:
-    """``dropped 2 too long, 1 empty response``, or ``none dropped``."""
+    """The counts in words: ``dropped 2 too long, 1 empty response``, or ``none dropped``."""
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     return f"dropped {counts}" if counts else "none dropped"
 
 
 def span_text(lengths: Sequence[int]) -> str:
-    """``3 to 9``."""
+    """The smallest and the largest of ``lengths``, as ``3 to 9``."""
     return f"{min(lengths)} to {max(lengths)}"

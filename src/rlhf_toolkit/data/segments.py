@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Tokens of its own."""
+        """Tokens of the segment alone."""
         return self.stop - self.start
 
 
@@ -78,17 +78,12 @@ def share_prefixes(prompts: Sequence[Tokens], lengths: Sequence[int], *, least: 
     return trie
 
 
-def packed_tokens(prompts: Sequence[Tokens], lengths: Sequence[int]) -> int:
-    """N, the tokens that the rows take together once their prefixes are shared."""
-    return share_prefixes(prompts, lengths).tokens
-
-
 class GrowingRow:
     """Counts the tokens of a packed row while sequences join it in the order of their prompts.
 
-    After any number of ``add``, ``tokens`` equals ``packed_tokens`` of what was added, without building that trie
-    again: in this order a prompt meets those before it only along the path to the last one, so that path alone is kept
-    open.
+    After any number of ``add``, ``tokens`` equals that of the trie which ``share_prefixes`` makes of what was added,
+    without building it again: in this order a prompt meets those before it only along the path to the last one, so that
+    path alone is kept open.
     """
 
     def __init__(self) -> None:
@@ -98,7 +93,7 @@ class GrowingRow:
 
     @property
     def tokens(self) -> int:
-        """What the sequences take together."""
+        """Tokens that the sequences take together."""
         root, *below = self._path
         saved, start = root.saved, 0
         for node in below:
@@ -118,7 +113,7 @@ class GrowingRow:
         self._lengths, self._last = self._lengths + length, prompt
 
     def _close(self, common: int) -> None:
-        """Leave the nodes below depth ``common``, and see to one at that depth."""
+        """Leave the nodes below depth ``common``, and make sure that there is one at that depth."""
         left: _Shared | None = None
         while self._path[-1].depth > common:
             left = self._path.pop()
@@ -143,12 +138,12 @@ class _Shared:
         self.saved += child.saving(self.depth)
 
     def saves(self, start: int) -> bool:
-        """Whether it is worth a segment below one that ends at ``start``."""
+        """Whether the node is worth a segment below one that ends at ``start``."""
         return (self.rows - 1) * (self.depth - start) >= LEAST_SAVING
 
     def saving(self, start: int) -> int:
-        """Tokens that it and those below it save, all closed. Where it is no segment it has fewer than nine rows, so
-        looking at each again costs nothing."""
+        """Tokens that the node and those below it save, all closed. A node that is no segment has fewer than nine rows,
+        so that looking at each node below it again costs nothing."""
         if self.saves(start):
             return (self.rows - 1) * (self.depth - start) + self.saved
         return sum(child.saving(start) for child in self.closed)

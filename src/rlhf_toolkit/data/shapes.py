@@ -66,23 +66,23 @@ def turns_of(value: Any, column: str, *, index: int) -> list[Message]:
 
     DataError where one has neither, or an unknown speaker.
     """
-    turns = value if isinstance(value, list) else [value]
-    return messages_of([_message(turn, column, index) for turn in turns], index=index, column=column)
-
-
-def _message(turn: Any, column: str, index: int) -> Message:
-    if is_message(turn):
-        return dict(turn)
-    if not (isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
-        raise DataError(
-            f"row {index}: {column} has the turn {shortened(turn)}, but from and value have to be strings; repair it"
-        )
-    if turn["from"] not in SPEAKERS:
-        raise DataError(
-            f"row {index}: {column} has a turn from {shortened(turn['from'])}; those who speak are "
-            f"{', '.join(SPEAKERS)}: rename it"
-        )
-    return {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
+    messages: list[Message] = []
+    for turn in value if isinstance(value, list) else [value]:
+        if is_message(turn):
+            messages.append(dict(turn))
+            continue
+        if not (isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
+            raise DataError(
+                f"row {index}: {column} has the turn {shortened(turn)}, but from and value have to be strings; "
+                "repair it"
+            )
+        if turn["from"] not in SPEAKERS:
+            raise DataError(
+                f"row {index}: {column} has a turn from {shortened(turn['from'])}; those who speak are "
+                f"{', '.join(SPEAKERS)}: rename it"
+            )
+        messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
+    return messages_of(messages, index=index, column=column)
 
 
 def is_transcript(value: Any) -> bool:
@@ -108,7 +108,7 @@ def transcript_messages(value: Any, column: str, *, index: int) -> list[Message]
 
 
 def _text(row: Mapping[str, Any], column: str, index: int) -> str:
-    """A string that need not be there; the instruction has to."""
+    """The string in ``column``, empty where there is none. Only ``instruction`` must be there."""
     value = row.get(column)
     if value is None and column != "instruction":
         return ""

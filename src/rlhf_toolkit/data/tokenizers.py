@@ -6,7 +6,8 @@ Nothing here changes the tokenizer or the size of an embedding.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +28,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int
     own = tokenizer.pad_token_id
     if own is not None and own < vocab_size:
         return int(own)
-    for candidate in _candidates(tokenizer, vocab_size):
+    spare = sorted(number for token, number in tokenizer.get_vocab().items() if SPARE.match(token))
+    for candidate in chain([tokenizer.unk_token_id], spare, [tokenizer.bos_token_id], range(vocab_size)):
         if candidate is not None and candidate < vocab_size and candidate not in stop_ids:
             return candidate
     raise DataError(
@@ -64,14 +66,6 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"{_name(tokenizer)} has no chat template; set data.chat_template: false and give prompts as strings, "
             "or use a model that has one"
         )
-
-
-def _candidates(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[int | None]:
-    """Ids to pad with, best first; the last ones are all there are."""
-    yield tokenizer.unk_token_id
-    yield from sorted(number for token, number in tokenizer.get_vocab().items() if SPARE.match(token))
-    yield tokenizer.bos_token_id
-    yield from range(vocab_size)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

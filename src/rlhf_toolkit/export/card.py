@@ -24,7 +24,7 @@ ADAPTER_HEAD = ("folder", "rank", "alpha", "scale", "layers")
 
 
 class Uploader(Protocol):
-    """What is needed of ``huggingface_hub.HfApi``."""
+    """The methods of ``huggingface_hub.HfApi`` that ``push`` calls."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
         """Make the repository, or leave it as it is."""
@@ -55,28 +55,7 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
     """
     if not (run.adapters or run.is_whole_model):
         raise CheckpointError(f"{run.folder} has no adapter folder; restore policy/, or give another run")
-    kind = kind_of(run.settings)
-    trained, evaluated = (read_records(run.folder, name, kind.axis) for name in ("train", "eval"))
-    sections = [
-        _metadata(run),
-        MARK,
-        f"# {(repo or run.folder.resolve().name).rpartition('/')[2]}",
-        _opening(run, len(trained)),
-        "## Loading",
-        _loading(run, repo),
-        "## Recipe",
-        _table(("setting", "value"), _recipe(run.settings)),
-        *([] if run.is_whole_model else ["## Adapters", _table(ADAPTER_HEAD, _adapters(run.adapters))]),
-        "## Training",
-        _table(tuple(kind.trained), _numbers(trained, kind.trained)),
-        "## Evaluation",
-        _table(tuple(kind.evaluated), _numbers(evaluated, kind.evaluated)) if evaluated else "Nothing was held out.",
-        "## Machine and versions",
-        _table(("", ""), _machine(run.summary)),
-        "## All settings",
-        f"```yaml\n{yaml.safe_dump(_public(run.settings), sort_keys=False, allow_unicode=True)}```",
-    ]
-    return "\n\n".join(sections) + "\n"
+    return _Card(run, repo).text()
 
 
 def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
@@ -107,106 +86,134 @@ def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 
+LOAD_MODEL = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def _metadata(run: FinishedRun) -> str:
-    name = run.settings["model"]["name"]
-    known, kind = {} if _is_local(name) else {"base_model": name}, kind_of(run.settings)
-    library, tags = ("transformers", kind.tags[1:]) if run.is_whole_model else ("peft", kind.tags)  # the first is lora
-    fields = {**known, "library_name": library, "pipeline_tag": kind.task, "tags": list(tags)}
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+model = AutoModelForCausalLM.from_pretrained("{place}", subfolder="{adapter}", dtype=torch.{dtype})
+tokenizer = AutoTokenizer.from_pretrained("{place}", subfolder="{adapter}")"""
+LOAD_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-def _opening(run: FinishedRun, count: int) -> str:
-    names, base = " and ".join(f"`{name}/`" for name in run.adapters), _shown(run.settings["model"]["name"])
-    what = f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on `{base}`"
-    if run.is_whole_model:
-        what = f"`{base}` with all of its weights (`{POLICY}/`)"
-    text = f"{what}, trained with rlhf_toolkit {kind_of(run.settings).done.format(count=count)}"
-    if "score_mean" in run.summary:
-        text += (
-            " At the end the head was scaled and shifted so that the scores of all training responses have mean 0 and "
-            f"variance 1; before, their mean was {run.summary['score_mean']:.3f} and their deviation "
-            f"{run.summary['score_deviation']:.3f}."
-        )
-    return text
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{dtype})
+model = PeftModel.from_pretrained(base, "{place}", subfolder="{adapter}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")"""
+SCORE = """head = load_file({head})
 
 
-def _loading(run: FinishedRun, repo: str | None) -> str:
-    """Code that loads the adapter or the model; that of a reward model with its head, and scores with both."""
-    model = run.settings["model"]
-    base, place = _shown(model["name"]), repo or _shown(str(run.folder))
-    if run.is_whole_model:
-        return _loading_whole(place, model["dtype"])
-    scores = "reward_model" in run.settings
-    adapter = next(name for name in ("reward" if scores else POLICY, *run.adapters) if name in run.adapters)
-    imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and repo)]
-    imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
-    lines = [
-        *imports,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{model["dtype"]})',
-        f'model = PeftModel.from_pretrained(base, "{place}", subfolder="{adapter}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-    ]
-    if scores:
-        file = f"{adapter}/{REWARD_HEAD}"
-        path = f'hf_hub_download("{place}", "{file}")' if repo else f'"{place}/{file}"'
-        lines += [f"head = load_file({path})", *_scoring(chat=run.settings["data"]["chat_template"])]
-    note = "\n\nThe base was a folder on the machine that trained; put its path in place of the name." * _is_local(base)
-    return "```python\n" + "\n".join(lines) + "\n```" + note
+def score({arguments}):
+    text = {text}
+    ids = tokenizer(text, {options}).input_ids
+    with torch.no_grad():
+        states = model.get_base_model().base_model(ids).last_hidden_state
+    return (states[0, -1].float() @ head["weight"] + head["bias"]).item()"""
+"""Scores as the run did: the text ends with the token that ends the response."""
+SCORED_CHAT = {
+    "arguments": "messages",
+    "text": "tokenizer.apply_chat_template(messages, tokenize=False).rstrip()",
+    "options": 'return_tensors="pt", add_special_tokens=False',
+}
+SCORED_TEXT = {
+    "arguments": "prompt, response",
+    "text": "prompt + response + tokenizer.eos_token",
+    "options": 'return_tensors="pt"',
+}
 
 
-def _loading_whole(place: str, dtype: str) -> str:
-    lines = [
-        "import torch",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", subfolder="{POLICY}", dtype=torch.{dtype})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}", subfolder="{POLICY}")',
-    ]
-    return "```python\n" + "\n".join(lines) + "\n```"
+class _Card:
+    """The sections of a run's card."""
 
+    def __init__(self, run: FinishedRun, repo: str | None) -> None:
+        self.run, self.repo, self.kind = run, repo, kind_of(run.settings)
+        self.base: str = run.settings["model"]["name"]
 
-def _scoring(*, chat: bool) -> list[str]:
-    """A function that scores as the run did: the text ends with the token that ends the response."""
-    text = (
-        "tokenizer.apply_chat_template(messages, tokenize=False).rstrip()"
-        if chat
-        else "prompt + response + tokenizer.eos_token"
-    )
-    return [
-        "",
-        "",
-        f"def score({'messages' if chat else 'prompt, response'}):",
-        f"    text = {text}",
-        f'    ids = tokenizer(text, return_tensors="pt"{", add_special_tokens=False" * chat}).input_ids',
-        "    with torch.no_grad():",
-        "        states = model.get_base_model().base_model(ids).last_hidden_state",
-        '    return (states[0, -1].float() @ head["weight"] + head["bias"]).item()',
-    ]
+    def text(self) -> str:
+        run, kind = self.run, self.kind
+        trained, evaluated = (read_records(run.folder, name, kind.axis) for name in ("train", "eval"))
+        held_out = _table(tuple(kind.evaluated), _numbers(evaluated, kind.evaluated))
+        sections = [
+            self.metadata(),
+            MARK,
+            f"# {(self.repo or run.folder.resolve().name).rpartition('/')[2]}",
+            self.opening(len(trained)),
+            "## Loading",
+            self.loading(),
+            "## Recipe",
+            _table(("setting", "value"), self.recipe()),
+            *([] if run.is_whole_model else ["## Adapters", _table(ADAPTER_HEAD, self.adapters())]),
+            "## Training",
+            _table(tuple(kind.trained), _numbers(trained, kind.trained)),
+            "## Evaluation",
+            held_out if evaluated else "Nothing was held out.",
+            "## Machine and versions",
+            _table(("", ""), self.machine()),
+            "## All settings",
+            f"```yaml\n{yaml.safe_dump(_public(run.settings), sort_keys=False, allow_unicode=True)}```",
+        ]
+        return "\n\n".join(sections) + "\n"
 
+    def metadata(self) -> str:
+        known = {} if _is_local(self.base) else {"base_model": self.base}
+        library, tags = ("peft", self.kind.tags)
+        if self.run.is_whole_model:
+            library, tags = "transformers", tags[1:]  # the first is lora
+        fields = {**known, "library_name": library, "pipeline_tag": self.kind.task, "tags": list(tags)}
+        return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
-def _recipe(settings: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
-    for name in (*EVERY_RUN, *kind_of(settings).recipe):
-        section, _, key = name.partition(".")
-        value = _public(settings.get(section, {})).get(key)
-        if value not in (None, "", [], {}):
-            yield f"`{name}`", f"`{value}`"
+    def opening(self, count: int) -> str:
+        run, base = self.run, _shown(self.base)
+        names = " and ".join(f"`{name}/`" for name in run.adapters)
+        what = f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on `{base}`"
+        if run.is_whole_model:
+            what = f"`{base}` with all of its weights (`{POLICY}/`)"
+        text = f"{what}, trained with rlhf_toolkit {self.kind.done.format(count=count)}"
+        if "score_mean" in run.summary:
+            text += (
+                " At the end the head was scaled and shifted so that the scores of all training responses have mean 0 "
+                f"and variance 1; before, their mean was {run.summary['score_mean']:.3f} and their deviation "
+                f"{run.summary['score_deviation']:.3f}."
+            )
+        return text
 
+    def loading(self) -> str:
+        """Code that loads the adapter or the model; that of a reward model with its head, and scores with both."""
+        settings, place = self.run.settings, self.repo or _shown(str(self.run.folder))
+        words = {"base": _shown(self.base), "place": place, "dtype": settings["model"]["dtype"]}
+        if self.run.is_whole_model:
+            return f"```python\n{LOAD_MODEL.format(adapter=POLICY, **words)}\n```"
+        scores = "reward_model" in settings
+        adapters = self.run.adapters
+        adapter = next(name for name in ("reward" if scores else POLICY, *adapters) if name in adapters)
+        imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and self.repo)]
+        imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
+        lines = [*imports, LOAD_ADAPTER.format(adapter=adapter, **words)]
+        if scores:
+            file = f"{adapter}/{REWARD_HEAD}"
+            head = f'hf_hub_download("{place}", "{file}")' if self.repo else f'"{place}/{file}"'
+            lines.append(SCORE.format(head=head, **(SCORED_CHAT if settings["data"]["chat_template"] else SCORED_TEXT)))
+        note = "\n\nThe base was a folder on the machine that trained; put its path in place of the name."
+        return "```python\n" + "\n".join(lines) + "\n```" + note * _is_local(self.base)
 
-def _adapters(adapters: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
-    for name, config in adapters.items():
-        rank, alpha = config["r"], config["lora_alpha"]
-        scale = f"{alpha} / sqrt({rank})" if config.get("use_rslora") else f"{alpha} / {rank}"
-        layers = config["target_modules"]
-        yield (
-            f"`{name}/`",
-            str(rank),
-            str(alpha),
-            scale,
-            layers if isinstance(layers, str) else ", ".join(sorted(layers)),
-        )
+    def recipe(self) -> Iterable[tuple[str, ...]]:
+        for name in (*EVERY_RUN, *self.kind.recipe):
+            section, _, key = name.partition(".")
+            value = _public(self.run.settings.get(section, {})).get(key)
+            if value not in (None, "", [], {}):
+                yield f"`{name}`", f"`{value}`"
+
+    def adapters(self) -> Iterable[tuple[str, ...]]:
+        for name, config in self.run.adapters.items():
+            rank, alpha, layers = config["r"], config["lora_alpha"], config["target_modules"]
+            scale = f"{alpha} / sqrt({rank})" if config.get("use_rslora") else f"{alpha} / {rank}"
+            layers = layers if isinstance(layers, str) else ", ".join(sorted(layers))
+            yield f"`{name}/`", str(rank), str(alpha), scale, layers
+
+    def machine(self) -> Iterable[tuple[str, ...]]:
+        summary = self.run.summary
+        yield "processes", f"{summary['world_size']}, rank 0 on `{summary['device']}`"
+        yield "minutes", f"{summary['seconds'] / 60:.1f}"
+        if "tokens_per_second" in summary:
+            yield "tokens per second", f"{summary['tokens_per_second']:.1f}"
+        yield "peak memory of rank 0", f"{summary['peak_memory_gib']:.2f} GiB"
+        yield from summary["versions"].items()
 
 
 def _numbers(records: Sequence[Record], columns: Columns) -> Iterable[tuple[str, ...]]:
@@ -216,15 +223,6 @@ def _numbers(records: Sequence[Record], columns: Columns) -> Iterable[tuple[str,
     for number in chosen:
         values = [(records[number].get(name), form) for name, form in columns.values()]
         yield tuple("" if value is None else form.format(value) for value, form in values)
-
-
-def _machine(summary: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
-    yield "processes", f"{summary['world_size']}, rank 0 on `{summary['device']}`"
-    yield "minutes", f"{summary['seconds'] / 60:.1f}"
-    if "tokens_per_second" in summary:
-        yield "tokens per second", f"{summary['tokens_per_second']:.1f}"
-    yield "peak memory of rank 0", f"{summary['peak_memory_gib']:.2f} GiB"
-    yield from summary["versions"].items()
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

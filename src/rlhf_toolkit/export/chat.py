@@ -72,16 +72,30 @@ class Chat:
             if text.startswith("/"):
                 self._command(*text.partition(" ")[::2])
             elif text:
-                self._round(text)
+                self.turn += 1
+                for contestant in self.contestants:
+                    self.out.write(f"[{contestant.label}] ")
+                    self.answer(contestant, text)
 
     def _command(self, name: str, argument: str) -> None:
         argument = argument.strip()
         if name == "/reset":
             self._reset()
+        elif name == "/system" and not self.tokenizer.chat_template:
+            self._say("the tokenizer has no chat template, so there is no system message; say it in a line")
         elif name == "/system":
-            self._set_system(argument)
+            self.system = argument
+            self._reset()
         elif name == "/temperature":
-            self._set_temperature(argument)
+            try:
+                value = float(argument)
+            except ValueError:
+                value = math.nan
+            if 0 <= value < math.inf:
+                self.temperature = value
+                self._say(f"temperature {value:g}")
+            else:
+                self._say(f"/temperature {argument} is no number from 0 up; say /temperature 0.7")
         else:
             self._say(f"unknown command {name}; known are {COMMANDS}")
 
@@ -91,41 +105,25 @@ class Chat:
             contestant.messages, contestant.text = [], ""
         self._say("conversations begin again")
 
-    def _set_system(self, text: str) -> None:
-        if not self.tokenizer.chat_template:
-            self._say("the tokenizer has no chat template, so there is no system message; say it in a line")
-            return
-        self.system = text
-        self._reset()
-
-    def _set_temperature(self, text: str) -> None:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value < math.inf:
-            self._say(f"/temperature {text} is no number from 0 up; say /temperature 0.7")
-            return
-        self.temperature = value
-        self._say(f"temperature {value:g}")
-
-    def _round(self, text: str) -> None:
-        self.turn += 1
-        for contestant in self.contestants:
-            self.out.write(f"[{contestant.label}] ")
-            self._answer(contestant, text)
-
-    def _answer(self, contestant: Contestant, text: str) -> None:
-        ids, mask = self._prompt(contestant, text)
+    def answer(self, contestant: Contestant, text: str) -> None:
+        """Have ``contestant`` answer ``text``; both become part of its conversation. An answer that might not fit the
+        model's longest sequence is not begun."""
+        ids, mask = self.prompt(contestant, text)
         length = ids.shape[1]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)  # ALiBi has none
         if length + self.max_new_tokens > limit:
             self._say(f"{length} tokens and an answer of {self.max_new_tokens} exceed the model's {limit}; /reset")
             return
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        if self.temperature != 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        if self.model.generation_config.pad_token_id is None:  # nothing is padded; generate only wants to be told
+            sampling["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        stream = _Stream(self.tokenizer, self.out)
         torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
         with speaking(self.model, contestant.adapter):
             tokens = self.model.generate(
-                input_ids=ids, attention_mask=mask, streamer=_Stream(self.tokenizer, self.out), **self._sampling()
+                input_ids=ids, attention_mask=mask, streamer=stream, max_new_tokens=self.max_new_tokens, **sampling
             )
         answer = self._text(tokens[0, length:])
         contestant.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -134,8 +132,8 @@ class Chat:
     def _text(self, tokens: Tensor) -> str:
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
-        """Token ids (1, P) and their mask."""
+    def prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
+        """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
         if self.tokenizer.chat_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
             found: Any = self.tokenizer.apply_chat_template(
@@ -148,14 +146,6 @@ class Chat:
             found = self.tokenizer(contestant.text + text, return_tensors="pt")
         device = self.model.device
         return found["input_ids"].to(device), found["attention_mask"].to(device)
-
-    def _sampling(self) -> dict[str, Any]:
-        common: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        if self.model.generation_config.pad_token_id is None:  # nothing is padded; generate only wants to be told
-            common["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        if self.temperature == 0:
-            return {**common, "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        return {**common, "do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
     def _say(self, text: str) -> None:
         self.out.write(f"{text}\n")
@@ -219,7 +209,7 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
 
 
 def _with_adapter(model: Any, folder: str, name: str) -> tuple[PeftModel, list[str]]:
-    """``PeftModel.from_pretrained`` and ``load_adapter``, with the names that found no place, which they let pass."""
+    """Put an adapter on the model; say which weights only one of the two has, since PEFT alone would pass over them."""
     if not isinstance(model, PeftModel):
         model = PeftModel(model, PeftConfig.from_pretrained(folder), adapter_name=name)
     found: Any = model.load_adapter(folder, adapter_name=name)

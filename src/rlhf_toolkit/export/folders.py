@@ -1,4 +1,4 @@
-"""From what a command line names to a folder on this disk: a model, an adapter, a finished run."""
+"""Finds the folder on this disk that a command line names: of a model, of an adapter, of a finished run."""
 
 from __future__ import annotations
 

@@ -51,6 +51,10 @@ class LoraWeights:
         """What it adds to the layer's weight (out, in)."""
         return self.scale * (self.b.float() @ self.a.float())
 
+    def turned_update(self) -> Tensor:
+        """The same for a layer that stores its weight as (in, out)."""
+        return self.update().T
+
 
 def read_lora(folder: Path) -> dict[str, LoraWeights]:
     """Every adapted layer's matrices, by the layer's name in the model.
@@ -58,7 +62,7 @@ def read_lora(folder: Path) -> dict[str, LoraWeights]:
     ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023), with the layer's own alpha and r where
     ``alpha_pattern`` and ``rank_pattern`` give some. Raises ModelError for what is not plain LoRA.
     """
-    config = _plain_config(folder)
+    config = plain_config(folder)
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -81,7 +85,8 @@ def read_lora(folder: Path) -> dict[str, LoraWeights]:
     return {layer: _weights(folder, config, layer, pair) for layer, pair in sorted(parts.items())}
 
 
-def _plain_config(folder: Path) -> LoraConfig:
+def plain_config(folder: Path) -> LoraConfig:
+    """The settings of an adapter that is plain LoRA or rsLoRA. Raises ModelError, by the setting's name, for others."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:

@@ -78,10 +78,10 @@ def merge(
     first = next(tensor for shard in shards.values() for name, tensor in shard.items() if name in adapted)
     merged = Merged(out, sorted(weights), dtype or FLOATING[first.dtype], size)
     with _made_whole(out, size) as folder:
-        rounding = _Rounding()
+        sums = _Sums(adapted, dtype)
         for file, shard in shards.items():
-            rewrite(source / file, folder / file, shard, _changes(adapted, dtype, rounding), dtype=dtype)
-        merged.rounding = rounding.share
+            rewrite(source / file, folder / file, shard, sums.of, dtype=dtype)
+        merged.rounding = sums.rounding
         merged.left_out = _copy_the_rest(source, folder, dtype, size)
     return merged
 
@@ -133,7 +133,7 @@ def stored_updates(
                 f"{base} does not store {layer} as the matrix it is used as; merge in memory with PEFT's "
                 "merge_and_unload"
             )
-        updates[key] = _turned(lora) if turned else lora.update
+        updates[key] = lora.turned_update if turned else lora.update
     return updates
 
 
@@ -158,32 +158,29 @@ def names_in_memory(model: PreTrainedModel, stored: Mapping[str, Any]) -> dict[s
 # ---- one tensor ------------------------------------------------------------------------------------------------------
 
 
-class _Rounding:
-    """Sums of squares of what rounding changed and of what the adapters add."""
+class _Sums:
+    """Each tensor with what the adapter adds to it, and what rounding those sums cost."""
 
-    def __init__(self) -> None:
-        self.lost = self.added = 0.0
+    def __init__(self, adapted: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None) -> None:
+        self.adapted, self.dtype = adapted, dtype
+        self.lost = self.added = 0.0  # sums of squares of what rounding changed and of what the adapter adds
 
-    @property
-    def share(self) -> float:
-        return math.sqrt(self.lost / self.added) if self.added else 0.0
-
-
-def _changes(
-    adapted: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None, rounding: _Rounding
-) -> Callable[[str, Tensor], Tensor]:
-    def change(name: str, weight: Tensor) -> Tensor:
-        wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
-        if name not in adapted:
+    def of(self, name: str, weight: Tensor) -> Tensor:
+        """The stored tensor ``name`` after merging, in the dtype it will be stored in."""
+        wanted = self.dtype if self.dtype is not None and weight.is_floating_point() else weight.dtype
+        if name not in self.adapted:
             return _rounded(name, weight, wanted)
-        update = adapted[name]()
+        update = self.adapted[name]()
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) + update
         merged = _rounded(name, exact, wanted)
-        rounding.added += float(update.square().sum())
-        rounding.lost += float((merged.to(exact.dtype) - exact).square().sum())
+        self.added += float(update.square().sum())
+        self.lost += float((merged.to(exact.dtype) - exact).square().sum())
         return merged
 
-    return change
+    @property
+    def rounding(self) -> float:
+        """``Merged.rounding``."""
+        return math.sqrt(self.lost / self.added) if self.added else 0.0
 
 
 def _rounded(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,10 +188,6 @@ def _rounded(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != exact.dtype and not torch.equal(result.isfinite(), exact.isfinite()):
         raise ModelError(f"{name} has numbers beyond the range of {str(dtype)[6:]}; use --dtype bfloat16 or float32")
     return result
-
-
-def _turned(lora: LoraWeights) -> Callable[[], Tensor]:
-    return lambda: lora.update().T
 
 
 def _linear(model: nn.Module, layer: str, adapter: str, base: str) -> nn.Linear | Conv1D:

@@ -52,8 +52,7 @@ def read_headers(folder: Path) -> dict[str, Shard]:
     """File name -> its tensors, for every weight file of a model folder, without reading a tensor.
 
     Raises ModelError: no safetensors, an index that names a file of another folder, a file that is missing or broken, a
-    name in two files, a dtype that
-    is no plain number (a quantised model).
+    name in two files, a dtype that is no plain number (a quantised model).
     """
     index = folder / INDEX
     if index.is_file():
@@ -66,7 +65,7 @@ def read_headers(folder: Path) -> dict[str, Shard]:
             f"{folder} has neither {SINGLE} nor {INDEX}; load the model with transformers and save it with "
             "save_pretrained"
         )
-    shards = {file: _header(folder / file) for file in files}
+    shards = {file: read_header(folder / file) for file in files}
     names = [name for shard in shards.values() for name in shard]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
     if twice:
@@ -93,7 +92,7 @@ def rewrite(
     stored = {name: tensor.cast(dtype) for name, tensor in shard.items()}
     order = sorted(stored, key=lambda name: (-BYTES[stored[name].dtype], name))  # wide ones first: all stay aligned
     with safe_open(source, framework="pt") as file, target.open("xb") as out:
-        out.write(_header_bytes({name: stored[name] for name in order}, file.metadata()))
+        out.write(header_bytes({name: stored[name] for name in order}, file.metadata()))
         for name in order:
             tensor = change(name, file.get_tensor(name))
             raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -102,7 +101,8 @@ def rewrite(
             out.write(raw.data)
 
 
-def _header(path: Path) -> Shard:
+def read_header(path: Path) -> Shard:
+    """What one file stores. Raises ModelError where it cannot be read, or stores a quantised number."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -115,7 +115,8 @@ def _header(path: Path) -> Shard:
     return shard
 
 
-def _header_bytes(stored: Shard, metadata: Mapping[str, str] | None) -> bytes:
+def header_bytes(stored: Shard, metadata: Mapping[str, str] | None) -> bytes:
+    """The beginning of a file that holds ``stored``, its tensors in this order; padded so that they are aligned."""
     header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     place = 0
     for name, tensor in stored.items():

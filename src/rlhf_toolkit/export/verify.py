@@ -1,4 +1,4 @@
-"""Whether a merged model says what base and adapter say: the logits of both, side by side."""
+"""Compares the logits of a merged model with those of its base and adapter."""
 
 from __future__ import annotations
 

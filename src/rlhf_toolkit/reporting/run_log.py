@@ -53,7 +53,6 @@ class RunLog(TrainerCallback):
     ) -> None:
         self.folder, self.updates_per_rollout, self.samples, self.sinks = folder, updates_per_rollout, samples, sinks
         self.axis = axis
-        self.started = time.time()
 
     def on_log(
         self,
@@ -79,7 +78,7 @@ class Progress(TrainerCallback):
     """A bar that counts rollouts and, while one is being sampled, its tokens and their rate. Rank 0 shows it."""
 
     def __init__(self, *, num_rollouts: int, updates_per_rollout: int, show: bool, unit: str = "rollout") -> None:
-        self.updates_per_rollout, self.unit = updates_per_rollout, unit
+        self.updates_per_rollout = updates_per_rollout
         self.bar = tqdm(total=num_rollouts, unit=unit, disable=not show, mininterval=1.0, dynamic_ncols=True)
         self._began, self._tokens = 0.0, 0
 

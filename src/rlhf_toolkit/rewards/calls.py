@@ -20,15 +20,7 @@ LARGEST = 3.4028234663852886e38
 """Scores become float32, of which this is the largest; beyond it they would be infinite."""
 
 Score = float | list[float]
-"""Of one response: a number, or as many numbers as the response has tokens."""
-
-
-class RewardFunction(Protocol):
-    """What a user writes. ``columns`` are the dataset's other columns, each a list as long as ``responses``; a function
-    with a parameter ``tokens`` also gets the token ids of the responses. It may be ``async``."""
-
-    def __call__(self, prompts: list[str], responses: list[str], /, **columns: Any) -> Any:
-        """For each response, in the order given, a finite number or as many of them as the response has tokens."""
+"""What a reward gives one response: a number, or as many numbers as the response has tokens."""
 
 
 @runtime_checkable
@@ -47,7 +39,7 @@ class WorkerTraceback(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call is about: position for position the prompt, the response, its token ids and the columns."""
+    """The responses that one call is about: position for position prompt, response, its token ids and columns."""
 
     prompts: list[str]
     responses: list[str]
@@ -72,7 +64,7 @@ class Fault:
 
 
 Outcome = Fault | list[Score | Fault]
-"""Of one call: a fault of the call as a whole, or for each response its score or its own fault."""
+"""What comes of one call: a fault of the call as a whole, or for each response its score or its own fault."""
 
 
 class Source(Protocol):
@@ -103,13 +95,13 @@ class InProcess:
         self._function, self._kwargs, self._timeout = function, kwargs, timeout
 
     def start(self, batch: Batch) -> Future[Outcome]:
-        """The call, made here and now."""
+        """Make the call here and now."""
         future: Future[Outcome] = Future()
         future.set_result(outcome_of(self._function, batch, self._kwargs, timeout=self._timeout))
         return future
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no process or thread to end."""
 
 
 def takes_tokens(function: Callable[..., Any]) -> bool:
@@ -142,7 +134,10 @@ def outcome_of(
     except _TimeUpError:
         return too_slow(timeout)
     except Exception as error:  # a reward may raise whatever it likes
-        return Fault(f"raised {described(error)}", _way_out(error), again=True, cause=error)
+        way_out = "repair the function (see its traceback)"
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            way_out = "columns and kwargs arrive by name, so let it take **columns"
+        return Fault(f"raised {described(error)}", way_out, again=True, cause=error)
 
 
 def with_text(outcome: Outcome) -> Outcome:
@@ -183,10 +178,11 @@ def checked(scores: Any, counts: Sequence[int]) -> Outcome:
         return Fault(f"returned {shortened(scores)} ({type(scores).__name__})", wanted)
     if len(plain) != len(counts):
         return Fault(f"returned {len(plain)} scores", wanted)
-    return [_checked_score(score, count) for score, count in zip(plain, counts, strict=True)]
+    return [checked_score(score, count) for score, count in zip(plain, counts, strict=True)]
 
 
-def _checked_score(score: Any, count: int) -> Score | Fault:
+def checked_score(score: Any, count: int) -> Score | Fault:
+    """What a reward gave one response of ``count`` tokens, as its score."""
     plain = score.tolist() if isinstance(score, _Array) else score
     if _is_finite(plain):
         return float(plain)
@@ -208,9 +204,3 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) <= LARGEST
-
-
-def _way_out(error: Exception) -> str:
-    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-        return "columns and kwargs arrive by name, so let it take **columns"
-    return "repair the function (see its traceback)"

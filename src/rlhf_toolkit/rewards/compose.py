@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_toolkit.errors import ConfigError, RewardError, shortened
 from rlhf_toolkit.plugins import load_function
@@ -42,7 +41,7 @@ class _Row:
 
 @dataclass
 class _Reward:
-    """One reward with what is under way for the current batch, and with the lines it has had so far."""
+    """One reward, its calls for the current batch, and how many lines there have been about its failures."""
 
     spec: RewardSpec
     source: Source
@@ -50,6 +49,63 @@ class _Reward:
     waiting: list[int] = field(default_factory=list)
     warned: int = 0
     suppressed: int = 0
+
+    def check_names(self, prompt: Prompt) -> None:
+        """ConfigError where a column of the dataset has the name of an argument that the function gets anyway."""
+        for name in prompt.columns:
+            if name in self.spec.kwargs:
+                raise ConfigError(
+                    f"{self.spec.setting}.kwargs.{name} is also a column of the dataset; rename one of the two"
+                )
+        if self.source.takes_tokens and "tokens" in prompt.columns:
+            raise ConfigError(
+                f"{self.spec.setting}: the parameter tokens gets the response's token ids, but the dataset has a "
+                "column tokens; rename one of the two"
+            )
+
+    def start(self, batch: Mapping[int, _Row]) -> None:
+        """Make a call for the rows that wait for one, if any do."""
+        numbers, self.waiting = self.waiting, []
+        if not numbers:
+            return
+        rows = [batch[i] for i in numbers]
+        prompts = [row.prompt for row in rows]
+        columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
+        texts, responses = [prompt.text for prompt in prompts], [row.response for row in rows]
+        call = self.source.start(Batch(texts, responses, [row.token_ids for row in rows], columns))
+        self.calls.append((numbers, call))
+
+    def results(self, count: int) -> tuple[list[Score | Fault], list[tuple[Fault, list[int]]]]:
+        """Wait for the calls. For each of ``count`` responses its score or why there is none; and for each call that
+        failed a fault and the responses that it is about."""
+        values: list[Score | Fault] = [math.nan] * count
+        faults: list[tuple[Fault, list[int]]] = []
+        for rows, future in self.calls:
+            outcome = future.result()
+            items = outcome if isinstance(outcome, list) else [outcome] * len(rows)
+            for i, item in zip(rows, items, strict=True):
+                values[i] = item
+            failed = [(item, i) for item, i in zip(items, rows, strict=True) if isinstance(item, Fault)]
+            if failed:
+                faults.append((failed[0][0], rows if isinstance(outcome, Fault) else [failed[0][1]]))
+        return values, faults
+
+    def react(
+        self, faults: list[tuple[Fault, list[int]]], prompts: Sequence[Prompt], warn: Callable[[str], None]
+    ) -> None:
+        """Raise, or say in one line what failed in this batch."""
+        fault, rows = faults[0]
+        said = fault_message(self.spec.name, fault, [prompts[i] for i in rows])
+        if self.spec.on_failure == "error":
+            raise RewardError(f"reward {said}") from fault.cause
+        if self.warned == WARNINGS:
+            self.suppressed += len(faults)
+            return
+        self.warned += 1
+        score = f"scored as {self.spec.failure_score:g}" if self.spec.on_failure == "score" else "dropped"
+        last = "; the last line about this reward" if self.warned == WARNINGS else ""
+        failed = f"reward {self.spec.name}: {len(faults)} of {len(self.calls)} calls failed and were {score}"
+        warn(f"{failed}{last}; the first: reward {said}")
 
     def forget(self) -> None:
         """Give up what is under way: calls that have not begun never will."""
@@ -68,13 +124,20 @@ class Rewards:
     def __init__(self, specs: Sequence[RewardSpec], *, warn: Callable[[str], None] | None = None) -> None:
         if not specs:
             raise ConfigError("reward.functions is empty; give at least one entry with function or url")
-        _check_unique(specs)
-        self._warn = warn if warn is not None else _to_stderr
+        settings: dict[str, str] = {}
+        for spec in specs:
+            if spec.name in settings:
+                raise ConfigError(
+                    f"{settings[spec.name]} and {spec.setting} are both called {spec.name}; give one of them another "
+                    "name"
+                )
+            settings[spec.name] = spec.setting
+        self._warn = warn if warn is not None else lambda line: print(line, file=sys.stderr, flush=True)
         self._rows: dict[int, _Row] = {}
         self._rewards: list[_Reward] = []
         try:
             for spec in specs:
-                self._rewards.append(_Reward(spec, _source(spec)))
+                self._rewards.append(_Reward(spec, source_of(spec)))
         except BaseException:
             self.close()
             raise
@@ -86,11 +149,14 @@ class Rewards:
         """
         if i in self._rows:
             raise RuntimeError(f"response {i} was submitted twice for one batch")
-        self._check_names(prompt)
+        for reward in self._rewards:
+            reward.check_names(prompt)
         self._rows[i] = _Row(prompt, response, list(token_ids))
         for reward in self._rewards:
             if reward.source.early:
-                self._add(reward, i)
+                reward.waiting.append(i)
+                if len(reward.waiting) == reward.spec.batch_size:
+                    reward.start(self._rows)
 
     def collect(
         self, prompts: Sequence[Prompt], responses: Sequence[str], token_ids: Sequence[Sequence[int]]
@@ -102,16 +168,27 @@ class Rewards:
         """
         try:
             rows = [_Row(*row) for row in zip(prompts, responses, map(list, token_ids), strict=True)]
-            self._check_submitted(rows)
+            for i, row in self._rows.items():
+                if not (0 <= i < len(rows) and row.is_same(rows[i])):
+                    other = shortened(rows[i].response) if 0 <= i < len(rows) else f"only {len(rows)} responses"
+                    raise RuntimeError(
+                        f"response {i} was submitted as {shortened(row.response)}, but collected is {other}"
+                    )
             for i, row in enumerate(rows):
                 if i not in self._rows:
                     self.submit(i, *(row.prompt, row.response, row.token_ids))
             for reward in sorted(self._rewards, key=lambda each: not each.source.early):  # workers work meanwhile
                 if not reward.source.early:
                     reward.waiting = list(range(len(rows)))
-                self._start(reward)
-            values = {reward.spec.name: self._values(reward, len(rows)) for reward in self._rewards}
-            return self._combined(values, rows)
+                reward.start(self._rows)
+            values, failures = {}, {}
+            for reward in self._rewards:
+                values[reward.spec.name], faults = reward.results(len(rows))
+                failures[reward.spec.name] = len(faults)
+                if faults:
+                    reward.react(faults, prompts, self._warn)
+            specs, tokens = [reward.spec for reward in self._rewards], [len(row.token_ids) for row in rows]
+            return weighted_sum(specs, values, failures, tokens=tokens, prompts=prompts)
         finally:
             self._rows = {}
             for reward in self._rewards:
@@ -125,109 +202,46 @@ class Rewards:
                 self._warn(f"reward {reward.spec.name}: {reward.suppressed} more failed calls had no line of their own")
                 reward.suppressed = 0
 
-    # ---- calls -------------------------------------------------------------------------------------------------------
 
-    def _add(self, reward: _Reward, i: int) -> None:
-        reward.waiting.append(i)
-        if len(reward.waiting) == reward.spec.batch_size:
-            self._start(reward)
-
-    def _start(self, reward: _Reward) -> None:
-        """A call for the rows that wait for one, if any do."""
-        rows, reward.waiting = reward.waiting, []
-        if rows:
-            reward.calls.append((rows, reward.source.start(_batch([self._rows[i] for i in rows]))))
-
-    def _values(self, reward: _Reward, count: int) -> tuple[list[Score | Fault], int]:
-        """For each response the score of ``reward`` or why there is none, and how many calls failed."""
-        values: list[Score | Fault] = [math.nan] * count
-        faults: list[tuple[Fault, list[int]]] = []
-        for rows, future in reward.calls:
-            outcome = future.result()
-            items = outcome if isinstance(outcome, list) else [outcome] * len(rows)
-            for i, item in zip(rows, items, strict=True):
-                values[i] = item
-            failed = [(item, i) for item, i in zip(items, rows, strict=True) if isinstance(item, Fault)]
-            if failed:
-                faults.append((failed[0][0], rows if isinstance(outcome, Fault) else [failed[0][1]]))
-        if faults:
-            self._react(reward, faults)
-        return values, len(faults)
-
-    def _react(self, reward: _Reward, faults: list[tuple[Fault, list[int]]]) -> None:
-        """Raise, or say in one line what failed in this batch."""
-        fault, rows = faults[0]
-        said = fault_message(reward.spec.name, fault, [self._rows[i].prompt for i in rows])
-        if reward.spec.on_failure == "error":
-            raise RewardError(f"reward {said}") from fault.cause
-        if reward.warned == WARNINGS:
-            reward.suppressed += len(faults)
-            return
-        reward.warned += 1
-        score = f"scored as {reward.spec.failure_score:g}" if reward.spec.on_failure == "score" else "dropped"
-        last = "; the last line about this reward" if reward.warned == WARNINGS else ""
-        failed = f"reward {reward.spec.name}: {len(faults)} of {len(reward.calls)} calls failed and were {score}"
-        self._warn(f"{failed}{last}; the first: reward {said}")
-
-    # ---- checks ------------------------------------------------------------------------------------------------------
-
-    def _check_names(self, prompt: Prompt) -> None:
-        for reward in self._rewards:
-            for name in prompt.columns:
-                if name in reward.spec.kwargs:
-                    raise ConfigError(
-                        f"{reward.spec.setting}.kwargs.{name} is also a column of the dataset; rename one of the two"
-                    )
-            if reward.source.takes_tokens and "tokens" in prompt.columns:
-                raise ConfigError(
-                    f"{reward.spec.setting}: the parameter tokens gets the response's token ids, but the dataset has a "
-                    "column tokens; rename one of the two"
-                )
-
-    def _check_submitted(self, rows: list[_Row]) -> None:
-        for i, row in self._rows.items():
-            if not (0 <= i < len(rows) and row.is_same(rows[i])):
-                other = shortened(rows[i].response) if 0 <= i < len(rows) else f"only {len(rows)} responses"
-                raise RuntimeError(f"response {i} was submitted as {shortened(row.response)}, but collected is {other}")
-
-    # ---- the sum -----------------------------------------------------------------------------------------------------
-
-    def _combined(self, values: Mapping[str, tuple[list[Score | Fault], int]], rows: list[_Row]) -> Scores:
-        kept = [True] * len(rows)
-        sums = [[0.0] * len(row.token_ids) for row in rows]
-        totals = [0.0] * len(rows)
-        parts: dict[str, list[float]] = {}
-        by_token = False
-        for reward in self._rewards:
-            spec, column = reward.spec, values[reward.spec.name][0]
-            parts[spec.name] = [_part(value) for value in column]
-            for i, value in enumerate(column):
-                if isinstance(value, Fault):
-                    kept[i] = kept[i] and spec.on_failure == "score"
-                    value = spec.failure_score
-                by_token = by_token or isinstance(value, list)
-                totals[i] += spec.weight * _part(value)
-                _pay(sums[i], value, spec.weight)
-        for i, keep in enumerate(kept):
-            if not keep:
-                totals[i], sums[i] = 0.0, [0.0] * len(sums[i])
-            elif not abs(totals[i]) <= LARGEST:
-                raise RewardError(
-                    f"the weighted sum of all rewards is {totals[i]:g} for {_named(rows[i].prompt)}, which float32 "
-                    "cannot hold; lower the weights"
-                )
-        failures = {name: failed for name, (_, failed) in values.items()}
-        return Scores(totals, parts, kept, sums if by_token else None, failures)
+# ---- the sum ---------------------------------------------------------------------------------------------------------
 
 
-def fault_message(name: str, fault: Fault, prompts: Sequence[Prompt]) -> str:
-    """What continues "reward ": which one, what it did, the way out, and the first prompt it was asked about."""
-    which = "its prompt was" if len(prompts) == 1 else f"the first of its {len(prompts)} prompts was"
-    return f"{name} {fault.what}; {fault.way_out}; {which} {_named(prompts[0])}"
-
-
-def _named(prompt: Prompt) -> str:
-    return f"{shortened(prompt.text)} (row {prompt.index} of the dataset)"
+def weighted_sum(
+    specs: Sequence[RewardSpec],
+    values: Mapping[str, Sequence[Score | Fault]],
+    failures: Mapping[str, int],
+    *,
+    tokens: Sequence[int],
+    prompts: Sequence[Prompt],
+) -> Scores:
+    """The scores of responses with ``tokens`` tokens each, from the ``values`` of every reward, as ``Scores`` defines
+    them. RewardError where a total is beyond float32."""
+    kept = [True] * len(tokens)
+    sums = [[0.0] * count for count in tokens]
+    totals = [0.0] * len(tokens)
+    parts: dict[str, list[float]] = {}
+    by_token = False
+    for spec in specs:
+        parts[spec.name] = [_part(value) for value in values[spec.name]]
+        for i, value in enumerate(values[spec.name]):
+            if isinstance(value, Fault):
+                kept[i] = kept[i] and spec.on_failure == "score"
+                value = spec.failure_score
+            totals[i] += spec.weight * _part(value)
+            if isinstance(value, list):
+                by_token = True
+                sums[i] = [paid + spec.weight * number for paid, number in zip(sums[i], value, strict=True)]
+            elif sums[i]:
+                sums[i][-1] += spec.weight * value
+    for i, keep in enumerate(kept):
+        if not keep:
+            totals[i], sums[i] = 0.0, [0.0] * len(sums[i])
+        elif not abs(totals[i]) <= LARGEST:
+            raise RewardError(
+                f"the weighted sum of all rewards is {totals[i]:g} for {_named(prompts[i])}, which float32 cannot "
+                "hold; lower the weights"
+            )
+    return Scores(totals, parts, kept, sums if by_token else None, dict(failures))
 
 
 def _part(value: Score | Fault) -> float:
@@ -236,26 +250,21 @@ def _part(value: Score | Fault) -> float:
     return sum(value) if isinstance(value, list) else value
 
 
-def _pay(tokens: list[float], value: Score, weight: float) -> None:
-    """Add ``weight`` times ``value`` to the rewards of a response's tokens; a single number goes to the last."""
-    if isinstance(value, list):
-        for position, number in enumerate(value):
-            tokens[position] += weight * number
-    elif tokens:
-        tokens[-1] += weight * value
+# ---- faults and sources ----------------------------------------------------------------------------------------------
 
 
-def _batch(rows: Sequence[_Row]) -> Batch:
-    columns: dict[str, list[Any]] = {
-        name: [row.prompt.columns[name] for row in rows] for name in rows[0].prompt.columns
-    }
-    return Batch(
-        [row.prompt.text for row in rows], [row.response for row in rows], [r.token_ids for r in rows], columns
-    )
+def fault_message(name: str, fault: Fault, prompts: Sequence[Prompt]) -> str:
+    """What is said after "reward": which one, what it did, the way out, and the first prompt it was asked about."""
+    which = "its prompt was" if len(prompts) == 1 else f"the first of its {len(prompts)} prompts was"
+    return f"{name} {fault.what}; {fault.way_out}; {which} {_named(prompts[0])}"
 
 
-def _source(spec: RewardSpec) -> Source:
-    """What ``spec`` describes, loaded and started."""
+def _named(prompt: Prompt) -> str:
+    return f"{shortened(prompt.text)} (row {prompt.index} of the dataset)"
+
+
+def source_of(spec: RewardSpec) -> Source:
+    """Load and start what ``spec`` describes. ConfigError where it cannot be loaded, or its timeout not be kept."""
     if spec.url is not None:
         return remote(spec)
     if spec.workers:
@@ -268,17 +277,3 @@ def _source(spec: RewardSpec) -> Source:
             f"own process; set {spec.setting}.workers: 1 or more, or write it as async def"
         )
     return InProcess(function, spec.kwargs, spec.timeout)
-
-
-def _check_unique(specs: Sequence[RewardSpec]) -> None:
-    seen: dict[str, str] = {}
-    for spec in specs:
-        if spec.name in seen:
-            raise ConfigError(
-                f"{seen[spec.name]} and {spec.setting} are both called {spec.name}; give one of them another name"
-            )
-        seen[spec.name] = spec.setting
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -46,26 +46,22 @@ def countdown(
         each(target, responses, "target", "countdown"),
         strict=True,
     )
-    return [_score(response, *_row(have, goal), format_score, use_all) for response, have, goal in rows]
+    return [_score(response, have, goal, format_score, use_all) for response, have, goal in rows]
 
 
-def _row(numbers: Any, target: Any) -> tuple[Counter[int], Fraction]:
-    """A row's numbers and target, checked."""
+def _score(response: str, numbers: Any, target: Any, format_score: float, use_all: bool) -> float:
     if isinstance(numbers, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
         raise DataError(f"countdown got numbers={shortened(numbers)}; give a list of positive integers")
     try:
-        return Counter(numbers), Fraction(str(target))
+        have, goal = Counter(numbers), Fraction(str(target))
     except (ValueError, ZeroDivisionError) as error:
         raise DataError(f"countdown got target={shortened(target)}; give a number") from error
-
-
-def _score(response: str, have: Counter[int], target: Fraction, format_score: float, use_all: bool) -> float:
     expression = parsed(last_tagged(response, "answer") or "")
     if expression is None:
         return 0.0
     used = Counter(node.value for node in ast.walk(expression) if isinstance(node, ast.Constant))
     allowed = used == have if use_all else used <= have
-    return 1.0 if allowed and _value(expression) == target else format_score
+    return 1.0 if allowed and _value(expression) == goal else format_score
 
 
 def parsed(text: str) -> ast.expr | None:

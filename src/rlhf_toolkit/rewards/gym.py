@@ -94,13 +94,20 @@ def _check_scorable(scorer: Any, entry: dict[str, Any], name: str, cause: Except
 
 @lru_cache(maxsize=128)
 def _dataset(name: str, config: str) -> Any:
-    """The dataset whose scorer is asked; it is built once, and its items are not."""
+    """The dataset whose scorer is asked; it is built once, and its items are not.
+
+    DataError where there is none, and where ``config`` would make reasoning-gym read a file that is not one of its own.
+    """
     factory = importlib.import_module("reasoning_gym.factory")
     if name not in factory.DATASETS:
         raise DataError(f"reasoning-gym has no dataset {name!r}{nearest(name, factory.DATASETS)}")
     try:
         settings = json.loads(config)
-        _check_files(settings)
+        for key, value in settings.items():
+            if key.endswith(("file", "path")) and not (isinstance(value, str) and is_plain_name(value)):
+                raise DataError(
+                    f"column config holds {key}={shortened(value)}; give the name of a file of reasoning-gym"
+                )
         return factory.create_dataset(name, **settings)
     except DataError:
         raise
@@ -108,13 +115,6 @@ def _dataset(name: str, config: str) -> Any:
         raise ConfigError(
             f"reasoning-gym cannot build {name} with {shortened(config)}: {described(error)}; repair column config"
         ) from error
-
-
-def _check_files(settings: Mapping[str, Any]) -> None:
-    """DataError where a row would make reasoning-gym read a file that is not one of its own (``data_file``)."""
-    for key, value in settings.items():
-        if key.endswith(("file", "path")) and not (isinstance(value, str) and is_plain_name(value)):
-            raise DataError(f"column config holds {key}={shortened(value)}; give the name of a file of reasoning-gym")
 
 
 # ---- entries as text -------------------------------------------------------------------------------------------------

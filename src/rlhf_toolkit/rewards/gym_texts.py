@@ -63,7 +63,7 @@ def may_be_scored(answer: str, dataset: str) -> bool:
     if _HUGE.search(answer) or (dataset in NAN_PASSES and _NOT_FINITE.search(answer)):
         return False
     if dataset in LITERAL_SCORERS:
-        return _is_text_or_literal(answer)
+        return is_text_or_literal(answer)
     return dataset not in SYMPY_SCORERS or is_arithmetic(answer)
 
 
@@ -86,7 +86,7 @@ def check_entry(entry: Mapping[str, Any], dataset: str) -> None:
 # ---- grammars --------------------------------------------------------------------------------------------------------
 
 
-def _is_text_or_literal(answer: str) -> bool:
+def is_text_or_literal(answer: str) -> bool:
     """True for a literal, one plain word in capitals, or words and numbers that are no Python expression, which eval
     refuses.
 
@@ -98,10 +98,8 @@ def _is_text_or_literal(answer: str) -> bool:
         return _WORDS.fullmatch(answer) is not None
     except (RecursionError, MemoryError):
         return False
-    return _is_literal(tree) or (isinstance(tree, ast.Name) and re.fullmatch(r"[A-Z]+", answer.strip()) is not None)
-
-
-def _is_literal(tree: ast.expr) -> bool:
+    if isinstance(tree, ast.Name):
+        return re.fullmatch(r"[A-Z]+", answer.strip()) is not None
     try:
         ast.literal_eval(tree)
     except (TypeError, *UNPARSED):
@@ -109,7 +107,7 @@ def _is_literal(tree: ast.expr) -> bool:
     return True
 
 
-def _is_number_list(text: str) -> bool:
+def is_number_list(text: str) -> bool:
     """Whether ``text`` is a list of numbers or of their texts, as JSON or as Python writes it."""
     try:
         value = json.loads(text)
@@ -196,20 +194,17 @@ def _digits(node: ast.expr) -> float:
             return left * max(1.0, _degree(ast.BinOp(ast.Constant(1), ast.Pow(), node.right)))
         return left + right + 1
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _digits_of_call(node.func.id, max((_digits(argument) for argument in node.args), default=0.0))
+        argument = max((_digits(part) for part in node.args), default=0.0)
+        if node.func.id not in _STEEP:
+            return argument
+        return 10.0**argument if argument <= LARGEST_EXPONENTIAL else math.inf
     return 1.0
-
-
-def _digits_of_call(function: str, argument: float) -> float:
-    if function not in _STEEP:
-        return argument
-    return 10.0**argument if argument <= LARGEST_EXPONENTIAL else math.inf
 
 
 # ---- whole-number arithmetic -----------------------------------------------------------------------------------------
 
 
-def _is_whole_arithmetic(text: str) -> bool:
+def is_whole_arithmetic(text: str) -> bool:
     """Whether ``text`` is an expression of whole numbers, + - * << >> and parentheses whose parts stay below
     ``MOST_BITS`` bits."""
     try:
@@ -225,21 +220,18 @@ def _whole(node: ast.expr) -> int:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         return -_whole(node.operand) if isinstance(node.op, ast.USub) else _whole(node.operand)
-    if isinstance(node, ast.BinOp):
-        return _combined(node.op, _whole(node.left), _whole(node.right))
-    raise ValueError("no whole-number arithmetic")
-
-
-def _combined(operator: ast.operator, left: int, right: int) -> int:
-    if isinstance(operator, ast.Add):
+    if not isinstance(node, ast.BinOp):
+        raise ValueError("no whole-number arithmetic")
+    left, right = _whole(node.left), _whole(node.right)
+    if isinstance(node.op, ast.Add):
         return left + right
-    if isinstance(operator, ast.Sub):
+    if isinstance(node.op, ast.Sub):
         return left - right
-    if isinstance(operator, ast.Mult) and left.bit_length() + right.bit_length() <= MOST_BITS:
+    if isinstance(node.op, ast.Mult) and left.bit_length() + right.bit_length() <= MOST_BITS:
         return left * right
-    if isinstance(operator, ast.LShift) and 0 <= right <= MOST_BITS - left.bit_length():
+    if isinstance(node.op, ast.LShift) and 0 <= right <= MOST_BITS - left.bit_length():
         return left << right
-    if isinstance(operator, ast.RShift) and 0 <= right <= MOST_BITS:
+    if isinstance(node.op, ast.RShift) and 0 <= right <= MOST_BITS:
         return left >> right
     raise ValueError("another operator, or a number too large")
 
@@ -252,9 +244,9 @@ _INTEGRAL: Fields = {
     ("metadata", "variable"): (_is_variable, "the name of a variable"),
 }
 EVALUATED_FIELDS: dict[str, Fields] = {
-    "bitwise_arithmetic": {("metadata", "problem"): (_is_whole_arithmetic, "arithmetic of whole numbers")},
+    "bitwise_arithmetic": {("metadata", "problem"): (is_whole_arithmetic, "arithmetic of whole numbers")},
     "intermediate_integration": _INTEGRAL,
-    "number_sorting": {("answer",): (_is_number_list, "a list of numbers")},
+    "number_sorting": {("answer",): (is_number_list, "a list of numbers")},
     "polynomial_multiplication": {("answer",): _EXPRESSION},
     "simple_integration": _INTEGRAL,
 }

@@ -40,12 +40,15 @@ class HTTPCaller:
         self._socket: socket.socket | None = None
 
     def prepare(self) -> None:
-        """Nothing to do."""
+        """Do nothing: every request makes its own connection."""
 
     def call(self, batch: Batch) -> Outcome:
         """The scores, asked for again up to ``retries`` times after a connection error or a status of 500 or more."""
+        content: dict[str, Any] = {"prompts": batch.prompts, "responses": batch.responses, "columns": batch.columns}
+        if self._spec.kwargs:
+            content["kwargs"] = dict(self._spec.kwargs)
         try:
-            body = self._body(batch)
+            body = json.dumps(content).encode()
         except (TypeError, ValueError, RecursionError) as error:
             way_out = "give the dataset columns of plain values"
             return Fault(f"got columns that JSON cannot hold: {described(error)}", way_out, cause=error)
@@ -61,12 +64,6 @@ class HTTPCaller:
         """Cut off the request under way."""
         self._closed.set()
         self._cut()
-
-    def _body(self, batch: Batch) -> bytes:
-        content: dict[str, Any] = {"prompts": batch.prompts, "responses": batch.responses, "columns": batch.columns}
-        if self._spec.kwargs:
-            content["kwargs"] = dict(self._spec.kwargs)
-        return json.dumps(content).encode()
 
     def _once(self, body: bytes, batch: Batch) -> Outcome:
         limit = self._spec.timeout
@@ -84,7 +81,7 @@ class HTTPCaller:
             raise
         if expired.is_set():  # the end of an answer that has no length may be our cut
             return self._too_slow()
-        return self._read(status, answer, [len(each) for each in batch.tokens])
+        return read_answer(self._url, status, answer, [len(each) for each in batch.tokens])
 
     def _post(self, body: bytes, expired: threading.Event) -> tuple[int, bytes]:
         parts = urlsplit(self._url)
@@ -103,19 +100,6 @@ class HTTPCaller:
             self._socket = None
             connection.close()
 
-    def _read(self, status: int, answer: bytes, counts: list[int]) -> Outcome:
-        text = answer.decode("utf-8", errors="replace")
-        where = f"from {self._url} got status {status}: {shortened(text)}"
-        if not 200 <= status < 300:
-            return Fault(where, "see the server's log", again=status >= 500)
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            return Fault(f"{where}, which is not JSON", WANTED)
-        if not isinstance(content, dict) or "scores" not in content:
-            return Fault(f"{where}, which has no scores", WANTED)
-        return checked(content["scores"], counts)
-
     def _too_slow(self) -> Fault:
         late = too_slow(self._spec.timeout)
         return Fault(f"{late.what} at {self._url}", late.way_out)
@@ -125,3 +109,18 @@ class HTTPCaller:
         if connected is not None:
             with suppress(OSError):
                 connected.shutdown(socket.SHUT_RDWR)
+
+
+def read_answer(url: str, status: int, answer: bytes, counts: list[int]) -> Outcome:
+    """What the server at ``url`` answered, as one score for each response of ``counts`` tokens."""
+    text = answer.decode("utf-8", errors="replace")
+    where = f"from {url} got status {status}: {shortened(text)}"
+    if not 200 <= status < 300:
+        return Fault(where, "see the server's log", again=status >= 500)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return Fault(f"{where}, which is not JSON", WANTED)
+    if not isinstance(content, dict) or "scores" not in content:
+        return Fault(f"{where}, which has no scores", WANTED)
+    return checked(content["scores"], counts)

@@ -18,7 +18,7 @@ JOIN_SECONDS = 5.0
 
 
 class Caller(Protocol):
-    """What one thread does its calls with."""
+    """Makes the calls of one thread of ``Lanes``."""
 
     def prepare(self) -> None:
         """Get ready before there is a call to make, so that it need not wait."""

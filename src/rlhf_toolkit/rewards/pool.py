@@ -80,7 +80,10 @@ class PoolCaller:
         self._settle(worker.load(self._spec))
 
     def _settle(self, answer: bool | ConfigError) -> None:
-        self._fault = None if isinstance(answer, bool) else _not_started(answer)
+        if isinstance(answer, bool):
+            self._fault = None
+        else:
+            self._fault = Fault(f"could not be started again: {answer}", "repair its file", again=True)
         if not self.ready.done():
             if isinstance(answer, bool):
                 self.ready.set_result(answer)
@@ -182,7 +185,7 @@ class WorkerProcess:
             self.join()
         if answer is not None:
             return answer
-        return too_slow(timeout) if expired.is_set() else _crashed(self._process.returncode)
+        return too_slow(timeout) if expired.is_set() else crashed(self._process.returncode)
 
     def _watch(self) -> None:
         """When the process has ended: kill what it leaves behind, then wake whoever waits for its answer."""
@@ -202,14 +205,11 @@ def environment_of_workers() -> dict[str, str]:
     }
 
 
-def _crashed(returncode: int) -> Fault:
+def crashed(returncode: int) -> Fault:
+    """The fault of a call whose process ended with ``returncode``, negative where a signal killed it."""
     if returncode >= 0:
         how = f"ended its process with status {returncode}"
     else:
         names = {each.value: each.name for each in signal.Signals}
         how = f"had its process killed by {names.get(-returncode, f'signal {-returncode}')}"
     return Fault(how, "repair the function (SIGKILL may mean that memory ran out)", again=True)
-
-
-def _not_started(error: ConfigError) -> Fault:
-    return Fault(f"could not be started again: {error}", "repair its file", again=True)

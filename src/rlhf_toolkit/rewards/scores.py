@@ -31,16 +31,16 @@ class Scores:
 
 
 class NoFunctions:
-    """No function scores, so every total is 0: models give the scores."""
+    """Stands in for ``Rewards`` where no function scores: models give the scores, and every total here is 0."""
 
     def submit(self, row: int, prompt: Prompt, response: str, token_ids: Sequence[int]) -> None:
-        """Nothing begins early."""
+        """Do nothing: no call begins early."""
 
     def collect(
         self, prompts: Sequence[Prompt], responses: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> Scores:
-        """Zeros."""
+        """Give every response 0."""
         return Scores([0.0] * len(responses), {}, [True] * len(responses), None, {})
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is nothing to end."""

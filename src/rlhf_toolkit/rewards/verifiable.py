@@ -64,7 +64,10 @@ def math(
 
 
 def _math_score(library: Any, response: str, gold: Any, require_box: bool, seconds: int | None) -> float:
-    truth = _boxed(library, _gold_text(gold), seconds)
+    given = str(gold).strip() if isinstance(gold, (str, int, float)) and not isinstance(gold, bool) else ""
+    inside = last_boxed(given)
+    bare = given.removeprefix("$").removesuffix("$") if inside is None else inside
+    truth = _boxed(library, bare, seconds)
     if not truth:
         raise DataError(f"math cannot read answer={shortened(gold)}; give LaTeX or a number")
     box = last_boxed(response)
@@ -75,15 +78,6 @@ def _math_score(library: Any, response: str, gold: Any, require_box: bool, secon
     else:
         found = library.parse(response[-MATH_TAIL:], parsing_timeout=seconds)
     return float(bool(found) and library.verify(truth, found, timeout_seconds=seconds))
-
-
-def _gold_text(gold: Any) -> str:
-    """A ground truth without its box or its dollars; empty where it is neither text nor a number."""
-    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-        return ""
-    text = str(gold).strip()
-    box = last_boxed(text)
-    return box if box is not None else text.removeprefix("$").removesuffix("$")
 
 
 def _boxed(library: Any, text: str, seconds: int | None) -> list[Any]:
@@ -143,10 +137,8 @@ def think_answer_format(
     already ended in ``<think>``, so that the response goes on behind it and must not write it again.
     Source: DeepSeek-R1 (2025), section 2.2.2, format rewards.
     """
-    begun = "<think>" if prefilled else ""
-    return [_form(begun + response) for response in responses]
-
-
-def _form(text: str) -> float:
-    once = all(text.count(tag) == 1 for tag in _TAGS)
-    return float(once and _FORM.fullmatch(text.strip()) is not None)
+    texts = ["<think>" + response if prefilled else response for response in responses]
+    return [
+        float(all(text.count(tag) == 1 for tag in _TAGS) and _FORM.fullmatch(text.strip()) is not None)
+        for text in texts
+    ]

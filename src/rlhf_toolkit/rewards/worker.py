@@ -25,7 +25,8 @@ def serve(descriptor: int) -> None:
     that loading it raised. Then come batches, each answered by its Outcome.
     """
     os.set_inheritable(descriptor, False)
-    _die_with_parent()
+    if sys.platform == "linux":  # the kernel kills this process when the thread that started it ends, however it ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(descriptor)
     spec, setting, kwargs = pickle.loads(connection.recv_bytes())
     try:
@@ -39,10 +40,12 @@ def serve(descriptor: int) -> None:
             payload = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(pickle.dumps(_outcome(function, payload, kwargs)))
+        connection.send_bytes(pickle.dumps(outcome_in_worker(function, payload, kwargs)))
 
 
-def _outcome(function: Any, payload: bytes, kwargs: dict[str, Any]) -> Outcome:
+def outcome_in_worker(function: Any, payload: bytes, kwargs: dict[str, Any]) -> Outcome:
+    """Call ``function`` with the batch that ``payload`` holds. Nothing is raised: neither what the function raises nor
+    what reading the batch does."""
     try:
         batch: Batch = pickle.loads(payload)
     except Exception as error:  # a column's type may be defined where no worker finds it
@@ -53,9 +56,3 @@ def _outcome(function: Any, payload: bytes, kwargs: dict[str, Any]) -> Outcome:
     except BaseException as error:  # SystemExit, or whatever else is no Exception
         cause = WorkerTraceback("".join(traceback.format_exception(error)))
         return Fault(f"raised {described(error)}", "repair the function (see its traceback)", again=True, cause=cause)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends; only Linux can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
