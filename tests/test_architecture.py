@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -31,7 +31,7 @@ from rlhf_toolkit.checkpoints import (
     write_json,
 )
 from rlhf_toolkit.errors import CheckpointError
-from tests.allocations import Allocations
+from tests.support.allocations import Allocations
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"name": "m", "lora_rank": 4},

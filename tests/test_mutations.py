@@ -11,9 +11,9 @@ import pytest
 
 from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
-from tests.launch import run
 from tests.mutation_runner import mutated
 from tests.mutations import MUTATIONS, markdown
+from tests.support.launch import run
 
 ROOT = Path(__file__).parents[1]
 EVERY_KIND = ("sign flipped", "index shifted", "mask dropped")

@@ -12,7 +12,7 @@ from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED, g
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import reward_to_go
 from rlhf_toolkit.plugins import takes
-from tests.algorithms.batches import MASK, blank_outside, like_mask, noise, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, noise, poisoned, real, widened
 
 
 def gae_by_row(

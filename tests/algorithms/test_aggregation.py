@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES, aggregate
 from rlhf_toolkit.errors import ConfigError, DataError
-from tests.algorithms.batches import MASK, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, like_mask, poisoned, real, widened
 
 COUNTS = {"tokens": 17, "sequences": 5, "width": 7}
 

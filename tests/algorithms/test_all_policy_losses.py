@@ -15,7 +15,7 @@ from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES, aggregate
 from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS, PolicyLossTerms
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.plugins import takes
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
 
 SELECTED = torch.zeros_like(MASK)
 SELECTED[0, [1, 4]] = SELECTED[1, 4] = SELECTED[4, 1] = SELECTED[3, 6] = True  # the last is not a real token

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.algorithms.group_advantages import dr_grpo, grpo, opo, reinforce_plus_plus_baseline, rloo
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
 
 GROUPS = torch.tensor([7, -2, 7, 7, 5])
 """Rows 0, 2 and 3 answer one prompt; 1 and 4 are alone. Numbers are names, neither sorted nor small."""

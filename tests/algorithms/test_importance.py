@@ -20,7 +20,7 @@ from rlhf_toolkit.algorithms.importance import (
     truncated_token_weights,
 )
 from rlhf_toolkit.errors import ConfigError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real
 
 BOTH = pytest.mark.parametrize("weigh", [truncated_token_weights, truncated_sequence_weights])
 

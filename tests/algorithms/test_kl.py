@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS, approximate_kl, kl_abs, kl_k1, kl_k2, kl_k3, kl_penalty
 from rlhf_toolkit.errors import ConfigError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, noise, poisoned
+from tests.support.batches import MASK, blank_outside, like_mask, noise, poisoned
 
 
 def test_the_estimators_by_hand() -> None:

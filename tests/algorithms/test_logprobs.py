@@ -5,7 +5,7 @@ import math
 import torch
 
 from rlhf_toolkit.algorithms.logprobs import bounded_exp, log_ratio, logprobs_and_entropy
-from tests.algorithms.batches import MASK, like_mask, noise, poisoned
+from tests.support.batches import MASK, like_mask, noise, poisoned
 
 
 def test_logprobs_and_entropy_by_hand() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms import masking
 from rlhf_toolkit.errors import DataError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real
 
 
 def test_response_mask_marks_the_first_tokens() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES, vanilla
 from rlhf_toolkit.errors import ConfigError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
 
 KNOBS = {"clip_range_low": 0.2, "clip_range_high": 0.28, "dual_clip": 3.0}
 

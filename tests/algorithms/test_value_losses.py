@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
 
 
 def test_four_tokens_by_hand() -> None:

@@ -16,7 +16,7 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.cuda_rules.subjects import on_both, saved, unlike
 from tests.rollout.test_model_rewards import write_reward_adapter, write_reward_model
 from tests.rollout.test_turns import ENVIRONMENT
-from tests.tiny import merged, tiny_llama, write_task
+from tests.support.tiny import merged, tiny_llama, write_task
 from tests.trainers.test_fine_tuning import KINDS
 from tests.trainers.test_fine_tuning import sections as fine_tuning_sections
 

@@ -19,8 +19,8 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Prompt, PromptBatch
 from tests.cuda_rules.device import NAME, Rules, numbers
-from tests.roles import tiny_shared
-from tests.tiny import merged, tiny_llama, write_task
+from tests.support.roles import tiny_shared
+from tests.support.tiny import merged, tiny_llama, write_task
 
 TEMPLATE = (7, 8, 9, 10, 11, 12, 13, 14, 15)
 """What all prompts begin with, so that prefixes are shared."""

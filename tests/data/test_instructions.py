@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_toolkit.data.instructions import Example, ExampleSet, tokenise_examples
 from rlhf_toolkit.data.prompts import load_rows, tokenise_prompts
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
+from tests.support.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
 
 CHATML_TOKENIZERS = chatml_tokenizers()
 BY_TOKENIZER = pytest.mark.parametrize(

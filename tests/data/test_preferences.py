@@ -15,7 +15,7 @@ from rlhf_toolkit.data.instructions import tokenise_examples
 from rlhf_toolkit.data.preferences import Pair, PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
+from tests.support.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
 
 CHATML_TOKENIZERS = chatml_tokenizers()
 BY_TOKENIZER = pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from rlhf_toolkit.data.prompts import PromptSchedule, PromptSet, load_rows, tokenise_prompts
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.types import Prompt
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [{"prompt": "hello", "label": 1}, {"prompt": "a b\nc", "label": 2}]
 

@@ -14,7 +14,7 @@ from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.data.shapes import is_transcript, transcript_messages
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import ask, byte_tokenizer, said, word_tokenizer
+from tests.support.chat_tokenizers import ask, byte_tokenizer, said, word_tokenizer
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ from rlhf_toolkit.runs.task import load_prompts
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.data.chat_tokenizers import ask, said, word_tokenizer
+from tests.support.chat_tokenizers import ask, said, word_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"a {'b ' * number}", "completion": "c", "chosen": "hello", "rejected": "world", "margin": number}

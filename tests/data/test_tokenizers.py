@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_toolkit.data.tokenizers import pad_token_id, require_chat_template, stop_token_ids
 from rlhf_toolkit.errors import DataError
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
 
 BIG = 1000
 

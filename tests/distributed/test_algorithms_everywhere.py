@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.prompts import PromptSchedule
-from tests.forked import RecipeProcesses
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 COARSE = '''
 

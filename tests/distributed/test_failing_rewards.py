@@ -15,8 +15,8 @@ import psutil
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.prompts import PromptSchedule
-from tests.launch import Finished, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import Finished, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 PROMPTS, PER_ROLLOUT, RESPONSES = 24, 8, 2
 REWARDS = '''

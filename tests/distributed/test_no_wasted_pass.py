@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forked import RecipeProcesses
-from tests.launch import ROOT, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import ROOT, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 SCORE_EVERYTHING = """
 from rlhf_toolkit.rollout import collect, passes

@@ -19,8 +19,8 @@ from rlhf_toolkit.distributed.zero3 import element_count, is_here, is_partitione
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.runs.ppo import fingerprint_of
-from tests.launch import run_worker
-from tests.tiny import tiny_llama
+from tests.support.launch import run_worker
+from tests.support.tiny import tiny_llama
 
 HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
 

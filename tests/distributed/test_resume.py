@@ -15,8 +15,8 @@ from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.launch import ROOT, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import ROOT, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 from tests.trainers.test_fine_tuning import sections
 
 KILLER = '''

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 # What each run changes; the first, which packs, is the oracle. Prompts and responses have uneven lengths.
 RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {

@@ -29,7 +29,7 @@ from rlhf_toolkit.distributed.topology import (
 )
 from rlhf_toolkit.errors import TopologyError
 from rlhf_toolkit.models.loading import straight_to_device
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 

@@ -17,7 +17,7 @@ from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
 from rlhf_toolkit.algorithms.importance import WEIGHTS
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/algorithms.md").read_text()

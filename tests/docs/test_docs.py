@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 SUPERVISED = (SFTExperiment, RewardExperiment, DPOExperiment)
 ROOT = Path(__file__).parents[2]

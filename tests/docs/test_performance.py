@@ -8,8 +8,8 @@ import sys
 from functools import cache
 from typing import Any
 
-from tests.launch import ROOT
-from tests.offenders import for_each
+from tests.support.launch import ROOT
+from tests.support.offenders import for_each
 
 sys.path.insert(0, str(ROOT / "bench"))
 from portability import as_markdown

@@ -9,7 +9,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/ppo_details.md"

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.export.chat import COMMANDS, load_chat
 from rlhf_toolkit.seeding import derive_seed
-from tests.builders import CHAT_TEMPLATE
-from tests.export.common import write_adapter, write_base
-from tests.tiny import tiny_llama
+from tests.support.builders import CHAT_TEMPLATE
+from tests.support.exports import write_adapter, write_base
+from tests.support.tiny import tiny_llama
 
 TOKENS = 6
 TEMPLATES = pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["plain", "template"])

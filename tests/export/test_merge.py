@@ -26,9 +26,9 @@ from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.export.shards import INDEX
 from rlhf_toolkit.export.verify import verify
 from rlhf_toolkit.models.loading import load_tokenizer
-from tests.export.common import peft_model, tiny_gpt2, write_adapter, write_base
-from tests.roles import lora
-from tests.tiny import tiny_llama
+from tests.support.exports import peft_model, tiny_gpt2, write_adapter, write_base
+from tests.support.roles import lora
+from tests.support.tiny import tiny_llama
 
 IDS = torch.tensor([[3, 9, 27, 4, 5, 6, 31, 2], [8, 8, 1, 7, 20, 21, 22, 23]])
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from rlhf_toolkit.models.loading import load_base, load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase, refuse_architecture
 from rlhf_toolkit.rollout.decoding import Sampling, decode
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.roles import packed_rows, plain_peft, rows_of, sequences_and_mask, tiny_shared
+from tests.support.builders import tiny_tokenizer
+from tests.support.roles import packed_rows, plain_peft, rows_of, sequences_and_mask, tiny_shared
 
 Sizes = dict[str, Any]
 TOKENS: Sizes = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -9,8 +9,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedMo
 
 from rlhf_toolkit.models.decoding_weights import decoding_weights
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import plain_peft, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.roles import plain_peft, tiny_shared
+from tests.support.tiny import tiny_llama
 
 IDS = torch.tensor([[5, 9, 11], [7, 8, 2]])
 

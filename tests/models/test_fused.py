@@ -14,9 +14,9 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from rlhf_toolkit.models import fused
 from rlhf_toolkit.models.fused import GATED_MLPS, NORMS, GatedProduct, RMSNorm, fuse
-from tests.allocations import Allocations
-from tests.roles import rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.allocations import Allocations
+from tests.support.roles import rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 EPS = 1e-5

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead, Tile
-from tests.allocations import Allocations
+from tests.support.allocations import Allocations
 
 HIDDEN, VOCABULARY, POSITIONS = 4, 50, 64
 

@@ -16,9 +16,9 @@ from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.attention import ROLE_ATTENTION
 from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.allocations import Allocations
-from tests.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.allocations import Allocations
+from tests.support.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
 
 VOCABULARY, TILE = 8192, 1024
 PROMPTS, RESPONSES = (2, 4, 3), (5, 3, 6)

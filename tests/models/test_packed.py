@@ -19,8 +19,8 @@ from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.roles import tiny_shared
-from tests.tiny import SIZES, merged, tiny_llama, write_task
+from tests.support.roles import tiny_shared
+from tests.support.tiny import SIZES, merged, tiny_llama, write_task
 
 ALL = ("policy", "value", "reference", "reward")
 TEMPLATE = list(range(3, 15))

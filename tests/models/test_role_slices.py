@@ -13,8 +13,8 @@ from torch import Tensor
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.role_slices import RoleLora, RoleRows, RoleSlices
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
 
 IN, OUT, ROWS = 5, 4, 7
 SLICES = ((0, 2, 0.5), (3, 7, -2.0))  # row 2 plays a role without an adapter

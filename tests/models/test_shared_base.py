@@ -16,8 +16,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
 
 ALL = ("policy", "value", "reference", "reward")
 SUBSETS = [subset for size in range(1, 5) for subset in combinations(ALL, size)]

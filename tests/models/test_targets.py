@@ -32,8 +32,8 @@ from transformers import (
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.targets import spelt_out
-from tests.roles import lora
-from tests.tiny import tiny_llama
+from tests.support.roles import lora
+from tests.support.tiny import tiny_llama
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,

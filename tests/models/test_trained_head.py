@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.heads import Tile
 from rlhf_toolkit.models.trained_head import TrainedHead
-from tests.allocations import Allocations
 from tests.models.test_heads import BIAS, BOUND, HIDDEN, MODELS, SETTINGS, VOCABULARY, naive, states, weighted
+from tests.support.allocations import Allocations
 
 
 def trained_layer(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:

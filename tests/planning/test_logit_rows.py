@@ -8,7 +8,7 @@ import torch
 
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.rollout.sizes import RolloutSize
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 

@@ -15,8 +15,8 @@ from rlhf_toolkit.planning.memory import RolloutNeeds, place
 from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import measured_column
 from tests.models.test_architectures import WORKS, Case
-from tests.roles import tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.roles import tiny_shared
+from tests.support.tiny import tiny_llama
 
 NEEDS = RolloutNeeds(
     window_bytes=1000,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 

@@ -18,7 +18,7 @@ from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
 from rlhf_toolkit.runs.assembly import rollout_size
 from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 

@@ -27,11 +27,11 @@ from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS, most_columns
 from rlhf_toolkit.rollout.sizes import RolloutSize, dimensions, model_size, needs_of, reward_bytes, sharding
 from rlhf_toolkit.types import Prompt
-from tests.builders import tiny_tokenizer
-from tests.launch import ROOT, run_worker
 from tests.models.test_architectures import WORKS, Case
-from tests.roles import tiny_shared
-from tests.tiny import WORDS
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import ROOT, run_worker
+from tests.support.roles import tiny_shared
+from tests.support.tiny import WORDS
 
 sys.path.insert(0, str(ROOT / "bench"))
 

@@ -19,10 +19,10 @@ import pytest
 from rlhf_toolkit.errors import reported
 from rlhf_toolkit.reporting import tracking
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
-from tests.builders import tiny_tokenizer
-from tests.forked import RecipeProcesses
-from tests.launch import Finished, run_recipe
-from tests.tiny import WORDS, merged, write_experiment, write_task
+from tests.support.builders import tiny_tokenizer
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import Finished, run_recipe
+from tests.support.tiny import WORDS, merged, write_experiment, write_task
 
 SECONDS_TO_END = 200
 """Between a reward's failure on one rank and the end of the last process, also where other programs run. A rank that

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_toolkit.rewards.calls import LARGEST, Batch, Fault, Outcome, checked, is_async, outcome_of
-from tests.rewards import misbehaving
+from tests.support import misbehaving
 
 RESPONSES = ["r0", "r1"]
 BATCH = Batch(["one\nline", "two"], RESPONSES, [[11, 12, 13], [14]], {"label": [5, 7], "x": ["a", "b"]})

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_toolkit.rewards.lanes import Lanes
 from rlhf_toolkit.rewards.specification import POLICIES, REQUESTS, RewardSpec
-from tests.rewards.common import batch_of, prompts_for, rewards_of, tokens_for
+from tests.support.rewards import batch_of, prompts_for, rewards_of, tokens_for
 
 PAGE = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
 

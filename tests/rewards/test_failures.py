@@ -19,7 +19,7 @@ from rlhf_toolkit.errors import ConfigError, RewardError
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.pool import environment_of_workers
 from rlhf_toolkit.rewards.specification import RewardSpec
-from tests.rewards.common import MISBEHAVING, batch_of, is_gone, rewards_of, wait_until
+from tests.support.rewards import MISBEHAVING, batch_of, is_gone, rewards_of, wait_until
 
 LIMIT = 1.5
 SAID = {

@@ -18,7 +18,7 @@ from rlhf_toolkit.errors import RewardError
 from rlhf_toolkit.rewards import http
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.specification import RewardSpec
-from tests.rewards.common import batch_of, rewards_of, wait_until
+from tests.support.rewards import batch_of, rewards_of, wait_until
 
 Answer = Callable[["Handler", dict[str, Any]], None]
 

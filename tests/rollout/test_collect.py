@@ -22,7 +22,7 @@ from rlhf_toolkit.rollout.passes import Needs, Passes, score
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.types import Experience, Prompt
-from tests.roles import tiny_shared
+from tests.support.roles import tiny_shared
 
 LENGTHS, FINISHED = [3, 1, 4, 4], [True, True, False, False]
 KL_COEF, PENALTY, GAMMA, LAMBDA = 0.3, 0.5, 0.9, 0.8

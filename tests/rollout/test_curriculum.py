@@ -14,7 +14,7 @@ from rlhf_toolkit.rollout.schedule import LastMeans
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt
-from tests.tiny import merged, write_task
+from tests.support.tiny import merged, write_task
 
 PROMPTS = [Prompt(10 + i, f"p{i}", (i,), {}) for i in range(6)]
 

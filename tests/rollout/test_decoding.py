@@ -20,9 +20,9 @@ from rlhf_toolkit.rollout import decoding
 from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first, most_columns
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.roles import plain_peft, rows_of, tiny_shared
-from tests.tiny import WORDS, tiny_llama
+from tests.support.builders import tiny_tokenizer
+from tests.support.roles import plain_peft, rows_of, tiny_shared
+from tests.support.tiny import WORDS, tiny_llama
 
 EOS = 1
 SAMPLING = Sampling(max_new_tokens=12, stop_ids=(EOS, 4, 5), pad_id=0, temperature=1.3)

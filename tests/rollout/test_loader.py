@@ -12,7 +12,7 @@ from rlhf_toolkit.rollout.cutting import Plan
 from rlhf_toolkit.rollout.loader import OverMiniBatch, RolloutLoader, share_of_mini_batch
 from rlhf_toolkit.trainers.ppo import cut
 from rlhf_toolkit.types import Experience
-from tests.algorithms.batches import noise
+from tests.support.batches import noise
 
 LENGTHS = torch.tensor([3, 1, 4, 2, 4, 0, 3, 2])  # of what is trained on; row 5 is a response that was left out
 SHARES = [[[6, 2], [0]], [[5, 3], [1]]]

@@ -19,10 +19,10 @@ from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Prompt
-from tests.builders import tiny_tokenizer
-from tests.launch import run_recipe
-from tests.roles import lora
-from tests.tiny import SIZES, WORDS, merged, tiny_llama, write_experiment, write_task
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import run_recipe
+from tests.support.roles import lora
+from tests.support.tiny import SIZES, WORDS, merged, tiny_llama, write_experiment, write_task
 
 
 def write_reward_adapter(folder: Path, *, rank: int = 5) -> Path:

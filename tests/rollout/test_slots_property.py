@@ -31,11 +31,11 @@ from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.launch import run_worker
 from tests.models.test_architectures import WORKS
-from tests.roles import tiny_shared
-from tests.tiny import WORDS
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import run_worker
+from tests.support.roles import tiny_shared
+from tests.support.tiny import WORDS
 
 LONGEST, BUDGET = 24, 9  # tokens of a prompt; of a response
 TEMPLATE = tuple(range(3, 15))

@@ -15,9 +15,9 @@ from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.launch import run_recipe
-from tests.tiny import WORDS, merged, tiny_llama, write_experiment, write_task
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import run_recipe
+from tests.support.tiny import WORDS, merged, tiny_llama, write_experiment, write_task
 
 STOP, PAD = 1, 1
 ENVIRONMENT = '''

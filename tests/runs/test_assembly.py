@@ -16,7 +16,7 @@ from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.runs.assembly import check_algorithm, estimator_of, policy_loss_of
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.runs.run import Run
-from tests.tiny import merged, write_task
+from tests.support.tiny import merged, write_task
 from tests.trainers.test_fine_tuning import prepared
 
 OWN = """

@@ -15,9 +15,9 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.errors import ConfigError, ModelError, RLHFError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.runs.evaluation import GREEDY, SAMPLED, Evaluation, evaluate
-from tests.roles import lora
+from tests.support.roles import lora
 from tests.rollout.test_model_rewards import by_plain_peft, write_reward_adapter
-from tests.tiny import merged, tiny_llama, write_experiment, write_task
+from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
 
 ANSWERS = """
 def first_words(responses):
@@ -53,7 +53,7 @@ def evaluated(settings: dict[str, Any], *contestants: str, **options: Any) -> Ev
 
 
 def low_words(response: str) -> float:
-    """The reward of ``tests.tiny``, written again."""
+    """The reward of ``tests.support.tiny``, written again."""
     numbers = [int(word[1:]) for word in response.split() if word[0] == "w"]
     return sum(n < 14 for n in numbers) / max(len(numbers), 1)
 

@@ -17,8 +17,8 @@ from rlhf_toolkit.data.items import Item
 from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.launch import run_recipe
-from tests.tiny import merged, tiny_llama, write_experiment, write_task
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
 
 KINDS: dict[str, type[FineTuning]] = {"sft": SFTExperiment, "reward_model": RewardExperiment, "dpo": DPOExperiment}
 CHANGES: dict[str, dict[str, Any]] = {

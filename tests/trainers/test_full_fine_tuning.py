@@ -19,8 +19,8 @@ from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.launch import run_recipe
-from tests.tiny import merged, tiny_llama, write_experiment
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, tiny_llama, write_experiment
 from tests.trainers.test_fine_tuning import logprob
 from tests.trainers.test_fine_tuning import sections as adapter_sections
 

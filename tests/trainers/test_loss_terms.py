@@ -21,8 +21,8 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss, Said
 from rlhf_toolkit.types import Experience
-from tests.algorithms.batches import MASK, like_mask, real
-from tests.tiny import merged, write_task
+from tests.support.batches import MASK, like_mask, real
+from tests.support.tiny import merged, write_task
 
 LOSS = PPOLoss(
     clip_range_low=0.1,

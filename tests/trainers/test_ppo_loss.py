@@ -19,7 +19,7 @@ from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
 from rlhf_toolkit.types import Experience
-from tests.tiny import merged, write_task
+from tests.support.tiny import merged, write_task
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
 
 WORDS = ("<user>", "<assistant>", *(f"w{i}" for i in range(28)))
 REWARD = '''

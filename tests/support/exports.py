@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from tests.builders import tiny_tokenizer
-from tests.roles import lora
-from tests.tiny import WORDS, tiny_llama
+from tests.support.builders import tiny_tokenizer
+from tests.support.roles import lora
+from tests.support.tiny import WORDS, tiny_llama
 
 
 def tiny_gpt2() -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 
 def test_all_that_fail_are_named() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 
 def lora(**options: Any) -> LoraConfig:
