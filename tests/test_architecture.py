@@ -22,7 +22,7 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-BY_FILE = for_each(FILES, lambda path: path.relative_to(PACKAGE))
+BY_FILE = for_each("path", FILES, lambda path: path.relative_to(PACKAGE))
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
 SIBLINGS = {
     ("types", "errors"),

@@ -13,6 +13,7 @@ from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import reward_to_go
 from rlhf_toolkit.plugins import takes
 from tests.support.batches import MASK, blank_outside, like_mask, noise, poisoned, real, widened
+from tests.support.offenders import for_each
 
 
 def gae_by_row(
@@ -187,7 +188,7 @@ def offered(name: str, **changes: Tensor) -> dict[str, Any]:
     return {key: value for key, value in (batch | changes).items() if takes(ADVANTAGE_ESTIMATORS[name], key)}
 
 
-EVERY = pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
+EVERY = for_each("name", ADVANTAGE_ESTIMATORS)
 
 
 @EVERY

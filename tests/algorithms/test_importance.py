@@ -21,6 +21,7 @@ from rlhf_toolkit.algorithms.importance import (
 )
 from rlhf_toolkit.errors import ConfigError
 from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.offenders import for_each
 
 BOTH = pytest.mark.parametrize("weigh", [truncated_token_weights, truncated_sequence_weights])
 
@@ -167,8 +168,8 @@ def test_a_floor_says_nothing_to_truncation(kind: str) -> None:
     assert found[0] is not None and found[1] is not None and torch.equal(*found)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
+@for_each(
+    "settings, message",
     [
         ({"floor": -0.1}, r"floor=-0\.1 must be from 0 to 1"),
         ({"floor": 1.1}, r"floor=1\.1 must be from 0 to 1"),

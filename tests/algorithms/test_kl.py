@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS, approximate_kl, kl_abs, kl_k1, kl_k2, kl_k3, kl_penalty
 from rlhf_toolkit.errors import ConfigError
 from tests.support.batches import MASK, blank_outside, like_mask, noise, poisoned
+from tests.support.offenders import for_each
 
 
 def test_the_estimators_by_hand() -> None:
@@ -61,7 +62,7 @@ def test_k3_is_clamped_in_and_out() -> None:
     torch.testing.assert_close(policy.grad, torch.tensor([1 - math.e**2, 0.0, 0.0, 0.0]))
 
 
-@pytest.mark.parametrize("name", KL_ESTIMATORS)
+@for_each("name", KL_ESTIMATORS)
 def test_equal_policies_have_no_kl(name: str) -> None:
     assert torch.equal(kl_penalty(like_mask(5), like_mask(5), estimator=name), torch.zeros(MASK.shape))
 

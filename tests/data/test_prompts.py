@@ -16,6 +16,7 @@ from rlhf_toolkit.data.prompts import PromptSchedule, PromptSet, load_rows, toke
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.types import Prompt
 from tests.support.builders import tiny_tokenizer
+from tests.support.offenders import for_each
 
 ROWS: list[dict[str, Any]] = [{"prompt": "hello", "label": 1}, {"prompt": "a b\nc", "label": 2}]
 
@@ -48,7 +49,7 @@ def write_rows(path: Path) -> None:
             table.to_parquet(path)
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv", "x.parquet", "X.JSONL", "od[d] *.jsonl"])
+@for_each("name", ["x.json", "x.jsonl", "x.csv", "x.parquet", "X.JSONL", "od[d] *.jsonl"])
 def test_each_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     write_rows(tmp_path / name)
     assert list(load_rows(str(tmp_path / name), "train")) == ROWS
@@ -109,8 +110,8 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "fault"),
+@for_each(
+    "name, text, fault",
     [
         ("x.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n{"prompt": "c"}\n', "line 3: Expecting ',' delimiter"),
         ("x.jsonl", '{"prompt": "a\u2028b"}\n{"prompt" "b"}\n', "line 2: Expecting ':' delimiter"),
@@ -150,8 +151,8 @@ def test_broken_parquet_names_the_file(tmp_path: Path) -> None:
     assert re.search(r"cannot read .*x\.parquet \(split train\): .*; repair the file or", message_of(caught))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
+@for_each(
+    "name, text",
     [
         ("x.jsonl", ""),
         ("x.jsonl", "\n\n"),
@@ -347,8 +348,8 @@ def test_a_prompt_of_no_tokens() -> None:
     assert message_of(caught) == "row 1: the prompt ' \\n' tokenises to nothing; fill or remove that row"
 
 
-@pytest.mark.parametrize(
-    ("values", "shown"),
+@for_each(
+    "values, shown",
     [
         ([7], "7"),
         ([[]], "[]"),
@@ -358,7 +359,7 @@ def test_a_prompt_of_no_tokens() -> None:
         ([{"role": "user", "content": "a"}], "{'role': 'user', 'content': 'a'}"),
     ],
 )
-@pytest.mark.parametrize("chat_template", [True, False])
+@for_each("chat_template", [True, False])
 def test_neither_string_nor_messages(values: list[Any], shown: str, chat_template: bool) -> None:
     with pytest.raises(DataError) as caught:
         tokenised(values, chat_template=chat_template)
@@ -405,7 +406,7 @@ def stream(size: int, per_rollout: int, seed: int, length: int) -> list[int]:
     return list(chain.from_iterable(blocks))[:length]
 
 
-@pytest.mark.parametrize("per_rollout", [1, 3, 4, 6, 7, 12])
+@for_each("per_rollout", [1, 3, 4, 6, 7, 12])
 def test_every_epoch_has_each_prompt_once(per_rollout: int) -> None:
     flow = stream(12, per_rollout, seed=0, length=60)
     epochs = [flow[i : i + 12] for i in range(0, 60, 12)]

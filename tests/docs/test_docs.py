@@ -16,7 +16,7 @@ from tests.support.offenders import for_each
 SUPERVISED = (SFTExperiment, RewardExperiment, DPOExperiment)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BY_PAGE = for_each(PAGES, lambda page: page.name)
+BY_PAGE = for_each("page", PAGES, lambda page: page.name)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
 FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs|bench)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")
 SETTING = re.compile(r"`(?:\w+\.yaml )?((?:model|data|reward|rollout|ppo|update|run)\.[a-z_]+)")
@@ -115,7 +115,7 @@ def test_enough_messages_are_explained() -> None:
     assert len(QUOTED) >= 25
 
 
-@for_each(QUOTED)
+@for_each("kind, message", QUOTED)
 def test_a_message_that_is_explained_is_one_the_code_raises(kind: str, message: str) -> None:
     assert any(text.startswith(message.rstrip(" …")) for text in raised().get(kind, [])), f"no {kind} says {message!r}"
 

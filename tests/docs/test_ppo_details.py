@@ -25,7 +25,7 @@ def rows() -> list[list[str]]:
 
 
 ROWS = rows()
-BY_NUMBER = for_each(ROWS, lambda row: row[0])
+BY_NUMBER = for_each("row", ROWS, lambda row: row[0])
 
 
 @cache

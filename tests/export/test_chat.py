@@ -16,6 +16,7 @@ from rlhf_toolkit.export.chat import COMMANDS, load_chat
 from rlhf_toolkit.seeding import derive_seed
 from tests.support.builders import CHAT_TEMPLATE
 from tests.support.exports import write_adapter, write_base
+from tests.support.offenders import for_each
 from tests.support.tiny import tiny_llama
 
 TOKENS = 6
@@ -128,7 +129,7 @@ def test_temperature_samples_from_the_whole_distribution_and_back(tmp_path: Path
     assert folders.talk("/temperature 1.5", "w3 w4", seed=1) != folders.greeting() + "temperature 1.5\n" + warm
 
 
-@pytest.mark.parametrize("value", ["hot", "-1", "inf", "nan", ""])
+@for_each("value", ["hot", "-1", "inf", "nan", ""])
 def test_an_impossible_temperature_is_refused_and_the_chat_goes_on(tmp_path: Path, value: str) -> None:
     folders = Folders(tmp_path, None)
     told = folders.talk(f"/temperature {value}", "w3 w4")

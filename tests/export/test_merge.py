@@ -27,6 +27,7 @@ from rlhf_toolkit.export.shards import INDEX
 from rlhf_toolkit.export.verify import verify
 from rlhf_toolkit.models.loading import load_tokenizer
 from tests.support.exports import peft_model, tiny_gpt2, write_adapter, write_base
+from tests.support.offenders import for_each
 from tests.support.roles import lora
 from tests.support.tiny import tiny_llama
 
@@ -64,7 +65,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 # ---- the sum ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@for_each("name", SETTINGS)
 def test_merged_is_pefts_own_merge_and_speaks_as_base_and_adapter(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "policy", base, **SETTINGS[name])
@@ -292,7 +293,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("name", REFUSED)
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base")
     assert name in refused(tmp_path, base, write_adapter(tmp_path / "policy", base, **REFUSED[name]))

@@ -17,6 +17,7 @@ from rlhf_toolkit.models.attention import ROLE_ATTENTION
 from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
 from rlhf_toolkit.models.shared_base import SharedBase
 from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
 from tests.support.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
 from tests.support.tiny import tiny_llama
 
@@ -87,11 +88,11 @@ def with_head(monkeypatch: pytest.MonkeyPatch, head: Head) -> None:
     monkeypatch.setattr(heads, "TokenScores", Replacement)
 
 
-@pytest.mark.parametrize("work", [score, update])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("attention", [ROLE_ATTENTION, "sdpa"], ids=["packed", "padded"])
+@for_each("work", [score, update])
+@for_each("tied", [True, False], ids=["tied", "untied"])
+@for_each("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@for_each("checkpointing", [False, True], ids=["", "checkpointing"])
+@for_each("attention", [ROLE_ATTENTION, "sdpa"], ids=["packed", "padded"])
 def test_no_tensor_has_as_many_elements_as_the_vocabulary(
     work: Callable[..., object], tied: bool, dtype: torch.dtype, checkpointing: bool, attention: str
 ) -> None:

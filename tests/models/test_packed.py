@@ -19,6 +19,7 @@ from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
+from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
 from tests.support.tiny import SIZES, merged, tiny_llama, write_task
 
@@ -33,7 +34,7 @@ BATCHES: dict[str, list[tuple[list[int], int]]] = {
     "one token each": [([5], 3), ([5], 2), ([6], 4)],
     "one row": [(TEMPLATE, 3)],
 }
-BY_BATCH = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+BY_BATCH = for_each("batch", BATCHES.values(), ids=BATCHES.keys())
 
 
 def tensors(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +78,7 @@ def compare(shared: SharedBase, batch: list[tuple[list[int], int]]) -> None:
         )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@for_each("checkpointing", [False, True], ids=["kept", "recomputed"])
 @BY_BATCH
 def test_packed_rows_say_and_learn_what_padded_rows_do(batch: list[tuple[list[int], int]], checkpointing: bool) -> None:
     shared = tiny_shared(llama(), roles=("policy", "value", "reward"), gradient_checkpointing=checkpointing)

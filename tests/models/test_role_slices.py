@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.role_slices import RoleLora, RoleRows, RoleSlices
 from rlhf_toolkit.models.shared_base import SharedBase
+from tests.support.offenders import for_each
 from tests.support.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
 from tests.support.tiny import tiny_llama
 
@@ -44,9 +45,9 @@ def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, ad
     return torch.stack(rows)
 
 
-CASES = pytest.mark.parametrize("shape", [(ROWS,), (ROWS, 3), (ROWS, 2, 3)], ids=["2d", "3d", "4d"])
-BIAS = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+CASES = for_each("shape", [(ROWS,), (ROWS, 3), (ROWS, 2, 3)], ids=["2d", "3d", "4d"])
+BIAS = for_each("bias", [False, True], ids=["", "bias"])
+TRANSPOSED = for_each("transposed", [False, True], ids=["linear", "conv1d"])
 
 
 @CASES

@@ -14,6 +14,7 @@ from rlhf_toolkit.models import segment_attention
 from rlhf_toolkit.models.attention import no_mask, role_attention
 from rlhf_toolkit.models.segment_attention import SegmentAttention, copy_tokens, in_buckets
 from tests.models.test_packed import BATCHES, BY_BATCH, tensors
+from tests.support.offenders import for_each
 
 ROLES, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
 SCALE = 0.3
@@ -55,8 +56,8 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found.detach().double() - right.detach()).norm() / right.detach().norm())
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("kind", ["products", "fused in bfloat16", "fused in float32"])
+@for_each("window", [None, 5])
+@for_each("kind", ["products", "fused in bfloat16", "fused in float32"])
 @BY_BATCH
 def test_values_and_gradients_are_attentions(
     batch: list[tuple[list[int], int]], kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch
@@ -76,7 +77,7 @@ def test_values_and_gradients_are_attentions(
         assert relative(found, right) < tolerance
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@for_each("window", [None, 5])
 @BY_BATCH
 def test_the_pieces_for_flash_attention_are_the_same_attention(
     batch: list[tuple[list[int], int]], window: int | None

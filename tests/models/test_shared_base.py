@@ -16,6 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import SharedBase
+from tests.support.offenders import for_each
 from tests.support.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
 from tests.support.tiny import tiny_llama
 
@@ -93,7 +94,7 @@ def test_reward_scores_are_read_at_the_last_response_token() -> None:
         close(out["reward_scores"], [(state @ head.weight + head.bias).item() for state in states])
 
 
-@pytest.mark.parametrize("roles", SUBSETS, ids="-".join)
+@for_each("roles", SUBSETS, ids="-".join)
 def test_any_roles_together_say_what_each_says_alone(roles: tuple[str, ...]) -> None:
     shared, (ids, mask) = tiny_shared(roles=("policy", "value", "reward")), sequences_and_mask(*LENGTHS)
     with torch.no_grad():

@@ -32,6 +32,7 @@ from transformers import (
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.targets import spelt_out
+from tests.support.offenders import for_each
 from tests.support.roles import lora
 from tests.support.tiny import tiny_llama
 
@@ -165,8 +166,8 @@ def test_no_plain_linear_layer_is_an_error() -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("message", "options"),
+@for_each(
+    "message, options",
     [
         ("model.layers.0.self_attn.q_proj: .* switch off DoRA", {"use_dora": True}),
         ("model.layers.0.self_attn.q_proj: .* lora_bias", {"lora_bias": True}),
@@ -181,7 +182,7 @@ def test_no_plain_linear_layer_is_an_error() -> None:
         ("the policy adapter has init_lora_weights='olora'", {"init_lora_weights": "olora"}),
     ],
 )
-@pytest.mark.parametrize("role", ["policy", "value"])
+@for_each("role", ["policy", "value"])
 def test_an_adapter_that_cannot_be_routed_is_refused_by_name(message: str, options: dict[str, Any], role: str) -> None:
     adapters: dict[str, LoraConfig] = {"policy": lora(), "value": lora(), role: lora(**options)}
     with pytest.raises(ModelError, match=message.replace("policy", role)):

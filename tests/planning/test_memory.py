@@ -15,6 +15,7 @@ from rlhf_toolkit.planning.memory import RolloutNeeds, place
 from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import measured_column
 from tests.models.test_architectures import WORKS, Case
+from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
 from tests.support.tiny import tiny_llama
 
@@ -99,8 +100,8 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
     assert choice(1500, replace(NEEDS, later_bytes=50)) == ("window", 12)
 
 
-@pytest.mark.parametrize(
-    ("needs", "changes", "message"),
+@for_each(
+    "needs, changes, message",
     [
         ({}, {"mode": "window", "slots": 60}, "set rollout.slots to 7 or less"),
         ({}, {"mode": "window", "free": 1300}, "set rollout.mode: stream"),
@@ -158,7 +159,7 @@ def test_the_line_at_the_start_says_the_phases() -> None:
     )
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in WORKS.items()])
+@for_each("case", WORKS.values(), ids=list(WORKS))
 def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     """What one token shows against the buffers of slots, for every architecture."""
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes), attn_implementation="eager")

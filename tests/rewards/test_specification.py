@@ -9,6 +9,7 @@ import yaml
 
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.rewards.specification import RewardSpec
+from tests.support.offenders import for_each
 
 F = {"function": "my/reward.py:score"}
 U = {"url": "http://judge.example:8000/score?kind=a"}
@@ -68,8 +69,8 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
     assert RewardSpec.parse({"url": url}, 0).name == name
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
+@for_each(
+    "entry, message",
     [
         ("my.py:f", "reward.functions[2] holds 'my.py:f', not settings; write function: path/to/file.py:name"),
         ({}, "reward.functions[2] has no function; give function: path/to/file.py:name, or url: http://..."),

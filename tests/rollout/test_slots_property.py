@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import deepspeed
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -34,6 +33,7 @@ from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.models.test_architectures import WORKS
 from tests.support.builders import tiny_tokenizer
 from tests.support.launch import run_worker
+from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
 from tests.support.tiny import WORDS
 
@@ -237,7 +237,7 @@ def differences(shared: SharedBase, situation: Situation, batch: PromptBatch, fo
     return wrong
 
 
-@pytest.mark.parametrize("name", MODELS)
+@for_each("name", MODELS)
 def test_a_row_in_company_is_the_row_alone(name: str) -> None:
     @settings(max_examples=30 if name == "llama" else 12, **LIKE)
     @given(SITUATION)

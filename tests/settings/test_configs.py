@@ -27,6 +27,7 @@ from rlhf_toolkit.settings.configs import (
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.knobs import Section
 from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment, parse_overrides
+from tests.support.offenders import for_each
 
 EXPERIMENTS = (Experiment, SFTExperiment, RewardExperiment, DPOExperiment)
 PPO_RATES = ("policy_lr", "value_lr", "value_head_lr")
@@ -250,8 +251,8 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
     assert supervised(sft={"full": True}, update={"lr": 1e-4}).lr == 1e-4, "said is meant"
 
 
-@pytest.mark.parametrize(
-    ("section", "settings", "message"),
+@for_each(
+    "section, settings, message",
     [
         (
             "model",
@@ -360,8 +361,8 @@ def test_required_settings(section: str, name: str) -> None:
 # ---- types -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("section", "settings", "message"),
+@for_each(
+    "section, settings, message",
     [
         ("model", {"lora_rank": "big"}, "model.lora_rank='big' is not int; the default is 16"),
         ("model", {"lora_rank": 8.0}, "model.lora_rank=8.0 is not int; the default is 16"),
@@ -403,7 +404,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     assert len(error_of("ppo", gamma=10**400)) < 300, "more than a float holds"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1e-4", 1e-4), ("5E-6", 5e-6), (1, 1.0), (0, 0.0), (0.5, 0.5)])
+@for_each("value, expected", [("1e-4", 1e-4), ("5E-6", 5e-6), (1, 1.0), (0, 0.0), (0.5, 0.5)])
 def test_what_reads_as_float(value: Any, expected: float) -> None:
     lr = experiment(update={"policy_lr": value}).update.policy_lr
     assert lr == expected
@@ -439,8 +440,8 @@ def default(section: str, name: str) -> str:
     return f"the default is {'none' if value is None else value}"
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "bad", "smallest"),
+@for_each(
+    "section, name, bad, smallest",
     [
         ("model", "lora_rank", 0, 1),
         ("model", "lora_alpha", -1, 1),
@@ -465,16 +466,16 @@ def test_above_zero(section: str, name: str, bad: float, smallest: float) -> Non
     experiment(**{section: {name: smallest}})
 
 
-@pytest.mark.parametrize("name", ["kl_target", "value_clip_range", "first_ratio_tolerance"])
-@pytest.mark.parametrize("bad", [0.0, -0.2])
+@for_each("name", ["kl_target", "value_clip_range", "first_ratio_tolerance"])
+@for_each("bad", [0.0, -0.2])
 def test_above_zero_or_none(name: str, bad: float) -> None:
     assert error_of("ppo", **{name: bad}) == f"ppo.{name}={bad} must be above 0 or none; {default('ppo', name)}"
     for good in (0.01, None):
         experiment(ppo={name: good})
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "bad"),
+@for_each(
+    "section, name, bad",
     [
         ("model", "value_head_std", -1.0),
         ("reward", "missing_eos_penalty", -0.5),
@@ -498,8 +499,8 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
     experiment(**{section: {name: 0}})
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "close", "nearest", "known"),
+@for_each(
+    "section, name, close, nearest, known",
     [
         ("model", "dtype", "float23", "float32", ("auto", "bfloat16", "float16", "float32")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
@@ -537,8 +538,8 @@ def test_an_importance_cap_is_at_least_the_weight_of_equal_samplers() -> None:
     experiment(ppo={"importance_cap": 1.0})
 
 
-@pytest.mark.parametrize(
-    ("settings", "asked"),
+@for_each(
+    "settings, asked",
     [
         ({}, True),
         ({"kl_coef": 0.0}, False),
@@ -578,8 +579,8 @@ FLOATS = [(s, n) for s, values in DEFAULTS.items() for n, value in values.items(
 FLOATS += [("ppo", name) for name in ("dual_clip", "kl_target", "first_ratio_tolerance")]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), "nan", "inf"])
-@pytest.mark.parametrize(("section", "name"), FLOATS)
+@for_each("value", [float("nan"), float("inf"), float("-inf"), "nan", "inf"])
+@for_each("section, name", FLOATS)
 def test_not_finite(section: str, name: str, value: Any) -> None:
     message = error_of(section, **{name: value})
     assert message.startswith(f"{section}.{name}={float(value)} must be a finite number")
@@ -604,8 +605,8 @@ def test_a_system_prompt_needs_the_chat_template() -> None:
     experiment(data={"system_prompt": "be brief"})
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "bad", "good", "rule"),
+@for_each(
+    "section, name, bad, good, rule",
     [
         ("rollout", "top_p", [0.0, -0.1, 1.1], [0.01, 1.0], "be in (0, 1]"),
         ("ppo", "gamma", [-0.1, 1.1], [0.0, 1.0], "be in [0, 1]"),
@@ -880,7 +881,7 @@ def test_what_the_command_line_says_is_what_is_meant(tmp_path: Path) -> None:
     assert built.update.policy_lr == 1e-5
 
 
-@pytest.mark.parametrize("argument", ["ppo.kl_coef", "kl_coef=0.1", "--resume", "=1", ""])
+@for_each("argument", ["ppo.kl_coef", "kl_coef=0.1", "--resume", "=1", ""])
 def test_an_override_that_cannot_be_read(argument: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_overrides([argument])
