@@ -128,7 +128,7 @@ def test_loss_and_gradient_are_the_formula_written_out(name: str) -> None:
         for b, t in real():
             at = [each for each in real() if each[0] == b]
             row = [(now[x].item(), advantages[x].item(), now[x].item() - old[x].item()) for x in at]
-            loss, slope = WRITTEN_OUT[name](row, at.index((b, t)), SELECTED[b, t].item())
+            loss, slope = WRITTEN_OUT[name](row, at.index((b, t)), bool(SELECTED[b, t]))
             assert terms.per_token[b, t].item() == pytest.approx(loss, rel=2e-5, abs=2e-6)
             assert slopes[b, t].item() == pytest.approx(slope, rel=2e-5, abs=2e-6)
             assert terms.ratio[b, t].item() == pytest.approx(math.exp(row[at.index((b, t))][2]), rel=1e-5)
@@ -288,6 +288,6 @@ def test_gspo_bounds_the_ratio_of_a_sequence() -> None:
         ("vanilla", {"dual_clip": 1.0}, r"dual_clip=1\.0 must be above 1"),
     ],
 )
-def test_a_constant_that_cannot_work_is_named(name: str, changes: dict[str, float], message: str) -> None:
+def test_a_constant_that_cannot_work_is_named(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         price(name, *(like_mask(35),) * 3, **changes)

@@ -165,7 +165,7 @@ def test_a_masking_correction_by_name_has_its_range(kind: str, weigh: Callable[.
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_a_floor_says_nothing_to_truncation(kind: str) -> None:
     found = [Correction(kind, 1.5, floor).weights(like_mask(5), like_mask(6), MASK) for floor in (0.0, 1.0)]
-    assert found[0] is not None and found[1] is not None and torch.equal(*found)
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
 
 
 @for_each(

@@ -43,7 +43,8 @@ def test_the_coefficient_is_the_whole_state() -> None:
     run, resumed = AdaptiveKL(0.2, 6.0, 1000), AdaptiveKL(0.7, 6.0, 1000)
     run.update(9.0, 64)
     resumed.coefficient = run.coefficient
-    run.update(3.0, 64), resumed.update(3.0, 64)
+    run.update(3.0, 64)
+    resumed.update(3.0, 64)
     assert resumed == run
 
 

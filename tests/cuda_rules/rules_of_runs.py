@@ -120,7 +120,7 @@ def test_a_resumed_run_and_its_evaluation(tmp_path: Path, monkeypatch: pytest.Mo
         task = write_task(folder, model=tiny_llama(initializer_range=0.2))
         held_out = {"data.evaluation": str(folder / "heldout.jsonl"), "run.save_every": 1, "run.evaluation_samples": 2}
         for rollouts in (1, 2):
-            experiment = experiment_from_dict(merged(task, {**SMALL, **held_out, "ppo.num_rollouts": rollouts}))
+            experiment: Any = experiment_from_dict(merged(task, {**SMALL, **held_out, "ppo.num_rollouts": rollouts}))
             prepare(experiment, resume=rollouts > 1).train()
         found = evaluate(experiment, [BASE, str(folder / "run/policy")]).estimates
         return [value.mean for ways in found.values() for values in ways.values() for value in values.values()]

@@ -21,6 +21,11 @@ from tests.support.offenders import for_each
 ROWS: list[dict[str, Any]] = [{"prompt": "hello", "label": 1}, {"prompt": "a b\nc", "label": 2}]
 
 
+def table(source: str) -> Any:
+    """All rows of a source at once, which can be indexed as those of a stream cannot."""
+    return load_rows(source, "train")
+
+
 def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
@@ -57,7 +62,7 @@ def test_each_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
 
 def test_json_lines_under_the_other_suffix(tmp_path: Path) -> None:
     source = write(tmp_path / "x.json", '{"prompt": "a"}\n{"prompt": "b"}\n')
-    assert load_rows(source, "train")["prompt"][:] == ["a", "b"]
+    assert table(source)["prompt"][:] == ["a", "b"]
 
 
 def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +82,7 @@ def test_an_edit_counts_even_with_the_old_size_and_time(tmp_path: Path) -> None:
     for word in ("hello", "world"):
         write(path, json.dumps({"prompt": word}))
         os.utime(path, (1e9, 1e9))
-        assert load_rows(str(path), "train")["prompt"][:] == [word]
+        assert table(str(path))["prompt"][:] == [word]
 
 
 def test_no_cache_is_left_and_rows_outlive_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +91,7 @@ def test_no_cache_is_left_and_rows_outlive_theirs(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
     write_rows(tmp_path / "x.jsonl")
-    rows = load_rows(str(tmp_path / "x.jsonl"), "train")
+    rows = table(str(tmp_path / "x.jsonl"))
     assert not list(scratch.iterdir())
     assert rows.cache_files == []
     assert not home.exists()
@@ -136,7 +141,7 @@ def test_other_encodings_name_the_line(tmp_path: Path, name: str, text: str) -> 
         load_rows(str(tmp_path / name), "train")
     assert message_of(caught) == f"cannot read {tmp_path / name}: line 2 is not UTF-8; save the file as UTF-8"
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert load_rows(str(tmp_path / name), "train")[-1]["prompt"] == "é"
+    assert table(str(tmp_path / name))[-1]["prompt"] == "é"
 
 
 def test_broken_csv_names_the_line(tmp_path: Path) -> None:

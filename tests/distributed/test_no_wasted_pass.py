@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.support.forked import RecipeProcesses
 from tests.support.launch import ROOT, run_recipe
 from tests.support.tiny import merged, write_experiment, write_task
+from tests.support.values import named
 
 SCORE_EVERYTHING = """
 from rlhf_toolkit.rollout import collect, passes
@@ -112,7 +113,7 @@ def assert_same(skipped: Path, everything: Path) -> None:
     expected, found = trained(everything), trained(skipped)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=named(name))
     assert all(tensor.any() for name, tensor in found.items() if "lora_B" in name), "an adapter never moved"
     for one, other in zip(records(skipped), records(everything), strict=True):
         assert one.keys() <= other.keys()
@@ -165,4 +166,4 @@ def test_two_ranks_under_zero3(recipe: RecipeProcesses, tmp_path: Path, case: st
     recipe.run("--config", str(experiment(tmp_path / "alone", changes, sampler))).succeeded()
     found = trained(tmp_path / "skipped")
     for name, tensor in trained(tmp_path / "alone").items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=named(name))

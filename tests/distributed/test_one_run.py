@@ -123,7 +123,7 @@ def test_a_run_with_what_wandb_leaves_in_it_can_go_on_and_be_read(run: Path) -> 
 def test_wandb_gets_its_own_axis_and_never_a_step(run: Path) -> None:
     logged = calls(run, "log")
     assert all(call["options"] == [] for call in logged)
-    rollouts = [call["rollout"] for call in logged]
+    rollouts = [int(str(call["rollout"])) for call in logged]
     assert rollouts == sorted(rollouts) and rollouts[0] == 0 and rollouts[-1] == 4
 
 

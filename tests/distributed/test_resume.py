@@ -66,7 +66,7 @@ GROUPS = {
 """Prompts are replaced, updates are left out, and there is no critic."""
 
 
-def records(folder: Path, axis: str = "rollout") -> list[dict[str, float]]:
+def records(folder: Path, axis: str = "rollout") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in line.items() if not k.startswith(("timing_s", "perf"))} for line in lines]
     return [*{(line["kind"], line[axis]): line for line in timeless}.values()]

@@ -6,6 +6,7 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -120,12 +121,13 @@ def test_a_message_that_is_explained_is_one_the_code_raises(kind: str, message: 
     assert any(text.startswith(message.rstrip(" …")) for text in raised().get(kind, [])), f"no {kind} says {message!r}"
 
 
-def settings() -> dict[str, dict[str, object]]:
+def settings() -> dict[str, dict[str, Any]]:
     """Section -> its settings, of PPO and of the supervised runs."""
-    required: dict[str, dict[str, object]] = {"model": {"name": "m"}, "data": {"train": "d"}}
+    required: dict[str, dict[str, Any]] = {"model": {"name": "m"}, "data": {"train": "d"}}
     ppo = {**required, "reward": {"function": "f:f"}}
-    found: dict[str, dict[str, object]] = {}
-    for values, kind in ((ppo, Experiment), *((required, kind) for kind in SUPERVISED)):
+    found: dict[str, dict[str, Any]] = {}
+    kinds: list[tuple[dict[str, Any], Any]] = [(ppo, Experiment), *((required, kind) for kind in SUPERVISED)]
+    for values, kind in kinds:
         for section, keys in experiment_from_dict(values, kind).as_dict().items():
             found[section] = {**found.get(section, {}), **keys}
     return found

@@ -245,7 +245,8 @@ class FakeHub:
     """Takes what HfApi takes and keeps the files that fit the patterns."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.repos, self.files = error, [], set[str]()
+        self.error, self.files = error, set[str]()
+        self.repos: list[Any] = []
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         if self.error is not None:

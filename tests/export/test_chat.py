@@ -56,17 +56,18 @@ class Folders:
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         messages = [{"role": "system", "content": system}] if system else []
-        text, answers = "", []
+        text = ""
+        answers: list[str] = []
         for number, line in enumerate(rounds, start=1):
             messages.append({"role": "user", "content": line})
             prompt = text + line
             if self.template:
-                prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                prompt = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
             torch.manual_seed(derive_seed(0, "chat", number))
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
             whole = model.generate(input_ids=ids, max_new_tokens=TOKENS, **sampling)[0]
-            answers.append(self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True))
+            answers.append(str(self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)))
             messages.append({"role": "assistant", "content": answers[-1]})
             text = f"{prompt} {answers[-1]}\n"
         return answers

@@ -127,7 +127,7 @@ class OtherOrder(LlamaRMSNorm):
 def test_other_functions_under_a_listed_name_stay() -> None:
     for kind in (Shifted, OtherOrder):
         kind.__name__ = "LlamaRMSNorm"
-    shifted = Shifted(16)
+    shifted: Any = Shifted(16)
     shifted.variance_epsilon = EPS
     others = [shifted, norm(OtherOrder, torch.bfloat16), GemmaRMSNorm(16), nn.LayerNorm(16)]
     for module in others:

@@ -29,7 +29,8 @@ Head = Callable[..., tuple[Tensor, Tensor]]
 def shared(
     *, tied: bool, dtype: torch.dtype = torch.float32, attention: str = ROLE_ATTENTION, **options: Any
 ) -> SharedBase:
-    base = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=tied, attn_implementation=attention).to(dtype)
+    base: Any = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=tied, attn_implementation=attention)
+    base.to(dtype)
     base.get_output_embeddings().weight.data.mul_(20)
     return tiny_shared(base, **options).train()
 

@@ -22,6 +22,7 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
 from tests.support.tiny import SIZES, merged, tiny_llama, write_task
+from tests.support.values import named
 
 ALL = ("policy", "value", "reference", "reward")
 TEMPLATE = list(range(3, 15))
@@ -70,12 +71,10 @@ def compare(shared: SharedBase, batch: list[tuple[list[int], int]]) -> None:
     )
     assert found.keys() == expected.keys() and gradients.keys() == right.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=named(name))
     for name in right:
         scale = right[name].abs().max().item()
-        torch.testing.assert_close(
-            gradients[name], right[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradients[name], right[name], rtol=1e-5, atol=1e-5 * scale, msg=named(name))
 
 
 @for_each("checkpointing", [False, True], ids=["kept", "recomputed"])
@@ -147,7 +146,7 @@ def test_the_same_layout_twice_gives_the_same_bits() -> None:
 
 
 def test_what_stands_in_the_way_is_named() -> None:
-    window = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
+    window: Any = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     assert "runs with model.attention=sdpa, packing needs" in (packing_obstacle(window) or "")
     window.set_attn_implementation(ROLE_ATTENTION)
     assert packing_obstacle(window) is None

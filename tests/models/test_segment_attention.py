@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -133,13 +134,16 @@ def test_alike_segments_share_a_bucket_and_all_are_in_one() -> None:
     [({}, "they did not reach it"), ({"softcap": 5.0}, "softcap"), ({"s_aux": torch.ones(4)}, "s_aux")],
     ids=["no segments", "softcap", "sinks"],
 )
-def test_a_layer_that_attends_otherwise_is_refused(options: dict[str, object], reason: str) -> None:
+def test_a_layer_that_attends_otherwise_is_refused(options: dict[str, Any], reason: str) -> None:
     layout = layout_of(BATCHES["one template"])
     segments = SegmentAttention(layout) if options else None
+    query, key, value = qkv(layout, torch.float32)
     with pytest.raises(ModelError, match=rf"Linear cannot attend within the segments.*{reason}.*update\.packing: off"):
         role_attention(
             torch.nn.Linear(1, 1),
-            *qkv(layout, torch.float32),
+            query,
+            key,
+            value,
             no_mask(torch.device("cpu")),
             segments=segments,
             **options,

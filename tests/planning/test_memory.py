@@ -135,7 +135,7 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_way_out(
-    needs: dict[str, int], changes: dict[str, Any], message: str
+    needs: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choice(needs=replace(NEEDS, **needs), **{"free": 1400, **changes})
@@ -169,7 +169,8 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     with torch.no_grad():
         shared.next_token_logits(one, cache.step_mask, one, cache)
         column = measured_column(shared, Alone())
-    buffers = [b for layer in cache.layers if hasattr(layer, "columns") for b in (layer.keys, layer.values)]
+    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "columns")]
+    buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
     assert 2 * columns * column == sum(buffer.nbytes for buffer in buffers) > 0
 
 

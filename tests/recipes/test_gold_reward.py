@@ -19,7 +19,7 @@ from tests.support.offenders import for_each
 
 ROOT = Path(make_data.__file__).parents[2]
 RECIPE = ROOT / "recipes/gold_reward"
-KINDS: dict[str, type] = {
+KINDS: dict[str, Any] = {
     "sft.py": SFTExperiment,
     "reward_model.py": RewardExperiment,
     "dpo.py": DPOExperiment,

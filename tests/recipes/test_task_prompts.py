@@ -30,7 +30,7 @@ def read(folder: Path) -> Files:
     return {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in NAMES}
 
 
-def columns(rows: Rows) -> dict[str, list[Any]]:
+def columns(rows: Rows) -> dict[str, Any]:
     """What the reward gets: every column but the prompt."""
     assert not set(rows[0]) & set(RESERVED_COLUMNS)
     return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -211,7 +211,7 @@ KINDS = {"sft": SFTExperiment, "reward_model": RewardExperiment, "dpo": DPOExper
 @for_each("yaml", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_can_be_loaded(yaml: Path) -> None:
     """Prompts lie beside the recipe, or where ``recipes/gold_reward/run.py`` puts what it makes."""
-    experiment = load_experiment(str(yaml), {}, KINDS.get(yaml.stem, Experiment))
+    experiment: Any = load_experiment(str(yaml), {}, KINDS.get(yaml.stem, Experiment))
     made = yaml.parent.name == "gold_reward"
     folder = f"runs/{yaml.parent.name}/data/" if made else f"recipes/{yaml.parent.name}/"
     files = {path and path.removeprefix(folder) for path in (experiment.data.train, experiment.data.evaluation)}

@@ -32,7 +32,7 @@ def entries(name: str, count: int = 3) -> tuple[Entry, ...]:
 
 
 def scores(name: str, answers: list[str], items: tuple[Entry, ...] | list[Entry], **options: Any) -> list[float]:
-    columns = {"entry": [entry_text(item) for item in items], "dataset": [name] * len(items)}
+    columns: dict[str, Any] = {"entry": [entry_text(item) for item in items], "dataset": [name] * len(items)}
     return reasoning_gym(["p"] * len(items), answers, **columns, **options)
 
 
@@ -167,7 +167,7 @@ def test_partial_scores_are_the_librarys_unless_exact() -> None:
 
 def test_rows_of_different_datasets_and_other_columns() -> None:
     items = [entries("gcd")[0], entries("lcm")[0]]
-    columns = {"entry": [entry_text(i) for i in items], "dataset": ["gcd", "lcm"], "source": ["a", "b"]}
+    columns: dict[str, Any] = {"entry": [entry_text(i) for i in items], "dataset": ["gcd", "lcm"], "source": ["a", "b"]}
     assert reasoning_gym(["p"] * 2, [i["answer"] for i in items], **columns) == [1.0, 1.0]
 
 

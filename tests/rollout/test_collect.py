@@ -23,6 +23,7 @@ from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.types import Experience, Prompt
 from tests.support.roles import tiny_shared
+from tests.support.values import there
 
 LENGTHS, FINISHED = [3, 1, 4, 4], [True, True, False, False]
 KL_COEF, PENALTY, GAMMA, LAMBDA = 0.3, 0.5, 0.9, 0.8
@@ -83,11 +84,11 @@ def loop_gae(sampled: Sampled, passes: Passes, *, kl: bool, bootstrap: bool) -> 
     rows = []
     for b, length in enumerate(LENGTHS):
         score = sampled.raw_scores[b].item() - (0 if sampled.finished[b] else PENALTY)
-        difference = (passes.old_logprobs[b] - passes.ref_logprobs[b]).tolist()
+        difference = (there(passes.old_logprobs)[b] - there(passes.ref_logprobs)[b]).tolist()
         rewards = [-(KL_COEF * difference[t] if kl else 0.0) for t in range(length)]
         rewards[-1] += score
-        last = passes.final_values[b].item() if bootstrap and not sampled.finished[b] else 0.0
-        values = [*passes.values[b, :length].tolist(), last]
+        last = there(passes.final_values)[b].item() if bootstrap and not sampled.finished[b] else 0.0
+        values = [*there(passes.values)[b, :length].tolist(), last]
         deltas = [rewards[t] + GAMMA * values[t + 1] - values[t] for t in range(length)]
         rows.append([sum((GAMMA * LAMBDA) ** (i - t) * deltas[i] for i in range(t, length)) for t in range(length)])
     return rows
@@ -99,9 +100,9 @@ def test_advantages_and_returns_agree_with_plain_loops(truncated: str, kl_in_rew
     experience, sampled, passes, _ = shaped(truncated=truncated, kl_in_reward=kl_in_reward)
     expected = loop_gae(sampled, passes, kl=kl_in_reward, bootstrap=truncated == "bootstrap")
     for b, row in enumerate(expected):
-        torch.testing.assert_close(experience.advantages[b, : len(row)], torch.tensor(row), rtol=1e-5, atol=1e-5)
-        returns = torch.tensor(row) + passes.values[b, : len(row)]
-        torch.testing.assert_close(experience.returns[b, : len(row)], returns, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(there(experience.advantages)[b, : len(row)], torch.tensor(row), rtol=1e-5, atol=1e-5)
+        returns = torch.tensor(row) + there(passes.values)[b, : len(row)]
+        torch.testing.assert_close(there(experience.returns)[b, : len(row)], returns, rtol=1e-5, atol=1e-5)
 
 
 def test_mask_leaves_out_the_responses_that_were_cut_off() -> None:
@@ -113,7 +114,7 @@ def test_mask_leaves_out_the_responses_that_were_cut_off() -> None:
 
 def test_whitening_is_over_the_trained_tokens_only() -> None:
     experience, *_ = shaped(truncated="mask", whiten_advantages=True)
-    trained = experience.advantages[experience.response_mask]
+    trained = there(experience.advantages)[experience.response_mask]
     assert trained.mean().abs().item() < 1e-6
     assert trained.std().item() == pytest.approx(1.0, abs=1e-4)
 
@@ -129,7 +130,9 @@ def test_the_record_says_what_happened() -> None:
     raw = sampled.raw_scores.tolist()
     assert metrics["critic/raw_score/mean"] == pytest.approx(sum(raw) / 4)
     assert metrics["critic/score/mean"] == pytest.approx((sum(raw) - 2 * PENALTY) / 4)
-    differences = [(passes.old_logprobs - passes.ref_logprobs)[b, :n].tolist() for b, n in enumerate(LENGTHS)]
+    differences = [
+        (there(passes.old_logprobs) - there(passes.ref_logprobs))[b, :n].tolist() for b, n in enumerate(LENGTHS)
+    ]
     assert metrics["actor/ref_kl"] == pytest.approx(sum(map(sum, differences)) / 4, rel=1e-5)
     per_token = [sum(row) / len(row) for row in differences]
     assert metrics["actor/reward_kl_penalty"] == pytest.approx(sum(per_token) / 4, rel=1e-5)
@@ -207,7 +210,7 @@ def test_roles_say_what_all_of_them_say_and_the_others_nothing(roles: tuple[str,
 def test_without_roles_no_pass_runs() -> None:
     _, sampled, *_ = shaped()
     shared = tiny_shared()
-    shared.forward = None  # type: ignore[assignment,method-assign]  not callable
+    shared.forward = None  # type: ignore[assignment, method-assign] # not callable
     assert score(shared, sampled, Plan([[[[0, 1, 2, 3]]]]), padded_layout, 1.0, roles=()) == Passes()
 
 
@@ -217,11 +220,11 @@ def test_without_roles_no_pass_runs() -> None:
 def test_importance_metrics_by_a_plain_loop() -> None:
     _, sampled, passes, collector = shaped()
     g = torch.Generator().manual_seed(8)
-    rollout_logprobs = passes.old_logprobs + 0.5 * torch.randn(4, 4, generator=g)
+    rollout_logprobs = there(passes.old_logprobs) + 0.5 * torch.randn(4, 4, generator=g)
     collector.correction = Correction("token", 1.2)
     collector._experience(replace(sampled, rollout_logprobs=rollout_logprobs), passes)
     ratios = [
-        min(math.exp((passes.old_logprobs - rollout_logprobs)[b, t].item()), 1.2)
+        min(math.exp((there(passes.old_logprobs) - rollout_logprobs)[b, t].item()), 1.2)
         for b, length in enumerate(LENGTHS)
         for t in range(length)
     ]

@@ -77,7 +77,7 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn() -> None:
 def test_a_row_is_a_function_of_its_own_logits_and_number() -> None:
     logits = torch.stack([logits_of(40, seed=s) for s in range(6)])
     uniforms = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     tokens, logprobs = choose_tokens(logits, uniforms, **options)
     for row in range(6):
         alone = choose_tokens(logits[row : row + 1], uniforms[row : row + 1], **options)

@@ -20,6 +20,7 @@ from rlhf_toolkit.rollout.sampled import Sampled, gather_rollout, sampled_here
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.rollout.test_collect import FINISHED, LENGTHS, PENALTY, shaped
+from tests.support.values import there
 
 KEPT = torch.tensor([True, True, False, True])
 
@@ -49,7 +50,7 @@ def test_the_kl_is_charged_to_the_policy_and_not_where_it_did_not_write() -> Non
     found = collector.shaping.rewards(torch.zeros(4), replace(sampled, written=written), passes, kl_coef=0.5)
     for b, length in enumerate(LENGTHS):
         for t in range(length):
-            x = (passes.old_logprobs[b, t] - passes.ref_logprobs[b, t]).item() if written[b, t] else 0.0
+            x = (there(passes.old_logprobs)[b, t] - there(passes.ref_logprobs)[b, t]).item() if written[b, t] else 0.0
             assert found[b, t].item() == pytest.approx(-0.5 * x, abs=1e-6)
 
 
@@ -62,8 +63,8 @@ def test_a_dropped_response_has_no_part_in_its_groups_statistics() -> None:
     mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
     for b, score in zip((0, 1, 3), scores, strict=True):
         expected = torch.full((LENGTHS[b],), (score - mean) / (deviation + 1e-6))
-        torch.testing.assert_close(experience.advantages[b, : LENGTHS[b]], expected)
-    assert not experience.advantages[2].any() and not experience.returns[2].any()
+        torch.testing.assert_close(there(experience.advantages)[b, : LENGTHS[b]], expected)
+    assert not there(experience.advantages)[2].any() and not there(experience.returns)[2].any()
 
 
 @pytest.mark.parametrize("estimator", [grpo, dr_grpo, rloo, opo, reinforce_plus_plus_baseline])
@@ -76,14 +77,14 @@ def test_the_only_response_left_of_a_group_has_the_advantage_zero(estimator: Any
         (torch.tensor([False, True, False, True]), torch.tensor([2, 7, 2, 2]), [0, 1, 0, 0]),
     ):
         experience, *_ = shaped(estimator=estimator, kept=kept, groups=groups, kl_in_reward=False)
-        assert experience.advantages.any(1).int().tolist() == expected
+        assert there(experience.advantages).any(1).int().tolist() == expected
         assert experience.response_mask.any(1).tolist() == kept.tolist(), "it is trained on: KL and entropy count"
 
 
 def test_a_dropped_response_is_not_trained_on_and_does_not_whiten() -> None:
     experience, *_ = shaped(kept=KEPT, whiten_advantages=True)
     assert experience.response_mask.sum(1).tolist() == [3, 1, 0, 4]
-    assert experience.advantages[experience.response_mask].mean().abs().item() < 1e-6
+    assert there(experience.advantages)[experience.response_mask].mean().abs().item() < 1e-6
 
 
 def test_scores_are_whitened_over_those_that_are_there() -> None:
@@ -96,7 +97,8 @@ def test_scores_are_whitened_over_those_that_are_there() -> None:
 
 def test_returns_are_never_whitened() -> None:
     plain, whitened = (shaped(whiten_advantages=whiten)[0] for whiten in (False, True))
-    assert torch.equal(plain.returns, whitened.returns) and not torch.equal(plain.advantages, whitened.advantages)
+    assert torch.equal(there(plain.returns), there(whitened.returns))
+    assert not torch.equal(there(plain.advantages), there(whitened.advantages))
 
 
 # ---- groups and baselines -------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def test_a_response_is_measured_against_its_own_group() -> None:
     experience, sampled, *_ = shaped(estimator=dr_grpo, groups=torch.tensor([4, 4, 9, 9]), kl_in_reward=False)
     scores = [sampled.raw_scores[b].item() - (0 if FINISHED[b] else PENALTY) for b in range(4)]
     for b, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
-        assert experience.advantages[b, 0].item() == pytest.approx((scores[b] - scores[other]) / 2, rel=1e-5)
+        assert there(experience.advantages)[b, 0].item() == pytest.approx((scores[b] - scores[other]) / 2, rel=1e-5)
 
 
 def test_a_response_is_measured_against_its_own_baseline() -> None:
@@ -114,7 +116,9 @@ def test_a_response_is_measured_against_its_own_baseline() -> None:
     experience, sampled, *_ = shaped(estimator=remax, baselines=baselines, kl_in_reward=False)
     for b, length in enumerate(LENGTHS):
         score = sampled.raw_scores[b].item() - (0 if FINISHED[b] else PENALTY)
-        assert experience.advantages[b, length - 1].item() == pytest.approx(score - baselines[b].item(), rel=1e-5)
+        assert there(experience.advantages)[b, length - 1].item() == pytest.approx(
+            score - baselines[b].item(), rel=1e-5
+        )
 
 
 def with_baselines(kept: list[bool], scores: ScoreShaping) -> tuple[Sampled, list[tuple[bool, list[int]]]]:
@@ -138,7 +142,7 @@ def with_baselines(kept: list[bool], scores: ScoreShaping) -> tuple[Sampled, lis
 def test_a_rows_baseline_is_the_score_of_the_greedy_response_to_its_prompt() -> None:
     """The score after shaping: prompt 5's greedy response was cut off."""
     found, asked = with_baselines([True] * 3, ScoreShaping(missing_eos_penalty=0.1))
-    assert found.baselines.tolist() == pytest.approx([0.4, 0.8, 0.3, 0.4]) and found.kept.all()
+    assert there(found.baselines).tolist() == pytest.approx([0.4, 0.8, 0.3, 0.4]) and found.kept.all()
     assert asked == [(True, [3, 5, 8])]
 
 
@@ -148,7 +152,7 @@ def test_a_baseline_is_whitened_as_the_scores_are() -> None:
     scores = [2 * score for score in found.raw_scores.tolist()]
     mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
     expected = [(2 * greedy - mean) / deviation for greedy in (0.5, 0.8, 0.3, 0.5)]
-    assert found.baselines.tolist() == pytest.approx(expected, rel=1e-5)
+    assert there(found.baselines).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_baseline_there_is_nothing_to_train_on() -> None:
@@ -164,7 +168,13 @@ def test_the_order_is_penalties_clip_scale_whitening() -> None:
     """Row 2 has 4 of at most 5 tokens, so 1 of the 2 in the buffer; rows 2 and 3 were cut off."""
     _, sampled, *_ = shaped()
     sampled = replace(sampled, raw_scores=torch.tensor([5.0, 0.25, 1.0, -9.0]))
-    of = {"missing_eos_penalty": 0.5, "overlong_buffer": 2, "overlong_penalty": 0.3, "clip": 2.0, "scale": 10.0}
+    of: dict[str, Any] = {
+        "missing_eos_penalty": 0.5,
+        "overlong_buffer": 2,
+        "overlong_penalty": 0.3,
+        "clip": 2.0,
+        "scale": 10.0,
+    }
     by_hand = [20.0, 2.5, 10 * (1.0 - 0.5 - 0.3 / 2), -20.0]
     assert ScoreShaping(**of)(sampled, budget=5).tolist() == pytest.approx(by_hand)
     mean, deviation = statistics.fmean(by_hand), statistics.stdev(by_hand)
@@ -204,8 +214,8 @@ def listed(rewards: Tensor, mask: Tensor) -> list[Tensor]:
 
 def test_an_estimator_may_work_in_double_precision() -> None:
     experience, *_ = shaped(estimator=wide)
-    assert experience.advantages.dtype == experience.returns.dtype == torch.float32
-    torch.testing.assert_close(experience.advantages, experience.returns + 1)
+    assert there(experience.advantages).dtype == there(experience.returns).dtype == torch.float32
+    torch.testing.assert_close(experience.advantages, there(experience.returns) + 1)
 
 
 @pytest.mark.parametrize("estimator", [narrow, alone, listed])
@@ -283,6 +293,6 @@ def test_only_a_response_that_was_cut_off_goes_on_with_the_value_of_its_end() ->
     experience, sampled, passes, _ = shaped(truncated="bootstrap", kl_in_reward=False, gae_lambda=0.0)
     for b, length in enumerate(LENGTHS):
         score = sampled.raw_scores[b].item() - (0 if FINISHED[b] else PENALTY)
-        following = 0.0 if FINISHED[b] else passes.final_values[b].item()
-        expected = score + 0.9 * following - passes.values[b, length - 1].item()
-        assert experience.advantages[b, length - 1].item() == pytest.approx(expected, rel=1e-5)
+        following = 0.0 if FINISHED[b] else there(passes.final_values)[b].item()
+        expected = score + 0.9 * following - there(passes.values)[b, length - 1].item()
+        assert there(experience.advantages)[b, length - 1].item() == pytest.approx(expected, rel=1e-5)

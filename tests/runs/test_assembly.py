@@ -177,7 +177,7 @@ def test_what_is_whitened_with_the_rollout(settings: dict[str, Any], in_estimato
 # ---- the budget of an update's forward pass --------------------------------------------------------------------------
 
 
-def largest_pass(run: Run[Any, Any], monkeypatch: pytest.MonkeyPatch) -> int:
+def largest_pass(run: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """The most tokens, over all rows of all roles, that went through the base in a pass with a gradient."""
     seen, shared = [0], run.trainer.model
     real = shared.forward

@@ -28,7 +28,7 @@ def first_words(responses):
 def write_policy(folder: Path, seed: int = 1) -> str:
     base = tiny_llama()
     torch.manual_seed(seed)
-    get_peft_model(base, lora()).save_pretrained(folder)
+    get_peft_model(base, lora()).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -78,7 +78,8 @@ def test_a_contestant_says_and_scores_what_plain_peft_does(tmp_path: Path) -> No
                 input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1
             )[0].tolist()
             kl = (logprobs_of(model, out, len(ids)) - logprobs_of(base, out, len(ids))).sum().item()
-            said[label].append((tokenizer.decode(out[len(ids) :], skip_special_tokens=True), kl, len(out) - len(ids)))
+            text = str(tokenizer.decode(out[len(ids) :], skip_special_tokens=True))
+            said[label].append((text, kl, len(out) - len(ids)))
     for label, rows in said.items():
         mine = found.responses[label][GREEDY]
         assert mine.sampled.responses == [text for text, _, _ in rows]

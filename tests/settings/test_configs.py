@@ -200,11 +200,11 @@ def test_defaults() -> None:
 def test_defaults_of_supervised_runs() -> None:
     """The sections that PPO has too are listed above."""
     update = {name: value for name, value in DEFAULTS["update"].items() if name not in PPO_RATES}
-    data = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
+    data: dict[str, Any] = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
     data |= {"chat_template": True, "system_prompt": None, "max_tokens": 1024, "streaming": False, "max_rows": None}
     common = {"model": DEFAULTS["model"], "run": DEFAULTS["run"], "data": data}
     common["update"] = {**update, "lr": None, "head_lr": 1e-3}
-    own = {
+    own: dict[Any, dict[str, Any]] = {
         SFTExperiment: {"sft": {"full": False, "epochs": 1.0, "batch_size": 32}},
         RewardExperiment: {"reward_model": {"epochs": 1.0, "batch_size": 32, "centring": 0.01, "normalise": True}},
         DPOExperiment: {
@@ -289,7 +289,7 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
     ],
 )
 def test_what_full_fine_tuning_refuses(section: str, settings: dict[str, Any], message: str) -> None:
-    sections = {"sft": {"full": True}, "update": {"lr": 1e-5}}
+    sections: dict[str, Any] = {"sft": {"full": True}, "update": {"lr": 1e-5}}
     sections[section] = {**sections.get(section, {}), **settings}
     with pytest.raises(ConfigError) as caught:
         supervised(**sections)
@@ -786,7 +786,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_file(tmp_path: Path) -> None:
-    built = load_experiment(write(tmp_path / "x.yaml", YAML))
+    built: Experiment = load_experiment(write(tmp_path / "x.yaml", YAML))
     assert built.update.policy_lr == 1e-4, "YAML itself reads 1e-4 as a string"
     assert built.update.value_head_lr == 3e-3
     assert built.ppo.gae_lambda == 1.0
@@ -830,7 +830,7 @@ def test_an_empty_file_lacks_the_required_settings(tmp_path: Path) -> None:
 
 def test_overrides_replace_and_add(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", YAML + "rollout:\n")
-    built = load_experiment(
+    built: Experiment = load_experiment(
         path, {"ppo.gae_lambda": 0.5, "update.policy_lr": "2e-5", "run.seed": 7, "rollout.top_k": 3, "model.name": "n"}
     )
     assert (built.ppo.gae_lambda, built.update.policy_lr, built.run.seed) == (0.5, 2e-5, 7)
@@ -840,7 +840,7 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
 
 def test_overrides_alone_make_an_experiment(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", "")
-    built = load_experiment(path, {"model.name": "m", "data.train": "t.jsonl", "reward.function": "r.py:f"})
+    built: Experiment = load_experiment(path, {"model.name": "m", "data.train": "t.jsonl", "reward.function": "r.py:f"})
     assert built == experiment()
 
 
@@ -876,7 +876,7 @@ def test_what_the_command_line_says_is_what_is_meant(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", YAML + "run: {wandb: off}\n")
     assert load_experiment(path).run.wandb == "off"
     arguments = ["ppo.value_clip_range=none", "run.wandb=off", "run.name='7'", "update.policy_lr=1e-5"]
-    built = load_experiment(path, parse_overrides(arguments))
+    built: Experiment = load_experiment(path, parse_overrides(arguments))
     assert (built.ppo.value_clip_range, built.run.wandb, built.run.name) == (None, "off", "7")
     assert built.update.policy_lr == 1e-5
 
@@ -938,7 +938,8 @@ def test_files_are_utf8(tmp_path: Path) -> None:
 
 def test_what_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     """At load, long before a run folder is looked at."""
-    path, wrong = tmp_path / "e.yaml", []
+    path = tmp_path / "e.yaml"
+    wrong: list[Any] = []
     values = [
         "2024-01-01",
         "2024-01-01 10:00:00",

@@ -27,7 +27,7 @@ def low_words(prompts, responses, **columns):
 '''
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -20,6 +20,7 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
 from rlhf_toolkit.types import Experience
 from tests.support.tiny import merged, write_task
+from tests.support.values import named
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -90,13 +91,11 @@ def test_loss_and_gradient_equal_ppo_written_out(trainer: PPOTrainer) -> None:
     expected = written_out(trainer, mini_batch)
     expected.backward()
 
-    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert torch.stack(losses).sum().item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     assert gradients.keys() == {name for name, p in shared.named_parameters() if p.requires_grad}
     for name, parameter in shared.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(
-                gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=named(name))
 
 
 def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
