@@ -101,7 +101,7 @@ def test_a_name_that_a_module_makes_on_demand(tmp_path: Path) -> None:
 
 
 @for_each("spec", ["", "reward.py", "reward", ":f", "reward.py:", ":"])
-def test_no_function_named(spec: str) -> None:
+def test_a_name_of_no_function_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_function(spec, "reward.function")
     assert message_of(caught) == (

@@ -66,7 +66,7 @@ def test_prompts_and_sample_numbers_go_together() -> None:
         PromptBatch((prompt, prompt), (0,))
 
 
-def test_length_and_lengths() -> None:
+def test_an_experience_knows_its_rows_and_their_lengths() -> None:
     assert len(experience()) == ROWS
     assert experience().lengths() == [7, 3, 3]
 

@@ -167,7 +167,7 @@ def test_broken_parquet_names_the_file(tmp_path: Path) -> None:
         ("x.csv", ""),
     ],
 )
-def test_empty_file(tmp_path: Path, name: str, text: str) -> None:
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path / name, text), "train")
     assert str(tmp_path / name) in message_of(caught)

@@ -121,7 +121,7 @@ def assert_same(skipped: Path, everything: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_process(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
+def test_one_process_leaves_out_passes_and_trains_the_same(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
     changes, roles = CASES[case]
     outputs = []
     for name, patches in (("skipped", ()), ("everything", (SCORE_EVERYTHING,))):
@@ -156,7 +156,9 @@ def test_the_weights_matter(recipe: RecipeProcesses, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["token weights", "value on the policy's trunk", "one pass, KL in the reward"])
-def test_two_ranks_under_zero3(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
+def test_two_ranks_under_zero3_leave_out_passes_and_train_the_same(
+    recipe: RecipeProcesses, tmp_path: Path, case: str
+) -> None:
     """Against two ranks that ran every pass to 1e-6, and against one process to 1e-5, as everywhere."""
     changes, sampler = CASES[case][0], OTHER_SAMPLER if "weights" in case else ""
     changes = changes if "KL" in case else {**changes, **CASES["KL in the loss"][0]}

@@ -268,7 +268,7 @@ def first_then_lengths(spoil: Answer, times: int) -> Answer:
 
 @for_each("name", ["500", "cut short", "hangs up"])
 @for_each("times, retries, good", [(1, 1, True), (2, 3, True), (2, 1, False), (1, 0, False)])
-def test_another_try(name: str, times: int, retries: int, good: bool) -> None:
+def test_a_call_that_fails_is_tried_again(name: str, times: int, retries: int, good: bool) -> None:
     with served(first_then_lengths(misbehaving(name)[0], times)) as server:
         with rewards_of(of(server, retries=retries, on_failure="drop")) as rewards:
             assert rewards.collect(*batch_of(["aa"])).kept == [good]
@@ -276,7 +276,7 @@ def test_another_try(name: str, times: int, retries: int, good: bool) -> None:
 
 
 @for_each("name", ["404", "301", "not JSON", "no scores", "wrong count", "NaN", "silent"])
-def test_no_other_try(name: str) -> None:
+def test_a_wrong_answer_is_not_asked_for_again(name: str) -> None:
     with served(misbehaving(name)[0]) as server:
         with rewards_of(of(server, retries=3, on_failure="drop", timeout=0.5)) as rewards:
             assert rewards.collect(*batch_of(["aa"])).kept == [False]

@@ -113,7 +113,7 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_refused(entry: Any, message: str) -> None:
+def test_an_entry_that_cannot_work_is_refused(entry: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         RewardSpec.parse(entry, 2)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

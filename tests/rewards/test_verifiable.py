@@ -304,7 +304,7 @@ def test_format_by_hand(response: str, expected: int) -> None:
         ("", None),
     ],
 )
-def test_last_boxed(text: str, box: str | None) -> None:
+def test_the_last_boxed_answer_is_found(text: str, box: str | None) -> None:
     assert texts.last_boxed(text) == box
 
 

@@ -278,7 +278,7 @@ def test_an_integral_that_is_only_written_down_is_no_answer() -> None:
     "text",
     ["x**2 + 3*x", "-34*x**8/15 - 5*x/4 + C", "(2*x - 8)**(3/2)", "2*exp(x) - sin(x)**2", "x**-1", "((x**2)**3)**4"],
 )
-def test_arithmetic(text: str) -> None:
+def test_what_counts_as_arithmetic(text: str) -> None:
     assert is_arithmetic(text)
 
 
@@ -304,5 +304,5 @@ def test_arithmetic(text: str) -> None:
         *("", "1 2", "exp(x, evaluate=False)", "(" * 300 + "x" + ")" * 300, "1" * 5000, "\x00"),
     ],
 )
-def test_no_arithmetic(text: str) -> None:
+def test_what_does_not_count_as_arithmetic(text: str) -> None:
     assert not is_arithmetic(text)

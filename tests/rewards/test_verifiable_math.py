@@ -69,12 +69,12 @@ def one(response: str, answer: Any, **options: Any) -> float:
 
 
 @for_each("box, answer", EQUAL)
-def test_equal(box: str, answer: Any) -> None:
+def test_an_answer_that_equals_the_truth_scores_one(box: str, answer: Any) -> None:
     assert one(rf"... so the answer is $\boxed{{{box}}}$.", answer) == 1
 
 
 @for_each("box, answer", DIFFERENT)
-def test_different(box: str, answer: Any) -> None:
+def test_an_answer_that_differs_scores_zero(box: str, answer: Any) -> None:
     assert one(rf"... so the answer is $\boxed{{{box}}}$.", answer) == 0
 
 

@@ -192,7 +192,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_defaults() -> None:
+def test_the_defaults_are_these() -> None:
     """A changed default changes what people's experiments do: change it here too, and say so in the commit."""
     assert experiment().as_dict() == DEFAULTS
 
@@ -395,7 +395,7 @@ def test_required_settings(section: str, name: str) -> None:
         ("reward", {"kwargs": {1: 2}}, "reward.kwargs has the key 1, which is not text; put it in quotes"),
     ],
 )
-def test_wrong_type(section: str, settings: dict[str, Any], message: str) -> None:
+def test_a_value_of_another_type_is_refused(section: str, settings: dict[str, Any], message: str) -> None:
     assert error_of(section, **settings) == message
 
 
@@ -461,14 +461,14 @@ def default(section: str, name: str) -> str:
         ("run", "keep_checkpoints", 0, 1),
     ],
 )
-def test_above_zero(section: str, name: str, bad: float, smallest: float) -> None:
+def test_what_must_be_above_zero(section: str, name: str, bad: float, smallest: float) -> None:
     assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must be above 0; {default(section, name)}"
     experiment(**{section: {name: smallest}})
 
 
 @for_each("name", ["kl_target", "value_clip_range", "first_ratio_tolerance"])
 @for_each("bad", [0.0, -0.2])
-def test_above_zero_or_none(name: str, bad: float) -> None:
+def test_what_must_be_above_zero_or_none(name: str, bad: float) -> None:
     assert error_of("ppo", **{name: bad}) == f"ppo.{name}={bad} must be above 0 or none; {default('ppo', name)}"
     for good in (0.01, None):
         experiment(ppo={name: good})
@@ -494,7 +494,7 @@ def test_above_zero_or_none(name: str, bad: float) -> None:
         ("run", "samples", -1),
     ],
 )
-def test_not_negative(section: str, name: str, bad: float) -> None:
+def test_what_must_not_be_negative(section: str, name: str, bad: float) -> None:
     assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must not be negative; {default(section, name)}"
     experiment(**{section: {name: 0}})
 
@@ -525,7 +525,9 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
         ("run", "wandb", "ofline", "offline", ("online", "offline", "off")),
     ],
 )
-def test_one_of(section: str, name: str, close: str, nearest: str, known: tuple[str, ...]) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(
+    section: str, name: str, close: str, nearest: str, known: tuple[str, ...]
+) -> None:
     listed = f"known are {', '.join(known)}"
     assert error_of(section, **{name: close}) == f"{section}.{name}={close!r}; did you mean {nearest}?; {listed}"
     assert error_of(section, **{name: "ZZZ"}) == f"{section}.{name}='ZZZ'; {listed}"
@@ -581,7 +583,7 @@ FLOATS += [("ppo", name) for name in ("dual_clip", "kl_target", "first_ratio_tol
 
 @for_each("value", [float("nan"), float("inf"), float("-inf"), "nan", "inf"])
 @for_each("section, name", FLOATS)
-def test_not_finite(section: str, name: str, value: Any) -> None:
+def test_a_number_that_is_not_finite_is_refused(section: str, name: str, value: Any) -> None:
     message = error_of(section, **{name: value})
     assert message.startswith(f"{section}.{name}={float(value)} must be a finite number")
     assert message.endswith(default(section, name))
@@ -592,7 +594,7 @@ def test_rules_hold_without_a_file_too() -> None:
         PPOConfig(gamma=float("nan"))
 
 
-def test_no_dropout() -> None:
+def test_lora_dropout_is_refused() -> None:
     assert error_of("model", lora_dropout=0.1) == (
         "model.lora_dropout=0.1 must be 0: dropout makes the ratio differ from 1 before any update; the default is 0.0"
     )
@@ -617,7 +619,7 @@ def test_a_system_prompt_needs_the_chat_template() -> None:
         ("update", "adam_beta2", [1.0, 1.5, -0.1], [0.0, 0.99], "be in [0, 1)"),
     ],
 )
-def test_ranges(section: str, name: str, bad: list[float], good: list[Any], rule: str) -> None:
+def test_what_must_lie_within_a_range(section: str, name: str, bad: list[float], good: list[Any], rule: str) -> None:
     for value in bad:
         assert error_of(section, **{name: value}) == f"{section}.{name}={value} must {rule}; {default(section, name)}"
     for value in good:
