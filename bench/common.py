@@ -115,7 +115,8 @@ def write_random_model(folder: Path, name: str) -> None:
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model: Any = Qwen2ForCausalLM(config)
+        model.to(torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -143,7 +144,8 @@ def known(setting: str) -> bool:
     from rlhf_toolkit.settings.experiment import Experiment
 
     section, _, key = setting.partition(".")
-    return hasattr(Experiment.__dataclass_fields__[section].default_factory(), key)
+    make: Any = Experiment.__dataclass_fields__[section].default_factory
+    return hasattr(make(), key)
 
 
 def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:

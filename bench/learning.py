@@ -60,7 +60,7 @@ def main() -> None:
     model = model_folder(TINY) if SMOKE else fetch_smollm()
     jobs = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: curve(*job, options.rollouts, model), jobs))
+        results = list(pool.map(lambda job: curve(job[0], job[1], options.rollouts, model), jobs))
     by_arm = {arm: [scores for (name, _), scores in zip(jobs, results, strict=True) if name == arm] for arm in ARMS}
     keep("learning", [{"arm": arm, **summary(curves)} for arm, curves in by_arm.items()])
 

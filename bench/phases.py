@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 RANKS = 2
 PHASES = ("start", "window", "role pass", "update")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 384,
     "intermediate_size": 1152,
     "num_hidden_layers": 8,
@@ -114,7 +114,8 @@ def write_model(folder: Path) -> None:
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE, **ends)
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -218,7 +219,8 @@ def watch(run: Any, live: LiveTensors) -> None:
         live.phase = "between"
 
     sampler.opened = opened_window
-    scored_sampler.run_role_pass = live.watched("role pass", scored_sampler.run_role_pass)
+    watched = live.watched("role pass", vars(scored_sampler)["run_role_pass"])
+    vars(scored_sampler)["run_role_pass"] = watched
     trainer.training_step = live.watched("update", trainer.training_step)
 
 

@@ -58,7 +58,8 @@ def update_figures(shared: SharedBase) -> dict[str, Any]:
         "attention": attention_flops(shared),
         "output layer": head_flops(shared),
     }
-    update(shared, layouts), products()
+    update(shared, layouts)
+    products()
     times = [(milliseconds(lambda: update(shared, layouts)), milliseconds(products)) for _ in range(ROUNDS)]
     seconds, bare = (statistics.median(column) / 1e3 for column in zip(*times, strict=True))
     rate, machine = sum(work.values()) / seconds / 1e9, work["base"] / bare / 1e9
@@ -79,7 +80,7 @@ def update_figures(shared: SharedBase) -> dict[str, Any]:
 def bare_products(shared: SharedBase, tokens: int) -> Callable[[], None]:
     """Every product of the base in one forward and backward, and nothing else: x W^T, and dy W."""
     shapes = linear_shapes(shared.causal_lm.config)
-    makes = {"dtype": torch.bfloat16, "device": DEVICE}
+    makes: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
     left = {size: torch.randn(tokens, size, **makes) for size in {side for shape in shapes for side in shape}}
     weights = {shape: torch.randn(shape[1], shape[0], **makes) for shape in shapes}
 
@@ -151,7 +152,8 @@ def step_figures(shared: SharedBase) -> dict[str, Any]:
         for weight in weights:
             weight.view(torch.int32).sum(dtype=torch.int32) if weight.is_cuda else weight.view(torch.int32).amax()
 
-    step(), read()
+    step()
+    read()
     times = [(milliseconds(step), milliseconds(read)) for _ in range(20)]
     taken, reading = (statistics.median(column) for column in zip(*times, strict=True))
     return {

@@ -119,7 +119,8 @@ class Count:
             "kinds": {name: size for name, size in sorted(self.kinds.items())},
             "micro_batches": self.micro_batches,
         }
-        self.bytes.clear(), self.gathers.clear(), self.kinds.clear()
+        for counted in (self.bytes, self.gathers, self.kinds):
+            counted.clear()
         self.micro_batches = 0
         return taken
 

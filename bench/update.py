@@ -85,7 +85,8 @@ def peak() -> float:
     """GiB: what torch allocated on a GPU, resident memory on Linux without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) / 2**20
 
 
 if __name__ == "__main__":

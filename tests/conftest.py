@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import RecipeProcesses
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def _import_as(path: Path, text: str, imported: list[str]) -> None:
         imported.append(name)
         return loader.source_to_code(text.encode(), loader.path)
 
-    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    setattr(SourceFileLoader, "get_code", get_code)  # noqa: B010  no method is assigned to otherwise
 
 
 def _wait(child: int, seconds: float) -> bool:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -22,7 +22,7 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-BY_FILE = for_each(FILES, lambda path: path.relative_to(PACKAGE))
+BY_FILE = for_each("path", FILES, lambda path: path.relative_to(PACKAGE))
 OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Run)Config)\b")
 SIBLINGS = {
     ("types", "errors"),
@@ -86,7 +86,7 @@ def test_only_trainers_subclass_trainer_and_only_runs_see_settings(path: Path) -
     assert not any(name.startswith("rlhf_toolkit.settings") for name in imports(path.read_text()))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     arguments = [a for f in functions for a in (*f.args.args, *f.args.kwonlyargs) if a.annotation is not None]
-    configs = [ast.unparse(a) for a in arguments if OUR_CONFIG.search(ast.unparse(a.annotation))]
+    configs = [ast.unparse(a) for a in arguments if a.annotation and OUR_CONFIG.search(ast.unparse(a.annotation))]
     assert configs == [], "take the numbers that are needed"
 
 

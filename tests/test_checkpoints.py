@@ -31,7 +31,8 @@ from rlhf_toolkit.checkpoints import (
     write_json,
 )
 from rlhf_toolkit.errors import CheckpointError
-from tests.allocations import Allocations
+from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"name": "m", "lora_rank": 4},
@@ -199,7 +200,7 @@ def test_a_checkpoint_that_names_a_folder_elsewhere_is_not_resumed(tmp_path: Pat
     assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-4"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"run": 1}', "\xff", "[" * 100_000])
+@for_each("text", ["", "{", "[]", '{"run": 1}', "\xff", "[" * 100_000])
 def test_a_broken_settings_file_is_named(tmp_path: Path, text: str) -> None:
     folder = started(tmp_path / "run")
     (folder / RUN_FILE).write_bytes(text.encode("latin-1"))

@@ -15,10 +15,10 @@ import torch
 
 from rlhf_toolkit.cli import main
 from rlhf_toolkit.reporting.report import print_report
-from tests.data.chat_tokenizers import TURNS, ask
-from tests.export.common import peft_model, write_adapter, write_base
-from tests.launch import run
-from tests.tiny import write_task
+from tests.support.chat_tokenizers import TURNS, ask
+from tests.support.exports import peft_model, write_adapter, write_base
+from tests.support.launch import run
+from tests.support.tiny import write_task
 
 
 @pytest.fixture

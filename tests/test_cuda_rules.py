@@ -12,7 +12,7 @@ import pytest
 import torch.utils.backend_registration
 
 from tests.cuda_rules.planted import PLANTED
-from tests.launch import SECONDS, run
+from tests.support.launch import SECONDS, run
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),

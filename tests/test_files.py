@@ -10,7 +10,7 @@ import pytest
 from rlhf_toolkit.files import appended, created, is_plain_name, leads_outside, link_outside, write_text
 
 
-def test_plain_names() -> None:
+def test_a_plain_name_leads_nowhere_else() -> None:
     plain = ["model.safetensors", "model-00001-of-00002.safetensors", "a b", "...", "..a", ".hidden", "é", "xx:y"]
     other = [
         "",

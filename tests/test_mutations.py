@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
-from tests.launch import run
 from tests.mutation_runner import mutated
 from tests.mutations import MUTATIONS, markdown
+from tests.support.launch import run
+from tests.support.offenders import for_each
 
 ROOT = Path(__file__).parents[1]
 EVERY_KIND = ("sign flipped", "index shifted", "mask dropped")
@@ -29,7 +30,7 @@ def test_no_mutation_survives() -> None:
     assert lines[-1] == f"{len(MUTATIONS)} mutations: {len(MUTATIONS)} caught", wrong
 
 
-@pytest.mark.parametrize("name", [*ADVANTAGE_ESTIMATORS, *POLICY_LOSSES])
+@for_each("name", [*ADVANTAGE_ESTIMATORS, *POLICY_LOSSES])
 def test_every_estimator_and_loss_has_sign_index_and_mask(name: str) -> None:
     assert {f"{name}: {kind}" for kind in EVERY_KIND} <= {mutation.name for mutation in MUTATIONS}
 

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_toolkit.errors import ConfigError, RLHFError
 from rlhf_toolkit.plugins import arguments_for, find, load_function
+from tests.support.offenders import for_each
 
 
 def write(path: Path, text: str) -> Path:
@@ -99,8 +100,8 @@ def test_a_name_that_a_module_makes_on_demand(tmp_path: Path) -> None:
     assert function is len
 
 
-@pytest.mark.parametrize("spec", ["", "reward.py", "reward", ":f", "reward.py:", ":"])
-def test_no_function_named(spec: str) -> None:
+@for_each("spec", ["", "reward.py", "reward", ":f", "reward.py:", ":"])
+def test_a_name_of_no_function_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_function(spec, "reward.function")
     assert message_of(caught) == (

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.reference_vectors import EVALUATORS, Case, differences, main, output_for
+from tests.support.offenders import for_each
 
 CHECKOUT = Path(__file__).parents[1]
 STORED = CHECKOUT / "tests" / "data" / "reference_vectors"
@@ -51,8 +52,8 @@ def test_a_case_by_hand_passes(folder: Path, capsys: pytest.CaptureFixture[str])
     assert last_line(capsys) == "1 passed, 0 failed"
 
 
-@pytest.mark.parametrize(
-    ("expected", "message"),
+@for_each(
+    "expected, message",
     [
         ({"advantages_where_mask": [[-1.5, 2.0, 0.0, 1e-3]]}, "advantages_where_mask differs by up to 0.001"),
         ({"returns_where_mask": [[2.5, 4.0001, 8.0, 0.0]]}, "returns_where_mask differs by up to 0.0001"),
@@ -150,7 +151,7 @@ def test_the_stored_vectors_pass_and_cover_what_is_known(capsys: pytest.CaptureF
     assert last_line(capsys) == f"{len(EVALUATORS)} passed, 0 failed"
 
 
-@pytest.mark.parametrize("stem", sorted(EVALUATORS))
+@for_each("stem", sorted(EVALUATORS))
 def test_a_stored_case_with_any_of_its_numbers_changed_fails(tmp_path: Path, stem: str) -> None:
     (stored,) = json.loads((STORED / f"{stem}.json").read_text())
     compared = [key for key in stored["expected"] if not key.startswith("metric_")]

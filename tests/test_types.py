@@ -10,6 +10,7 @@ import torch
 
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.types import Experience, Prompt, PromptBatch, Rollout
+from tests.support.offenders import for_each
 
 ROWS, WIDTH, TOTAL = 3, 4, 7
 PER_ROW = ("prompt_lengths", "response_lengths")
@@ -39,8 +40,8 @@ def test_a_rollout_has_one_shape(name: str) -> None:
         replace(rollout(), **{name: torch.zeros(ROWS + 1, WIDTH)})
 
 
-@pytest.mark.parametrize("name", [*PER_ROW, *PER_TOKEN])
-@pytest.mark.parametrize("wrong", [(ROWS, WIDTH + 1), (ROWS - 1, WIDTH), (ROWS, 1), (ROWS, WIDTH, 1), (1,)])
+@for_each("name", [*PER_ROW, *PER_TOKEN])
+@for_each("wrong", [(ROWS, WIDTH + 1), (ROWS - 1, WIDTH), (ROWS, 1), (ROWS, WIDTH, 1), (1,)])
 def test_an_experience_has_one_shape(name: str, wrong: tuple[int, ...]) -> None:
     expected = (ROWS,) if name in PER_ROW else (ROWS, WIDTH)
     with pytest.raises(DataError) as error:
@@ -65,7 +66,7 @@ def test_prompts_and_sample_numbers_go_together() -> None:
         PromptBatch((prompt, prompt), (0,))
 
 
-def test_length_and_lengths() -> None:
+def test_an_experience_knows_its_rows_and_their_lengths() -> None:
     assert len(experience()) == ROWS
     assert experience().lengths() == [7, 3, 3]
 

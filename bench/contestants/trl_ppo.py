@@ -74,7 +74,8 @@ class FunctionRewardModel(torch.nn.Module):
 
     def __init__(self, reward: Callable[[list[str]], list[float]], tokenizer: Any) -> None:
         super().__init__()
-        self.config = PretrainedConfig(hidden_size=1)
+        settings: dict[str, Any] = {"hidden_size": 1}
+        self.config = PretrainedConfig(**settings)
         self.model = Backbone(reward, tokenizer)
         self.score = torch.nn.Identity()
 

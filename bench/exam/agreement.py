@@ -15,6 +15,8 @@ import torch
 from common import machine, prepared, versions
 from exam.subject import DEVICE, Exam, config_of, made_on, random_base, relative, sections_of, wait
 
+from tests.support.values import there
+
 IMPORTED = ("deepspeed", "peft", "datasets", "pyarrow", "trl.experimental.ppo", "wandb", "vaderSentiment")
 NEEDED = IMPORTED[:4]
 CLOSE = 1e-4
@@ -213,8 +215,8 @@ def kernel_errors(exam: Exam, window: int | None) -> dict[str, float]:
     def run(dtype: torch.dtype, *, dense: bool) -> list[torch.Tensor]:
         parts = [part.to(dtype).detach().requires_grad_() for part in (q, k, v)]
         if dense:
-            rows = (part.transpose(1, 2) for part in parts)
-            output = attention._in_buckets(*rows, scale, window)
+            query, key, value = (part.transpose(1, 2) for part in parts)
+            output = attention._in_buckets(query, key, value, scale, window)
         else:
             output = attention(*parts, scale=scale, window=window)
         return [output, *torch.autograd.grad(output, parts, seed.transpose(1, 2).to(dtype))]
@@ -260,7 +262,7 @@ def model_pass(exam: Exam, dtype: torch.dtype, *, packs: bool) -> dict[str, torc
     (out.policy_logprobs.mean() + out.token_values.square().mean()).backward()
     groups = {
         f"gradient of {role}'s {part}": torch.cat(
-            [p.grad.flatten() for n, p in shared.named_parameters() if f"{part}.{role}" in n]
+            [there(p.grad).flatten() for n, p in shared.named_parameters() if f"{part}.{role}" in n]
         )
         for role in ("policy", "value")
         for part in ("lora_A", "lora_B")

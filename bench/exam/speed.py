@@ -65,7 +65,8 @@ def ours(exam: Exam, shape: str) -> dict[str, Any]:
     with made_on():
         run = prepared(sections, stops=False)
     trainer = run.trainer
-    model, loader, found = trainer.model, iter(trainer.get_train_dataloader()), {}
+    model, loader = trainer.model, iter(trainer.get_train_dataloader())
+    found: dict[str, Any] = {}
     optimizer = trainer.create_optimizer()
     placement = trainer.maker.responder.sampler.place(model)
     for _ in range(2):

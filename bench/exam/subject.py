@@ -19,7 +19,7 @@ from common import GPU_SHAPES, ROOT, experiment, known
 from rlhf_toolkit.models.attention import ROLE_ATTENTION
 
 sys.path.insert(0, str(ROOT))
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNSTOPPED = {"ppo__first_ratio_tolerance": 100.0}  # where a section measures what would stop a run

@@ -12,7 +12,8 @@ from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS, WHITENED, g
 from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import reward_to_go
 from rlhf_toolkit.plugins import takes
-from tests.algorithms.batches import MASK, blank_outside, like_mask, noise, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, noise, poisoned, real, widened
+from tests.support.offenders import for_each
 
 
 def gae_by_row(
@@ -54,7 +55,7 @@ def test_bootstrap_agrees_with_the_double_sum() -> None:
 
 
 def test_no_bootstrap_is_a_bootstrap_of_zero() -> None:
-    knobs = {"gamma": 0.9, "gae_lambda": 0.8}
+    knobs: dict[str, Any] = {"gamma": 0.9, "gae_lambda": 0.8}
     without = gae(like_mask(5), like_mask(6), MASK, **knobs)
     zero = gae(like_mask(5), like_mask(6), MASK, **knobs, bootstrap=torch.zeros(5))
     assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
@@ -84,7 +85,8 @@ def test_a_perfect_value_function_leaves_no_advantage() -> None:
 
 
 def test_a_hole_is_as_if_it_were_not_there() -> None:
-    rewards, values, knobs = like_mask(12), like_mask(13), {"gamma": 0.9, "gae_lambda": 0.8}
+    rewards, values = like_mask(12), like_mask(13)
+    knobs: dict[str, Any] = {"gamma": 0.9, "gae_lambda": 0.8}
     holed = gae(rewards[1:2], values[1:2], MASK[1:2], **knobs)
     kept = MASK[1]
     closed = gae(rewards[1:2, kept], values[1:2, kept], torch.ones(1, 4, dtype=torch.bool), **knobs)
@@ -100,7 +102,7 @@ def test_outside_the_mask_all_is_zero_and_an_empty_row_is_no_trouble() -> None:
 
 def test_more_padding_changes_no_bit() -> None:
     bootstrap = noise(5, seed=18)
-    knobs = {"gamma": 0.99, "gae_lambda": 0.95, "bootstrap": bootstrap}
+    knobs: dict[str, Any] = {"gamma": 0.99, "gae_lambda": 0.95, "bootstrap": bootstrap}
     narrow = gae(like_mask(16), like_mask(17), MASK, **knobs)
     wide = gae(widened(like_mask(16)), widened(like_mask(17)), widened(MASK), **knobs)
     assert all(torch.equal(a, b[:, :7]) for a, b in zip(narrow, wide, strict=True))
@@ -125,7 +127,7 @@ def test_a_lambda_for_each_row_is_that_row_alone() -> None:
 @pytest.mark.parametrize("value_lambda", [1.0, 0.9])
 def test_vapo_agrees_with_the_double_sum_row_by_row(value_lambda: float) -> None:
     rewards, values, bootstrap = like_mask(21), like_mask(22), noise(5, seed=23)
-    knobs = {"gamma": 0.98, "value_lambda": value_lambda, "alpha": 0.4, "bootstrap": bootstrap}
+    knobs: dict[str, Any] = {"gamma": 0.98, "value_lambda": value_lambda, "alpha": 0.4, "bootstrap": bootstrap}
     advantages, returns = vapo(poisoned(rewards), poisoned(values), MASK, **knobs)
     seen = set()
     for b, length in enumerate([7, 4, 1, 3, 2]):
@@ -187,7 +189,7 @@ def offered(name: str, **changes: Tensor) -> dict[str, Any]:
     return {key: value for key, value in (batch | changes).items() if takes(ADVANTAGE_ESTIMATORS[name], key)}
 
 
-EVERY = pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
+EVERY = for_each("name", ADVANTAGE_ESTIMATORS)
 
 
 @EVERY

@@ -15,7 +15,8 @@ from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES, aggregate
 from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS, PolicyLossTerms
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.plugins import takes
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.offenders import for_each
 
 SELECTED = torch.zeros_like(MASK)
 SELECTED[0, [1, 4]] = SELECTED[1, 4] = SELECTED[4, 1] = SELECTED[3, 6] = True  # the last is not a real token
@@ -30,7 +31,8 @@ KNOBS: dict[str, Any] = {
     "kl_cov_coef": 0.4,
     "selected": SELECTED,
 }
-EVERY = pytest.mark.parametrize("name", POLICY_LOSSES)
+EVERY = pytest.mark.parametrize("name", POLICY_LOSSES)  # a test for each: tests.mutations names them
+EACH = for_each("name", POLICY_LOSSES)
 
 
 def price(name: str, *tensors: Tensor, mask: Tensor = MASK, **changes: Any) -> PolicyLossTerms:
@@ -126,7 +128,7 @@ def test_loss_and_gradient_are_the_formula_written_out(name: str) -> None:
         for b, t in real():
             at = [each for each in real() if each[0] == b]
             row = [(now[x].item(), advantages[x].item(), now[x].item() - old[x].item()) for x in at]
-            loss, slope = WRITTEN_OUT[name](row, at.index((b, t)), SELECTED[b, t].item())
+            loss, slope = WRITTEN_OUT[name](row, at.index((b, t)), bool(SELECTED[b, t]))
             assert terms.per_token[b, t].item() == pytest.approx(loss, rel=2e-5, abs=2e-6)
             assert slopes[b, t].item() == pytest.approx(slope, rel=2e-5, abs=2e-6)
             assert terms.ratio[b, t].item() == pytest.approx(math.exp(row[at.index((b, t))][2]), rel=1e-5)
@@ -154,7 +156,7 @@ def test_nothing_outside_the_mask_reaches_loss_or_gradient(name: str) -> None:
     assert all(map(blank_outside, (per_token, clipped, dual_clipped, ratio - 1, slopes)))
 
 
-@EVERY
+@EACH
 def test_an_empty_row_costs_nothing(name: str) -> None:
     mask = MASK.clone()
     mask[2:4] = False
@@ -163,9 +165,9 @@ def test_an_empty_row_costs_nothing(name: str) -> None:
     assert blank_outside(terms.per_token, mask) and blank_outside(gradient(terms, logprobs), mask)
 
 
-@EVERY
-@pytest.mark.parametrize("mode", AGGREGATION_MODES)
-@pytest.mark.parametrize("cuts", [(1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
+@EACH
+@for_each("mode", AGGREGATION_MODES)
+@for_each("cuts", [(1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
 def test_how_rows_are_cut_does_not_matter(name: str, mode: str, cuts: tuple[int, ...]) -> None:
     tensors = [like_mask(seed) for seed in (17, 18, 19)]
     tensors[1] = tensors[0] + 0.3 * tensors[1]
@@ -182,7 +184,7 @@ def test_how_rows_are_cut_does_not_matter(name: str, mode: str, cuts: tuple[int,
         torch.testing.assert_close(in_pieces, whole, rtol=1e-5, atol=1e-7)
 
 
-@EVERY
+@EACH
 def test_rows_in_another_order_cost_the_same(name: str) -> None:
     order, tensors = torch.tensor([3, 0, 4, 1, 2]), [like_mask(seed) for seed in (20, 21, 22)]
     straight = price(name, *tensors)
@@ -191,7 +193,7 @@ def test_rows_in_another_order_cost_the_same(name: str) -> None:
         torch.testing.assert_close(b, a[order], rtol=1e-6, atol=1e-7)
 
 
-@EVERY
+@EACH
 def test_more_padding_costs_the_same(name: str) -> None:
     tensors = [like_mask(seed) for seed in (23, 24, 25)]
     narrow = price(name, *tensors)
@@ -200,7 +202,7 @@ def test_more_padding_costs_the_same(name: str) -> None:
         torch.testing.assert_close(b[:, :7], a, rtol=1e-6, atol=1e-7)
 
 
-@EVERY
+@EACH
 def test_the_gradient_of_an_unmoved_policy_is_minus_the_advantage(name: str) -> None:
     # Every loss is REINFORCE at first order; geo_mean with the row's mean advantage. Chosen tokens are left out.
     logprobs, advantages = like_mask(26).requires_grad_(), like_mask(27)
@@ -231,7 +233,7 @@ def test_weights_are_constants_that_multiply(name: str) -> None:
     assert weights.grad is None and advantages.grad is None and not again.ratio.requires_grad
 
 
-@EVERY
+@EACH
 def test_every_loss_is_called_alike(name: str) -> None:
     parameters = signature(POLICY_LOSSES[name]).parameters
     assert [*parameters][:4] == ["logprobs", "old_logprobs", "advantages", "mask"]
@@ -286,6 +288,6 @@ def test_gspo_bounds_the_ratio_of_a_sequence() -> None:
         ("vanilla", {"dual_clip": 1.0}, r"dual_clip=1\.0 must be above 1"),
     ],
 )
-def test_a_constant_that_cannot_work_is_named(name: str, changes: dict[str, float], message: str) -> None:
+def test_a_constant_that_cannot_work_is_named(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         price(name, *(like_mask(35),) * 3, **changes)

@@ -11,9 +11,10 @@ import torch
 
 from rlhf_toolkit.algorithms import evaluation
 from rlhf_toolkit.algorithms.evaluation import estimate, majority_at_k, pass_at_k, win_rate
+from tests.support.offenders import for_each
 
 
-@pytest.mark.parametrize(("samples", "passed"), [(1, 0), (1, 1), (5, 0), (5, 2), (7, 6), (7, 7)])
+@for_each("samples, passed", [(1, 0), (1, 1), (5, 0), (5, 2), (7, 6), (7, 7)])
 def test_pass_at_k_is_the_share_of_subsets_that_hold_one_that_passes(samples: int, passed: int) -> None:
     marks = [i < passed for i in range(samples)]
     for k in range(1, samples + 1):
@@ -40,7 +41,7 @@ def by_draws(answers: list[str | None], right: str, k: int) -> float:
     return total / len(subsets)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "answers",
     [["a"], [None], ["a", "b", "b"], ["a", None, "b", "a", "c"], ["b", "b", "a", "a", None, None, "c"]],
 )

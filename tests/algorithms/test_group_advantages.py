@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.algorithms.group_advantages import dr_grpo, grpo, opo, reinforce_plus_plus_baseline, rloo
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.offenders import for_each
 
 GROUPS = torch.tensor([7, -2, 7, 7, 5])
 """Rows 0, 2 and 3 answer one prompt; 1 and 4 are alone. Numbers are names, neither sorted nor small."""
 
 Estimator = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-ALL = pytest.mark.parametrize("estimate", [grpo, dr_grpo, rloo, reinforce_plus_plus_baseline, opo])
+ESTIMATORS = [grpo, dr_grpo, rloo, reinforce_plus_plus_baseline, opo]
+ALL = pytest.mark.parametrize("estimate", ESTIMATORS)  # a test for each: tests.mutations names them
+EACH = for_each("estimate", ESTIMATORS)
 
 
 def one_row(scores: list[float], lengths: list[int], me: int, name: str) -> float:
@@ -58,8 +61,8 @@ def test_agrees_with_a_plain_loop_with_poison_outside(estimate: Estimator) -> No
     assert advantages.dtype == returns.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("estimate", "expected"),
+@for_each(
+    "estimate, expected",
     [
         (grpo, [-1.0, 0.0, 1.0]),
         (dr_grpo, [-2.0, 0.0, 2.0]),
@@ -82,8 +85,8 @@ def test_opo_weighs_by_length() -> None:
     assert advantages.tolist() == [[-3.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 
 
-@ALL
-@pytest.mark.parametrize("score", [1.7, 0.1, -3.3])
+@EACH
+@for_each("score", [1.7, 0.1, -3.3])
 def test_equal_scores_have_an_advantage_of_exactly_zero(estimate: Estimator, score: float) -> None:
     # In float32 the mean of three times 1.7 is not 1.7, and grpo would divide the difference by 1e-6.
     advantages, _ = estimate(*rewards_of([score] * 7), torch.tensor([0, 0, 0, 1, 1, 1, 1]))
@@ -96,7 +99,7 @@ def test_a_response_alone_keeps_its_score(estimate: Estimator) -> None:
     torch.testing.assert_close(advantages.flatten(), torch.tensor([3.0, -2.0]), rtol=2e-6, atol=0)
 
 
-@ALL
+@EACH
 def test_an_empty_row_counts_with_score_zero(estimate: Estimator) -> None:
     mask = MASK.clone()
     mask[2] = False
@@ -105,14 +108,14 @@ def test_an_empty_row_counts_with_score_zero(estimate: Estimator) -> None:
     torch.testing.assert_close(advantages, by_loop(rewards, mask, GROUPS, estimate.__name__))
 
 
-@ALL
+@EACH
 def test_a_group_without_a_real_token_is_no_trouble(estimate: Estimator) -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     advantages, returns = estimate(torch.full((2, 3), torch.nan), nothing, torch.tensor([0, 0]))
     assert blank_outside(advantages, nothing) and blank_outside(returns, nothing)
 
 
-@ALL
+@EACH
 def test_the_order_of_rows_and_the_numbers_of_groups_do_not_matter(estimate: Estimator) -> None:
     rewards, order = like_mask(2), torch.tensor([3, 1, 4, 0, 2])
     straight, _ = estimate(rewards, MASK, GROUPS)
@@ -120,7 +123,7 @@ def test_the_order_of_rows_and_the_numbers_of_groups_do_not_matter(estimate: Est
     torch.testing.assert_close(shuffled, straight[order], rtol=1e-6, atol=1e-7)
 
 
-@ALL
+@EACH
 def test_more_padding_changes_no_number(estimate: Estimator) -> None:
     rewards = like_mask(3)
     for narrow, wide in zip(

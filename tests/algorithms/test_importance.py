@@ -20,7 +20,8 @@ from rlhf_toolkit.algorithms.importance import (
     truncated_token_weights,
 )
 from rlhf_toolkit.errors import ConfigError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.offenders import for_each
 
 BOTH = pytest.mark.parametrize("weigh", [truncated_token_weights, truncated_sequence_weights])
 
@@ -164,11 +165,11 @@ def test_a_masking_correction_by_name_has_its_range(kind: str, weigh: Callable[.
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_a_floor_says_nothing_to_truncation(kind: str) -> None:
     found = [Correction(kind, 1.5, floor).weights(like_mask(5), like_mask(6), MASK) for floor in (0.0, 1.0)]
-    assert found[0] is not None and found[1] is not None and torch.equal(*found)
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
+@for_each(
+    "settings, message",
     [
         ({"floor": -0.1}, r"floor=-0\.1 must be from 0 to 1"),
         ({"floor": 1.1}, r"floor=1\.1 must be from 0 to 1"),

@@ -4,9 +4,8 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 import rlhf_toolkit.algorithms
+from tests.support.offenders import for_each
 
 MODULES = sorted(Path(rlhf_toolkit.algorithms.__file__).parent.glob("*.py"))
 
@@ -26,7 +25,7 @@ def is_pure(name: str) -> bool:
     return own or name == "torch" or name.split(".")[0] in sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@for_each("module", MODULES, ids=lambda path: path.stem)
 def test_a_module_imports_only_torch_and_the_errors(module: Path) -> None:
     assert {name for name in imported(module.read_text()) if not is_pure(name)} == set()
 

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
 from rlhf_toolkit.errors import ConfigError
+from tests.support.offenders import for_each
 
 
 def test_fixed_stays() -> None:
@@ -14,8 +15,8 @@ def test_fixed_stays() -> None:
     assert control.coefficient == 0.1
 
 
-@pytest.mark.parametrize(
-    ("kl", "expected"),
+@for_each(
+    "kl, expected",
     [
         (6.0, 0.5),  # on target
         (6.6, 0.5 * (1 + 0.1 * 100 / 1000)),  # a tenth above
@@ -42,7 +43,8 @@ def test_the_coefficient_is_the_whole_state() -> None:
     run, resumed = AdaptiveKL(0.2, 6.0, 1000), AdaptiveKL(0.7, 6.0, 1000)
     run.update(9.0, 64)
     resumed.coefficient = run.coefficient
-    run.update(3.0, 64), resumed.update(3.0, 64)
+    run.update(3.0, 64)
+    resumed.update(3.0, 64)
     assert resumed == run
 
 

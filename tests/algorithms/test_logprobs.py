@@ -5,7 +5,7 @@ import math
 import torch
 
 from rlhf_toolkit.algorithms.logprobs import bounded_exp, log_ratio
-from tests.algorithms.batches import MASK, like_mask, poisoned
+from tests.support.batches import MASK, like_mask, poisoned
 
 
 def test_log_ratio_is_now_minus_then_and_zero_outside() -> None:

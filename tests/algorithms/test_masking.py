@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms import masking
 from rlhf_toolkit.errors import DataError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real
+from tests.support.values import there
 
 
 def test_response_mask_marks_the_first_tokens() -> None:
@@ -30,7 +31,7 @@ def test_last_index_of_an_empty_row_is_minus_one() -> None:
 def test_zero_outside_keeps_nan_out_of_result_and_gradient() -> None:
     x = poisoned(like_mask(0)).requires_grad_()
     masking.zero_outside(x, MASK).square().sum().backward()
-    assert torch.equal(x.grad, torch.where(MASK, 2 * x, 0.0))
+    assert torch.equal(there(x.grad), torch.where(MASK, 2 * x, 0.0))
 
 
 def test_sum_and_mean_are_those_of_the_listed_tokens() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES, vanilla
 from rlhf_toolkit.errors import ConfigError
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.values import there
 
-KNOBS = {"clip_range_low": 0.2, "clip_range_high": 0.28, "dual_clip": 3.0}
+KNOBS: dict[str, Any] = {"clip_range_low": 0.2, "clip_range_high": 0.28, "dual_clip": 3.0}
 
 
 def ppo_token(ratio: float, advantage: float, low: float, high: float, dual: float | None) -> tuple[float, bool, bool]:
@@ -22,13 +24,13 @@ def ppo_token(ratio: float, advantage: float, low: float, high: float, dual: flo
     return -objective, limited < surrogate, False
 
 
-def by_token(ratios: list[float], advantages: list[float], **knobs: float | None) -> tuple[Tensor, ...]:
+def by_token(ratios: list[float], advantages: list[float], **knobs: Any) -> tuple[Tensor, ...]:
     """``vanilla`` on one row of given ratios, with the gradient of the summed loss to the log-probs."""
     logprobs = (torch.tensor([ratios]).log() - 1.5).requires_grad_()
     old = torch.full_like(logprobs, -1.5).detach()
     terms = vanilla(logprobs, old, torch.tensor([advantages]), torch.ones(1, len(ratios), dtype=torch.bool), **knobs)
     terms.per_token.sum().backward()
-    return terms.per_token.detach()[0], terms.clipped[0], terms.dual_clipped[0], logprobs.grad[0]
+    return terms.per_token.detach()[0], terms.clipped[0], terms.dual_clipped[0], there(logprobs.grad)[0]
 
 
 def test_the_six_cases_by_hand() -> None:
@@ -62,7 +64,7 @@ def test_a_ratio_exactly_at_the_dual_clip_is_not_cut() -> None:
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_agrees_with_a_plain_loop(dual_clip: float | None) -> None:
     now, old, advantages = like_mask(0), like_mask(1), like_mask(2)
-    knobs = {"clip_range_low": 0.1, "clip_range_high": 0.4, "dual_clip": dual_clip}
+    knobs: dict[str, Any] = {"clip_range_low": 0.1, "clip_range_high": 0.4, "dual_clip": dual_clip}
     terms = vanilla(poisoned(now), poisoned(old), poisoned(advantages), MASK, **knobs)
     seen = set()
     for at in real():
@@ -99,10 +101,11 @@ def test_the_log_ratio_is_bounded() -> None:
 
 def test_what_is_masked_reaches_neither_loss_nor_gradient() -> None:
     logprobs = poisoned(like_mask(8)).requires_grad_()
-    others = [poisoned(like_mask(seed)) for seed in (9, 10)]
+    others = (poisoned(like_mask(9)), poisoned(like_mask(10)))
     terms = vanilla(logprobs, *others, MASK, **KNOBS, weights=poisoned(like_mask(11).abs()))
     terms.per_token.sum().backward()
-    assert all(map(blank_outside, (terms.per_token, terms.clipped, terms.dual_clipped, terms.ratio - 1, logprobs.grad)))
+    reached = (terms.per_token, terms.clipped, terms.dual_clipped, terms.ratio - 1, there(logprobs.grad))
+    assert all(blank_outside(each) for each in reached)
 
 
 def test_weights_multiply_loss_and_gradient() -> None:
@@ -125,9 +128,10 @@ def test_gradient_goes_to_the_policy_alone() -> None:
 
 
 def test_more_padding_changes_no_bit() -> None:
-    tensors = [like_mask(seed) for seed in (20, 21, 22)]
+    tensors = (like_mask(20), like_mask(21), like_mask(22))
     narrow = vanilla(*tensors, MASK, **KNOBS)
-    wide = vanilla(*map(widened, tensors), widened(MASK), **KNOBS)
+    now, old, advantages = map(widened, tensors)
+    wide = vanilla(now, old, advantages, widened(MASK), **KNOBS)
     assert all(torch.equal(a, b[:, :7]) for a, b in zip(narrow, wide, strict=True))
 
 

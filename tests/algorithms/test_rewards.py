@@ -13,7 +13,7 @@ from rlhf_toolkit.algorithms.rewards import (
     whiten_scores,
 )
 from rlhf_toolkit.errors import ConfigError, DataError
-from tests.algorithms.batches import MASK, like_mask, noise, poisoned, real, widened
+from tests.support.batches import MASK, like_mask, noise, poisoned, real, widened
 
 
 def test_three_rows_by_hand() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlhf_toolkit.algorithms.token_selection import covariance_within, highest_covariance
 from rlhf_toolkit.errors import ConfigError
-from tests.algorithms.batches import MASK, like_mask, poisoned, real
+from tests.support.batches import MASK, like_mask, poisoned, real
 
 
 def stream(seed: int) -> torch.Generator:

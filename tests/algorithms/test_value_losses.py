@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
-from tests.algorithms.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.batches import MASK, blank_outside, like_mask, poisoned, real, widened
+from tests.support.values import there
 
 
 def test_four_tokens_by_hand() -> None:
@@ -16,7 +17,7 @@ def test_four_tokens_by_hand() -> None:
     terms.per_token.sum().backward()
     assert terms.per_token.tolist() == [[8.0, 4.5, 8.0, 2.0]]
     assert terms.clipped.tolist() == [[True, False, True, False]]
-    assert values.grad.tolist() == [[0.0, 3.0, 0.0, -2.0]]
+    assert there(values.grad).tolist() == [[0.0, 3.0, 0.0, -2.0]]
 
 
 @pytest.mark.parametrize("clip", [0.2, 0.7, None])
@@ -33,7 +34,7 @@ def test_agrees_with_a_plain_loop(clip: float | None) -> None:
 
 
 def test_no_clipping_is_the_limit_of_a_wide_range() -> None:
-    tensors = [like_mask(seed) for seed in (3, 4, 5)]
+    tensors = (like_mask(3), like_mask(4), like_mask(5))
     plain = clipped_value_loss(*tensors, MASK, value_clip_range=None)
     wide = clipped_value_loss(*tensors, MASK, value_clip_range=1e6)
     assert all(torch.equal(a, b) for a, b in zip(plain, wide, strict=True))
@@ -50,12 +51,13 @@ def test_what_is_masked_reaches_neither_loss_nor_gradient(clip: float | None) ->
     values, old, returns = (poisoned(like_mask(seed)).requires_grad_() for seed in (9, 10, 11))
     terms = clipped_value_loss(values, old, returns, MASK, value_clip_range=clip)
     terms.per_token.sum().backward()
-    assert all(map(blank_outside, (terms.per_token, terms.clipped, values.grad)))
+    assert all(blank_outside(each) for each in (terms.per_token, terms.clipped, there(values.grad)))
     assert old.grad is None and returns.grad is None
 
 
 def test_more_padding_changes_no_bit() -> None:
-    tensors = [like_mask(seed) for seed in (12, 13, 14)]
+    tensors = (like_mask(12), like_mask(13), like_mask(14))
     narrow = clipped_value_loss(*tensors, MASK, value_clip_range=0.2)
-    wide = clipped_value_loss(*map(widened, tensors), widened(MASK), value_clip_range=0.2)
+    values, old, returns = map(widened, tensors)
+    wide = clipped_value_loss(values, old, returns, widened(MASK), value_clip_range=0.2)
     assert all(torch.equal(a, b[:, :7]) for a, b in zip(narrow, wide, strict=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, environment_of_tests
+from tests.support.launch import ROOT, environment_of_tests
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu_exam

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -89,13 +89,14 @@ class GpuModule(_DummyBackendModule):
 _setup_privateuseone_for_python_backend(NAME, backend_module=GpuModule())
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) must come by here
 GPU = torch.device(NAME, 0)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class OnGpu(Tensor):
     """A tensor that says it lies on the GPU; ``numbers`` are its own, on the CPU."""
 
     numbers: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> OnGpu:
@@ -134,7 +135,7 @@ class OnGpu(Tensor):
         return f"OnGpu({self.numbers})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} ran on the pretended GPU outside of Rules")
 
 
@@ -263,7 +264,7 @@ class Rules(TorchDispatchMode):
             self.lines[f"{_line()} {what}"] += 1
 
 
-def to_gpu(module: nn.Module) -> nn.Module:
+def to_gpu(module: Module) -> Module:
     """``module`` with parameters and buffers on the pretended GPU. The parameters are other ones than before."""
     with Rules():
         return module.to(GPU)

@@ -14,10 +14,10 @@ from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.decoding_weights import EXACT, KINDS, MERGED, decoding_weights
 from rlhf_toolkit.rollout.decoding import Alone, Sampling, _Decoding, decode
 from rlhf_toolkit.types import Rollout
-from tests.builders import tiny_tokenizer
 from tests.cuda_rules.device import GPU, MixedDevices, Rules, to_gpu
 from tests.cuda_rules.subjects import prompts, shared_base
-from tests.tiny import WORDS
+from tests.support.builders import tiny_tokenizer
+from tests.support.tiny import WORDS
 
 STOP, ABSENT = 1, -1
 OPTIONS: dict[str, dict[str, Any]] = {

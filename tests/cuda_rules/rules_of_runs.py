@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from rlhf_toolkit.algorithms import evaluation
-from rlhf_toolkit.runs.evaluation import BASE, evaluate
+from rlhf_toolkit.runs.evaluation import BASE, compare_contestants
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.cuda_rules.subjects import on_both, saved, unlike
 from tests.rollout.test_model_rewards import write_reward_adapter, write_reward_model
 from tests.rollout.test_turns import ENVIRONMENT
-from tests.tiny import merged, tiny_llama, write_task
+from tests.support.tiny import merged, tiny_llama, write_task
 from tests.trainers.test_fine_tuning import KINDS
 from tests.trainers.test_fine_tuning import sections as fine_tuning_sections
 
@@ -114,15 +114,15 @@ def test_supervised_runs(tmp_path: Path, case: str) -> None:
 
 
 def test_a_resumed_run_and_its_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer's state goes to a checkpoint and comes back; ``rlhf evaluate`` loads what was saved."""
+    """The optimizer's state goes to a checkpoint and comes back; ``rlhf compare_contestants`` loads what was saved."""
 
     def run(folder: Path) -> list[float]:
         task = write_task(folder, model=tiny_llama(initializer_range=0.2))
         held_out = {"data.evaluation": str(folder / "heldout.jsonl"), "run.save_every": 1, "run.evaluation_samples": 2}
         for rollouts in (1, 2):
-            experiment = experiment_from_dict(merged(task, {**SMALL, **held_out, "ppo.num_rollouts": rollouts}))
+            experiment: Any = experiment_from_dict(merged(task, {**SMALL, **held_out, "ppo.num_rollouts": rollouts}))
             prepare(experiment, resume=rollouts > 1).train()
-        found = evaluate(experiment, [BASE, str(folder / "run/policy")]).estimates
+        found = compare_contestants(experiment, [BASE, str(folder / "run/policy")]).estimates
         return [value.mean for ways in found.values() for values in ways.values() for value in values.values()]
 
     monkeypatch.setattr(evaluation, "DRAWS", 10)  # of the bootstrap, which is the CPU's

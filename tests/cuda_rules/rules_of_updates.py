@@ -48,7 +48,7 @@ def a_step(folder: Path, changes: dict[str, Any]) -> tuple[int, Rules]:
         trainer = ppo_trainer(folder, changes)
         trainer.loss = replace(trainer.loss, kl_stop=0.5, correction=Correction("sequence"), **TERMS)
         trainer.create_optimizer()
-        trainer.state.global_step = trainer.schedule[1] * trainer.schedule[2]
+        trainer.state.global_step = trainer.schedule.updates_per_rollout
         rows = {**next(iter(trainer.get_train_dataloader())), "fresh": torch.tensor(False)}
         with Rules(traced=True) as rules:
             trainer.training_step(trainer.model, rows)

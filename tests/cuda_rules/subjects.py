@@ -19,8 +19,9 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Prompt, PromptBatch
 from tests.cuda_rules.device import NAME, Rules, numbers
-from tests.roles import tiny_shared
-from tests.tiny import merged, tiny_llama, write_task
+from tests.support.roles import tiny_shared
+from tests.support.tiny import merged, tiny_llama, write_task
+from tests.support.values import there
 
 TEMPLATE = (7, 8, 9, 10, 11, 12, 13, 14, 15)
 """What all prompts begin with, so that prefixes are shared."""
@@ -38,7 +39,7 @@ def shared_base(
     *, dtype: torch.dtype = torch.float32, layers: int = 2, roles: Sequence[str] = ("policy", "value"), **options: Any
 ) -> SharedBase:
     """A SharedBase on the attention that the toolkit loads models with; the same weights every time."""
-    base = tiny_llama(
+    base: Any = tiny_llama(
         num_hidden_layers=layers, initializer_range=0.2, attn_implementation="sdpa_roles", max_position_embeddings=64
     )
     return tiny_shared(base.to(dtype), roles=roles, **options).eval()
@@ -105,7 +106,7 @@ def on_both(work: Callable[[Path], Any], folder: Path) -> tuple[Any, Any]:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Those of all trained parameters, as plain numbers; a parameter without one is an error."""
-    return {name: numbers(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: numbers(there(p.grad)).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
@@ -122,5 +123,7 @@ def unlike(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: 
         for name in sorted(found.keys() | expected.keys())
         if name not in found
         or name not in expected
-        or not bool((found[name] - expected[name]).abs().max() <= tolerance * max(1e-3, expected[name].abs().max()))
+        or not bool(
+            (found[name] - expected[name]).abs().max() <= tolerance * max(1e-3, float(expected[name].abs().max()))
+        )
     ]

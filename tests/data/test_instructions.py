@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_toolkit.data.instructions import Example, ExampleSet, tokenise_examples
 from rlhf_toolkit.data.prompts import load_rows, tokenise_prompts
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
+from tests.support.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
+from tests.support.offenders import for_each
 
 CHATML_TOKENIZERS = chatml_tokenizers()
-BY_TOKENIZER = pytest.mark.parametrize(
-    ("tokenizer", "default_system"), CHATML_TOKENIZERS.values(), ids=CHATML_TOKENIZERS.keys()
-)
+BY_TOKENIZER = for_each(("tokenizer", "default_system"), CHATML_TOKENIZERS.values(), ids=CHATML_TOKENIZERS.keys())
 
 
 def examples(rows: list[dict[str, Any]] | datasets.Dataset, tokenizer: Any = None, **changed: Any) -> ExampleSet:
@@ -77,7 +76,7 @@ def random_conversation(seed: int) -> list[dict[str, Any]]:
 
 
 @BY_TOKENIZER
-@pytest.mark.parametrize("seed", range(6))
+@for_each("seed", range(6))
 def test_trained_tokens_spell_the_assistant_s_messages_and_end_of_turn(
     tokenizer: PreTrainedTokenizerBase, default_system: str | None, seed: int
 ) -> None:
@@ -151,10 +150,10 @@ def test_an_example_checks_its_mask() -> None:
 HELLO = "<user> hello <assistant> world </s>"
 
 
-@pytest.mark.parametrize("name", ["completion", "response"])
-@pytest.mark.parametrize("prompt", ["hello", ask("hello")])
-@pytest.mark.parametrize("response", ["world", [said("assistant", "world")]])
-@pytest.mark.parametrize("chat_template", [True, False])
+@for_each("name", ["completion", "response"])
+@for_each("prompt", ["hello", ask("hello")])
+@for_each("response", ["world", [said("assistant", "world")]])
+@for_each("chat_template", [True, False])
 def test_prompt_and_response(name: str, prompt: Any, response: Any, chat_template: bool) -> None:
     """Strings or lists of messages, which always go through the template."""
     if isinstance(prompt, str) and isinstance(response, str) and not chat_template:
@@ -249,9 +248,9 @@ def adding_both() -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize("tokenizer", [word_tokenizer("{{ bos_token }} " + TURNS, bos="<s>"), adding_both()])
-@pytest.mark.parametrize(
-    ("row", "expected"),
+@for_each("tokenizer", [word_tokenizer("{{ bos_token }} " + TURNS, bos="<s>"), adding_both()])
+@for_each(
+    "row, expected",
     [
         ({"messages": ask("hello", "world")}, "<s> " + HELLO),
         ({"prompt": "hello", "completion": " world"}, "<s> hello world </s>"),
@@ -294,8 +293,8 @@ def test_long_rows_and_empty_responses_are_dropped_and_counted() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("row", "chat_template"),
+@for_each(
+    "row, chat_template",
     [
         ({"messages": ask("a", "")}, True),
         ({"messages": ask("a", " ", "b", "c")}, True),
@@ -356,8 +355,8 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         examples(load_rows(str(path), "train"))
 
 
-@pytest.mark.parametrize(
-    ("messages", "expected"),
+@for_each(
+    "messages, expected",
     [
         ([said("human", "a"), said("gpt", "b")], "unknown role 'human'; the roles are system, developer, user, assist"),
         (ask("a", "b", "c"), "the last message is of role 'user', not the assistant's: there is no response to train"),

@@ -10,6 +10,7 @@ import pytest
 from rlhf_toolkit.data import packing
 from rlhf_toolkit.data.packing import mini_batches, packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.data.segments import GrowingRow, Tokens, share_prefixes
+from tests.support.offenders import for_each
 
 LENGTHS = [random.Random(3).randint(2, 40) for _ in range(48)]
 
@@ -29,8 +30,8 @@ def test_every_name_of_the_permutation_matters() -> None:
     assert mini_batches(48, 1, **names[0])[0] == list(orders[0])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("budget", [40, 100, 1000])
+@for_each("ranks", [1, 2, 4])
+@for_each("budget", [40, 100, 1000])
 def test_each_row_once_equal_counts_and_the_budget_kept(ranks: int, budget: int) -> None:
     rows = list(range(4, 44))
     cut = padded_micro_batches(rows, LENGTHS, ranks=ranks, budget=budget)
@@ -88,8 +89,8 @@ def tokens_of(rows: list[int]) -> int:
     return share_prefixes([PROMPTS[row] for row in rows], [PACKED_LENGTHS[row] for row in rows]).tokens
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("budget", [80, 200, 10**6])
+@for_each("ranks", [1, 2, 4])
+@for_each("budget", [80, 200, 10**6])
 def test_packed_each_row_once_equal_counts_and_the_budget_kept(ranks: int, budget: int) -> None:
     rows = list(range(4, 44))
     cut = packed_micro_batches(rows, PACKED_LENGTHS, PROMPTS, ranks=ranks, budget=budget)

@@ -15,12 +15,11 @@ from rlhf_toolkit.data.instructions import tokenise_examples
 from rlhf_toolkit.data.preferences import Pair, PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
+from tests.support.chat_tokenizers import TURNS, ask, byte_tokenizer, chatml, chatml_tokenizers, said, word_tokenizer
+from tests.support.offenders import for_each
 
 CHATML_TOKENIZERS = chatml_tokenizers()
-BY_TOKENIZER = pytest.mark.parametrize(
-    ("tokenizer", "default_system"), CHATML_TOKENIZERS.values(), ids=CHATML_TOKENIZERS.keys()
-)
+BY_TOKENIZER = for_each(("tokenizer", "default_system"), CHATML_TOKENIZERS.values(), ids=CHATML_TOKENIZERS.keys())
 STRINGS = {"prompt": "hello", "chosen": "world", "rejected": "a b"}
 
 
@@ -59,7 +58,7 @@ CONVERSATIONS = [
 
 
 @BY_TOKENIZER
-@pytest.mark.parametrize("messages", CONVERSATIONS)
+@for_each("messages", CONVERSATIONS)
 def test_prompt_and_response_are_the_tokens_of_the_whole_conversation(
     tokenizer: PreTrainedTokenizerBase, default_system: str | None, messages: list[dict[str, Any]]
 ) -> None:
@@ -92,7 +91,7 @@ EXPECTED = ("<user> hello <assistant>", "world </s>", "a b </s>")
 LISTS = {"chosen": [said("assistant", "world")], "rejected": [said("assistant", "a b")]}
 
 
-@pytest.mark.parametrize(
+@for_each(
     "row",
     [
         STRINGS,
@@ -233,8 +232,8 @@ def test_mixed_types_in_a_column(tmp_path: Path, column: str) -> None:
     assert text.startswith(f"row 1: {column} [") and "is a list, but in row 0 it is a string; give the column" in text
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
+@for_each(
+    "row, expected",
     [
         ({**STRINGS, "chosen": None}, "chosen None is not a list of messages with role and content as strings"),
         ({**STRINGS, "prompt": 7}, "prompt 7 is not a list of messages with role and content as strings; repair"),

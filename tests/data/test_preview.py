@@ -11,7 +11,7 @@ from rlhf_toolkit.data.instructions import Example, ExampleSet, tokenise_example
 from rlhf_toolkit.data.preferences import tokenise_pairs
 from rlhf_toolkit.data.preview import preview
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import ask, byte_tokenizer, said, word_tokenizer
+from tests.support.chat_tokenizers import ask, byte_tokenizer, said, word_tokenizer
 
 ROWS = [
     {"messages": [said("system", "be brief"), *ask("a", "b c", "hello", "world")]},

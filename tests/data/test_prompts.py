@@ -15,9 +15,15 @@ import pytest
 from rlhf_toolkit.data.prompts import PromptSchedule, PromptSet, load_rows, tokenise_prompts
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.types import Prompt
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
+from tests.support.offenders import for_each
 
 ROWS: list[dict[str, Any]] = [{"prompt": "hello", "label": 1}, {"prompt": "a b\nc", "label": 2}]
+
+
+def table(source: str) -> Any:
+    """All rows of a source at once, which can be indexed as those of a stream cannot."""
+    return load_rows(source, "train")
 
 
 def write(path: Path, text: str) -> str:
@@ -48,7 +54,7 @@ def write_rows(path: Path) -> None:
             table.to_parquet(path)
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv", "x.parquet", "X.JSONL", "od[d] *.jsonl"])
+@for_each("name", ["x.json", "x.jsonl", "x.csv", "x.parquet", "X.JSONL", "od[d] *.jsonl"])
 def test_each_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     write_rows(tmp_path / name)
     assert list(load_rows(str(tmp_path / name), "train")) == ROWS
@@ -56,7 +62,7 @@ def test_each_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
 
 def test_json_lines_under_the_other_suffix(tmp_path: Path) -> None:
     source = write(tmp_path / "x.json", '{"prompt": "a"}\n{"prompt": "b"}\n')
-    assert load_rows(source, "train")["prompt"][:] == ["a", "b"]
+    assert table(source)["prompt"][:] == ["a", "b"]
 
 
 def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +82,7 @@ def test_an_edit_counts_even_with_the_old_size_and_time(tmp_path: Path) -> None:
     for word in ("hello", "world"):
         write(path, json.dumps({"prompt": word}))
         os.utime(path, (1e9, 1e9))
-        assert load_rows(str(path), "train")["prompt"][:] == [word]
+        assert table(str(path))["prompt"][:] == [word]
 
 
 def test_no_cache_is_left_and_rows_outlive_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +91,7 @@ def test_no_cache_is_left_and_rows_outlive_theirs(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
     write_rows(tmp_path / "x.jsonl")
-    rows = load_rows(str(tmp_path / "x.jsonl"), "train")
+    rows = table(str(tmp_path / "x.jsonl"))
     assert not list(scratch.iterdir())
     assert rows.cache_files == []
     assert not home.exists()
@@ -109,8 +115,8 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "fault"),
+@for_each(
+    "name, text, fault",
     [
         ("x.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n{"prompt": "c"}\n', "line 3: Expecting ',' delimiter"),
         ("x.jsonl", '{"prompt": "a\u2028b"}\n{"prompt" "b"}\n', "line 2: Expecting ':' delimiter"),
@@ -135,7 +141,7 @@ def test_other_encodings_name_the_line(tmp_path: Path, name: str, text: str) -> 
         load_rows(str(tmp_path / name), "train")
     assert message_of(caught) == f"cannot read {tmp_path / name}: line 2 is not UTF-8; save the file as UTF-8"
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert load_rows(str(tmp_path / name), "train")[-1]["prompt"] == "é"
+    assert table(str(tmp_path / name))[-1]["prompt"] == "é"
 
 
 def test_broken_csv_names_the_line(tmp_path: Path) -> None:
@@ -150,8 +156,8 @@ def test_broken_parquet_names_the_file(tmp_path: Path) -> None:
     assert re.search(r"cannot read .*x\.parquet \(split train\): .*; repair the file or", message_of(caught))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
+@for_each(
+    "name, text",
     [
         ("x.jsonl", ""),
         ("x.jsonl", "\n\n"),
@@ -161,7 +167,7 @@ def test_broken_parquet_names_the_file(tmp_path: Path) -> None:
         ("x.csv", ""),
     ],
 )
-def test_empty_file(tmp_path: Path, name: str, text: str) -> None:
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path / name, text), "train")
     assert str(tmp_path / name) in message_of(caught)
@@ -347,8 +353,8 @@ def test_a_prompt_of_no_tokens() -> None:
     assert message_of(caught) == "row 1: the prompt ' \\n' tokenises to nothing; fill or remove that row"
 
 
-@pytest.mark.parametrize(
-    ("values", "shown"),
+@for_each(
+    "values, shown",
     [
         ([7], "7"),
         ([[]], "[]"),
@@ -358,7 +364,7 @@ def test_a_prompt_of_no_tokens() -> None:
         ([{"role": "user", "content": "a"}], "{'role': 'user', 'content': 'a'}"),
     ],
 )
-@pytest.mark.parametrize("chat_template", [True, False])
+@for_each("chat_template", [True, False])
 def test_neither_string_nor_messages(values: list[Any], shown: str, chat_template: bool) -> None:
     with pytest.raises(DataError) as caught:
         tokenised(values, chat_template=chat_template)
@@ -405,7 +411,7 @@ def stream(size: int, per_rollout: int, seed: int, length: int) -> list[int]:
     return list(chain.from_iterable(blocks))[:length]
 
 
-@pytest.mark.parametrize("per_rollout", [1, 3, 4, 6, 7, 12])
+@for_each("per_rollout", [1, 3, 4, 6, 7, 12])
 def test_every_epoch_has_each_prompt_once(per_rollout: int) -> None:
     flow = stream(12, per_rollout, seed=0, length=60)
     epochs = [flow[i : i + 12] for i in range(0, 60, 12)]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from rlhf_toolkit.data.segments import Trie, common_prefix, share_prefixes
+from tests.support.offenders import for_each
 
 TEMPLATE = tuple(range(100, 120))
 CASES = {
@@ -18,7 +17,7 @@ CASES = {
     "one token each": [(1,)] * 20,
     "one row": [TEMPLATE],
 }
-BY_CASE = pytest.mark.parametrize("prompts", CASES.values(), ids=CASES.keys())
+BY_CASE = for_each("prompts", CASES.values(), ids=CASES.keys())
 
 
 def lengths_of(prompts: list[tuple[int, ...]]) -> list[int]:
@@ -32,7 +31,7 @@ def walk(trie: Trie, row: int) -> list[tuple[int, int]]:
 
 
 @BY_CASE
-@pytest.mark.parametrize("least", [1, 8, 30])
+@for_each("least", [1, 8, 30])
 def test_a_path_spells_its_row(prompts: list[tuple[int, ...]], least: int) -> None:
     lengths = lengths_of(prompts)
     trie = share_prefixes(prompts, lengths, least=least)
@@ -47,7 +46,7 @@ def test_a_path_spells_its_row(prompts: list[tuple[int, ...]], least: int) -> No
 
 
 @BY_CASE
-@pytest.mark.parametrize("least", [1, 8, 30])
+@for_each("least", [1, 8, 30])
 def test_every_shared_segment_saves_enough(prompts: list[tuple[int, ...]], least: int) -> None:
     trie = share_prefixes(prompts, lengths_of(prompts), least=least)
     for number, segment in enumerate(trie.segments):

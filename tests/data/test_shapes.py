@@ -14,7 +14,8 @@ from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.data.shapes import is_transcript, transcript_messages
 from rlhf_toolkit.errors import DataError
-from tests.data.chat_tokenizers import ask, byte_tokenizer, said, word_tokenizer
+from tests.support.chat_tokenizers import ask, byte_tokenizer, said, word_tokenizer
+from tests.support.offenders import for_each
 
 Row = dict[str, Any]
 
@@ -83,8 +84,8 @@ EXAMPLES: dict[str, tuple[Row, Row]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize("chat_template", [True, False])
+@for_each("name", EXAMPLES)
+@for_each("chat_template", [True, False])
 def test_an_example_of_another_tool(name: str, chat_template: bool) -> None:
     theirs, ours = EXAMPLES[name]
     found, expected = (examples([row], chat_template=chat_template).examples for row in (theirs, ours))
@@ -125,8 +126,8 @@ def test_empty_and_long_responses_are_counted() -> None:
         assert (found.dropped, found.total) == ({"empty response": 1, "too long": 1}, 3)
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
+@for_each(
+    "row, expected",
     [
         (
             {"conversations": [turn("alien", "a"), turn("gpt", "b")]},
@@ -232,8 +233,8 @@ PAIRS: dict[str, tuple[Row, Row]] = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("chat_template", [True, False])
+@for_each("name", PAIRS)
+@for_each("chat_template", [True, False])
 def test_a_pair_of_another_tool(name: str, chat_template: bool) -> None:
     theirs, ours = PAIRS[name]
     found, expected = (pairs([row], chat_template=chat_template).pairs for row in (theirs, ours))
@@ -270,8 +271,8 @@ def test_pairs_that_are_counted() -> None:
     assert pairs(rows, max_tokens=99).dropped == expected
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
+@for_each(
+    "row, expected",
     [
         (
             {"chosen": transcript("a", "b"), "rejected": "c"},

@@ -20,7 +20,8 @@ from rlhf_toolkit.runs.task import load_prompts
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.data.chat_tokenizers import ask, said, word_tokenizer
+from tests.support.chat_tokenizers import ask, said, word_tokenizer
+from tests.support.offenders import for_each
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"a {'b ' * number}", "completion": "c", "chosen": "hello", "rejected": "world", "margin": number}
@@ -59,8 +60,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what is read ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "od[d] *.jsonl"])
-@pytest.mark.parametrize("max_rows", [None, 1, 3, 7, 100])
+@for_each("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "od[d] *.jsonl"])
+@for_each("max_rows", [None, 1, 3, 7, 100])
 def test_the_same_rows_as_at_once(tmp_path: Path, name: str, max_rows: int | None) -> None:
     source = write_rows(tmp_path / name)
     for streaming in (False, True):
@@ -135,15 +136,15 @@ def test_a_hub_name_is_streamed(source: str, expected: tuple[str, str | None], m
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
+@for_each(
+    "text, fault",
     [
         ('{"prompt": "a"}\n\n{"prompt": "b"\n{"prompt": "c"}\n', "line 3: Expecting ',' delimiter; repair that line"),
         ('{"prompt": "a\u2028b"}\n{"prompt" "b"}\n', "line 2: Expecting ':' delimiter; repair that line"),
         ('{"prompt": "a"}\n"b"\n', 'line 2: \'b\' is not an object such as {"prompt": "..."}; repair that line'),
     ],
 )
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@for_each("suffix", ["json", "jsonl"])
 def test_a_broken_line(tmp_path: Path, text: str, fault: str, suffix: str) -> None:
     (tmp_path / f"x.{suffix}").write_text(text)
     assert refused(f"{tmp_path}/x.{suffix}") == f"cannot read {tmp_path}/x.{suffix} (split train): {fault}"

@@ -6,7 +6,8 @@ import pytest
 
 from rlhf_toolkit.data.tokenizers import pad_token_id, require_chat_template, stop_token_ids
 from rlhf_toolkit.errors import DataError
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
+from tests.support.offenders import for_each
 
 BIG = 1000
 
@@ -80,8 +81,8 @@ def test_no_id_to_pad_with() -> None:
 # ---- stop ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("configured", "expected"),
+@for_each(
+    "configured, expected",
     [(None, (1,)), (1, (1,)), (7, (1, 7)), ([9, 1, 3], (1, 3, 9)), ([], (1,)), (0, (0, 1)), (8, (1, 8))],
 )
 def test_stop_ids_are_the_union_sorted(configured: int | list[int] | None, expected: tuple[int, ...]) -> None:

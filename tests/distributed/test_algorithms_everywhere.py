@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.prompts import PromptSchedule
-from tests.forked import RecipeProcesses
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
+from tests.support.values import named
 
 COARSE = '''
 
@@ -74,9 +75,7 @@ def prompts_of(folder: Path, rollout: int) -> list[str]:
 def assert_same(found: Path, expected: Path) -> None:
     assert trained(found).keys() == trained(expected).keys()
     for name, tensor in trained(expected).items():
-        torch.testing.assert_close(
-            trained(found)[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(trained(found)[name], tensor, rtol=1e-5, atol=1e-5, msg=named(name))
     for one, other in zip(records(found), records(expected), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_toolkit.distributed import extensions
 from rlhf_toolkit.errors import TopologyError
-from tests.launch import build_op, run
+from tests.support.launch import build_op, run
 
 BUILD = [sys.executable, "-m", "rlhf_toolkit.distributed.extensions"]
 OP = "deepspeed_shm_comm"

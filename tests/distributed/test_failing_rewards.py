@@ -15,8 +15,8 @@ import psutil
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.prompts import PromptSchedule
-from tests.launch import Finished, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import Finished, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 PROMPTS, PER_ROLLOUT, RESPONSES = 24, 8, 2
 REWARDS = '''
@@ -193,7 +193,8 @@ def test_a_reward_that_raises_for_one_prompt_in_ten_scores_these(tmp_path: Path)
 
 
 def test_a_reward_that_gives_nan_leaves_these_responses_out(tmp_path: Path) -> None:
-    finished = launched(tmp_path, function(tmp_path, "undecided"), "drop", **{"ppo.advantage": "grpo"})
+    changes: dict[str, Any] = {"ppo.advantage": "grpo"}
+    finished = launched(tmp_path, function(tmp_path, "undecided"), "drop", **changes)
     assert_trained(finished, tmp_path)
     expected = [failing_responses(rollout) for rollout in range(3)]
     assert [record.get("reward/dropped", 0) for record in records(tmp_path)] == expected

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 WATCH = '''
 import hashlib, json, os
 from pathlib import Path
 
 from rlhf_toolkit.trainers.ppo import PPOTrainer
-from tests.tiny import REWARD
+from tests.support.tiny import REWARD
 
 exec(REWARD)
 real_step, real_save = PPOTrainer.training_step, PPOTrainer.save_model

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forked import RecipeProcesses
-from tests.launch import ROOT, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import ROOT, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
+from tests.support.values import named
 
 SCORE_EVERYTHING = """
 from rlhf_toolkit.rollout import role_pass
@@ -113,7 +114,7 @@ def assert_same(skipped: Path, everything: Path) -> None:
     expected, found = trained(everything), trained(skipped)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=named(name))
     assert all(tensor.any() for name, tensor in found.items() if "lora_B" in name), "an adapter never moved"
     for one, other in zip(records(skipped), records(everything), strict=True):
         assert one.keys() <= other.keys()
@@ -121,7 +122,7 @@ def assert_same(skipped: Path, everything: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_process(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
+def test_one_process_leaves_out_passes_and_trains_the_same(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
     changes, roles = CASES[case]
     outputs = []
     for name, patches in (("skipped", ()), ("everything", (SCORE_EVERYTHING,))):
@@ -156,7 +157,9 @@ def test_the_weights_matter(recipe: RecipeProcesses, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["token weights", "value on the policy's trunk", "one pass, KL in the reward"])
-def test_two_ranks_under_zero3(recipe: RecipeProcesses, tmp_path: Path, case: str) -> None:
+def test_two_ranks_under_zero3_leave_out_passes_and_train_the_same(
+    recipe: RecipeProcesses, tmp_path: Path, case: str
+) -> None:
     """Against two ranks that ran every pass to 1e-6, and against one process to 1e-5, as everywhere."""
     changes, sampler = CASES[case][0], OTHER_SAMPLER if "weights" in case else ""
     changes = changes if "KL" in case else {**changes, **CASES["KL in the loss"][0]}
@@ -166,4 +169,4 @@ def test_two_ranks_under_zero3(recipe: RecipeProcesses, tmp_path: Path, case: st
     recipe.run("--config", str(experiment(tmp_path / "alone", changes, sampler))).succeeded()
     found = trained(tmp_path / "skipped")
     for name, tensor in trained(tmp_path / "alone").items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=named(name))

@@ -19,8 +19,8 @@ from rlhf_toolkit.distributed.zero3 import element_count, is_here, is_partitione
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.runs.ppo import fingerprint_of
-from tests.launch import run_worker
-from tests.tiny import tiny_llama
+from tests.support.launch import run_worker
+from tests.support.tiny import tiny_llama
 
 HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -116,12 +116,13 @@ def test_shards_are_counted_without_their_padding(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("ranks", [1, 2, 5, 20])
 def test_ranks_share_what_all_of_them_hold(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameter, parts = nn.Parameter(torch.randn(3, 5)), []
+    parameter = nn.Parameter(torch.randn(3, 5))
+    parts: list[Any] = []
     monkeypatch.setattr(zero3, "world_size", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(zero3, "rank", lambda rank=rank: rank)
         part, start = own_part(parameter)
-        assert not len(part) or start == sum(map(len, parts))
+        assert not len(part) or start == sum(len(each) for each in parts)
         parts.append(part)
     assert torch.equal(torch.cat(parts), parameter.detach().flatten())
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_toolkit.checkpoints import RUN_FILE, open_run_folder
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.folders import read_run
-from tests.launch import ROOT, Finished, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import ROOT, Finished, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 WATCH_WANDB = """
 import json, os
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import wandb
 
-from tests.tiny import REWARD  # the tests' folder is importable on every rank
+from tests.support.tiny import REWARD  # the tests' folder is importable on every rank
 
 exec(REWARD)
 real_init, real_log = wandb.init, wandb.sdk.wandb_run.Run.log
@@ -123,7 +123,7 @@ def test_a_run_with_what_wandb_leaves_in_it_can_go_on_and_be_read(run: Path) -> 
 def test_wandb_gets_its_own_axis_and_never_a_step(run: Path) -> None:
     logged = calls(run, "log")
     assert all(call["options"] == [] for call in logged)
-    rollouts = [call["rollout"] for call in logged]
+    rollouts = [int(str(call["rollout"])) for call in logged]
     assert rollouts == sorted(rollouts) and rollouts[0] == 0 and rollouts[-1] == 4
 
 

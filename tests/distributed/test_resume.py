@@ -15,8 +15,8 @@ from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.launch import ROOT, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import ROOT, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 from tests.trainers.test_fine_tuning import sections
 
 KILLER = '''
@@ -66,7 +66,7 @@ GROUPS = {
 """Prompts are replaced, updates are left out, and there is no critic."""
 
 
-def records(folder: Path, axis: str = "rollout") -> list[dict[str, float]]:
+def records(folder: Path, axis: str = "rollout") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in line.items() if not k.startswith(("timing_s", "perf"))} for line in lines]
     return [*{(line["kind"], line[axis]): line for line in timeless}.values()]

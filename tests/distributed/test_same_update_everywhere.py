@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
+from tests.support.values import named
 
 # What each run changes; the first, which packs, is the oracle. Prompts and responses have uneven lengths.
 RUNS: dict[str, tuple[int, int | None, dict[str, Any]]] = {
@@ -70,9 +71,7 @@ def test_parameters_after_four_updates_equal_those_of_one_process(
     oracle, result = results["one process"], results[name]
     assert oracle.keys() == result.keys()
     for key, tensor in oracle.items():
-        torch.testing.assert_close(
-            result[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
+        torch.testing.assert_close(result[key], tensor, rtol=1e-5, atol=1e-5, msg=named(key))
 
 
 def test_the_updates_moved_every_adapter(results: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -29,7 +29,7 @@ from rlhf_toolkit.distributed.topology import (
 )
 from rlhf_toolkit.errors import TopologyError
 from rlhf_toolkit.models.loading import straight_to_device
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
@@ -125,7 +125,9 @@ def test_a_plain_process() -> None:
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
-def test_contradictions(deepspeed: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_contradict_the_launch_are_refused(
+    deepspeed: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(TopologyError) as caught:
         launch_of(config_with(tmp_path, deepspeed, **settings)).check(max_grad_norm=1.0)
     assert str(caught.value) == message

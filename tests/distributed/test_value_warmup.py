@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 
 @pytest.mark.parametrize("value_on", ["adapter", "policy_trunk"])

@@ -17,7 +17,7 @@ from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
 from rlhf_toolkit.algorithms.importance import WEIGHTS
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES, SELECTORS
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/algorithms.md").read_text()
@@ -47,7 +47,7 @@ def table(title: str) -> list[dict[str, str]]:
 
 
 ROWS = [(title, row) for title in [*REGISTRIES, "Scores"] for row in table(title)]
-EVERY = for_each(ROWS, lambda case: f"{case[0]}: {case[1]['name']}")
+EVERY = for_each("title, row", ROWS, [f"{title}: {row['name']}" for title, row in ROWS])
 
 
 def function_of(row: dict[str, str]) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def as_written(default: object) -> str:
     return "" if default is Parameter.empty else "none" if default is None else str(default)
 
 
-@for_each(REGISTRIES)
+@for_each("title", REGISTRIES)
 def test_a_table_has_every_name_once_and_no_other(title: str) -> None:
     assert sorted(row["name"].strip("`") for row in table(title)) == sorted(REGISTRIES[title])
 

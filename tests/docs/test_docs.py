@@ -6,17 +6,18 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 SUPERVISED = (SFTExperiment, RewardExperiment, DPOExperiment)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BY_PAGE = for_each(PAGES, lambda page: page.name)
+BY_PAGE = for_each("page", PAGES, lambda page: page.name)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
 FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs|bench)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")
 SETTING = re.compile(r"`(?:\w+\.yaml )?((?:model|data|reward|rollout|ppo|update|run)\.[a-z_]+)")
@@ -115,17 +116,18 @@ def test_enough_messages_are_explained() -> None:
     assert len(QUOTED) >= 25
 
 
-@for_each(QUOTED)
+@for_each("kind, message", QUOTED)
 def test_a_message_that_is_explained_is_one_the_code_raises(kind: str, message: str) -> None:
     assert any(text.startswith(message.rstrip(" …")) for text in raised().get(kind, [])), f"no {kind} says {message!r}"
 
 
-def settings() -> dict[str, dict[str, object]]:
+def settings() -> dict[str, dict[str, Any]]:
     """Section -> its settings, of PPO and of the supervised runs."""
-    required: dict[str, dict[str, object]] = {"model": {"name": "m"}, "data": {"train": "d"}}
+    required: dict[str, dict[str, Any]] = {"model": {"name": "m"}, "data": {"train": "d"}}
     ppo = {**required, "reward": {"function": "f:f"}}
-    found: dict[str, dict[str, object]] = {}
-    for values, kind in ((ppo, Experiment), *((required, kind) for kind in SUPERVISED)):
+    found: dict[str, dict[str, Any]] = {}
+    kinds: list[tuple[dict[str, Any], Any]] = [(ppo, Experiment), *((required, kind) for kind in SUPERVISED)]
+    for values, kind in kinds:
         for section, keys in experiment_from_dict(values, kind).as_dict().items():
             found[section] = {**found.get(section, {}), **keys}
     return found

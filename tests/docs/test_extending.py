@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from rlhf_toolkit.rollout import shaping
 from rlhf_toolkit.trainers import ppo_loss
-from tests.launch import ROOT, run
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.launch import ROOT, run
+from tests.support.tiny import merged, write_experiment, write_task
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 FILE = "my_methods.py"

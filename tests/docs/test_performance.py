@@ -8,8 +8,8 @@ import sys
 from functools import cache
 from typing import Any
 
-from tests.launch import ROOT
-from tests.offenders import for_each
+from tests.support.launch import ROOT
+from tests.support.offenders import for_each
 
 sys.path.insert(0, str(ROOT / "bench"))
 from portability import as_markdown
@@ -26,7 +26,7 @@ def results(file: str) -> Any:
     return json.loads((ROOT / "bench/results" / file).read_text())
 
 
-@for_each(ROWS)
+@for_each("row", ROWS)
 def test_every_number_of_a_table_stands_in_the_file_it_names(row: str) -> None:
     quoted = ROW.match(row)
     assert quoted, "a row with a number ends with `file.json: path.to.the.number`"
@@ -45,7 +45,7 @@ def test_the_table_of_other_processors_is_what_was_measured_and_every_run_ended_
     assert len(long) >= 5 and all(row["last_four"] - row["first_two"] >= 0.5 for row in long)
 
 
-@for_each(sorted({file.name for file in (ROOT / "bench/results").glob("*.json")}))
+@for_each("file", sorted({file.name for file in (ROOT / "bench/results").glob("*.json")}))
 def test_every_result_says_where_it_comes_from(file: str) -> None:
     assert {"machine", "threads", "commit", "figures"} <= results(file).keys()
 

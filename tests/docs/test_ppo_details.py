@@ -9,7 +9,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 
-from tests.offenders import for_each
+from tests.support.offenders import for_each
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/ppo_details.md"
@@ -25,7 +25,7 @@ def rows() -> list[list[str]]:
 
 
 ROWS = rows()
-BY_NUMBER = for_each(ROWS, lambda row: row[0])
+BY_NUMBER = for_each("row", ROWS, lambda row: row[0])
 
 
 @cache

@@ -26,8 +26,8 @@ from rlhf_toolkit.export.folders import read_run
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import RewardExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.builders import tiny_tokenizer
-from tests.tiny import WORDS
+from tests.support.builders import tiny_tokenizer
+from tests.support.tiny import WORDS
 from tests.trainers.test_fine_tuning import prepared, sections
 from tests.trainers.test_full_fine_tuning import prepared as prepared_whole
 
@@ -245,7 +245,8 @@ class FakeHub:
     """Takes what HfApi takes and keeps the files that fit the patterns."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.repos, self.files = error, [], set[str]()
+        self.error, self.files = error, set[str]()
+        self.repos: list[Any] = []
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         if self.error is not None:

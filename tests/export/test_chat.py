@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.export.chat import COMMANDS, load_chat
 from rlhf_toolkit.seeding import derive_seed
-from tests.builders import CHAT_TEMPLATE
-from tests.export.common import write_adapter, write_base
-from tests.tiny import tiny_llama
+from tests.support.builders import CHAT_TEMPLATE
+from tests.support.exports import write_adapter, write_base
+from tests.support.offenders import for_each
+from tests.support.tiny import tiny_llama
 
 TOKENS = 6
 TEMPLATES = pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["plain", "template"])
@@ -55,17 +56,18 @@ class Folders:
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         messages = [{"role": "system", "content": system}] if system else []
-        text, answers = "", []
+        text = ""
+        answers: list[str] = []
         for number, line in enumerate(rounds, start=1):
             messages.append({"role": "user", "content": line})
             prompt = text + line
             if self.template:
-                prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                prompt = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
             torch.manual_seed(derive_seed(0, "chat", number))
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
             whole = model.generate(input_ids=ids, max_new_tokens=TOKENS, **sampling)[0]
-            answers.append(self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True))
+            answers.append(str(self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)))
             messages.append({"role": "assistant", "content": answers[-1]})
             text = f"{prompt} {answers[-1]}\n"
         return answers
@@ -128,7 +130,7 @@ def test_temperature_samples_from_the_whole_distribution_and_back(tmp_path: Path
     assert folders.talk("/temperature 1.5", "w3 w4", seed=1) != folders.greeting() + "temperature 1.5\n" + warm
 
 
-@pytest.mark.parametrize("value", ["hot", "-1", "inf", "nan", ""])
+@for_each("value", ["hot", "-1", "inf", "nan", ""])
 def test_an_impossible_temperature_is_refused_and_the_chat_goes_on(tmp_path: Path, value: str) -> None:
     folders = Folders(tmp_path, None)
     told = folders.talk(f"/temperature {value}", "w3 w4")

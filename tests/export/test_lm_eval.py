@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_toolkit.cli import main
-from tests.export.common import peft_model
+from tests.support.exports import peft_model
 
 ROWS = [
     {

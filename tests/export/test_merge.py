@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter, namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.export.shards import INDEX
 from rlhf_toolkit.export.verify import verify
 from rlhf_toolkit.models.loading import load_tokenizer
-from tests.export.common import peft_model, tiny_gpt2, write_adapter, write_base
-from tests.roles import lora
-from tests.tiny import tiny_llama
+from tests.support.exports import peft_model, tiny_gpt2, write_adapter, write_base
+from tests.support.offenders import for_each
+from tests.support.roles import lora
+from tests.support.tiny import tiny_llama
 
 IDS = torch.tensor([[3, 9, 27, 4, 5, 6, 31, 2], [8, 8, 1, 7, 20, 21, 22, 23]])
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -64,7 +66,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 # ---- the sum ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@for_each("name", SETTINGS)
 def test_merged_is_pefts_own_merge_and_speaks_as_base_and_adapter(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "policy", base, **SETTINGS[name])
@@ -292,7 +294,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("name", REFUSED)
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base")
     assert name in refused(tmp_path, base, write_adapter(tmp_path / "policy", base, **REFUSED[name]))
@@ -427,7 +429,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     adapter = write_adapter(tmp_path / "policy", base)
     if when == "at the start":
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
     else:
         real, calls = shards.rewrite, []
 
@@ -449,8 +451,13 @@ def test_a_name_of_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
     adapter = write_adapter(tmp_path / "policy", base)
     message = refused(tmp_path, Path("somebody/some-model"), adapter)
     assert "somebody/some-model is no folder here and the hub does not give it" in message
-    asked = []
-    monkeypatch.setattr("rlhf_toolkit.export.folders.snapshot_download", lambda *a, **k: asked.append((a, k)) or base)
+    asked: list[Any] = []
+
+    def fetch(*args: Any, **options: Any) -> Path:
+        asked.append((args, options))
+        return base
+
+    monkeypatch.setattr("rlhf_toolkit.export.folders.snapshot_download", fetch)
     merge("somebody/some-model", str(adapter), tmp_path / "out")
     assert asked[0][0] == ("somebody/some-model",) and "*.safetensors" in asked[0][1]["allow_patterns"]
 
@@ -498,15 +505,24 @@ def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
+def map_first_weight_to(file: object, value: dict[str, Any]) -> None:
+    value["weight_map"].update({min(value["weight_map"]): file})
+
+
+def update_with(settings: Any, value: dict[str, Any]) -> None:
+    value.update(settings)
+
+
 def test_no_name_of_a_base_leads_out_of_its_folder(tmp_path: Path) -> None:
     """Each would be read, or written beside or into, wherever it leads."""
     base = write_base(tmp_path / "base", shard="20KB")
     adapter, victim, index = write_adapter(tmp_path / "adapter", base), tmp_path / "evil.safetensors", base / INDEX
     victim.write_bytes(next(base.glob("*.safetensors")).read_bytes())
-    before, sound, accepted = victim.read_bytes(), index.read_text(), []
+    before, sound = victim.read_bytes(), index.read_text()
+    accepted: list[Any] = []
     for name in ("../evil.safetensors", str(victim), "a/../../evil.safetensors", "..", ".", "", "a\\b", "a\0", 3, None):
         index.write_text(sound)
-        rewrite_json(index, lambda value, name=name: value["weight_map"].update({min(value["weight_map"]): name}))
+        rewrite_json(index, partial(map_first_weight_to, name))
         message = refused(tmp_path, base, adapter)
         accepted += [] if "no name of a file in that folder" in message else [(name, message)]
     for text in ("", "[]", "{}", '{"weight_map": []}', "[" * 100_000, "\ud800"):
@@ -522,7 +538,7 @@ def test_no_name_of_a_base_leads_out_of_its_folder(tmp_path: Path) -> None:
         ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}),
     ]:
         old = (base / file).read_text()
-        rewrite_json(base / file, lambda value, settings=settings: value.update(settings))
+        rewrite_json(base / file, partial(update_with, settings))
         accepted += [] if "no name of a file in that folder" in refused(tmp_path, base, adapter) else [settings]
         with pytest.raises(ModelError, match="no name of a file in that folder"):
             load_tokenizer(str(base))

@@ -23,8 +23,8 @@ from rlhf_toolkit.models.loading import load_base, load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase, refuse_architecture
 from rlhf_toolkit.rollout.decoding import Sampling, decode
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.roles import packed_rows, plain_peft, rows_of, sequences_and_mask, tiny_shared
+from tests.support.builders import tiny_tokenizer
+from tests.support.roles import packed_rows, plain_peft, rows_of, sequences_and_mask, tiny_shared
 
 Sizes = dict[str, Any]
 TOKENS: Sizes = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -158,7 +158,7 @@ def build(case: Case, folder: Path) -> Built:
     return Built(shared, plain_peft(shared, "policy", bases[1]), bases[2].eval())
 
 
-@pytest.fixture(scope="module", params=WORKS.values(), ids=WORKS.keys())
+@pytest.fixture(scope="module", params=list(WORKS.values()), ids=list(WORKS))
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return build(request.param, tmp_path_factory.mktemp("model"))
 
@@ -297,7 +297,7 @@ REFUSED = {
 
 def on_paper(model_type: str) -> PreTrainedModel:
     """A model of the architecture's default size, without weights."""
-    kind = CONFIG_MAPPING[model_type]
+    kind: Any = CONFIG_MAPPING[model_type]
     few = {name: 2 for name in ("num_hidden_layers", "n_layer", "decoder_layers", "num_layers") if hasattr(kind, name)}
     config = kind() if model_type in ("jamba", "qwen3_next", "recurrent_gemma") else kind(**few)
     with torch.device("meta"):

@@ -26,17 +26,23 @@ class Attention(nn.Module):
         self.num_key_value_groups, self.is_causal = HEADS // kv_heads, is_causal
 
 
-def qkv(kv_heads: int, dtype: torch.dtype = torch.bfloat16, length: int = LENGTH) -> list[Tensor]:
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv(kv_heads: int, dtype: torch.dtype = torch.bfloat16, length: int = LENGTH) -> Parts:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((ROWS, heads, length, SIZE) for heads in (HEADS, kv_heads, kv_heads))
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+    def part(heads: int) -> Tensor:
+        return torch.randn(ROWS, heads, length, SIZE, generator=generator).to(dtype).requires_grad_()
+
+    return part(HEADS), part(kv_heads), part(kv_heads)
 
 
-def exact(parts: list[Tensor], *, scale: float | None = None, is_causal: bool = True) -> tuple[Tensor, list[Tensor]]:
+def exact(parts: Parts, *, scale: float | None = None, is_causal: bool = True) -> tuple[Tensor, Parts]:
     """Attention in float64 on the same numbers, in transformers' layout."""
-    doubles = [part.detach().double().requires_grad_() for part in parts]
-    output = scaled_dot_product_attention(*doubles, is_causal=is_causal, scale=scale, enable_gqa=True)
-    return output.transpose(1, 2), doubles
+    query, key, value = (part.detach().double().requires_grad_() for part in parts)
+    output = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True)
+    return output.transpose(1, 2), (query, key, value)
 
 
 def relative(found: Tensor, right: Tensor) -> float:
@@ -47,8 +53,13 @@ def relative(found: Tensor, right: Tensor) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one whenever transformers' own function runs."""
     seen: list[str] = []
-    own = attention.sdpa_attention_forward
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: seen.append("sdpa") or own(*a, **k))
+    own = getattr(attention, "sdpa_attention_forward")  # noqa: B009  imported there
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append("sdpa")
+        return own(*args, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
     return seen
 
 
@@ -68,7 +79,8 @@ def test_values_and_gradients_are_attentions(kv_heads: int, scaling: float | Non
 
 @GROUPED
 def test_the_future_is_invisible(kv_heads: int) -> None:
-    parts = [part.detach() for part in qkv(kv_heads)]
+    query, key, value = (part.detach() for part in qkv(kv_heads))
+    parts = query, key, value
     before, _ = short_causal_attention(Attention(kv_heads), *parts, None)
     for part in parts:
         part[:, :, 5:] = 100.0
@@ -113,7 +125,8 @@ def test_a_mask_is_obeyed() -> None:
     mask[:2, :2] = 0.0
     parts = qkv(2)
     output, _ = short_causal_attention(Attention(2), *parts, mask.bfloat16().expand(ROWS, 1, -1, -1))
-    expected, _ = exact([part[:, :, 2:] for part in parts])
+    query, key, value = (part[:, :, 2:] for part in parts)
+    expected, _ = exact((query, key, value))
     assert relative(output[:, 2:], expected) < 0.01
 
 
@@ -128,13 +141,13 @@ def test_a_long_sequence_goes_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_whole_model_says_the_same_with_it(window: int | None, calls: list[str]) -> None:
     """A sliding window shorter than the sequence must reach attention as a mask."""
-    config = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
     ids = torch.randint(3, 32, (3, 12), generator=torch.Generator().manual_seed(0))
     logits = {}
     for kind, dtype in ((ROLE_ATTENTION, torch.bfloat16), ("sdpa", torch.bfloat16), ("eager", torch.float32)):
         torch.manual_seed(0)
-        model = MistralForCausalLM._from_config(MistralConfig(**config), attn_implementation=kind).to(dtype)
+        model: Any = MistralForCausalLM._from_config(MistralConfig(**config), attn_implementation=kind).to(dtype)
         with torch.no_grad():
             logits[kind] = model(input_ids=ids, use_cache=False).logits
         if kind == ROLE_ATTENTION:

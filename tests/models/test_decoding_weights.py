@@ -9,8 +9,9 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedMo
 
 from rlhf_toolkit.models.decoding_weights import decoding_weights
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import plain_peft, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.offenders import for_each
+from tests.support.roles import plain_peft, tiny_shared
+from tests.support.tiny import tiny_llama
 
 IDS = torch.tensor([[5, 9, 11], [7, 8, 2]])
 
@@ -27,8 +28,8 @@ def logits(shared: SharedBase) -> Tensor:
         return shared.next_token_logits(IDS, torch.ones_like(IDS), torch.arange(3).expand(2, 3), cache)
 
 
-@pytest.mark.parametrize("kind", ["exact", "merged"])
-@pytest.mark.parametrize("number", range(3))
+@for_each("kind", ["exact", "merged"])
+@for_each("number", range(3))
 def test_both_say_what_plain_peft_says(number: int, kind: str) -> None:
     shared = tiny_shared(bases()[number]).eval()
     plain = plain_peft(shared, "policy", bases()[number])

@@ -14,9 +14,10 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from rlhf_toolkit.models import fused
 from rlhf_toolkit.models.fused import GATED_MLPS, NORMS, GatedProduct, RMSNorm, fuse
-from tests.allocations import Allocations
-from tests.roles import rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
+from tests.support.roles import rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 EPS = 1e-5
@@ -99,7 +100,7 @@ def test_every_norm_and_mlp_of_a_llama_is_replaced() -> None:
     assert fuse(tiny_llama().requires_grad_(False)) == 2 * (2 + 1) + 1  # two norms and an MLP a layer, the last norm
 
 
-@pytest.mark.parametrize("name", sorted(NORMS | GATED_MLPS))
+@for_each("name", sorted(NORMS | GATED_MLPS))
 def test_the_listed_classes_exist_and_are_what_the_list_says(name: str) -> None:
     family = name.removesuffix("RMSNorm").removesuffix("MLP").lower().replace("moe", "_moe")
     kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
@@ -126,7 +127,7 @@ class OtherOrder(LlamaRMSNorm):
 def test_other_functions_under_a_listed_name_stay() -> None:
     for kind in (Shifted, OtherOrder):
         kind.__name__ = "LlamaRMSNorm"
-    shifted = Shifted(16)
+    shifted: Any = Shifted(16)
     shifted.variance_epsilon = EPS
     others = [shifted, norm(OtherOrder, torch.bfloat16), GemmaRMSNorm(16), nn.LayerNorm(16)]
     for module in others:

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead, Tile
-from tests.allocations import Allocations
+from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
 
 HIDDEN, VOCABULARY, POSITIONS = 4, 50, 64
 
@@ -202,7 +203,7 @@ TILES = [1, HIDDEN, 3 * HIDDEN, BOUND, POSITIONS * VOCABULARY - 1, POSITIONS * V
 
 
 @MODELS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Rows and tokens are cut where it falls, the target lies in any tile, and the largest logit moves along."""
     layer, (hidden, targets) = output_layer(bias=True, dtype=dtype), states(dtype)

@@ -15,10 +15,12 @@ from torch import Tensor
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.attention import ROLE_ATTENTION
 from rlhf_toolkit.models.heads import LogitTransform, Tile, TokenScores
+from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.allocations import Allocations
-from tests.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
+from tests.support.roles import packed_rows, rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
 
 VOCABULARY, TILE = 8192, 1024
 PROMPTS, RESPONSES = (2, 4, 3), (5, 3, 6)
@@ -28,12 +30,13 @@ Head = Callable[..., tuple[Tensor, Tensor]]
 def shared(
     *, tied: bool, dtype: torch.dtype = torch.float32, attention: str = ROLE_ATTENTION, **options: Any
 ) -> SharedBase:
-    base = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=tied, attn_implementation=attention).to(dtype)
+    base: Any = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=tied, attn_implementation=attention)
+    base.to(dtype)
     base.get_output_embeddings().weight.data.mul_(20)
     return tiny_shared(base, **options).train()
 
 
-def run(model: SharedBase, *roles: str) -> dict[str, Tensor]:
+def run(model: SharedBase, *roles: str) -> RoleOutputs:
     """The one call of the forward pass here."""
     sequences, mask = sequences_and_mask(PROMPTS, RESPONSES, vocabulary=VOCABULARY)
     is_packed = model.causal_lm.config._attn_implementation == ROLE_ATTENTION
@@ -46,7 +49,7 @@ def score(model: SharedBase) -> None:
         run(model, "policy", "value", "reference")
 
 
-def update(model: SharedBase) -> dict[str, Tensor]:
+def update(model: SharedBase) -> dict[str, torch.Tensor]:
     """Forward, backward and a step of policy and value; their gradients."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values())
@@ -87,11 +90,11 @@ def with_head(monkeypatch: pytest.MonkeyPatch, head: Head) -> None:
     monkeypatch.setattr(heads, "TokenScores", Replacement)
 
 
-@pytest.mark.parametrize("work", [score, update])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("attention", [ROLE_ATTENTION, "sdpa"], ids=["packed", "padded"])
+@for_each("work", [score, update])
+@for_each("tied", [True, False], ids=["tied", "untied"])
+@for_each("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@for_each("checkpointing", [False, True], ids=["", "checkpointing"])
+@for_each("attention", [ROLE_ATTENTION, "sdpa"], ids=["packed", "padded"])
 def test_no_tensor_has_as_many_elements_as_the_vocabulary(
     work: Callable[..., object], tied: bool, dtype: torch.dtype, checkpointing: bool, attention: str
 ) -> None:

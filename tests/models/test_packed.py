@@ -19,8 +19,10 @@ from rlhf_toolkit.models.segment_attention import SegmentAttention
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.roles import tiny_shared
-from tests.tiny import SIZES, merged, tiny_llama, write_task
+from tests.support.offenders import for_each
+from tests.support.roles import tiny_shared
+from tests.support.tiny import SIZES, merged, tiny_llama, write_task
+from tests.support.values import named
 
 ALL = ("policy", "value", "reference", "reward")
 TEMPLATE = list(range(3, 15))
@@ -33,7 +35,7 @@ BATCHES: dict[str, list[tuple[list[int], int]]] = {
     "one token each": [([5], 3), ([5], 2), ([6], 4)],
     "one row": [(TEMPLATE, 3)],
 }
-BY_BATCH = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+BY_BATCH = for_each("batch", BATCHES.values(), ids=BATCHES.keys())
 
 
 def tensors(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,15 +71,13 @@ def compare(shared: SharedBase, batch: list[tuple[list[int], int]]) -> None:
     )
     assert found.keys() == expected.keys() and gradients.keys() == right.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=named(name))
     for name in right:
         scale = right[name].abs().max().item()
-        torch.testing.assert_close(
-            gradients[name], right[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradients[name], right[name], rtol=1e-5, atol=1e-5 * scale, msg=named(name))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@for_each("checkpointing", [False, True], ids=["kept", "recomputed"])
 @BY_BATCH
 def test_packed_rows_say_and_learn_what_padded_rows_do(batch: list[tuple[list[int], int]], checkpointing: bool) -> None:
     shared = tiny_shared(llama(), roles=("policy", "value", "reward"), gradient_checkpointing=checkpointing)
@@ -146,7 +146,7 @@ def test_the_same_layout_twice_gives_the_same_bits() -> None:
 
 
 def test_what_stands_in_the_way_is_named() -> None:
-    window = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
+    window: Any = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     assert "runs with model.attention=sdpa, packing needs" in (packing_obstacle(window) or "")
     window.set_attn_implementation(ROLE_ATTENTION)
     assert packing_obstacle(window) is None

@@ -13,8 +13,10 @@ from torch import Tensor
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.role_slices import RoleLora, RoleRows, RoleSlices
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.offenders import for_each
+from tests.support.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
+from tests.support.values import there
 
 IN, OUT, ROWS = 5, 4, 7
 SLICES = ((0, 2, 0.5), (3, 7, -2.0))  # row 2 plays a role without an adapter
@@ -44,9 +46,9 @@ def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, ad
     return torch.stack(rows)
 
 
-CASES = pytest.mark.parametrize("shape", [(ROWS,), (ROWS, 3), (ROWS, 2, 3)], ids=["2d", "3d", "4d"])
-BIAS = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+CASES = for_each("shape", [(ROWS,), (ROWS, 3), (ROWS, 2, 3)], ids=["2d", "3d", "4d"])
+BIAS = for_each("bias", [False, True], ids=["", "bias"])
+TRANSPOSED = for_each("transposed", [False, True], ids=["linear", "conv1d"])
 
 
 @CASES
@@ -89,7 +91,7 @@ def test_an_input_without_gradient_still_trains_the_adapters() -> None:
 
 def test_no_adapter_at_all_is_the_base() -> None:
     x, weight, b, _ = parts((ROWS, 3), bias=True, transposed=False)
-    torch.testing.assert_close(RoleLora.apply(x, weight, b, False, ()), x @ weight.t() + b)
+    torch.testing.assert_close(RoleLora.apply(x, weight, b, False, ()), x @ weight.t() + there(b))
 
 
 def test_the_base_gets_no_gradient() -> None:
@@ -103,7 +105,7 @@ def test_bf16_base_with_fp32_adapters() -> None:
     """Products in the base's dtype, gradients in the adapter's."""
     exact = parts((ROWS, 3), bias=True, transposed=False)
     x, weight, b, adapters = parts((ROWS, 3), bias=True, transposed=False)
-    half = [t.detach().bfloat16() for t in (x, weight, b)]
+    half = [t.detach().bfloat16() for t in (x, weight, there(b))]
     single = [a.detach().float().requires_grad_() for a in adapters]
     y = RoleLora.apply(half[0].requires_grad_(), half[1], half[2], False, SLICES, *single)
     assert y.dtype == torch.bfloat16
@@ -150,7 +152,7 @@ def test_a_role_is_plain_peft_with_that_adapter_alone(role: str) -> None:
 def test_every_role_is_peft_after_set_adapter() -> None:
     """The same with all adapters on one model, switched as PEFT switches them."""
     shared, (ids, _) = three_roles(), sequences_and_mask((2, 4, 3), (5, 3, 2))
-    switching = get_peft_model(tiny_llama(), ADAPTERS["policy"], adapter_name="policy")
+    switching: Any = get_peft_model(tiny_llama(), ADAPTERS["policy"], adapter_name="policy")
     for role in ("value", "reward"):
         switching.add_adapter(role, ADAPTERS[role])
     assert not switching.load_state_dict(shared.state_dict(), strict=False).missing_keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rlhf_toolkit.models import segment_attention
 from rlhf_toolkit.models.attention import no_mask, role_attention
 from rlhf_toolkit.models.segment_attention import SegmentAttention, copy_tokens, in_buckets
 from tests.models.test_packed import BATCHES, BY_BATCH, tensors
+from tests.support.offenders import for_each
 
 ROLES, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
 SCALE = 0.3
@@ -55,8 +57,8 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found.detach().double() - right.detach()).norm() / right.detach().norm())
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("kind", ["products", "fused in bfloat16", "fused in float32"])
+@for_each("window", [None, 5])
+@for_each("kind", ["products", "fused in bfloat16", "fused in float32"])
 @BY_BATCH
 def test_values_and_gradients_are_attentions(
     batch: list[tuple[list[int], int]], kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch
@@ -76,7 +78,7 @@ def test_values_and_gradients_are_attentions(
         assert relative(found, right) < tolerance
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@for_each("window", [None, 5])
 @BY_BATCH
 def test_the_pieces_for_flash_attention_are_the_same_attention(
     batch: list[tuple[list[int], int]], window: int | None
@@ -132,13 +134,16 @@ def test_alike_segments_share_a_bucket_and_all_are_in_one() -> None:
     [({}, "they did not reach it"), ({"softcap": 5.0}, "softcap"), ({"s_aux": torch.ones(4)}, "s_aux")],
     ids=["no segments", "softcap", "sinks"],
 )
-def test_a_layer_that_attends_otherwise_is_refused(options: dict[str, object], reason: str) -> None:
+def test_a_layer_that_attends_otherwise_is_refused(options: dict[str, Any], reason: str) -> None:
     layout = layout_of(BATCHES["one template"])
     segments = SegmentAttention(layout) if options else None
+    query, key, value = qkv(layout, torch.float32)
     with pytest.raises(ModelError, match=rf"Linear cannot attend within the segments.*{reason}.*update\.packing: off"):
         role_attention(
             torch.nn.Linear(1, 1),
-            *qkv(layout, torch.float32),
+            query,
+            key,
+            value,
             no_mask(torch.device("cpu")),
             segments=segments,
             **options,

@@ -16,8 +16,10 @@ from transformers import OPTConfig, OPTForCausalLM
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.offenders import for_each
+from tests.support.roles import lora, plain_peft, rows_of, sequences_and_mask, tiny_shared
+from tests.support.tiny import tiny_llama
+from tests.support.values import there
 
 ALL = ("policy", "value", "reference", "reward")
 SUBSETS = [subset for size in range(1, 5) for subset in combinations(ALL, size)]
@@ -94,7 +96,7 @@ def test_reward_scores_are_read_at_the_last_response_token() -> None:
         close(out.reward_scores, [(state @ head.weight + head.bias).item() for state in states])
 
 
-@pytest.mark.parametrize("roles", SUBSETS, ids="-".join)
+@for_each("roles", SUBSETS, ids="-".join)
 def test_any_roles_together_say_what_each_says_alone(roles: tuple[str, ...]) -> None:
     shared, (ids, mask) = tiny_shared(roles=("policy", "value", "reward")), sequences_and_mask(*LENGTHS)
     with torch.no_grad():
@@ -121,7 +123,13 @@ def test_padding_and_its_token_change_nothing() -> None:
 
 def test_a_trunk_that_ends_narrower_than_its_hidden_size() -> None:
     """OPT-350m projects its states down before the output layer; the value head stands there too."""
-    config = {"vocab_size": 32, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     base = OPTForCausalLM(OPTConfig(**config, word_embed_proj_dim=16, do_layer_norm_before=False, dropout=0.0))
     shared, (ids, mask) = tiny_shared(base), sequences_and_mask(*LENGTHS)
     out = shared(rows_of(ids, mask), roles=("policy", "value"))
@@ -243,10 +251,10 @@ def test_the_loss_of_a_borrowing_value_moves_its_head_alone(checkpointing: bool)
         shared = borrowing(gradient_checkpointing=checkpointing).train()
         out = shared(rows_of(ids, mask), roles=("policy", "value"))
         (out.policy_logprobs.sum() + value_coef * out.token_values.square().sum()).backward()
-        gradients.append({name: p.grad for name, p in shared.named_parameters() if p.requires_grad})
+        gradients.append({name: there(p.grad) for name, p in shared.named_parameters() if p.requires_grad})
     without, with_value = gradients
     for name, gradient in with_value.items():
-        assert gradient is not None and bool(gradient.any()), name
+        assert gradient.any(), name
         assert torch.equal(gradient, without[name]) == name.startswith("base_model"), name
     states = []
     shared.scalar_heads["value"].register_forward_hook(lambda module, args, out: states.append(args[0]))
@@ -267,7 +275,7 @@ def test_a_borrowing_value_has_no_adapter_on_disk_nor_in_the_optimizer(tmp_path:
 
 
 def test_it_may_start_from_an_adapter_too(tmp_path: Path) -> None:
-    get_peft_model(tiny_llama(), lora()).save_pretrained(tmp_path)
+    get_peft_model(tiny_llama(), lora()).save_pretrained(str(tmp_path))
     shared = build_ppo_roles(
         tiny_llama(), lora(), policy_adapter=str(tmp_path), reference_adapter=str(tmp_path), value_on="policy_trunk"
     )
@@ -324,7 +332,7 @@ def test_gathered_tensors_are_saved_instead_of_ones_own(tmp_path: Path) -> None:
     state = {name: tensor + 1 for name, tensor in shared.state_dict().items()}
     shared.save_pretrained(tmp_path, state_dict=state)
     head = load_file(tmp_path / "value" / "value_head.safetensors")
-    assert torch.equal(head["weight"], shared.scalar_heads["value"].weight + 1)
+    assert torch.equal(head["weight"], shared.get_parameter("scalar_heads.value.weight") + 1)
     adapter = load_file(tmp_path / "policy" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A"
     assert torch.equal(adapter[f"{name}.weight"], shared.get_parameter(f"{name}.policy.weight") + 1)
@@ -344,7 +352,7 @@ def test_an_empty_tensor_is_never_written(tmp_path: Path, name: str) -> None:
 def test_a_foreign_adapter_is_refused(tmp_path: Path) -> None:
     shared = tiny_shared()
     for folder, config in (("targets", lora(target_modules=["q_proj"])), ("rank", lora(r=5))):
-        get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / folder)
+        get_peft_model(tiny_llama(), config).save_pretrained(str(tmp_path / folder))
         before = {name: p.clone() for name, p in shared.named_parameters()}
         with pytest.raises(CheckpointError, match=rf"{folder} does not fit role policy: .*lora_A"):
             shared.load_role("policy", tmp_path / folder)
@@ -373,7 +381,7 @@ def start(tmp_path: Path) -> Path:
     """An SFT adapter as plain PEFT writes it, with the dropout it was trained with."""
     torch.manual_seed(5)
     get_peft_model(tiny_llama(), lora(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.1)).save_pretrained(
-        tmp_path
+        str(tmp_path)
     )
     return tmp_path
 
@@ -423,7 +431,7 @@ def test_a_start_that_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no adapter_config\.json"):
         build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path), reference_adapter=str(tmp_path))
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
-    get_peft_model(tiny_llama(), ia3).save_pretrained(tmp_path)
+    get_peft_model(tiny_llama(), ia3).save_pretrained(str(tmp_path))
     with pytest.raises(ModelError, match="IA3 adapter; role slices need LoRA"):
         build_ppo_roles(tiny_llama(), lora(), policy_adapter=str(tmp_path), reference_adapter=str(tmp_path))
 

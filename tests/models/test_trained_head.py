@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 from rlhf_toolkit.models import heads
 from rlhf_toolkit.models.heads import Tile
 from rlhf_toolkit.models.trained_head import TrainedHead
-from tests.allocations import Allocations
 from tests.models.test_heads import BIAS, BOUND, HIDDEN, MODELS, SETTINGS, VOCABULARY, naive, states, weighted
+from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
 
 
 def trained_layer(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -50,8 +51,8 @@ def compare(config: dict[str, Any], *, bias: bool, temperature: float, with_entr
 
 @MODELS
 @BIAS
-@pytest.mark.parametrize("with_entropy", [False, True], ids=["", "entropy"])
-@pytest.mark.parametrize("tile", [2, 3 * HIDDEN, BOUND, 2**20])
+@for_each("with_entropy", [False, True], ids=["", "entropy"])
+@for_each("tile", [2, 3 * HIDDEN, BOUND, 2**20])
 def test_values_and_gradients_are_those_of_full_logits(
     monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], bias: bool, with_entropy: bool, tile: int
 ) -> None:

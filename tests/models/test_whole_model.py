@@ -18,10 +18,11 @@ from rlhf_toolkit.models.attention import ROLE_ATTENTION, packing_obstacle
 from rlhf_toolkit.models.heads import Tile
 from rlhf_toolkit.models.loading import load_base, load_model_config
 from rlhf_toolkit.models.whole_model import WholeModel
-from tests.allocations import Allocations
 from tests.models.test_architectures import HERE, WORKS, Case
-from tests.roles import packed_rows, rows_of, sequences_and_mask
-from tests.tiny import tiny_llama
+from tests.support.allocations import Allocations
+from tests.support.offenders import for_each
+from tests.support.roles import packed_rows, rows_of, sequences_and_mask
+from tests.support.tiny import tiny_llama
 
 PROMPTS, RESPONSES = (12, 17, 12, 13, 1), (6, 2, 4, 5, 3)
 
@@ -74,7 +75,7 @@ def saved(case: Case, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", sorted(set(WORKS) - {"gemma3 with vision"}))
+@for_each("name", sorted(set(WORKS) - {"gemma3 with vision"}))
 def test_every_architecture_has_the_gradients_of_full_logits(name: str, tmp_path: Path) -> None:
     """Padded and packed, tied embeddings and biased output layers among them; no parameter is left without."""
     case = WORKS[name]

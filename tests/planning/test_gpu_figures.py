@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_toolkit.planning.memory import place
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.rollout.sizes import RolloutSize
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -31,7 +32,7 @@ def test_the_rows_of_every_way_to_choose() -> None:
     wrong = {}
     for vocabulary in (16384, 16384 + 100):
         for temperature, top_k, top_p in WAYS:
-            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
             counted = RolloutSize(rows=1, columns=1, longest_prompt=1, role_pass_tokens=1, **sampling).logit_rows(
                 vocabulary
             )

@@ -15,8 +15,9 @@ from rlhf_toolkit.planning.memory import RolloutNeeds, place
 from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import measured_column
 from tests.models.test_architectures import WORKS, Case
-from tests.roles import tiny_shared
-from tests.tiny import tiny_llama
+from tests.support.offenders import for_each
+from tests.support.roles import tiny_shared
+from tests.support.tiny import tiny_llama
 
 NEEDS = RolloutNeeds(
     window_bytes=1000,
@@ -99,8 +100,8 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
     assert choice(1500, replace(NEEDS, later_bytes=50)) == ("window", 12)
 
 
-@pytest.mark.parametrize(
-    ("needs", "changes", "message"),
+@for_each(
+    "needs, changes, message",
     [
         ({}, {"mode": "window", "slots": 60}, "set rollout.slots to 7 or less"),
         ({}, {"mode": "window", "free": 1300}, "set rollout.mode: stream"),
@@ -134,7 +135,7 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_way_out(
-    needs: dict[str, int], changes: dict[str, Any], message: str
+    needs: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choice(needs=replace(NEEDS, **needs), **{"free": 1400, **changes})
@@ -158,7 +159,7 @@ def test_the_line_at_the_start_says_the_phases() -> None:
     )
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in WORKS.items()])
+@for_each("case", WORKS.values(), ids=list(WORKS))
 def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     """What one token shows against the buffers of slots, for every architecture."""
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes), attn_implementation="eager")
@@ -168,7 +169,8 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     with torch.no_grad():
         shared.next_token_logits(one, cache.step_mask, one, cache)
         column = measured_column(shared, Alone())
-    buffers = [b for layer in cache.layers if hasattr(layer, "columns") for b in (layer.keys, layer.values)]
+    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "columns")]
+    buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
     assert 2 * columns * column == sum(buffer.nbytes for buffer in buffers) > 0
 
 

@@ -6,9 +6,8 @@ import json
 import sys
 from typing import Any
 
-import pytest
-
-from tests.launch import ROOT
+from tests.support.launch import ROOT
+from tests.support.offenders import for_each
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -22,7 +21,7 @@ LET_GO = ("ZeRO-3, streamed", "update")
 backward, where the estimate has it keep them."""
 
 
-@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure["case"])
+@for_each("figure", FIGURES, ids=lambda figure: figure["case"])
 def test_every_phase_within_a_tenth_and_hardly_underestimated(figure: dict[str, Any]) -> None:
     ratios = figure["estimate_over_peak"]
     most = {phase: 1.15 if (figure["case"], phase) == LET_GO else 1.10 for phase in ratios}

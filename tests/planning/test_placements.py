@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 

@@ -17,8 +17,9 @@ from rlhf_toolkit.planning.memory import Placement, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
 from rlhf_toolkit.runs.assembly import rollout_size
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -55,7 +56,7 @@ def held_out(recipe: str) -> int:
 
 def placed(recipe: str, held_out: int, *, shares_heads: bool, changes: dict[str, Any] | None = None) -> Placement:
     ranks, gb, stage = hardware(recipe)
-    experiment = load_experiment(ROOT / "recipes" / recipe, changes)
+    experiment: Experiment = load_experiment(ROOT / "recipes" / recipe, changes)
     shape = SHAPES[experiment.model.name].settings()
     model = size_of(Qwen2Config(vocab_size=151936, **shape), experiment.model.lora_rank)
     how = sharding(model, ranks=ranks, stage=stage, on_cpu=False)
@@ -107,7 +108,9 @@ def test_no_pass_has_more_tokens_than_are_counted_and_full_rows_have_as_many(adv
     roles, columns, random = 2 if advantage == "gae" else 1, LONGEST + NEW, Random(0)
     for budget in (50, 99, 160, 410, 1000, 10**6):
         for mini_batches in (1, 2, 8):
-            settings = {"rollout": {**SECTIONS["rollout"], "responses_per_prompt": 2 if roles == 1 else 1}}
+            settings: dict[str, Any] = {
+                "rollout": {**SECTIONS["rollout"], "responses_per_prompt": 2 if roles == 1 else 1}
+            }
             size = size_with({"advantage": advantage, "mini_batches": mini_batches}, budget, **settings)
             counted, rows = size.update_tokens // roles, size.rows * RANKS // mini_batches
             assert (size.update_roles, size.role_pass_tokens, size.role_pass_roles) == (

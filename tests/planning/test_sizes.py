@@ -27,11 +27,11 @@ from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS, most_columns
 from rlhf_toolkit.rollout.sizes import RolloutSize, dimensions, model_size, needs_of, reward_bytes, sharding
 from rlhf_toolkit.types import Prompt
-from tests.builders import tiny_tokenizer
-from tests.launch import ROOT, run_worker
 from tests.models.test_architectures import WORKS, Case
-from tests.roles import tiny_shared
-from tests.tiny import WORDS
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import ROOT, run_worker
+from tests.support.roles import tiny_shared
+from tests.support.tiny import WORDS
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -50,7 +50,8 @@ def of_weights(model: nn.Module, hidden: int) -> dict[str, int]:
     layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     queries, widths = set(), []
     for layer in layers:
-        chosen = next((int(module.top_k) for module in layer.modules() if hasattr(module, "top_k")), 0)
+        modules: list[Any] = list(layer.modules())
+        chosen = next((int(module.top_k) for module in modules if hasattr(module, "top_k")), 0)
         width = 0
         for name, p in layer.named_parameters():
             parent, last = name.removesuffix(".weight").rpartition(".")[::2]
@@ -133,10 +134,16 @@ def scored(topology: Topology, name: str) -> tuple[int, int]:
 
 
 def test_a_reward_model_takes_its_pass_and_under_zero3_all_of_itself_beside_its_shard(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=12, num_labels=1, pad_token_id=0, **sizes)
-    model = LlamaForSequenceClassification(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "model")
+    sizes: dict[str, Any] = {
+        "num_labels": 1,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=12, pad_token_id=0, **sizes)
+    model: Any = LlamaForSequenceClassification(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tiny_tokenizer(words=WORDS, pad="</s>").save_pretrained(tmp_path / "model")
     expected = []
     for stage in (2, 3):
@@ -187,7 +194,7 @@ def test_7b_with_a_reward_model_on_cards_of_24_gb(policy: Any, shape: Any, cards
         size = RolloutSize(**{**vars(size), "reward_bytes": reward_bytes(model, 896, on_cpu=False)})
     how = sharding(policy, ranks=cards, stage=3, on_cpu=False)
     free -= kept_bytes(policy, how, moments=False)
-    options = {"free": free, "rows": size.rows, "mode": "auto", "slots": None}
+    options: dict[str, Any] = {"free": free, "rows": size.rows, "mode": "auto", "slots": None}
     if chosen == "refused":
         with pytest.raises(ConfigError, match=r"reward\.model alone needs"):
             place(needs_of(policy, how, size, "exact"), **options)

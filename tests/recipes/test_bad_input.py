@@ -18,11 +18,12 @@ import pytest
 
 from rlhf_toolkit.errors import reported
 from rlhf_toolkit.reporting import tracking
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
-from tests.builders import tiny_tokenizer
-from tests.forked import RecipeProcesses
-from tests.launch import Finished, run_recipe
-from tests.tiny import WORDS, merged, write_experiment, write_task
+from tests.support.builders import tiny_tokenizer
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import Finished, run_recipe
+from tests.support.tiny import WORDS, merged, write_experiment, write_task
 
 SECONDS_TO_END = 200
 """Between a reward's failure on one rank and the end of the last process, also where other programs run. A rank that
@@ -142,7 +143,8 @@ def wrote(name: str, text: str) -> Callable[[Path], None]:
 
 def another_run(folder: Path) -> None:
     """What a run with smaller adapters has left behind."""
-    settings = load_experiment(folder / "experiment.yaml").as_dict()
+    experiment: Experiment = load_experiment(folder / "experiment.yaml")
+    settings = experiment.as_dict()
     settings["model"]["lora_rank"] = 2
     wrote("run/run.json", json.dumps(settings))(folder)
     wrote("run/log.jsonl", "{}\n")(folder)

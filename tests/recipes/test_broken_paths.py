@@ -8,9 +8,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.forked import RecipeProcesses
-from tests.launch import Finished, run_recipe
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import Finished, run_recipe
+from tests.support.tiny import merged, write_experiment, write_task
 
 # Each breaks one path from inside the reward file, which every rank imports before the model is built.
 DROPOUT = """

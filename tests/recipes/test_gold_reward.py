@@ -15,10 +15,11 @@ from recipes.gold_reward import make_data, report
 from recipes.gold_reward import run as pipeline_of
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
+from tests.support.offenders import for_each
 
 ROOT = Path(make_data.__file__).parents[2]
 RECIPE = ROOT / "recipes/gold_reward"
-KINDS: dict[str, type] = {
+KINDS: dict[str, Any] = {
     "sft.py": SFTExperiment,
     "reward_model.py": RewardExperiment,
     "dpo.py": DPOExperiment,
@@ -34,8 +35,8 @@ def test_prompts_are_all_there_once() -> None:
     assert set(things.values()) == {2} and len(things) == 32
 
 
-@pytest.mark.parametrize(
-    ("response", "sentence"),
+@for_each(
+    "response, sentence",
     [
         ("It was a fine day. Then it", "It was a fine day."),
         ("  It was a fine\nday!  ", "It was a fine\nday!"),

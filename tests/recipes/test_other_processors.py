@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.processes import environment_of_tests
-from tests.tiny import merged, write_experiment, write_task
+from tests.support.processes import environment_of_tests
+from tests.support.tiny import merged, write_experiment, write_task
 
 # Libraries read these when they are loaded, so that each processor needs a process of its own.
 PROCESSORS = {

@@ -18,6 +18,7 @@ from rlhf_toolkit.data.prompts import RESERVED_COLUMNS
 from rlhf_toolkit.rewards.verifiable import countdown, gsm8k, reasoning_gym
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import load_experiment
+from tests.support.offenders import for_each
 
 ROOT = Path(countdown_prompts.__file__).parents[2]
 Rows = list[dict[str, Any]]
@@ -29,7 +30,7 @@ def read(folder: Path) -> Files:
     return {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in NAMES}
 
 
-def columns(rows: Rows) -> dict[str, list[Any]]:
+def columns(rows: Rows) -> dict[str, Any]:
     """What the reward gets: every column but the prompt."""
     assert not set(rows[0]) & set(RESERVED_COLUMNS)
     return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -121,8 +122,8 @@ def test_gsm8k_from_one_file_draws_what_is_held_out(tmp_path: Path) -> None:
     assert draws[0] == draws[1] and any(draw != draws[0] for draw in draws)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
+@for_each(
+    "name, text, message",
     [
         ("nowhere", None, "needs train* and test* files"),
         ("rows.txt", "x", "none of .parquet, .jsonl, .json"),
@@ -145,9 +146,7 @@ def test_gsm8k_says_in_one_line_what_is_wrong(name: str, text: str | None, messa
 # ---- reasoning-gym ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dataset", ["chain_sum", "gcd", "number_sorting", "knights_knaves", "arc_agi", "time_intervals"]
-)
+@for_each("dataset", ["chain_sum", "gcd", "number_sorting", "knights_knaves", "arc_agi", "time_intervals"])
 def test_gym_writes_items_whose_answers_are_right(dataset: str, tmp_path: Path) -> None:
     gym_prompts.write(
         tmp_path, gym_prompts.split(dataset, {}, train=20, heldout=5, seed=3, template="Q: {question}\nA:")
@@ -209,12 +208,10 @@ def test_the_same_seed_gives_the_same_rows_and_another_gives_others(name: str) -
 KINDS = {"sft": SFTExperiment, "reward_model": RewardExperiment, "dpo": DPOExperiment}
 
 
-@pytest.mark.parametrize(
-    "yaml", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
+@for_each("yaml", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_can_be_loaded(yaml: Path) -> None:
     """Prompts lie beside the recipe, or where ``recipes/gold_reward/run.py`` puts what it makes."""
-    experiment = load_experiment(str(yaml), {}, KINDS.get(yaml.stem, Experiment))
+    experiment: Any = load_experiment(str(yaml), {}, KINDS.get(yaml.stem, Experiment))
     made = yaml.parent.name == "gold_reward"
     folder = f"runs/{yaml.parent.name}/data/" if made else f"recipes/{yaml.parent.name}/"
     files = {path and path.removeprefix(folder) for path in (experiment.data.train, experiment.data.evaluation)}

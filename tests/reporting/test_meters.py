@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ def test_tensors_are_read_once_and_count_as_their_values(monkeypatch: pytest.Mon
     reads, names = [], ("item", "tolist", "__float__", "__int__", "__bool__", "cpu")
     for name in names:
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, n=name, r=real: (reads.append(n), r(self, *a))[1])
+
+        def watched(self: Any, *args: Any, name: str = name, real: Any = real) -> Any:
+            reads.append(name)
+            return real(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
     for number in range(60):
         total, count = torch.tensor(draw.gauss(0, 1e3), requires_grad=True), draw.randint(1, 10**7)
         held.add(f"metric {number % 7}", total, torch.tensor(count) if number % 2 else count)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlhf_toolkit.rewards.calls import LARGEST, Batch, Fault, Outcome, checked, is_async, outcome_of
-from tests.rewards import misbehaving
+from tests.support import misbehaving
+from tests.support.offenders import for_each
 
 RESPONSES = ["r0", "r1"]
 BATCH = Batch(["one\nline", "two"], RESPONSES, [[11, 12, 13], [14]], {"label": [5, 7], "x": ["a", "b"]})
@@ -72,7 +73,7 @@ def test_tokens_go_to_a_function_that_names_them_and_to_no_other() -> None:
 # ---- what it returns -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@for_each(
     "scores",
     [
         [1, 0.5],
@@ -94,7 +95,7 @@ def test_any_kind_of_number(scores: Any) -> None:
     assert [type(score) for score in result] == [float, float]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "row",
     [
         [1, True, 0.5],
@@ -112,8 +113,8 @@ def test_numbers_for_tokens(row: Any) -> None:
     assert [type(number) for number in result[0]] == [float] * 3
 
 
-@pytest.mark.parametrize(
-    ("score", "shown"),
+@for_each(
+    "score, shown",
     [
         (None, "None (NoneType)"),
         ("1.0", "'1.0' (str)"),
@@ -137,8 +138,8 @@ def test_a_score_that_is_no_finite_number(score: Any, shown: str) -> None:
     assert fault.way_out == "return a finite number for each response, or one for each of its tokens"
 
 
-@pytest.mark.parametrize(
-    ("score", "what"),
+@for_each(
+    "score, what",
     [
         ([0.5], "gave 1 numbers for a response of 3 tokens"),
         ([], "gave 0 numbers for a response of 3 tokens"),
@@ -168,8 +169,8 @@ def test_the_wrong_number_of_scores(scores: Any) -> None:
     assert fault.way_out == "return one number for each of the 2 responses"
 
 
-@pytest.mark.parametrize(
-    ("scores", "shown"),
+@for_each(
+    "scores, shown",
     [
         (None, "None (NoneType)"),
         (1.0, "1.0 (float)"),

@@ -16,7 +16,7 @@ from rlhf_toolkit.rewards.compose import WARNINGS, Rewards
 from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.types import Prompt
-from tests.rewards.common import MISBEHAVING, batch_of, prompts_for, rewards_of, tokens_for
+from tests.support.rewards import MISBEHAVING, batch_of, prompts_for, rewards_of, tokens_for
 
 RESPONSES = ["a", "bb", "ccc", "dddd", "eeeee"]
 

@@ -12,7 +12,7 @@ import yaml
 from rlhf_toolkit.rewards.lanes import Lanes
 from rlhf_toolkit.rewards.specification import REQUESTS, RewardSpec
 from rlhf_toolkit.rewards.values import POLICIES
-from tests.rewards.common import batch_of, prompts_for, rewards_of, tokens_for
+from tests.support.rewards import batch_of, prompts_for, rewards_of, tokens_for
 
 PAGE = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
 

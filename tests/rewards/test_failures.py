@@ -19,7 +19,7 @@ from rlhf_toolkit.errors import ConfigError, RewardError
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.pool import environment_of_workers
 from rlhf_toolkit.rewards.specification import RewardSpec
-from tests.rewards.common import MISBEHAVING, batch_of, is_gone, rewards_of, wait_until
+from tests.support.rewards import MISBEHAVING, batch_of, is_gone, rewards_of, wait_until
 
 LIMIT = 1.5
 SAID = {
@@ -143,7 +143,7 @@ def test_workers_are_kept_and_replaced_only_when_they_are_gone() -> None:
 
 @pytest.mark.parametrize("how", ["raise", "exit", "kill", "sleep"])
 @pytest.mark.parametrize("retries", [0, 1])
-def test_another_try(how: str, retries: int, tmp_path: Path) -> None:
+def test_a_call_that_fails_is_tried_again(how: str, retries: int, tmp_path: Path) -> None:
     entry = of("fails_first", timeout=1, kwargs={"how": how}, retries=retries, **POLICIES["score"])
     with rewards_of(entry) as rewards:
         scores = rewards.collect(*batch_of(["a", "bb"], folder=str(tmp_path)))

@@ -18,7 +18,8 @@ from rlhf_toolkit.errors import RewardError
 from rlhf_toolkit.rewards import http
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.specification import RewardSpec
-from tests.rewards.common import batch_of, rewards_of, wait_until
+from tests.support.offenders import for_each
+from tests.support.rewards import batch_of, rewards_of, wait_until
 
 Answer = Callable[["Handler", dict[str, Any]], None]
 
@@ -203,8 +204,8 @@ def misbehaving(name: str) -> tuple[Answer, str]:
     return lambda handler, body: handler.say(content, status), said
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", [*SAYING, *DOING])
+@for_each("policy", POLICIES)
+@for_each("name", [*SAYING, *DOING])
 def test_each_failure_under_each_policy(name: str, policy: str) -> None:
     """Only the responses ``bad`` meet it."""
     spoil, said = misbehaving(name)
@@ -265,17 +266,17 @@ def first_then_lengths(spoil: Answer, times: int) -> Answer:
     return behave
 
 
-@pytest.mark.parametrize("name", ["500", "cut short", "hangs up"])
-@pytest.mark.parametrize(("times", "retries", "good"), [(1, 1, True), (2, 3, True), (2, 1, False), (1, 0, False)])
-def test_another_try(name: str, times: int, retries: int, good: bool) -> None:
+@for_each("name", ["500", "cut short", "hangs up"])
+@for_each("times, retries, good", [(1, 1, True), (2, 3, True), (2, 1, False), (1, 0, False)])
+def test_a_call_that_fails_is_tried_again(name: str, times: int, retries: int, good: bool) -> None:
     with served(first_then_lengths(misbehaving(name)[0], times)) as server:
         with rewards_of(of(server, retries=retries, on_failure="drop")) as rewards:
             assert rewards.collect(*batch_of(["aa"])).kept == [good]
         assert len(server.seen) == min(times + 1, retries + 1)
 
 
-@pytest.mark.parametrize("name", ["404", "301", "not JSON", "no scores", "wrong count", "NaN", "silent"])
-def test_no_other_try(name: str) -> None:
+@for_each("name", ["404", "301", "not JSON", "no scores", "wrong count", "NaN", "silent"])
+def test_a_wrong_answer_is_not_asked_for_again(name: str) -> None:
     with served(misbehaving(name)[0]) as server:
         with rewards_of(of(server, retries=3, on_failure="drop", timeout=0.5)) as rewards:
             assert rewards.collect(*batch_of(["aa"])).kept == [False]

@@ -9,8 +9,10 @@ import yaml
 
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.rewards.specification import RewardSpec
+from tests.support.offenders import for_each
 
 F = {"function": "my/reward.py:score"}
+FIVE: dict[Any, Any] = {5: 1}  # YAML keys may be numbers
 U = {"url": "http://judge.example:8000/score?kind=a"}
 
 
@@ -68,15 +70,15 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
     assert RewardSpec.parse({"url": url}, 0).name == name
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
+@for_each(
+    "entry, message",
     [
         ("my.py:f", "reward.functions[2] holds 'my.py:f', not settings; write function: path/to/file.py:name"),
         ({}, "reward.functions[2] has no function; give function: path/to/file.py:name, or url: http://..."),
         ({**F, **U}, "reward.functions[2] has function and url; keep one of them"),
         ({**F, "wieght": 1}, "unknown setting reward.functions[2].wieght; did you mean weight?"),
         ({**F, "setting": "x"}, "unknown setting reward.functions[2].setting; known are name, function, url, weight"),
-        ({**F, 5: 1}, "unknown setting reward.functions[2].5; known are name"),
+        ({**F, **FIVE}, "unknown setting reward.functions[2].5; known are name"),
         ({"function": "score"}, "reward.functions[2].function='score' names no function; write path/to/file.py:name"),
         ({"function": 5}, "reward.functions[2].function=5 is not text; put text in quotes"),
         ({"url": "judge:8000"}, "reward.functions[2].url='judge:8000' is no address; write http://host:port/path"),
@@ -111,7 +113,7 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_refused(entry: Any, message: str) -> None:
+def test_an_entry_that_cannot_work_is_refused(entry: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         RewardSpec.parse(entry, 2)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

@@ -20,12 +20,13 @@ from rlhf_toolkit.rewards.countdown import LONGEST_EXPRESSION, parsed
 from rlhf_toolkit.rewards.pool import worker_pool
 from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.rewards.verifiable import countdown, gsm8k, think_answer_format
+from tests.support.offenders import for_each
 
 HUGE = "blah 7 #### " * 100_000
 MINUS, TIMES, OVER = "\u2212", "\u00d7", "\u00f7"
 
 
-@pytest.mark.parametrize("name", ["math", "gsm8k", "countdown", "think_answer_format", "reasoning_gym"])
+@for_each("name", ["math", "gsm8k", "countdown", "think_answer_format", "reasoning_gym"])
 def test_yaml_finds_every_reward(name: str) -> None:
     assert load_function(f"rlhf_toolkit.rewards.verifiable:{name}", "reward.function").__name__ == name
 
@@ -69,7 +70,7 @@ GSM8K = [
 ]
 
 
-@pytest.mark.parametrize(("response", "truth", "strict", "flexible"), GSM8K)
+@for_each("response, truth, strict, flexible", GSM8K)
 def test_gsm8k_by_hand(response: str, truth: Any, strict: int, flexible: int) -> None:
     assert gsm8k(["p"], [response], answer=[truth]) == [strict]
     assert gsm8k(["p"], [response], answer=[truth], flexible=True) == [flexible]
@@ -81,7 +82,7 @@ def test_gsm8k_scores_each_row_by_its_own_truth_and_ignores_other_columns() -> N
     assert gsm8k([], [], answer=[]) == []
 
 
-@pytest.mark.parametrize("truth", ["", "forty-two", None, "#### x", True, float("nan"), float("inf"), "1e3"])
+@for_each("truth", ["", "forty-two", None, "#### x", True, float("nan"), float("inf"), "1e3"])
 def test_gsm8k_refuses_a_truth_that_is_no_number(truth: Any) -> None:
     with pytest.raises(DataError, match="give a number"):
         gsm8k(["p"], ["#### 1"], answer=[truth])
@@ -164,13 +165,13 @@ COUNTDOWN = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "numbers", "target", "expected"), COUNTDOWN)
+@for_each("answer, numbers, target, expected", COUNTDOWN)
 def test_countdown_by_hand(answer: str, numbers: list[int], target: Any, expected: float) -> None:
     assert score(answer, numbers, target) == expected
 
 
-@pytest.mark.parametrize(
-    ("response", "expected"),
+@for_each(
+    "response, expected",
     [
         ("<answer>6 + 7</answer> no: <answer>6 * 7</answer>", 1),
         ("<answer>6 * 7</answer> no: <answer>6 + 7</answer>", 0.1),
@@ -197,13 +198,13 @@ def test_countdown_options() -> None:
     assert score("6 + 7", [6, 7], 42, format_score=0.25) == 0.25
 
 
-@pytest.mark.parametrize("numbers", [[1, -2], [0], [1.5], ["1"], [True], "12"])
+@for_each("numbers", [[1, -2], [0], [1.5], ["1"], [True], "12"])
 def test_countdown_refuses_other_numbers(numbers: Any) -> None:
     with pytest.raises(DataError, match="positive integers"):
         countdown(["p"], ["x"], numbers=[numbers], target=[1])
 
 
-@pytest.mark.parametrize("target", ["", "x", None, "1/0", float("nan")])
+@for_each("target", ["", "x", None, "1/0", float("nan")])
 def test_countdown_refuses_other_targets(target: Any) -> None:
     with pytest.raises(DataError, match="give a number"):
         countdown(["p"], ["x"], numbers=[[1]], target=[target])
@@ -275,7 +276,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("response", "expected"), FORMS)
+@for_each("response, expected", FORMS)
 def test_format_by_hand(response: str, expected: int) -> None:
     assert think_answer_format(["p"], [response], other=[1]) == [expected]
     if expected:
@@ -288,8 +289,8 @@ def test_format_by_hand(response: str, expected: int) -> None:
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "box"),
+@for_each(
+    "text, box",
     [
         (r"\boxed{5}", "5"),
         (r"\boxed{1} or \boxed{ 2 }", "2"),
@@ -303,7 +304,7 @@ def test_format_by_hand(response: str, expected: int) -> None:
         ("", None),
     ],
 )
-def test_last_boxed(text: str, box: str | None) -> None:
+def test_the_last_boxed_answer_is_found(text: str, box: str | None) -> None:
     assert texts.last_boxed(text) == box
 
 

@@ -15,6 +15,7 @@ from reasoning_gym import factory
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.rewards.gym import BY_EQUALITY, entry_of, entry_text, reasoning_gym
 from rlhf_toolkit.rewards.gym_texts import LITERAL_SCORERS, LONGEST_TEXT, SYMPY_SCORERS, is_arithmetic
+from tests.support.offenders import for_each
 
 NEEDS_CONFIG = {"composite": "Must specify at least one dataset"}
 """Datasets that cannot be built as they are, and what they say."""
@@ -31,7 +32,7 @@ def entries(name: str, count: int = 3) -> tuple[Entry, ...]:
 
 
 def scores(name: str, answers: list[str], items: tuple[Entry, ...] | list[Entry], **options: Any) -> list[float]:
-    columns = {"entry": [entry_text(item) for item in items], "dataset": [name] * len(items)}
+    columns: dict[str, Any] = {"entry": [entry_text(item) for item in items], "dataset": [name] * len(items)}
     return reasoning_gym(["p"] * len(items), answers, **columns, **options)
 
 
@@ -47,7 +48,7 @@ def test_the_lists_of_this_test_are_those_of_the_library() -> None:
             factory.create_dataset(name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_ANSWER])
+@for_each("name", [name for name in NAMES if name not in WITHOUT_ANSWER])
 def test_its_own_answer_is_right_and_another_is_not(name: str) -> None:
     items = entries(name)
     answers = [item["answer"] for item in items]
@@ -166,7 +167,7 @@ def test_partial_scores_are_the_librarys_unless_exact() -> None:
 
 def test_rows_of_different_datasets_and_other_columns() -> None:
     items = [entries("gcd")[0], entries("lcm")[0]]
-    columns = {"entry": [entry_text(i) for i in items], "dataset": ["gcd", "lcm"], "source": ["a", "b"]}
+    columns: dict[str, Any] = {"entry": [entry_text(i) for i in items], "dataset": ["gcd", "lcm"], "source": ["a", "b"]}
     assert reasoning_gym(["p"] * 2, [i["answer"] for i in items], **columns) == [1.0, 1.0]
 
 
@@ -178,8 +179,8 @@ def test_settings_reach_the_scorer() -> None:
     assert scores("decimal_arithmetic", ["1.3"], [item], config=[many])[0] < 1.0
 
 
-@pytest.mark.parametrize("name", ["prime_factorization", "chain_sum", "time_intervals", "game_of_life"])
-@pytest.mark.parametrize("answer", ["x" * (LONGEST_TEXT + 1), "[" * 5000, "\x00", "9" * 6000, "{}", "null", "1e999"])
+@for_each("name", ["prime_factorization", "chain_sum", "time_intervals", "game_of_life"])
+@for_each("answer", ["x" * (LONGEST_TEXT + 1), "[" * 5000, "\x00", "9" * 6000, "{}", "null", "1e999"])
 def test_odd_answers_are_wrong_and_raise_nothing(name: str, answer: str) -> None:
     assert max(scores(name, [answer] * 3, entries(name))) < 1.0
 
@@ -190,7 +191,7 @@ def test_an_entry_that_its_scorer_cannot_score_is_refused() -> None:
         scores("prime_factorization", ["three"], [broken])
 
 
-@pytest.mark.parametrize("entry", ["", "no json", "[]", "{}", '{"question": "q", "answer": "a"}'])
+@for_each("entry", ["", "no json", "[]", "{}", '{"question": "q", "answer": "a"}'])
 def test_what_is_no_entry_is_refused(entry: str) -> None:
     with pytest.raises(DataError, match="column entry holds"):
         reasoning_gym(["p"], ["a"], entry=[entry], dataset=["gcd"])
@@ -226,7 +227,7 @@ def test_text_keeps_tuples_and_keys() -> None:
         entry_text({"question": "q", "answer": "a", "metadata": {"set": {1}}})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@for_each("name", NAMES)
 def test_every_entry_survives_as_text(name: str) -> None:
     for item in entries(name):
         assert typed(entry_of(entry_text(item))) == typed(item)
@@ -256,7 +257,7 @@ def test_lists_still_get_what_the_library_gives_for_them() -> None:
     assert scores("spiral_matrix", [str(item["answer"].split())], [item]) == [0.1]
 
 
-@pytest.mark.parametrize("name", sorted(SYMPY_SCORERS))
+@for_each("name", sorted(SYMPY_SCORERS))
 def test_sympy_scorers_take_their_own_answers(name: str) -> None:
     answers = [item["answer"] for item in entries(name, 40)]
     refused = [answer for answer in answers if not is_arithmetic(answer)]
@@ -273,15 +274,15 @@ def test_an_integral_that_is_only_written_down_is_no_answer() -> None:
     assert scores("simple_integration", [f"Integral({metadata['integrand']}, {metadata['variable']})"], [item]) == [0.0]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "text",
     ["x**2 + 3*x", "-34*x**8/15 - 5*x/4 + C", "(2*x - 8)**(3/2)", "2*exp(x) - sin(x)**2", "x**-1", "((x**2)**3)**4"],
 )
-def test_arithmetic(text: str) -> None:
+def test_what_counts_as_arithmetic(text: str) -> None:
     assert is_arithmetic(text)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "text",
     [
         *("9**9**9", "(9**999)**999", "((x**99)**99)**99", "x**1001", "x**(10*10*11)", "9**(9**9)", "x**1e9"),
@@ -303,5 +304,5 @@ def test_arithmetic(text: str) -> None:
         *("", "1 2", "exp(x, evaluate=False)", "(" * 300 + "x" + ")" * 300, "1" * 5000, "\x00"),
     ],
 )
-def test_no_arithmetic(text: str) -> None:
+def test_what_does_not_count_as_arithmetic(text: str) -> None:
     assert not is_arithmetic(text)

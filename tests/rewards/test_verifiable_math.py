@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.rewards.verifiable import LONGEST_BOX, math
+from tests.support.offenders import for_each
 
 EQUAL = [
     (r"\frac{1}{2}", "1/2"),
@@ -67,18 +68,18 @@ def one(response: str, answer: Any, **options: Any) -> float:
     return math(["p"], [response], answer=[answer], **options)[0]
 
 
-@pytest.mark.parametrize(("box", "answer"), EQUAL)
-def test_equal(box: str, answer: Any) -> None:
+@for_each("box, answer", EQUAL)
+def test_an_answer_that_equals_the_truth_scores_one(box: str, answer: Any) -> None:
     assert one(rf"... so the answer is $\boxed{{{box}}}$.", answer) == 1
 
 
-@pytest.mark.parametrize(("box", "answer"), DIFFERENT)
-def test_different(box: str, answer: Any) -> None:
+@for_each("box, answer", DIFFERENT)
+def test_an_answer_that_differs_scores_zero(box: str, answer: Any) -> None:
     assert one(rf"... so the answer is $\boxed{{{box}}}$.", answer) == 0
 
 
-@pytest.mark.parametrize(
-    ("response", "expected"),
+@for_each(
+    "response, expected",
     [
         (r"\boxed{3} no, \boxed{7}", 1),
         (r"\boxed{7} no, \boxed{3}", 0),
@@ -138,7 +139,7 @@ def test_rows_keep_their_order() -> None:
     assert math(["p"] * 3, ["1", r"\boxed{2}", "4"], answer=["1", "2", "3"], level=[1, 2, 3]) == [1, 1, 0]
 
 
-@pytest.mark.parametrize("answer", ["", None, " ", "$$", True, ["7"]])
+@for_each("answer", ["", None, " ", "$$", True, ["7"]])
 def test_an_answer_that_says_nothing_is_refused(answer: Any) -> None:
     with pytest.raises(DataError, match="math cannot read"):
         one("7", answer)

@@ -14,7 +14,8 @@ from rlhf_toolkit.rollout.schedule import LastMeans
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt
-from tests.tiny import merged, write_task
+from tests.support.offenders import for_each
+from tests.support.tiny import merged, write_task
 
 PROMPTS = [Prompt(10 + i, f"p{i}", (i,), {}) for i in range(6)]
 
@@ -36,7 +37,7 @@ def test_a_rollouts_choice_follows_from_its_number_and_the_scores() -> None:
     assert len({tuple(curriculum.indices(rollout, seen())) for rollout in range(8)}) > 3
 
 
-@pytest.mark.parametrize("found", [[0, 1], [0, 1, 1], [0, 1, 6], [0, 1, -1], [0, 1, 2.0], [0, 1, 2, 3]])
+@for_each("found", [[0, 1], [0, 1, 1], [0, 1, 6], [0, 1, -1], [0, 1, 2.0], [0, 1, 2, 3]])
 def test_what_a_curriculum_may_not_give(found: list[Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.curriculum gave .* it must give 3 different positions from 0 to 5"):
         Curriculum(lambda: found, PROMPTS, 3, seed=0).indices(0, seen())

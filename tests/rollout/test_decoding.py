@@ -20,9 +20,9 @@ from rlhf_toolkit.rollout import decoding
 from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first, most_columns
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.roles import plain_peft, rows_of, tiny_shared
-from tests.tiny import WORDS, tiny_llama
+from tests.support.builders import tiny_tokenizer
+from tests.support.roles import plain_peft, rows_of, tiny_shared
+from tests.support.tiny import WORDS, tiny_llama
 
 EOS = 1
 SAMPLING = Sampling(max_new_tokens=12, stop_ids=(EOS, 4, 5), pad_id=0, temperature=1.3)
@@ -335,7 +335,7 @@ def test_a_response_is_cut_where_the_longest_ends() -> None:
 
 def test_stop_strings_of_one_token_and_of_several() -> None:
     tokenizer = tiny_tokenizer(words=WORDS)
-    ids = tokenizer.convert_tokens_to_ids(["w3", "w4", "w5", "w6", "w7"])
+    ids = [tokenizer.get_vocab()[word] for word in ("w3", "w4", "w5", "w6", "w7")]
     links = dict(pairwise([*ids, ids[0]]))
     rollout = follow(links, [(ids[0],), (ids[2],)], tokenizer=tokenizer, stop_strings=("w5 w6",))
     assert responses(rollout) == [ids[1:4], [*ids[3:], *ids[:3]]]
@@ -346,7 +346,7 @@ def test_stop_strings_of_one_token_and_of_several() -> None:
 
 def test_a_stop_string_in_the_prompt_stops_nothing() -> None:
     tokenizer = tiny_tokenizer(words=WORDS)
-    first, second, third = tokenizer.convert_tokens_to_ids(["w3", "w4", "w5"])
+    first, second, third = (tokenizer.get_vocab()[word] for word in ("w3", "w4", "w5"))
     links = {second: third, third: third}
     rollout = follow(links, [(first, second)], tokenizer=tokenizer, stop_strings=("w3", "w4"))
     assert rollout.finished.tolist() == [False]

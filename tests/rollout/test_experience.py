@@ -29,7 +29,7 @@ from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.scored_sampler import ScoredSampler, Scorer
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.types import Experience, Prompt
-from tests.roles import tiny_shared
+from tests.support.roles import tiny_shared
 
 LENGTHS, FINISHED = [3, 1, 4, 4], [True, True, False, False]
 KL_COEF, PENALTY, GAMMA, LAMBDA = 0.3, 0.5, 0.9, 0.8
@@ -241,7 +241,7 @@ def test_roles_say_what_all_of_them_say_and_the_others_nothing(roles: tuple[str,
 def test_without_roles_no_pass_runs() -> None:
     _, sampled, *_ = shaped()
     shared = tiny_shared()
-    shared.forward = None  # type: ignore[assignment,method-assign]  not callable
+    shared.forward = None  # type: ignore[assignment, method-assign] # not callable
     plan = Plan([[[[0, 1, 2, 3]]]])
     assert run_role_pass(shared, sampled, plan, padded_layout, temperature=1.0, roles=()) == {}
 

@@ -13,7 +13,8 @@ from rlhf_toolkit.rollout.experience import Collected
 from rlhf_toolkit.rollout.loader import OverMiniBatch, RolloutLoader, Schedule, share_of_mini_batch
 from rlhf_toolkit.trainers.ppo import cut
 from rlhf_toolkit.types import Experience
-from tests.algorithms.batches import noise
+from tests.support.batches import noise
+from tests.support.values import there
 
 LENGTHS = torch.tensor([3, 1, 4, 2, 4, 0, 3, 2])  # of what is trained on; row 5 is a response that was left out
 SHARES = [[[6, 2], [0]], [[5, 3], [1]]]
@@ -48,7 +49,7 @@ def test_a_share_holds_its_own_rows_and_the_counts_of_all() -> None:
     for number, rows in enumerate(([6, 2, 0], [5, 3, 1])):
         share = share_of_mini_batch(experience, SHARES, number, fresh=True)
         assert share["row"].tolist() == rows and share["micro_batch"].tolist() == [0, 0, 1]
-        assert torch.equal(share["returns"], experience.returns[rows])
+        assert torch.equal(share["returns"], there(experience.returns)[rows])
         assert (share["token_count"].item(), share["sequence_count"].item()) == (3 + 4 + 3 + 0 + 2 + 1, 5)
 
 
@@ -62,17 +63,17 @@ def test_columns_of_the_mini_batch_go_to_the_rows_they_are_of() -> None:
         assert torch.equal(torch.cat([part["row"] for part in parts]), share["row"])
         for part in parts:
             assert torch.equal(part["selected"][:, 0], part["row"])
-            assert torch.equal(part["advantages"], experience.advantages[part["row"]])
+            assert torch.equal(part["advantages"], there(experience.advantages)[part["row"]])
 
 
 def test_whitening_is_over_the_tokens_of_the_mini_batch() -> None:
     experience = rollout()
     whitened = OverMiniBatch(whiten=True).columns(experience, EVERYONE, (0, 0, 0))["advantages"]
-    tokens = [experience.advantages[row, t].item() for row in EVERYONE for t in range(LENGTHS[row])]
+    tokens = [there(experience.advantages)[row, t].item() for row in EVERYONE for t in range(LENGTHS[row])]
     mean = sum(tokens) / len(tokens)
     deviation = (sum((each - mean) ** 2 for each in tokens) / (len(tokens) - 1) + 1e-8) ** 0.5
     for place, row in enumerate(EVERYONE):
-        expected = (experience.advantages[row, : LENGTHS[row]] - mean) / deviation
+        expected = (there(experience.advantages)[row, : LENGTHS[row]] - mean) / deviation
         torch.testing.assert_close(whitened[place, : LENGTHS[row]], expected)
         assert not whitened[place, LENGTHS[row] :].any()
 
@@ -91,7 +92,8 @@ def test_a_mini_batch_with_fewer_than_two_trained_tokens_has_nothing_to_whiten()
 
 def test_a_choice_is_made_by_old_log_probs_and_whitened_advantages() -> None:
     """Those that the update will see, row by row."""
-    experience, seen = rollout(), {}
+    experience = rollout()
+    seen: dict[str, Any] = {}
 
     def select(*, mask: torch.Tensor, **given: Any) -> torch.Tensor:
         seen.update(given, mask=mask)
@@ -100,7 +102,7 @@ def test_a_choice_is_made_by_old_log_probs_and_whitened_advantages() -> None:
     columns = OverMiniBatch(whiten=True, select=select).columns(experience, EVERYONE, (0, 0, 0))
     assert torch.equal(columns["selected"], experience.response_mask[EVERYONE])
     ordered = sorted(EVERYONE)
-    assert torch.equal(seen["logprobs"], experience.old_logprobs[ordered])
+    assert torch.equal(seen["logprobs"], there(experience.old_logprobs)[ordered])
     assert torch.equal(seen["mask"], experience.response_mask[ordered])
     place = [EVERYONE.index(row) for row in ordered]
     assert torch.equal(seen["advantages"], columns["advantages"][place])

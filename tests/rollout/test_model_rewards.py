@@ -19,17 +19,18 @@ from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Prompt
-from tests.builders import tiny_tokenizer
-from tests.launch import run_recipe
-from tests.roles import lora
-from tests.tiny import SIZES, WORDS, merged, tiny_llama, write_experiment, write_task
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import run_recipe
+from tests.support.roles import lora
+from tests.support.tiny import SIZES, WORDS, merged, tiny_llama, write_experiment, write_task
+from tests.support.values import named
 
 
 def write_reward_adapter(folder: Path, *, rank: int = 5) -> Path:
     """A LoRA folder with a head, of another rank than the policy's, as a reward trainer leaves it."""
     torch.manual_seed(11)
     model = get_peft_model(tiny_llama(), lora(r=rank, lora_alpha=2 * rank))
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     head = {"weight": torch.randn(SIZES["hidden_size"]), "bias": torch.randn(1)}
     save_file(head, folder / "reward_head.safetensors")
     return folder
@@ -54,7 +55,7 @@ def prepared(folder: Path, **changes: Any) -> PPOTrainer:
 
 def by_plain_peft(adapter: Path, sequences: torch.Tensor, lengths: list[int]) -> list[float]:
     """The head on the last token's state, row by row, without our code."""
-    model = PeftModel.from_pretrained(tiny_llama(), adapter).eval()
+    model: Any = PeftModel.from_pretrained(tiny_llama(), adapter).eval()
     head = load_file(adapter / "reward_head.safetensors")
     with torch.no_grad():
         states = [
@@ -170,4 +171,4 @@ def test_two_ranks_under_zero3_train_as_one_process_does(tmp_path: Path) -> None
         found.append({f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()})
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-5, msg=named(name))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rlhf_toolkit.rollout.sampling import choose_tokens
-from tests.forked import RecipeProcesses
-from tests.launch import Finished, run_recipe
 from tests.rollout.test_model_rewards import write_reward_model
-from tests.tiny import merged, tiny_llama, write_experiment, write_task
+from tests.support.forked import RecipeProcesses
+from tests.support.launch import Finished, run_recipe
+from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
 
 # Each is planted from inside the reward file, which every rank imports before the model is built.
 LAYER = """

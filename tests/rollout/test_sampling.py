@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.rollout.sampling import choose_tokens
+from tests.support.offenders import for_each
 
 LAST = 1 - 2**-53  # the largest number torch.rand gives in float64
 GRID = 20_000
@@ -37,8 +38,8 @@ def support(logits: Tensor, **options: Any) -> set[int]:
 # ---- frequencies -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@for_each("temperature", [0.5, 1.0, 3.0])
 def test_frequencies_are_the_probabilities(dtype: torch.dtype, temperature: float) -> None:
     """Over an even grid a token's count is its share to within the two ends of its interval."""
     logits = logits_of(30).to(dtype)
@@ -76,7 +77,7 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn() -> None:
 def test_a_row_is_a_function_of_its_own_logits_and_number() -> None:
     logits = torch.stack([logits_of(40, seed=s) for s in range(6)])
     uniforms = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     tokens, logprobs = choose_tokens(logits, uniforms, **options)
     for row in range(6):
         alone = choose_tokens(logits[row : row + 1], uniforms[row : row + 1], **options)
@@ -107,7 +108,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     torch.testing.assert_close(logprobs, torch.full((4,), 0.5).log())
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each("seed", range(5))
 def test_the_largest_number_stays_inside_whatever_the_sum_rounds_to(seed: int) -> None:
     logits = torch.stack([logits_of(1000, seed=100 * seed + s) for s in range(100)])
     tokens, _ = choose_tokens(logits, torch.full((100,), LAST, dtype=torch.float64), temperature=1.0)
@@ -124,8 +125,8 @@ def test_greedy_takes_the_likeliest_and_its_log_prob() -> None:
     torch.testing.assert_close(logprobs, (logits / 0.7).log_softmax(-1).max(-1).values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.4}, {"top_k": 5, "top_p": 0.5}])
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@for_each("options", [{}, {"top_k": 3}, {"top_p": 0.4}, {"top_k": 5, "top_p": 0.5}])
 def test_the_log_prob_is_of_the_whole_tempered_distribution(dtype: torch.dtype, options: dict[str, Any]) -> None:
     logits = logits_of(30).to(dtype)
     tokens, logprobs = choose_tokens(logits.expand(50, -1), grid(50), temperature=0.6, **options)
@@ -162,8 +163,8 @@ def test_top_k_keeps_what_is_as_likely_as_the_kth() -> None:
 # ---- top-p -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.75, 0.9, 0.97])
-@pytest.mark.parametrize("seed", range(4))
+@for_each("p", [0.05, 0.3, 0.5, 0.75, 0.9, 0.97])
+@for_each("seed", range(4))
 def test_top_p_keeps_the_smallest_set_of_the_likeliest(p: float, seed: int) -> None:
     logits = logits_of(30, seed=seed, scale=1.0)
     probabilities = logits.double().softmax(-1)

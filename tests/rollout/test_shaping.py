@@ -23,6 +23,7 @@ from rlhf_toolkit.rollout.sampled import Sampled, gather_rollout, sampled_here
 from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.rollout.test_experience import FINISHED, LENGTHS, PENALTY, finished_by, maker_of, shaped
+from tests.support.values import there
 
 KEPT = torch.tensor([True, True, False, True])
 
@@ -98,7 +99,8 @@ def test_scores_are_whitened_over_those_that_are_there() -> None:
 
 def test_returns_are_never_whitened() -> None:
     plain, whitened = (shaped(whiten_advantages=whiten)[0] for whiten in (False, True))
-    assert torch.equal(plain.returns, whitened.returns) and not torch.equal(plain.advantages, whitened.advantages)
+    assert torch.equal(plain.returns, whitened.returns)
+    assert not torch.equal(plain.advantages, whitened.advantages)
 
 
 # ---- groups and baselines -------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def with_baselines(kept: list[bool], scores: ScoreShaping) -> tuple[Sampled, lis
 def test_a_rows_baseline_is_the_score_of_the_greedy_response_to_its_prompt() -> None:
     """The score after shaping: prompt 5's greedy response was cut off."""
     found, asked = with_baselines([True] * 3, ScoreShaping(missing_eos_penalty=0.1))
-    assert found.baselines.tolist() == pytest.approx([0.4, 0.8, 0.3, 0.4]) and found.kept.all()
+    assert there(found.baselines).tolist() == pytest.approx([0.4, 0.8, 0.3, 0.4]) and found.kept.all()
     assert asked == [(True, [3, 5, 8])]
 
 
@@ -149,7 +151,7 @@ def test_a_baseline_is_whitened_as_the_scores_are() -> None:
     scores = [2 * score for score in found.raw_scores.tolist()]
     mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
     expected = [(2 * greedy - mean) / deviation for greedy in (0.5, 0.8, 0.3, 0.5)]
-    assert found.baselines.tolist() == pytest.approx(expected, rel=1e-5)
+    assert there(found.baselines).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_baseline_there_is_nothing_to_train_on() -> None:
@@ -165,7 +167,13 @@ def test_the_order_is_penalties_clip_scale_whitening() -> None:
     """Row 2 has 4 of at most 5 tokens, so 1 of the 2 in the buffer; rows 2 and 3 were cut off."""
     _, sampled, *_ = shaped()
     sampled = replace(sampled, raw_scores=torch.tensor([5.0, 0.25, 1.0, -9.0]))
-    of = {"missing_eos_penalty": 0.5, "overlong_buffer": 2, "overlong_penalty": 0.3, "clip": 2.0, "scale": 10.0}
+    of: dict[str, Any] = {
+        "missing_eos_penalty": 0.5,
+        "overlong_buffer": 2,
+        "overlong_penalty": 0.3,
+        "clip": 2.0,
+        "scale": 10.0,
+    }
     by_hand = [20.0, 2.5, 10 * (1.0 - 0.5 - 0.3 / 2), -20.0]
     assert ScoreShaping(**of)(sampled, budget=5).tolist() == pytest.approx(by_hand)
     mean, deviation = statistics.fmean(by_hand), statistics.stdev(by_hand)

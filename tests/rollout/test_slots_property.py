@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import deepspeed
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -26,16 +25,18 @@ from rlhf_toolkit.models.slot_cache import SlotCache
 from rlhf_toolkit.planning import memory
 from rlhf_toolkit.rollout import decoding
 from rlhf_toolkit.rollout.decoding import Sampling
-from rlhf_toolkit.rollout.sampler import RolloutSize, Sampler
+from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.sampling import choose_tokens
+from rlhf_toolkit.rollout.sizes import RolloutSize
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.launch import run_worker
 from tests.models.test_architectures import WORKS
-from tests.roles import tiny_shared
-from tests.tiny import WORDS
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import run_worker
+from tests.support.offenders import for_each
+from tests.support.roles import tiny_shared
+from tests.support.tiny import WORDS
 
 LONGEST, BUDGET = 24, 9  # tokens of a prompt; of a response
 TEMPLATE = tuple(range(3, 15))
@@ -97,7 +98,12 @@ def situation_of(seed: int) -> Situation:
 
 
 SITUATION = st.integers(0, 2**32 - 1).map(situation_of)
-LIKE = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+LIKE: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
 LIKE |= {"phases": [Phase.generate]}  # a failing situation is small as it is
 
 
@@ -218,7 +224,8 @@ def decoded(engine: Any, situation: Situation, batch: PromptBatch, mode: str) ->
     sampler = Sampler(tokenizer(), size, mode=mode, slots=situation.slots, environment=environment)
     expected: Callable[[Prompt], float] = lambda prompt: float(situation.order[prompt.index])  # noqa: E731
     entering = mock.patch.object(memory, "PREFILL_TOKENS", situation.prefill_tokens)
-    with entering, mock.patch.multiple(decoding, **situation.constants), sampler.opened(engine) as shared:
+    constants: Any = situation.constants
+    with entering, mock.patch.multiple(decoding, **constants), sampler.opened(engine) as shared:
         return sampler.decode(shared, batch, sampling_of(situation), stream=(5,), expected=expected)
 
 
@@ -237,7 +244,7 @@ def differences(shared: SharedBase, situation: Situation, batch: PromptBatch, fo
     return wrong
 
 
-@pytest.mark.parametrize("name", MODELS)
+@for_each("name", MODELS)
 def test_a_row_in_company_is_the_row_alone(name: str) -> None:
     @settings(max_examples=30 if name == "llama" else 12, **LIKE)
     @given(SITUATION)

@@ -15,9 +15,10 @@ from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
-from tests.builders import tiny_tokenizer
-from tests.launch import run_recipe
-from tests.tiny import WORDS, merged, tiny_llama, write_experiment, write_task
+from tests.support.builders import tiny_tokenizer
+from tests.support.launch import run_recipe
+from tests.support.tiny import WORDS, merged, tiny_llama, write_experiment, write_task
+from tests.support.values import named, there
 
 STOP, PAD = 1, 1
 ENVIRONMENT = '''
@@ -149,18 +150,19 @@ def test_the_policy_reads_the_answers_and_no_loss_sees_them(tmp_path: Path) -> N
     change of an answer's log-prob changes nothing."""
     run = prepare(experiment_from_dict(task(tmp_path, "tool")))
     run.progress.bar.close()
-    experience = run.trainer.maker.collect(run.trainer.model, 0).tokens
+    experience = run.trainer.maker.collect(run.trainer.model, 0).experience
     written, width = experience.token_mask, experience.token_mask.shape[1]
     real = torch.arange(width) < experience.response_lengths[:, None]
     answers = real & ~written
     assert answers.sum() > 10 and (answers.any(1) & written.any(1)).sum() > 4
-    word = run.trainer.processing_class.get_vocab()["w27"]
+    tokenizer: Any = run.trainer.processing_class
+    word = tokenizer.get_vocab()["w27"]
     placed = [experience.sequences[b, experience.prompt_lengths[b] + t].item() for b, t in answers.nonzero().tolist()]
     assert set(placed) == {word}
-    gap = (experience.rollout_logprobs - experience.old_logprobs)[written].abs()
+    gap = (experience.rollout_logprobs - there(experience.old_logprobs))[written].abs()
     assert gap.max() < 1e-4
     assert not (experience.response_mask & answers).any()
-    assert not experience.advantages[answers].any() and not experience.returns[answers].any()
+    assert not there(experience.advantages)[answers].any() and not there(experience.returns)[answers].any()
 
 
 def test_an_environment_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_two_ranks_in_window_and_stream_train_as_one_process_does(tmp_path: Path
         found[name] = {f"{f.parent.name}/{key}": t for f in files for key, t in load_file(f).items()}
     for name in ("window", "stream"):
         for key, tensor in found["alone"].items():
-            torch.testing.assert_close(found[name][key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(found[name][key], tensor, rtol=1e-5, atol=1e-5, msg=named(key))
 
 
 @pytest.mark.parametrize("mode", ["window", "stream"])

@@ -16,7 +16,7 @@ from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.runs.assembly import check_algorithm, estimator_of, policy_loss_of
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.runs.run import Run
-from tests.tiny import merged, write_task
+from tests.support.tiny import merged, write_task
 from tests.trainers.test_fine_tuning import prepared
 
 OWN = """
@@ -177,7 +177,7 @@ def test_what_is_whitened_with_the_rollout(settings: dict[str, Any], in_estimato
 # ---- the budget of an update's forward pass --------------------------------------------------------------------------
 
 
-def largest_pass(run: Run[Any, Any], monkeypatch: pytest.MonkeyPatch) -> int:
+def largest_pass(run: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """The most tokens, over all rows of all roles, that went through the base in a pass with a gradient."""
     seen, shared = [0], run.trainer.model
     real = shared.forward

@@ -15,9 +15,9 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.errors import ConfigError, ModelError, RLHFError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.runs.evaluation import GREEDY_WAY, SAMPLED_WAY, Evaluation, compare_contestants
-from tests.roles import lora
+from tests.support.roles import lora
 from tests.rollout.test_model_rewards import by_plain_peft, write_reward_adapter
-from tests.tiny import merged, tiny_llama, write_experiment, write_task
+from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
 
 ANSWERS = """
 def first_words(responses):
@@ -28,7 +28,7 @@ def first_words(responses):
 def write_policy(folder: Path, seed: int = 1) -> str:
     base = tiny_llama()
     torch.manual_seed(seed)
-    get_peft_model(base, lora()).save_pretrained(folder)
+    get_peft_model(base, lora()).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -53,7 +53,7 @@ def evaluated(settings: dict[str, Any], *contestants: str, **options: Any) -> Ev
 
 
 def low_words(response: str) -> float:
-    """The reward of ``tests.tiny``, written again."""
+    """The reward of ``tests.support.tiny``, written again."""
     numbers = [int(word[1:]) for word in response.split() if word[0] == "w"]
     return sum(n < 14 for n in numbers) / max(len(numbers), 1)
 
@@ -78,7 +78,8 @@ def test_a_contestant_says_and_scores_what_plain_peft_does(tmp_path: Path) -> No
                 input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1
             )[0].tolist()
             kl = (logprobs_of(model, out, len(ids)) - logprobs_of(base, out, len(ids))).sum().item()
-            said[label].append((tokenizer.decode(out[len(ids) :], skip_special_tokens=True), kl, len(out) - len(ids)))
+            text = str(tokenizer.decode(out[len(ids) :], skip_special_tokens=True))
+            said[label].append((text, kl, len(out) - len(ids)))
     for label, rows in said.items():
         mine = found.responses[label][GREEDY_WAY]
         assert mine.sampled.responses == [text for text, _, _ in rows]

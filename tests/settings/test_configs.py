@@ -27,6 +27,7 @@ from rlhf_toolkit.settings.configs import (
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.knobs import Section
 from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment, parse_overrides
+from tests.support.offenders import for_each
 
 EXPERIMENTS = (Experiment, SFTExperiment, RewardExperiment, DPOExperiment)
 PPO_RATES = ("policy_lr", "value_lr", "value_head_lr")
@@ -191,7 +192,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_defaults() -> None:
+def test_the_defaults_are_these() -> None:
     """A changed default changes what people's experiments do: change it here too, and say so in the commit."""
     assert experiment().as_dict() == DEFAULTS
 
@@ -199,11 +200,11 @@ def test_defaults() -> None:
 def test_defaults_of_supervised_runs() -> None:
     """The sections that PPO has too are listed above."""
     update = {name: value for name, value in DEFAULTS["update"].items() if name not in PPO_RATES}
-    data = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
+    data: dict[str, Any] = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
     data |= {"chat_template": True, "system_prompt": None, "max_tokens": 1024, "streaming": False, "max_rows": None}
     common = {"model": DEFAULTS["model"], "run": DEFAULTS["run"], "data": data}
     common["update"] = {**update, "lr": None, "head_lr": 1e-3}
-    own = {
+    own: dict[Any, dict[str, Any]] = {
         SFTExperiment: {"sft": {"full": False, "epochs": 1.0, "batch_size": 32}},
         RewardExperiment: {"reward_model": {"epochs": 1.0, "batch_size": 32, "centring": 0.01, "normalise": True}},
         DPOExperiment: {
@@ -250,8 +251,8 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
     assert supervised(sft={"full": True}, update={"lr": 1e-4}).lr == 1e-4, "said is meant"
 
 
-@pytest.mark.parametrize(
-    ("section", "settings", "message"),
+@for_each(
+    "section, settings, message",
     [
         (
             "model",
@@ -288,7 +289,7 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
     ],
 )
 def test_what_full_fine_tuning_refuses(section: str, settings: dict[str, Any], message: str) -> None:
-    sections = {"sft": {"full": True}, "update": {"lr": 1e-5}}
+    sections: dict[str, Any] = {"sft": {"full": True}, "update": {"lr": 1e-5}}
     sections[section] = {**sections.get(section, {}), **settings}
     with pytest.raises(ConfigError) as caught:
         supervised(**sections)
@@ -360,8 +361,8 @@ def test_required_settings(section: str, name: str) -> None:
 # ---- types -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("section", "settings", "message"),
+@for_each(
+    "section, settings, message",
     [
         ("model", {"lora_rank": "big"}, "model.lora_rank='big' is not int; the default is 16"),
         ("model", {"lora_rank": 8.0}, "model.lora_rank=8.0 is not int; the default is 16"),
@@ -394,7 +395,7 @@ def test_required_settings(section: str, name: str) -> None:
         ("reward", {"kwargs": {1: 2}}, "reward.kwargs has the key 1, which is not text; put it in quotes"),
     ],
 )
-def test_wrong_type(section: str, settings: dict[str, Any], message: str) -> None:
+def test_a_value_of_another_type_is_refused(section: str, settings: dict[str, Any], message: str) -> None:
     assert error_of(section, **settings) == message
 
 
@@ -403,7 +404,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     assert len(error_of("ppo", gamma=10**400)) < 300, "more than a float holds"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1e-4", 1e-4), ("5E-6", 5e-6), (1, 1.0), (0, 0.0), (0.5, 0.5)])
+@for_each("value, expected", [("1e-4", 1e-4), ("5E-6", 5e-6), (1, 1.0), (0, 0.0), (0.5, 0.5)])
 def test_what_reads_as_float(value: Any, expected: float) -> None:
     lr = experiment(update={"policy_lr": value}).update.policy_lr
     assert lr == expected
@@ -439,8 +440,8 @@ def default(section: str, name: str) -> str:
     return f"the default is {'none' if value is None else value}"
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "bad", "smallest"),
+@for_each(
+    "section, name, bad, smallest",
     [
         ("model", "lora_rank", 0, 1),
         ("model", "lora_alpha", -1, 1),
@@ -460,21 +461,21 @@ def default(section: str, name: str) -> str:
         ("run", "keep_checkpoints", 0, 1),
     ],
 )
-def test_above_zero(section: str, name: str, bad: float, smallest: float) -> None:
+def test_what_must_be_above_zero(section: str, name: str, bad: float, smallest: float) -> None:
     assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must be above 0; {default(section, name)}"
     experiment(**{section: {name: smallest}})
 
 
-@pytest.mark.parametrize("name", ["kl_target", "value_clip_range", "first_ratio_tolerance"])
-@pytest.mark.parametrize("bad", [0.0, -0.2])
-def test_above_zero_or_none(name: str, bad: float) -> None:
+@for_each("name", ["kl_target", "value_clip_range", "first_ratio_tolerance"])
+@for_each("bad", [0.0, -0.2])
+def test_what_must_be_above_zero_or_none(name: str, bad: float) -> None:
     assert error_of("ppo", **{name: bad}) == f"ppo.{name}={bad} must be above 0 or none; {default('ppo', name)}"
     for good in (0.01, None):
         experiment(ppo={name: good})
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "bad"),
+@for_each(
+    "section, name, bad",
     [
         ("model", "value_head_std", -1.0),
         ("reward", "missing_eos_penalty", -0.5),
@@ -493,13 +494,13 @@ def test_above_zero_or_none(name: str, bad: float) -> None:
         ("run", "samples", -1),
     ],
 )
-def test_not_negative(section: str, name: str, bad: float) -> None:
+def test_what_must_not_be_negative(section: str, name: str, bad: float) -> None:
     assert error_of(section, **{name: bad}) == f"{section}.{name}={bad} must not be negative; {default(section, name)}"
     experiment(**{section: {name: 0}})
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "close", "nearest", "known"),
+@for_each(
+    "section, name, close, nearest, known",
     [
         ("model", "dtype", "float23", "float32", ("auto", "bfloat16", "float16", "float32")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
@@ -524,7 +525,9 @@ def test_not_negative(section: str, name: str, bad: float) -> None:
         ("run", "wandb", "ofline", "offline", ("online", "offline", "off")),
     ],
 )
-def test_one_of(section: str, name: str, close: str, nearest: str, known: tuple[str, ...]) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(
+    section: str, name: str, close: str, nearest: str, known: tuple[str, ...]
+) -> None:
     listed = f"known are {', '.join(known)}"
     assert error_of(section, **{name: close}) == f"{section}.{name}={close!r}; did you mean {nearest}?; {listed}"
     assert error_of(section, **{name: "ZZZ"}) == f"{section}.{name}='ZZZ'; {listed}"
@@ -537,8 +540,8 @@ def test_an_importance_cap_is_at_least_the_weight_of_equal_samplers() -> None:
     experiment(ppo={"importance_cap": 1.0})
 
 
-@pytest.mark.parametrize(
-    ("settings", "asked"),
+@for_each(
+    "settings, asked",
     [
         ({}, True),
         ({"kl_coef": 0.0}, False),
@@ -578,9 +581,9 @@ FLOATS = [(s, n) for s, values in DEFAULTS.items() for n, value in values.items(
 FLOATS += [("ppo", name) for name in ("dual_clip", "kl_target", "first_ratio_tolerance")]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), "nan", "inf"])
-@pytest.mark.parametrize(("section", "name"), FLOATS)
-def test_not_finite(section: str, name: str, value: Any) -> None:
+@for_each("value", [float("nan"), float("inf"), float("-inf"), "nan", "inf"])
+@for_each("section, name", FLOATS)
+def test_a_number_that_is_not_finite_is_refused(section: str, name: str, value: Any) -> None:
     message = error_of(section, **{name: value})
     assert message.startswith(f"{section}.{name}={float(value)} must be a finite number")
     assert message.endswith(default(section, name))
@@ -591,7 +594,7 @@ def test_rules_hold_without_a_file_too() -> None:
         PPOConfig(gamma=float("nan"))
 
 
-def test_no_dropout() -> None:
+def test_lora_dropout_is_refused() -> None:
     assert error_of("model", lora_dropout=0.1) == (
         "model.lora_dropout=0.1 must be 0: dropout makes the ratio differ from 1 before any update; the default is 0.0"
     )
@@ -604,8 +607,8 @@ def test_a_system_prompt_needs_the_chat_template() -> None:
     experiment(data={"system_prompt": "be brief"})
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "bad", "good", "rule"),
+@for_each(
+    "section, name, bad, good, rule",
     [
         ("rollout", "top_p", [0.0, -0.1, 1.1], [0.01, 1.0], "be in (0, 1]"),
         ("ppo", "gamma", [-0.1, 1.1], [0.0, 1.0], "be in [0, 1]"),
@@ -616,7 +619,7 @@ def test_a_system_prompt_needs_the_chat_template() -> None:
         ("update", "adam_beta2", [1.0, 1.5, -0.1], [0.0, 0.99], "be in [0, 1)"),
     ],
 )
-def test_ranges(section: str, name: str, bad: list[float], good: list[Any], rule: str) -> None:
+def test_what_must_lie_within_a_range(section: str, name: str, bad: list[float], good: list[Any], rule: str) -> None:
     for value in bad:
         assert error_of(section, **{name: value}) == f"{section}.{name}={value} must {rule}; {default(section, name)}"
     for value in good:
@@ -785,7 +788,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_file(tmp_path: Path) -> None:
-    built = load_experiment(write(tmp_path / "x.yaml", YAML))
+    built: Experiment = load_experiment(write(tmp_path / "x.yaml", YAML))
     assert built.update.policy_lr == 1e-4, "YAML itself reads 1e-4 as a string"
     assert built.update.value_head_lr == 3e-3
     assert built.ppo.gae_lambda == 1.0
@@ -829,7 +832,7 @@ def test_an_empty_file_lacks_the_required_settings(tmp_path: Path) -> None:
 
 def test_overrides_replace_and_add(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", YAML + "rollout:\n")
-    built = load_experiment(
+    built: Experiment = load_experiment(
         path, {"ppo.gae_lambda": 0.5, "update.policy_lr": "2e-5", "run.seed": 7, "rollout.top_k": 3, "model.name": "n"}
     )
     assert (built.ppo.gae_lambda, built.update.policy_lr, built.run.seed) == (0.5, 2e-5, 7)
@@ -839,7 +842,7 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
 
 def test_overrides_alone_make_an_experiment(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", "")
-    built = load_experiment(path, {"model.name": "m", "data.train": "t.jsonl", "reward.function": "r.py:f"})
+    built: Experiment = load_experiment(path, {"model.name": "m", "data.train": "t.jsonl", "reward.function": "r.py:f"})
     assert built == experiment()
 
 
@@ -875,12 +878,12 @@ def test_what_the_command_line_says_is_what_is_meant(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", YAML + "run: {wandb: off}\n")
     assert load_experiment(path).run.wandb == "off"
     arguments = ["ppo.value_clip_range=none", "run.wandb=off", "run.name='7'", "update.policy_lr=1e-5"]
-    built = load_experiment(path, parse_overrides(arguments))
+    built: Experiment = load_experiment(path, parse_overrides(arguments))
     assert (built.ppo.value_clip_range, built.run.wandb, built.run.name) == (None, "off", "7")
     assert built.update.policy_lr == 1e-5
 
 
-@pytest.mark.parametrize("argument", ["ppo.kl_coef", "kl_coef=0.1", "--resume", "=1", ""])
+@for_each("argument", ["ppo.kl_coef", "kl_coef=0.1", "--resume", "=1", ""])
 def test_an_override_that_cannot_be_read(argument: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_overrides([argument])
@@ -937,7 +940,8 @@ def test_files_are_utf8(tmp_path: Path) -> None:
 
 def test_what_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     """At load, long before a run folder is looked at."""
-    path, wrong = tmp_path / "e.yaml", []
+    path = tmp_path / "e.yaml"
+    wrong: list[Any] = []
     values = [
         "2024-01-01",
         "2024-01-01 10:00:00",

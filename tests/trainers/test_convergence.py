@@ -22,7 +22,7 @@ from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.tiny import merged, tiny_llama, write_task
+from tests.support.tiny import merged, tiny_llama, write_task
 
 BOUND = 0.7  # of the mean score of the last rollouts; the first have about 0.5
 LEARNING = {

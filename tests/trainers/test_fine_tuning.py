@@ -17,8 +17,9 @@ from rlhf_toolkit.data.items import Item
 from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.launch import run_recipe
-from tests.tiny import merged, tiny_llama, write_experiment, write_task
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
+from tests.support.values import named
 
 KINDS: dict[str, type[FineTuning]] = {"sft": SFTExperiment, "reward_model": RewardExperiment, "dpo": DPOExperiment}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -78,18 +79,23 @@ def moved(model: nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=g))
 
 
-def plain_states(run: FineTuningRun, role: str | None) -> nn.Module:
+def plain_states(run: FineTuningRun, role: str | None) -> Any:
     """A plain PEFT model with the role's adapter, or the bare base, in no hands of ours."""
     base = tiny_llama(initializer_range=0.2)
     if role is None:
         return base
     shared = run.trainer.model
-    config = deepcopy(shared.peft_config[role])
+    config: Any = deepcopy(shared.peft_config[role])
     config.inference_mode = False
     model = PeftModel(base, config, adapter_name=role)
     weights = {n: p for n, p in shared.state_dict().items() if f".{role}." in n and "lora_" in n}
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def reward_head(run: FineTuningRun) -> Any:
+    shared: Any = run.trainer.model
+    return shared.scalar_heads["reward"]
 
 
 def logprob(model: nn.Module, row: Any) -> Tensor:
@@ -100,12 +106,12 @@ def logprob(model: nn.Module, row: Any) -> Tensor:
     return torch.stack([logits[place - 1, row.token_ids[place]] for place in places]).sum()
 
 
-def written_out(run: FineTuningRun, kind: str, items: list[Item]) -> tuple[Tensor, nn.Module]:
+def written_out(run: FineTuningRun, kind: str, items: list[Item]) -> tuple[Tensor, Any]:
     """The loss of a mini-batch by its definition, with the model whose gradient it has."""
     if kind == "sft":
         model = plain_states(run, "policy")
         tokens = sum(sum(row.trained) for item in items for row in item.rows)
-        return -sum(logprob(model, item.rows[0]) for item in items) / tokens, model  # type: ignore[operator]
+        return -torch.stack([logprob(model, item.rows[0]) for item in items]).sum() / tokens, model
     total = torch.zeros(())
     if kind == "dpo":
         model, reference = plain_states(run, "policy"), plain_states(run, None)
@@ -114,7 +120,7 @@ def written_out(run: FineTuningRun, kind: str, items: list[Item]) -> tuple[Tenso
             h = 0.5 * ((c - rc.detach()) - (r - rr.detach()))
             total = total - 0.9 * torch.sigmoid(h).log() - 0.1 * torch.sigmoid(-h).log()
         return total / len(items), model
-    model, head = plain_states(run, "reward"), run.trainer.model.scalar_heads["reward"]
+    model, head = plain_states(run, "reward"), reward_head(run)
     weight, bias = head.weight.detach().clone().requires_grad_(), head.bias.detach().clone().requires_grad_()
     model.extra = nn.ParameterList([nn.Parameter(weight), nn.Parameter(bias)])
     for item in items:
@@ -140,13 +146,13 @@ def test_loss_and_gradient_equal_the_definition(tmp_path: Path, kind: str, packi
     chosen = trainer.get_train_dataloader().schedule.indices(0)
     expected, plain = written_out(run, kind, [trainer.items[i] for i in chosen])
     expected.backward()
-    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.stack(losses).sum().item() == pytest.approx(expected.item(), rel=1e-5)
     role = "reward" if kind == "reward_model" else "policy"
     mine = {n: p.grad for n, p in shared.named_parameters() if p.grad is not None}
     theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None and f".{role}." in n}
     assert {n for n in mine if "lora_" in n} == theirs.keys() and theirs
     for name, gradient in theirs.items():
-        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=named(name))
     if role == "reward":
         torch.testing.assert_close(mine["scalar_heads.reward.weight"], plain.extra[0].grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(mine["scalar_heads.reward.bias"], plain.extra[1].grad, rtol=1e-4, atol=1e-6)
@@ -179,9 +185,7 @@ def test_every_topology_and_cut_trains_the_same(tmp_path: Path, kind: str) -> No
     ]:
         assert found[one].keys() == found[other].keys() and found[one]
         for name, tensor in found[one].items():
-            torch.testing.assert_close(
-                found[other][name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(found[other][name], tensor, rtol=1e-5, atol=1e-5, msg=named(name))
     assert any(tensor.any() for name, tensor in found["one process"].items() if "lora_B" in name)
 
 
@@ -203,7 +207,7 @@ def test_a_reward_model_learns_and_its_scores_are_normalised(tmp_path: Path) -> 
     assert summary["evaluations"][-1]["eval/accuracy"] == 1.0
     assert run.trainer.normalise_rewards() == pytest.approx((0.0, 1.0), abs=1e-5)
     head = load_file(tmp_path / "run/reward/reward_head.safetensors")
-    torch.testing.assert_close(head["weight"], run.trainer.model.scalar_heads["reward"].weight.detach())
+    torch.testing.assert_close(head["weight"], reward_head(run).weight.detach())
 
 
 def test_sft_learns_and_writes_a_plain_adapter(tmp_path: Path) -> None:

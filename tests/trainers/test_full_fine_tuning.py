@@ -19,12 +19,13 @@ from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from tests.launch import run_recipe
-from tests.tiny import merged, tiny_llama, write_experiment
+from tests.support.launch import run_recipe
+from tests.support.tiny import merged, tiny_llama, write_experiment
+from tests.support.values import named
 from tests.trainers.test_fine_tuning import logprob
 from tests.trainers.test_fine_tuning import sections as adapter_sections
 
-WIDE = {"vocab_size": 3200, "intermediate_size": 3200, "head_dim": 800}
+WIDE: dict[str, Any] = {"vocab_size": 3200, "intermediate_size": 3200, "head_dim": 800}
 """Matrices of more than 1e5 elements, up to which ZeRO-3 would keep them whole on every rank."""
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -60,7 +61,7 @@ def plain_loss(model: PreTrainedModel, items: list[Item]) -> Tensor:
 def test_loss_and_gradient_are_those_of_plain_transformers(
     tmp_path: Path, tied: bool, packing: str, checkpointing: bool
 ) -> None:
-    changes = {"update.packing": packing, "model.gradient_checkpointing": checkpointing}
+    changes: dict[str, Any] = {"update.packing": packing, "model.gradient_checkpointing": checkpointing}
     trainer = prepared(tmp_path, tied=tied, **changes).trainer
     trainer.model.train()
     parts = next(iter(trainer.get_train_dataloader()))
@@ -71,18 +72,19 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
     plain = llama(tied)
     expected = plain_loss(plain, [trainer.items[i] for i in trainer.get_train_dataloader().schedule.indices(0)])
     expected.backward()
-    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.stack(losses).sum().item() == pytest.approx(expected.item(), rel=1e-5)
     mine = {name.removeprefix("causal_lm."): p.grad for name, p in trainer.model.named_parameters()}
     theirs = {name: p.grad for name, p in plain.named_parameters()}
     assert mine.keys() == theirs.keys()
     assert ("lm_head.weight" in theirs) is not tied
     for name, gradient in theirs.items():
-        torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-5, msg=named(name))
 
 
 def test_steps_are_those_of_a_plain_loop_of_adamw(tmp_path: Path) -> None:
     """Clipping, schedule and all, over four steps."""
-    run = prepared(tmp_path, **{"update.schedule": "linear", "update.max_grad_norm": 0.5, "update.weight_decay": 0.1})
+    changes: dict[str, Any] = {"update.schedule": "linear", "update.max_grad_norm": 0.5, "update.weight_decay": 0.1}
+    run = prepared(tmp_path, **changes)
     run.train()
     plain, trainer = llama(True), run.trainer
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
@@ -95,12 +97,13 @@ def test_steps_are_those_of_a_plain_loop_of_adamw(tmp_path: Path) -> None:
     assert trainer.steps == 3
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy").state_dict()
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=named(name))
 
 
 @TIED
 def test_the_saved_folder_is_the_trained_model_for_plain_transformers(tmp_path: Path, tied: bool) -> None:
-    run = prepared(tmp_path, tied=tied, **{"sft.epochs": 15.0})
+    changes: dict[str, Any] = {"sft.epochs": 15.0}
+    run = prepared(tmp_path, tied=tied, **changes)
     summary = run.train()
     assert summary["evaluations"][-1]["eval/loss"] < 0.5 * summary["evaluations"][0]["eval/loss"]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy", dtype="auto").eval()
@@ -112,7 +115,8 @@ def test_the_saved_folder_is_the_trained_model_for_plain_transformers(tmp_path: 
     assert plain.config.tie_word_embeddings is tied
     assert float(loss) == pytest.approx(summary["evaluations"][-1]["eval/loss"], rel=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/policy")
-    assert tokenizer("w1 w5")["input_ids"] == run.trainer.processing_class("w1 w5")["input_ids"]
+    of_the_run: Any = run.trainer.processing_class
+    assert tokenizer("w1 w5")["input_ids"] == of_the_run("w1 w5")["input_ids"]
     assert not list((tmp_path / "run").rglob("adapter_*"))
     with pytest.raises(ModelError, match=r"policy holds a whole model, as sft\.full trains it"):
         adapter_folder(str(tmp_path / "run/policy"))
@@ -156,9 +160,7 @@ def test_two_ranks_under_zero_train_as_one_process(tmp_path: Path, tied: bool) -
         found = weights(tmp_path / name / "run")
         assert found.keys() == one.keys()
         for parameter, tensor in one.items():
-            torch.testing.assert_close(
-                found[parameter], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=parameter: f"{n}: {m}"
-            )
+            torch.testing.assert_close(found[parameter], tensor, rtol=1e-5, atol=1e-5, msg=named(parameter))
         lines = log_of(tmp_path / name / "run")
         assert len(lines) == len(log) == 6 + 4
         for line, expected in zip(lines, log, strict=True):
@@ -169,7 +171,12 @@ def test_two_ranks_under_zero_train_as_one_process(tmp_path: Path, tied: bool) -
 @pytest.mark.parametrize(("processes", "stage"), [(1, None), (2, 3)], ids=["one process", "two ranks, ZeRO-3"])
 def test_resumed_equals_straight(tmp_path: Path, processes: int, stage: int | None) -> None:
     """From the folder that a run killed after its second checkpoint leaves, to the same bits and the same log."""
-    changes = {"sft.epochs": 4.0, "run.save_every": 2, "run.keep_checkpoints": 9, "update.schedule": "linear"}
+    changes: dict[str, Any] = {
+        "sft.epochs": 4.0,
+        "run.save_every": 2,
+        "run.keep_checkpoints": 9,
+        "update.schedule": "linear",
+    }
     experiment = sections(tmp_path, {**changes, "run.evaluate_every": 2}, **WIDE)
     straight, broken = tmp_path / "run", tmp_path / "broken"
     path = write_experiment(tmp_path / "run.yaml", experiment)
@@ -188,7 +195,7 @@ def test_resumed_equals_straight(tmp_path: Path, processes: int, stage: int | No
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     """Its weights come from the checkpoint, so the base's do not count; its config does."""
-    changes = {"run.save_every": 2}
+    changes: dict[str, Any] = {"run.save_every": 2}
     prepared(tmp_path, **changes).train()
     experiment = experiment_from_dict(sections(tmp_path, changes), SFTExperiment)
     tiny_llama(initializer_range=0.2, tie_word_embeddings=True, intermediate_size=64).save_pretrained(

@@ -24,8 +24,9 @@ from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
 from rlhf_toolkit.types import Experience
-from tests.algorithms.batches import MASK, like_mask, real
-from tests.tiny import merged, write_task
+from tests.support.batches import MASK, like_mask, real
+from tests.support.tiny import merged, write_task
+from tests.support.values import there
 
 LOSS = PPOLoss(
     clip_range_low=0.1,
@@ -68,8 +69,8 @@ def said() -> RoleOutputs:
 def priced(loss: PPOLoss, experience: Experience, now: RoleOutputs, *, policy_weight: float = 1.0) -> Tensor:
     """The loss of the whole mini-batch."""
     reduce = partial(aggregate, mask=MASK, mode=loss.loss_aggregation, tokens=17, sequences=5, width=7)
-    given = {"selected": None, "reduce": reduce, "kl_coef": KL_COEF, "policy_weight": policy_weight}
-    return loss.terms(experience, now, experience.old_logprobs, **given).loss
+    given: dict[str, Any] = {"selected": None, "reduce": reduce, "kl_coef": KL_COEF, "policy_weight": policy_weight}
+    return loss.terms(experience, now, there(experience.old_logprobs), **given).loss
 
 
 @pytest.mark.parametrize("policy_weight", [1.0, 0.0])
@@ -94,14 +95,16 @@ def test_loss_and_gradients_are_the_formula_written_out(policy_weight: float) ->
         limited = min(max(value, old_value - 0.4), old_value + 0.4)
         total += policy_weight * policy + 0.7 * max((value - target) ** 2, (limited - target) ** 2) / 2
         free = (value - target) ** 2 >= (limited - target) ** 2
-        assert now.policy_logprobs.grad[at].item() == pytest.approx(policy_weight * slope / 17, rel=1e-4, abs=1e-7)
-        assert now.policy_entropies.grad[at].item() == pytest.approx(policy_weight * -0.2 / 17, rel=1e-5)
-        assert now.token_values.grad[at].item() == pytest.approx(
+        assert there(now.policy_logprobs.grad)[at].item() == pytest.approx(
+            policy_weight * slope / 17, rel=1e-4, abs=1e-7
+        )
+        assert there(now.policy_entropies.grad)[at].item() == pytest.approx(policy_weight * -0.2 / 17, rel=1e-5)
+        assert there(now.token_values.grad)[at].item() == pytest.approx(
             0.7 * (value - target) / 17 if free else 0.0, rel=1e-4, abs=1e-7
         )
     assert loss.item() == pytest.approx(total / 17, rel=1e-5)
     for column in now.values():
-        assert not column.grad[~MASK].any()
+        assert not there(column.grad)[~MASK].any()
 
 
 def test_without_critic_and_kl_only_policy_and_entropy_are_left() -> None:
@@ -163,7 +166,7 @@ def test_warm_up_ends_with_the_last_update_of_its_last_rollout() -> None:
     loss = replace(LOSS, value_warmup_rollouts=2)
     steps = range(14)
     trainers = [stub(loss=loss, schedule=Schedule(9, 3, 2), state=stub(global_step=n)) for n in steps]
-    warm = [PPOTrainer.warming_up.fget(trainer) for trainer in trainers]
+    warm = [vars(PPOTrainer)["warming_up"].fget(trainer) for trainer in trainers]
     assert warm == [True] * 12 + [False] * 2
 
 
@@ -207,7 +210,7 @@ def test_a_knob_of_the_experiment_becomes_the_knob_of_that_name(tmp_path: Path) 
     }
     changes = {f"ppo.{name}": value for name, value in numbers.items()}
     changes |= {f"reward.{name}": value for name, value in of_scores.items()}
-    experiment = experiment_from_dict(
+    experiment: Any = experiment_from_dict(
         merged(write_task(tmp_path), {**changes, "rollout.temperature": 0.8, "ppo.mini_batches": 2})
     )
     loss, shaping = make_loss(experiment), make_shaping(experiment)

@@ -19,7 +19,8 @@ from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
 from rlhf_toolkit.types import Experience
-from tests.tiny import merged, write_task
+from tests.support.tiny import merged, write_task
+from tests.support.values import named
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -76,7 +77,7 @@ def moved(shared: SharedBase) -> None:
 def test_loss_and_gradient_equal_ppo_written_out(trainer: PPOTrainer) -> None:
     shared = trainer.model
     trainer.rollouts.newest = trainer.maker.collect(shared, 0)
-    experience = with_gap(trainer.rollouts.newest.tokens)
+    experience = with_gap(trainer.rollouts.newest.experience)
     plan = trainer.maker.responder.cutting.plan(experience, 0, epoch=0)
     mini_batch = share_of_mini_batch(experience, plan.batches[0], 0, fresh=False)
     moved(shared)
@@ -90,13 +91,11 @@ def test_loss_and_gradient_equal_ppo_written_out(trainer: PPOTrainer) -> None:
     expected = written_out(trainer, mini_batch)
     expected.backward()
 
-    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert torch.stack(losses).sum().item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     assert gradients.keys() == {name for name, p in shared.named_parameters() if p.requires_grad}
     for name, parameter in shared.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(
-                gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=named(name))
 
 
 def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:

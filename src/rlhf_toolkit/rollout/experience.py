@@ -50,6 +50,13 @@ class Collected:
     samples: list[Sample] = field(default_factory=list)
     deferred: DeferredExperience | None = None
 
+    @property
+    def experience(self) -> Experience:
+        """The experience. RuntimeError, a defect, where it is deferred."""
+        if not isinstance(self.tokens, Experience):
+            raise RuntimeError("the experience is deferred: the update's forward pass completes it")
+        return self.tokens
+
 
 class ExperienceMaker:
     """Makes experience: ``collect`` is one rollout of it.

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.builders import tiny_tokenizer
+from tests.support.builders import tiny_tokenizer
 
 WORDS = ("<user>", "<assistant>", *(f"w{i}" for i in range(28)))
 REWARD = '''
@@ -27,7 +27,7 @@ def low_words(prompts, responses, **columns):
 '''
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 32,
     "intermediate_size": 48,

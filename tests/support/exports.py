@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from tests.builders import tiny_tokenizer
-from tests.roles import lora
-from tests.tiny import WORDS, tiny_llama
+from tests.support.builders import tiny_tokenizer
+from tests.support.roles import lora
+from tests.support.tiny import WORDS, tiny_llama
 
 
 def tiny_gpt2() -> PreTrainedModel:
@@ -31,8 +31,8 @@ def write_base(
     **tokenizer: Any,
 ) -> Path:
     """A model folder; ``shard`` is the largest size of a file."""
-    model = (model or tiny_llama()).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard)
+    written: Any = model or tiny_llama()
+    written.to(dtype).save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer(words=WORDS, **{"pad": "</s>", "chat_template": None, **tokenizer}).save_pretrained(folder)
     return folder
 
@@ -41,7 +41,7 @@ def write_adapter(folder: Path, base: Path, *, seed: int = 1, config: LoraConfig
     """An adapter on ``base`` that says something, as PEFT saves it."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
-    get_peft_model(model, config or lora(**options)).save_pretrained(folder, save_embedding_layers=False)
+    get_peft_model(model, config or lora(**options)).save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.processes import ROOT, Finished, environment_of_tests
+from tests.support.processes import ROOT, Finished, environment_of_tests
 
 HEAVY = (
     "rlhf_toolkit.runs.ppo",
@@ -61,7 +61,7 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.output = folder / "output.txt"
         self.parent = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"],
+            [sys.executable, "-m", "tests.support.forked"],
             cwd=ROOT,
             env={**environment_of_tests(), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src")))},
             stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """Runs a recipe or a worker function on real ranks, with a hard time limit and a stack dump of every rank that hangs.
 
-Ranks are forked from one process that has imported everything (``tests/forked.py``), which takes a tenth of the time
-of ``accelerate launch``; a test of launching itself says ``launcher=True``.
+Ranks are forked from one process that has imported everything (``tests/support/forked.py``), which takes a tenth of
+the time of ``accelerate launch``; a test of launching itself says ``launcher=True``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import yaml
 
-from tests.forked import shared
-from tests.processes import ROOT, Finished, environment_of_tests, run
+from tests.support.forked import shared
+from tests.support.processes import ROOT, Finished, environment_of_tests, run
 
 __all__ = ["ACCELERATE", "ROOT", "SECONDS", "Finished", "environment_of_tests", "launch", "run", "run_recipe"]
 

@@ -7,13 +7,13 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.models.shared_base import SharedBase
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -30,12 +30,12 @@ def tiny_shared(
     torch.manual_seed(seed)
     shared = SharedBase(base, {role: lora() for role in roles}, **{"value_head_std": 0.3, **options})
     for head in shared.scalar_heads.values():
-        nn.init.normal_(head.weight)
-        nn.init.normal_(head.bias)
+        nn.init.normal_(head.get_parameter("weight"))
+        nn.init.normal_(head.get_parameter("bias"))
     return shared
 
 
-def plain_peft(shared: SharedBase, role: str, base: PreTrainedModel) -> PeftModel:
+def plain_peft(shared: SharedBase, role: str, base: PreTrainedModel) -> Any:
     """``base``, an untouched copy of the shared one, with ``role``'s adapter alone, in PEFT's own hands."""
     model = get_peft_model(base, deepcopy(shared.peft_config[role]), adapter_name=role)
     adapter = {name: tensor for name, tensor in shared.state_dict().items() if f".{role}." in name and "lora_" in name}

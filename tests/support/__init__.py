@@ -1,0 +1,1 @@
+"""What tests share: models, tokenizers and batches in miniature, rewards that fail, processes and ranks."""
