@@ -378,7 +378,7 @@ def test_hooks_come_off_and_go_back_on_once_each_time(monkeypatch: pytest.Monkey
         assert hooked.heard() == HEARD
 
 
-@pytest.mark.parametrize("error", [DataError("a bad row"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [DataError("a bad row"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_hooks_go_back_on_after_an_exception(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     hooked = Hooked(monkeypatch)
     with pytest.raises(type(error)), gathered(hooked.model):
