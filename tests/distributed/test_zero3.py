@@ -99,8 +99,9 @@ def test_without_zero_3_there_is_nothing_to_do() -> None:
             model(torch.zeros(1, 3))
         pace.until_others_finish(lambda: pytest.fail("nobody is waiting"))
     assert (zero_stage(model), is_sharded(model), offloads_optimizer(model)) == (0, False, False)
-    assert not is_partitioned(model.weight) and is_here(model.weight)
-    assert full_shape(model.weight) == (2, 3) and element_count(model.weight) == 6
+    weight: Any = model.weight
+    assert not is_partitioned(weight) and is_here(weight)
+    assert full_shape(weight) == (2, 3) and element_count(weight) == 6
 
 
 # ---- in step: ranks that are threads ---------------------------------------------------------------------------------
@@ -162,6 +163,19 @@ def test_all_ranks_run_as_many_passes_as_the_busiest(passes: tuple[int, ...], mo
     assert announced == [most] * len(passes), "each pass is announced to ZeRO, also an idle one"
 
 
+def test_streamed_passes_are_announced_to_zeros_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts modules from the root, where a pass of decoding does not begin."""
+    announced: list[str] = []
+    coordinator = SimpleNamespace(reset_step=lambda: announced.append("reset"))
+    offload = SimpleNamespace(get_param_coordinator=lambda: coordinator)
+    monkeypatch.setattr(zero3, "_parameter_offload", lambda model: offload)
+    with streamed(nn.Linear(1, 1)) as pace:
+        assert announced == []
+        for number in (1, 2):
+            with pace.forward_pass():
+                assert announced == ["reset"] * number, "before the pass, not behind it"
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_failure_between_passes_is_raised_by_all(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the others are: before a pass, or keeping company."""
@@ -191,7 +205,12 @@ def test_a_failure_between_passes_is_raised_by_all(after: int, monkeypatch: pyte
 def test_a_failure_within_a_pass_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait in the middle of a layer: a vote would wait for them for ever."""
     votes: list[int] = []
-    monkeypatch.setattr(zero3, "largest", lambda mine: votes.append(mine) or mine)
+
+    def vote(mine: int) -> int:
+        votes.append(mine)
+        return mine
+
+    monkeypatch.setattr(zero3, "largest", vote)
     monkeypatch.setattr(zero3, "raise_together", lambda *_: pytest.fail("a collective"))
     pace = InStep(lambda: None)
     with pytest.raises(MemoryError), pace.together(), pace.forward_pass():

@@ -63,7 +63,8 @@ def told(values: Iterable[float]) -> dict[str, float]:
     return {"mean": sum(values) / len(values), "max": max(values), "min": min(values)}
 
 
-def tokens(columns: Tensor, mask: Tensor) -> list[float]:
+def tokens(columns: Tensor | None, mask: Tensor) -> list[float]:
+    assert columns is not None
     rows = zip(columns.tolist(), mask.tolist(), strict=True)
     return [value for row, there in rows for value, real in zip(row, there, strict=True) if real]
 
@@ -200,7 +201,9 @@ def test_the_policys_numbers_by_plain_loops() -> None:
 
 def test_nothing_outside_the_mask_matters() -> None:
     found, given = policy_told()
-    noisy = {name: torch.where(given["token_mask"], given[name], noise(4, 5, seed=99)) for name in NAMES}
+    noisy: dict[str, Any] = {
+        name: torch.where(given["token_mask"], given[name], noise(4, 5, seed=99)) for name in NAMES
+    }
     assert policy_told(**noisy)[0] == approximately(found)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,7 +158,7 @@ def test_a_summary_of_a_run_without_a_rollout(tmp_path: Path) -> None:
 def test_a_fine_tuning_summary_by_hand(tmp_path: Path) -> None:
     log = log_of(tmp_path, axis="step", updates_per_rollout=1, samples=lambda kind: [])
     for step, (loss, memory) in enumerate([(0.9, 2.0), (0.6, 1.0)], start=1):
-        accuracy = {"dpo__accuracy": 0.5} if step == 2 else {}
+        accuracy: dict[str, Any] = {"dpo__accuracy": 0.5} if step == 2 else {}
         say(log, step, train__loss=loss, dpo__loss=loss, perf__max_memory_allocated_gb=memory, **accuracy)
     say(log, 2, eval__loss=0.7)
     settings: dict[str, Any] = {"seconds": 3.0, "world_size": 1, "device": "cpu", "prefix": "dpo"}
@@ -182,7 +183,8 @@ class Bar:
     """tqdm's part that is used; ``n`` counts rollouts."""
 
     def __init__(self, **options: Any) -> None:
-        self.n, self.postfix, self.written, self.closed = 0, "", [], False
+        self.n, self.postfix, self.closed = 0, "", False
+        self.written: list[str] = []
         self.options, self.disable = options, options["disable"]
 
     def set_postfix_str(self, text: str, refresh: bool) -> None:
@@ -203,7 +205,7 @@ def progress(monkeypatch: pytest.MonkeyPatch) -> Progress:
     """Of five rollouts with four updates each, with a clock that gains two seconds at each look."""
     ticks = iter(range(0, 1000, 2))
     monkeypatch.setattr(run_log, "tqdm", Bar)
-    monkeypatch.setattr(run_log.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     return Progress(num_rollouts=5, updates_per_rollout=4, show=True)
 
 

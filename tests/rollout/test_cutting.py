@@ -127,7 +127,7 @@ def trained_rows(monkeypatch: pytest.MonkeyPatch, *, seed: int = 0) -> dict[tupl
     monkeypatch.setattr(cutting, "world_size", lambda: 2)
     plans: Any = SimpleNamespace(cutting=Cutting(MINI_BATCHES, 40), seed=seed)
     collector: Any = SimpleNamespace(collect=lambda number: rollout(), plan=partial(Collector.plan, plans))
-    sizes = {"num_rollouts": ROLLOUTS, "num_ppo_epochs": EPOCHS, "mini_batches": MINI_BATCHES}
+    sizes: dict[str, Any] = {"num_rollouts": ROLLOUTS, "num_ppo_epochs": EPOCHS, "mini_batches": MINI_BATCHES}
     given = []
     for number in range(2):
         monkeypatch.setattr(loader, "rank", lambda number=number: number)

@@ -19,7 +19,7 @@ from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement
 from rlhf_toolkit.rollout import sampler as module
 from rlhf_toolkit.rollout.decoding import Alone, Sampling, decode
 from rlhf_toolkit.rollout.sampler import Sampler, bare, bare_tensors, inference, measured_column, tokens_of
-from rlhf_toolkit.rollout.sizes import RolloutSize
+from rlhf_toolkit.rollout.sizes import RolloutSize, sharding
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.builders import tiny_tokenizer
@@ -152,7 +152,12 @@ def test_each_turn_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 def test_the_place_is_decided_once_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(module, "free_memory", lambda device: asked.append(device) or GIB)
+
+    def free_memory(device: torch.device) -> int:
+        asked.append(device)
+        return GIB
+
+    monkeypatch.setattr(module, "free_memory", free_memory)
     sampler = sampler_of()
     assert sampler.placement is None and sampler.estimate is None
     first = sampler.place(model())
@@ -165,7 +170,12 @@ def test_the_place_is_decided_once_from_what_is_free(monkeypatch: pytest.MonkeyP
 
 def test_what_was_placed_is_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "decode", lambda *args, **options: calls.append(options) or decoded())
+
+    def noted(*args: Any, **options: Any) -> Rollout:
+        calls.append(options)
+        return decoded()
+
+    monkeypatch.setattr(module, "decode", noted)
     sampler = sampler_of()
     sampler.placement = Placement(WINDOW, slots=3, prefill_tokens=17, needed=0, free=GIB)
     sampled(sampler)
@@ -347,8 +357,12 @@ def test_a_window_after_a_stream_is_a_window(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_estimate_is_of_the_run_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks, stage and offloading reach it."""
     told: list[dict[str, Any]] = []
-    real = module.sharding
-    monkeypatch.setattr(module, "sharding", lambda size, **how: told.append(how) or real(size, **how))
+
+    def noted(size: Any, **how: Any) -> Any:
+        told.append(how)
+        return sharding(size, **how)
+
+    monkeypatch.setattr(module, "sharding", noted)
     monkeypatch.setattr(module, "world_size", lambda: 3)
     monkeypatch.setattr(module, "zero_stage", lambda model: 2)
     monkeypatch.setattr(module, "offloads_optimizer", lambda model: True)
