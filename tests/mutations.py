@@ -440,7 +440,19 @@ OF_SLOTS = [
         ("slots: the longest prompt has the largest budget", "the_columns_of_a_rollout_are_those_of_its_longest_row",
          "len(p.token_ids) + budget for", "len(p.token_ids) + max(budgets) for")),
 ]
+CUTTING = "tests/rollout/test_cutting.py"
 OF_ROLLOUT = [
+    *within("data/packing.py:mini_batches", CUTTING,
+        ("mini-batches: epochs share a permutation", "no_two_epochs_are_cut_alike",
+         "rollout, epoch)).tolist()", "rollout, 0)).tolist()")),
+    *within("rollout/cutting.py:Cutting.plan", CUTTING,
+        ("mini-batches: every epoch cut like the first", "no_two_epochs_are_cut_alike",
+         "epoch=epoch", "epoch=0"),
+        ("mini-batches: every rollout cut like the first", "no_two_epochs_are_cut_alike",
+         "rollout=rollout", "rollout=0")),
+    *within("rollout/loader.py:RolloutLoader.__iter__", CUTTING,
+        ("mini-batches: the loader asks for the first epoch", "no_two_epochs_are_cut_alike",
+         "epoch=epoch", "epoch=0")),
     *within("rollout/sampled.py", SHAPING,
         ("token rewards: the score taken from the padding", "rewards_of_tokens_are_paid_where_they_were_earned",
          "len(rewards) - 1] -=", "width - 1] -="),
@@ -606,6 +618,11 @@ OF_EVALUATION = [
          "torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)", "(logprobs - ref_logprobs).sum(1)"),
     ),
 ]
+OF_RANKS = [
+    *within("distributed/zero3.py:gathered", "tests/distributed/test_zero3.py",
+        ("window: hooks stay off after an exception", "hooks_go_back_on_after_an_exception[error]",
+         "    finally:\n", "    except ():\n        pass\n    else:\n")),
+]
 # fmt: on
 
 MUTATIONS: list[Mutation] = [
@@ -619,6 +636,7 @@ MUTATIONS: list[Mutation] = [
     *OF_ROLLOUT,
     *OF_TRAINER,
     *OF_EVALUATION,
+    *OF_RANKS,
 ]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import namedtuple
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,14 @@ def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "now"), [("ppo.kl_coef", 0.05, 0.1), ("model.lora_rank", 4, 8), ("data.train", "'a.jsonl'", 7)]
+    ("name", "before", "now"),
+    [
+        ("ppo.kl_coef", 0.05, 0.1),
+        ("model.lora_rank", 4, 8),
+        ("data.train", "'a.jsonl'", 7),
+        ("run.seed", 0, 1),  # although how a run is watched may change
+        ("ppo.gamma", None, 0.9),  # not there when the run was started
+    ],
 )
 def test_resume_with_another_setting(tmp_path: Path, name: str, before: object, now: object) -> None:
     folder = started(tmp_path / "run")
@@ -318,6 +326,20 @@ def test_the_manifest_completes_a_checkpoint_of_trainer(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoint-6" / MANIFEST).read_text()) == {"step": 6, "kl_coefficient": 0.2}
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_the_manifest_is_written_when_all_have_written_and_nobody_goes_on_before(
+    main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the true rank 0 writes; all ranks wait before it and behind it."""
+    there: list[bool] = []
+    path = checkpoint(tmp_path, 6) / MANIFEST
+    monkeypatch.setattr(checkpoints, "barrier", lambda: there.append(path.exists()))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=6, is_world_process_zero=main)
+    ManifestWriter(lambda: {}).on_save(arguments, state, TrainerControl())
+    assert there == [False, main] and path.exists() == main
+
+
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +381,17 @@ def test_the_checksum_of_parts_is_that_of_the_whole(dtype: torch.dtype, monkeypa
         monkeypatch.setattr(checkpoints, "CHUNK", chunk)
         parts = [checksum(whole[:10], 0), checksum(whole[10:30], 10), checksum(whole[30:], 30)]
         assert sum(parts) % 2**64 == checksum(whole, 0) == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_a_fingerprint_is_of_the_parts_of_all_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, alone = [parameter.detach().flatten() for _, parameter in frozen()], base_fingerprint("config", frozen())
+    bounds = [12 * number // ranks for number in range(ranks + 1)]
+    shares = [[checksum(tensor[start:stop], start) for tensor in whole] for start, stop in pairwise(bounds)]
+    monkeypatch.setattr(checkpoints, "all_gather", lambda own: shares)
+    assert base_fingerprint("config", frozen()) == alone
+    shares[-1][0] += 1
+    assert base_fingerprint("config", frozen()) != alone
 
 
 def test_a_fingerprint_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

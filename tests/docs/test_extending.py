@@ -169,3 +169,60 @@ def parameters(after: str) -> list[str]:
 def test_the_tables_have_every_parameter_there_is() -> None:
     assert set(parameters("An advantage estimator")) == set(shaping.OFFERED)
     assert set(parameters("A policy loss")) == set(ppo_loss.OFFERED) - {"selected"}  # only for losses with a chooser
+
+
+# ---- what is touched inside the package ------------------------------------------------------------------------------
+
+INSIDE = PAGE.partition("## What you touch when you add something to the toolkit itself\n")[2]
+KINDS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^### |\Z)", INSIDE, flags=re.MULTILINE | re.DOTALL))
+TOUCHED = {kind: re.findall(r"^\| `([\w./-]+)` \|", text, flags=re.MULTILINE) for kind, text in KINDS.items()}
+EXAMPLES = {
+    "An estimator": "opo",
+    "A loss with a knob of its own": "sapo",
+    "A setting that several losses take": "dual_clip",
+    "A reward": "think_answer_format",
+    "A role": "reward",
+    "A launch target": "zero2_4gpu.yaml",
+}
+"""One of each kind that is there already."""
+ROLE_WORDS = r"\bREWARD\b|\breward_adapter\b|\bAdapterReward\b"
+TRAINS_REWARD_MODELS = {f"src/rlhf_toolkit/{name}.py" for name in ("trainers/fine_tuner", "trainers/objectives")}
+TRAINS_REWARD_MODELS |= {"src/rlhf_toolkit/runs/fine_tuning.py"}
+
+
+def files_with(pattern: str) -> set[str]:
+    """The files of the package, and the launch configs and pages, in which the pattern is found."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests").rglob("*.py")]
+    names = [
+        str(path.relative_to(ROOT)) for path in [*files, ROOT / "README.md"] if re.search(pattern, path.read_text())
+    ]
+    return set(names)
+
+
+def test_every_kind_has_a_table_of_files_that_exist() -> None:
+    assert TOUCHED.keys() == EXAMPLES.keys()
+    for kind, files in TOUCHED.items():
+        assert len(files) == len(set(files)) >= 2, kind
+        assert not [file for file in files if not (ROOT / file).is_file()], kind
+        assert f"Look at `{EXAMPLES[kind]}`" in KINDS[kind]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind not in ("A role", "A launch target")])
+def test_no_file_of_the_package_that_names_the_example_is_left_out(kind: str) -> None:
+    """Nor does a table name a file that the example is not in."""
+    named = files_with(rf"\b{EXAMPLES[kind]}\b")
+    in_package = {file for file in named if file.startswith("src/")}
+    assert in_package == {file for file in TOUCHED[kind] if file.startswith("src/")}
+    knob = {"tests/reference_vectors.py"}  # names the loss's knobs, not the loss
+    assert {file for file in TOUCHED[kind] if not file.endswith(".json")} <= named | knob
+
+
+def test_a_role_is_known_where_its_table_says() -> None:
+    known = {file for file in files_with(ROLE_WORDS) if file.startswith("src/")} - TRAINS_REWARD_MODELS
+    named = set(re.findall(r"`(src/[\w/]+\.py)`", KINDS["A role"]))
+    assert known <= named, "a file that knows the role by name"
+
+
+def test_a_launch_target_is_its_file_and_a_row() -> None:
+    named = files_with(re.escape(EXAMPLES["A launch target"])) - {"docs/extending.md", "tests/docs/test_extending.py"}
+    assert named == {"README.md"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_toolkit.reporting import meters
 from rlhf_toolkit.reporting.meters import Clock, Meter, combined
 
 
@@ -67,3 +69,13 @@ def test_the_clock_adds_up_phases_and_starts_anew() -> None:
     seconds = clock.take()
     assert seconds["work"] >= 0.04 and seconds["step"] >= seconds["work"] and "failed" in seconds
     assert set(clock.take()) == {"step"}
+
+
+def test_a_step_is_the_time_between_two_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the steps of a run add up to the run."""
+    ticks = iter([0.0, 1.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    clock = Clock()
+    with clock.phase("work"):
+        pass
+    assert [clock.take(), clock.take()] == [{"work": 2.0, "step": 10.0}, {"step": 4.0}]

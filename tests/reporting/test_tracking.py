@@ -1,0 +1,110 @@
+"""The mirror in W&B, against a module that notes what it is told: nothing leaves this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.reporting import tracking
+from rlhf_toolkit.reporting.tracking import SAMPLE_COLUMNS, WandbMirror, imported
+
+SAMPLE = {"rollout": 3, "kind": "train", "prompt": "p", "response": "r", "score": 0.5, "extra": 1}
+
+
+class Wandb:
+    """W&B's part that is used. ``refuses`` is what going online raises."""
+
+    def __init__(self, refuses: Exception | None = None) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.metrics: list[tuple[str, str | None]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.finished, self.refuses = 0, refuses
+        self.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
+        self.Settings = SimpleNamespace
+        self.Table = lambda columns, data: ("table", columns, data)
+        self.id = "abc"
+
+    def init(self, **options: Any) -> Wandb:
+        self.started.append(options)
+        if options["mode"] == "online" and self.refuses is not None:
+            raise self.refuses
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, values: dict[str, Any], **more: Any) -> None:
+        assert not more, "a step would have W&B drop what comes out of order"
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def mirror_of(wandb: Wandb, monkeypatch: pytest.MonkeyPatch, **options: Any) -> WandbMirror:
+    monkeypatch.setattr(tracking, "imported", lambda mode: wandb)
+    settings = {"mode": "online", "project": "p", "name": "n", "folder": Path("f"), "config": {"a": 1}}
+    return WandbMirror(**{**settings, **options})
+
+
+def test_a_run_is_started_with_its_settings_and_its_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    mirror = mirror_of(wandb, monkeypatch, axis="step", run_id="old")
+    (options,) = wandb.started
+    assert {name: options[name] for name in ("mode", "project", "name", "dir", "config")} == {
+        "mode": "online",
+        "project": "p",
+        "name": "n",
+        "dir": "f",
+        "config": {"a": 1},
+    }
+    assert (options["id"], options["resume"]) == ("old", "allow"), "a resumed run goes on in the same one"
+    assert wandb.metrics == [("step", None), ("*", "step")]
+    assert mirror.run_id == "abc"
+
+
+def test_a_record_is_logged_without_its_kind_and_with_a_table_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    mirror = mirror_of(wandb, monkeypatch)
+    mirror({"kind": "train", "rollout": 3, "critic/score/mean": 0.5}, [SAMPLE])
+    mirror({"kind": "eval", "rollout": 3, "eval/score/mean": 0.7}, [])
+    table = ("table", list(SAMPLE_COLUMNS), [[3, "train", "p", "r", 0.5]])
+    assert wandb.logged == [
+        {"rollout": 3, "critic/score/mean": 0.5, "samples/train": table},
+        {"rollout": 3, "eval/score/mean": 0.7},
+    ]
+    mirror.finish()
+    assert wandb.finished == 1
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_where_it_cannot_go_online_it_goes_offline_and_says_so(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    wandb.refuses = wandb.errors.Error("no key") if own else OSError("no network")
+    with pytest.warns(UserWarning, match=r"no (key|network).*logged offline in f/wandb.*wandb sync"):
+        mirror_of(wandb, monkeypatch)
+    first, second = wandb.started
+    assert (first.pop("mode"), second.pop("mode")) == ("online", "offline")
+    assert first == second, "with the same settings"
+
+
+def test_how_long_it_tries_is_bounded_and_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, expected in ((None, float(tracking.START_TIMEOUT_SECONDS)), ("7", 7.0)):
+        monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+        if said:
+            monkeypatch.setenv("WANDB_INIT_TIMEOUT", said)
+        wandb = Wandb()
+        mirror_of(wandb, monkeypatch)
+        assert wandb.started[0]["settings"].init_timeout == expected
+        assert wandb.started[0]["settings"].finish_timeout == tracking.FINISH_TIMEOUT_SECONDS
+
+
+def test_a_run_without_the_package_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"^run\.wandb=offline, but wandb cannot be imported.*run\.wandb: off$"):
+        imported("offline")
