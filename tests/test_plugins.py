@@ -85,7 +85,9 @@ def test_a_file_that_has_changed_is_run_anew(tmp_path: Path) -> None:
 def test_a_file_that_raised_is_run_again(tmp_path: Path) -> None:
     path = write(
         tmp_path / "reward.py",
-        "from pathlib import Path\nif not Path(__file__).with_name('there').exists():\n    raise ValueError\ndef f(): ...",
+        "from pathlib import Path\n"
+        "if not Path(__file__).with_name('there').exists():\n    raise ValueError\n"
+        "def f(): ...",
     )
     with pytest.raises(ConfigError):
         load_function(f"{path}:f", "reward.function")

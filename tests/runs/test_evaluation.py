@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from rlhf_toolkit.cli import main
-from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.errors import ConfigError, ModelError, RLHFError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.runs.evaluation import GREEDY, SAMPLED, Evaluation, evaluate
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.roles import lora
 from tests.rollout.test_model_rewards import by_plain_peft, write_reward_adapter
 from tests.tiny import merged, tiny_llama, write_experiment, write_task

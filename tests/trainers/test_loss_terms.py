@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.policy_losses import vanilla
-from rlhf_toolkit.runs.assembly import make_loss, make_shaping
+from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss, Said
@@ -200,7 +200,8 @@ def test_a_knob_of_the_experiment_becomes_the_knob_of_that_name(tmp_path: Path) 
     experiment = experiment_from_dict(
         merged(write_task(tmp_path), {**changes, "rollout.temperature": 0.8, "ppo.mini_batches": 2})
     )
-    loss, shaping = make_loss(experiment), make_shaping(experiment)
+    algorithm = resolve(experiment)
+    loss, shaping = algorithm.loss, algorithm.shaping
     found = {each.name: getattr(made, each.name) for made in (loss, shaping) for each in fields(made)}
     found |= {each.name: getattr(shaping.scores, each.name) for each in fields(shaping.scores)}
     assert {name: found[name] for name in numbers | of_scores} == numbers | of_scores

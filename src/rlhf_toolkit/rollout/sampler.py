@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from rlhf_toolkit.distributed.collectives import agreement, any_rank, world_size
 from rlhf_toolkit.distributed.topology import free_memory
 from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, offloads_optimizer, streamed, zero_stage
 from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
+from rlhf_toolkit.models.inference import bare, inference
 from rlhf_toolkit.models.shared_base import POLICY, SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, place
@@ -151,24 +152,6 @@ def bare_tensors(pace: Pace) -> AbstractContextManager[object]:
     """In the window, tensors without autograd's bookkeeping: a decode step has some 2,000 operations, and without it
     takes a twelfth less time. ZeRO's hooks, which stay on while streaming, write to parameters and need it."""
     return torch.inference_mode() if isinstance(pace, Alone) else nullcontext()
-
-
-def bare(model: nn.Module) -> SharedBase:
-    """The SharedBase inside an engine, or the model itself."""
-    return cast(SharedBase, getattr(model, "module", model))
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[SharedBase]:
-    """The bare SharedBase of ``model`` in eval mode without autograd; the mode it had comes back afterwards."""
-    shared = bare(model)
-    was_training = shared.training
-    shared.eval()
-    try:
-        with torch.no_grad():
-            yield shared
-    finally:
-        shared.train(was_training)
 
 
 def measured_column(shared: SharedBase, pace: Pace) -> int:

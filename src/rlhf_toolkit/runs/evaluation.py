@@ -19,11 +19,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
-from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from rlhf_toolkit.data.prompts import PromptSchedule
-from rlhf_toolkit.distributed.topology import Topology, start
+from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, TopologyError
-from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
@@ -34,10 +32,14 @@ from rlhf_toolkit.rollout.evaluated import Values, response_kl, rows_by_prompt, 
 from rlhf_toolkit.rollout.passes import score
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
-from rlhf_toolkit.runs.assembly import make_collector, packs, passing_of
-from rlhf_toolkit.runs.ppo import load_adapted_base
+from rlhf_toolkit.runs.algorithm import resolve
+from rlhf_toolkit.runs.assembly import Setup, make_collector
+from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import with_dtype
 from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling
+from rlhf_toolkit.runs.weights import load_adapted_base
+from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from rlhf_toolkit.types import present
 
 BASE = "base"
@@ -127,18 +129,19 @@ def evaluate(experiment: Experiment, contestants: Sequence[str], *, greedy: bool
     experiment = with_dtype(experiment, topology, trains=False)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
+    algorithm = resolve(experiment)
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-    task = load_held_out(experiment, config)
+    setup = Setup(experiment, algorithm, topology, load_held_out(experiment, config))
     progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
     said: dict[str, dict[str, Responses]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
-            said[label] = _answers(experiment, config, topology, task, progress, folder, greedy=greedy, kl=kl)
+            said[label] = _answers(setup, _roles(setup, config, folder), progress, greedy=greedy, kl=kl)
             progress.bar.update(1)
     finally:
-        task.reward.close()
+        setup.task.reward.close()
         progress.bar.close()
-    return compare(experiment, said, prompts=len(task.held_out))
+    return compare(setup, said)
 
 
 def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
@@ -151,9 +154,10 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
 
 
-def compare(experiment: Experiment, said: dict[str, dict[str, Responses]], *, prompts: int) -> Evaluation:
+def compare(setup: Setup, said: dict[str, dict[str, Responses]]) -> Evaluation:
     """Estimates and win rates from what everybody said."""
-    seed, passing = experiment.run.seed, passing_of(experiment)
+    run, passing = setup.experiment.run, setup.algorithm.passing
+    seed = run.seed
 
     def estimates(found: Responses) -> dict[str, Estimate]:
         values: Values = values_by_prompt(found.sampled, found.scores, found.kl)
@@ -168,7 +172,7 @@ def compare(experiment: Experiment, said: dict[str, dict[str, Responses]], *, pr
         for way in said[later]
         for by in said[later][way].rewards
     ]
-    return Evaluation(prompts, experiment.run.evaluation_samples, by_label, rates, said)
+    return Evaluation(len(setup.task.held_out), run.evaluation_samples, by_label, rates, said)
 
 
 def rates_by_prompt(mine: Responses, theirs: Responses, by: str) -> list[float]:
@@ -192,22 +196,11 @@ def _check(experiment: Experiment, contestants: Sequence[str], greedy: bool) -> 
         raise ConfigError("nothing to decode: --no-greedy leaves the samples only; ask for them with --samples 4")
 
 
-def _answers(
-    experiment: Experiment,
-    config: PretrainedConfig,
-    topology: Topology,
-    task: Task,
-    progress: Progress,
-    folder: str | None,
-    *,
-    greedy: bool,
-    kl: bool,
-) -> dict[str, Responses]:
-    """What one contestant says."""
-    shared = _roles(experiment, config, topology, folder).to(topology.device)
-    packing = packs(experiment.update.packing, shared)
-    collector = make_collector(experiment, topology, task, progress, packing=packing, trains=False)
-    samples, found = experiment.run.evaluation_samples, dict[str, Responses]()
+def _answers(setup: Setup, shared: SharedBase, progress: Progress, *, greedy: bool, kl: bool) -> dict[str, Responses]:
+    """What the contestant that is the policy of ``shared`` says."""
+    packing = packs(setup.experiment.update.packing, shared)
+    collector = make_collector(setup, packing=packing, on_tokens=progress.on_tokens, trains=False)
+    samples, found = setup.experiment.run.evaluation_samples, dict[str, Responses]()
     with collector.sampler.opened(shared) as opened:
         if greedy:
             found[GREEDY] = _responses(opened, collector, 1, greedy=True, kl=kl)
@@ -216,17 +209,19 @@ def _answers(
     return found
 
 
-def _roles(experiment: Experiment, config: PretrainedConfig, topology: Topology, folder: str | None) -> SharedBase:
+def _roles(setup: Setup, config: PretrainedConfig, folder: str | None) -> SharedBase:
     """The contestant as policy; the bare base speaks through a new adapter, which adds nothing."""
-    base, adapter = load_adapted_base(experiment.model, config, topology)
-    return build_ppo_roles(
+    model, reward = setup.experiment.model, setup.experiment.reward
+    base, adapter = load_adapted_base(model, config, setup.topology)
+    shared = build_ppo_roles(
         base,
         adapter,
         policy_adapter=folder,
-        reference_adapter=experiment.model.policy_adapter,
-        reward_adapter=experiment.reward.adapter,
+        reference_adapter=model.policy_adapter,
+        reward_adapter=reward.adapter,
         value_on=NOWHERE,
     )
+    return shared.to(setup.topology.device)
 
 
 def _responses(shared: SharedBase, collector: Collector, samples: int, *, greedy: bool, kl: bool) -> Responses:
