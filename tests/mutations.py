@@ -586,7 +586,7 @@ OF_TRAINER = [
         ("micro-batches: the last left out",
          "tests/rollout/test_loader.py::test_columns_of_the_mini_batch_go_to_the_rows_they_are_of",
          "range(int(number.max()) + 1)", "range(int(number.max()))")),
-    *within("runs/assembly.py:make_loss", TERMS,
+    *within("runs/algorithm.py:loss_of", TERMS,
         ("clip bounds swapped in the settings", "a_knob_of_the_experiment_becomes_the_knob_of_that_name",
          "clip_range_low=ppo.clip_range_low", "clip_range_low=ppo.clip_range_high")),
 ]

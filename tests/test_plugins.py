@@ -58,13 +58,42 @@ def test_files_of_one_name_stay_apart(tmp_path: Path) -> None:
     assert functions[0].__module__ != functions[1].__module__
 
 
-def test_a_file_is_run_anew_on_each_load(tmp_path: Path) -> None:
+def test_a_file_is_run_once_and_its_functions_share_its_variables(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "mine.py",
+        "from pathlib import Path\n"
+        "with Path(__file__).with_name('runs').open('a') as file:\n    file.write('x')\n"
+        "seen = []\n"
+        "def note(word):\n    seen.append(word)\n"
+        "def noted():\n    return seen\n",
+    )
+    (tmp_path / "link.py").symlink_to(path)
+    load_function(f"{path}:note", "reward.function")("heard")
+    assert load_function(f"{tmp_path}/link.py:noted", "ppo.advantage")() == ["heard"]
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_a_file_that_has_changed_is_run_anew(tmp_path: Path) -> None:
     path = tmp_path / "reward.py"
-    scores = []
-    for score in ("1", "10"):
+    functions = []
+    for score in ("1", "2"):  # as many bytes, perhaps within one tick of the file system's clock
         write(path, f"def f(prompts, responses):\n    return [{score}]")
-        scores.append(load_function(f"{path}:f", "reward.function")([], [""]))
-    assert scores == [[1], [10]]
+        functions.append(load_function(f"{path}:f", "reward.function"))
+    assert [function([], [""]) for function in functions] == [[1], [2]]
+    assert functions[0].__module__ != functions[1].__module__
+
+
+def test_a_file_that_raised_is_run_again(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "reward.py",
+        "from pathlib import Path\n"
+        "if not Path(__file__).with_name('there').exists():\n    raise ValueError\n"
+        "def f(): ...",
+    )
+    with pytest.raises(ConfigError):
+        load_function(f"{path}:f", "reward.function")
+    write(tmp_path / "there", "")
+    assert load_function(f"{path}:f", "reward.function")() is None
 
 
 def test_neighbours_can_be_imported_and_the_path_is_as_before(tmp_path: Path) -> None:

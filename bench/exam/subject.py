@@ -163,7 +163,7 @@ def made_on(device: str = DEVICE) -> Iterator[None]:
     def load_base(name: str, config: Any, topology: Any, *, dtype: torch.dtype, **_: Any) -> Any:
         return random_base(config, dtype=dtype, device=device)
 
-    with patch("rlhf_toolkit.runs.ppo.load_base", load_base):
+    with patch("rlhf_toolkit.runs.weights.load_base", load_base):
         yield
 
 

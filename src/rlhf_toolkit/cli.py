@@ -133,8 +133,7 @@ def show_data(options: Options) -> None:
     from rlhf_toolkit.data.preview import preview
     from rlhf_toolkit.data.prompts import load_rows
     from rlhf_toolkit.data.tokenizers import stop_token_ids
-    from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
-    from rlhf_toolkit.runs.task import generation_eos_of
+    from rlhf_toolkit.models.loading import generation_eos_of, load_model_config, load_tokenizer
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too

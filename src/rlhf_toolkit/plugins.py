@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,11 +79,12 @@ def arguments_for(
 def load_function(spec: str, setting: str) -> Callable[..., Any]:
     """The callable that ``path/to/file.py:name`` or ``package.module:name`` stands for.
 
-    A file is run anew on each load, as a module of its own. While it runs, its folder is first on ``sys.path``, so that
-    imports of its neighbours work at the top of the file, as they do in a script; imports inside its functions do not
-    find them, and neighbours stay in ``sys.modules`` under their plain names: two files whose neighbours are both
-    called ``helpers`` share the first. ConfigError, which names ``setting``, where nothing
-    callable can be loaded.
+    A process runs a file once, as a module of its own, however many settings name functions of it; they share its
+    global variables. A file that has changed since is run anew, as another module. While a file runs, its folder is
+    first on ``sys.path``, so that imports of its neighbours work at the top of the file, as they do in a script;
+    imports inside its functions do not find them, and neighbours stay in ``sys.modules`` under their plain names: two
+    files whose neighbours are both called ``helpers`` share the first. Raises ConfigError, which names ``setting``,
+    where nothing callable can be loaded.
     """
     place, colon, name = spec.rpartition(":")
     if not (colon and place and name):
@@ -91,7 +93,7 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
     if path.suffix == ".py" and not path.is_file():
         raise ConfigError(f"{setting}={spec!r}: there is no file {path} (looked in {Path.cwd()}); check the path")
     try:
-        module = _run_file(path) if path.suffix == ".py" else importlib.import_module(place)
+        module = _module_of(path) if path.suffix == ".py" else importlib.import_module(place)
     except Exception as error:  # importing runs code
         raise ConfigError(
             f"{setting}={spec!r}: importing {place} raised {described(error)}{_where(error)}; "
@@ -115,17 +117,29 @@ def _callable(module: ModuleType, name: str, spec: str, setting: str) -> Callabl
     return function
 
 
-def _run_file(path: Path) -> ModuleType:
-    """A file as a module, registered under a name that no other file has."""
+def _module_of(path: Path) -> ModuleType:
+    """The file as a module, which is run where this process has not run that file with that text before.
+
+    Its name follows from both, so ``sys.modules`` knows what has been run.
+    """
     path = path.resolve()
-    name = f"rlhf_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # a .py suffix always has a loader
+    text = path.read_bytes()
+    digest = hashlib.sha256(bytes(path) + b"\0" + text).hexdigest()[:16]
+    name = f"rlhf_plugin_{path.stem}_{digest}"
+    return sys.modules[name] if name in sys.modules else _run_file(path, text, name)
+
+
+def _run_file(path: Path, text: bytes, name: str) -> ModuleType:
+    """A new module ``name`` of the file, which holds ``text``. Python's cache of bytecode, which takes two texts of one
+    length and one second for the same, is left aside."""
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look it up
     try:
         with _first_on_path(str(path.parent)):
-            spec.loader.exec_module(module)
+            exec(loader.source_to_code(text, str(path)), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

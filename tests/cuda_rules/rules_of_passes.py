@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_toolkit.data.layout import packed_layout, padded_layout
+from rlhf_toolkit.data.layout import Layout, packed_layout, padded_layout
 from rlhf_toolkit.models.heads import widens
 from rlhf_toolkit.models.segment_attention import flash_works
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.rollout.cutting import Layout
 from tests.cuda_rules import gpu_kernels
 from tests.cuda_rules.device import GPU, Rules, numbers, to_gpu
 from tests.cuda_rules.subjects import gradients, sequences, shared_base

@@ -18,7 +18,7 @@ from rlhf_toolkit.distributed.topology import TIMEOUT_MINUTES, Launch, Topology,
 from rlhf_toolkit.distributed.zero3 import element_count, is_here, is_partitioned, own_part
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.runs.ppo import fingerprint_of
+from rlhf_toolkit.runs.weights import fingerprint_of
 from tests.support.launch import run_worker
 from tests.support.tiny import tiny_llama
 

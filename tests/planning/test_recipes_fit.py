@@ -16,7 +16,8 @@ from rlhf_toolkit.data.packing import packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.planning.memory import Placement, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
-from rlhf_toolkit.runs.assembly import rollout_size
+from rlhf_toolkit.runs.algorithm import resolve
+from rlhf_toolkit.runs.memory import rollout_size
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment
 from tests.support.launch import ROOT
@@ -61,7 +62,7 @@ def placed(recipe: str, held_out: int, *, shares_heads: bool, changes: dict[str,
     model = size_of(Qwen2Config(vocab_size=151936, **shape), experiment.model.lora_rank)
     how = sharding(model, ranks=ranks, stage=stage, on_cpu=False)
     longest = experiment.data.max_prompt_tokens
-    size = rollout_size(experiment, longest, ranks=ranks, held_out=held_out, packing=True)
+    size = rollout_size(experiment, resolve(experiment), longest, ranks=ranks, held_out=held_out, packing=True)
     needs = needs_of(model, how, RolloutSize(**{**vars(size), "shares_heads": shares_heads}), "exact")
     free = CARD * gb // 24 - CONTEXT - COMMUNICATOR - kept_bytes(model, how, moments=False)
     return place(needs, free=free, rows=size.rows, mode="auto", slots=None, sharded=how.sharded)
@@ -88,7 +89,8 @@ SECTIONS: dict[str, Any] = {
 
 def size_with(ppo: dict[str, Any], budget: int, *, held: int = 0, **rest: Any) -> RolloutSize:
     sections = {**SECTIONS, "ppo": ppo, "update": {"micro_batch_tokens": budget}, **rest}
-    return rollout_size(experiment_from_dict(sections), LONGEST, ranks=RANKS, held_out=held, packing=False)
+    experiment = experiment_from_dict(sections)
+    return rollout_size(experiment, resolve(experiment), LONGEST, ranks=RANKS, held_out=held, packing=False)
 
 
 def largest(rows: int, lengths: list[int], budget: int, *, packing: bool) -> int:

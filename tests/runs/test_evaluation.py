@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from rlhf_toolkit.cli import main
-from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.errors import ConfigError, ModelError, RLHFError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.runs.evaluation import GREEDY_WAY, SAMPLED_WAY, Evaluation, compare_contestants
-from tests.support.roles import lora
+from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.rollout.test_model_rewards import by_plain_peft, write_reward_adapter
+from tests.support.roles import lora
 from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
 
 ANSWERS = """
@@ -90,7 +90,10 @@ def test_a_contestant_says_and_scores_what_plain_peft_does(tmp_path: Path) -> No
         assert estimates["score"].mean == pytest.approx(sum(scores) / 3, abs=1e-6)
         assert estimates["pass@1"].mean == pytest.approx(sum(score >= 0.5 for score in scores) / 3)
         assert estimates["response_length"].mean == pytest.approx(sum(length for _, _, length in rows) / 3)
-    for way in (GREEDY_WAY, SAMPLED_WAY):  # several threads may cut the two roles' rows differently, by a rounding or two
+    for way in (
+        GREEDY_WAY,
+        SAMPLED_WAY,
+    ):  # several threads may cut the two roles' rows differently, by a rounding or two
         assert found.estimates["base"][way]["ref_kl"].mean == pytest.approx(0.0, abs=1e-5)
     assert abs(found.estimates[adapter][GREEDY_WAY]["ref_kl"].mean) > 0.1
 
@@ -113,7 +116,9 @@ def test_the_same_twice_ties_and_the_streams_are_paired(tmp_path: Path) -> None:
     settings, adapter = sections(tmp_path), write_policy(tmp_path / "policy")
     copy, other = write_policy(tmp_path / "copy"), write_policy(tmp_path / "other", seed=2)
     found = evaluated(settings, adapter, copy, other)
-    assert found.responses[adapter][SAMPLED_WAY].sampled.responses == found.responses[copy][SAMPLED_WAY].sampled.responses
+    assert (
+        found.responses[adapter][SAMPLED_WAY].sampled.responses == found.responses[copy][SAMPLED_WAY].sampled.responses
+    )
     rates = {(rate.of, rate.over, rate.by, rate.decoding): rate.rate.mean for rate in found.win_rates}
     assert set(rates) == {
         (of, over, "score", way)

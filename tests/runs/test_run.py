@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.distributed.topology import Launch, Topology
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.runs.run import with_dtype
+from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
 
 HERE = Topology(Launch.from_environment({}), 0, 1, torch.device("cpu"))
 

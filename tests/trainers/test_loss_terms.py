@@ -19,7 +19,7 @@ from rlhf_toolkit.algorithms.policy_losses import vanilla
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.rollout.deferred import UpdatePolicyRecord
 from rlhf_toolkit.rollout.loader import Schedule
-from rlhf_toolkit.runs.assembly import make_loss, make_shaping
+from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
@@ -213,8 +213,10 @@ def test_a_knob_of_the_experiment_becomes_the_knob_of_that_name(tmp_path: Path) 
     experiment: Any = experiment_from_dict(
         merged(write_task(tmp_path), {**changes, "rollout.temperature": 0.8, "ppo.mini_batches": 2})
     )
-    loss, shaping = make_loss(experiment), make_shaping(experiment)
+    algorithm = resolve(experiment)
+    loss, shaping, scores = algorithm.loss, algorithm.shaping, algorithm.score_shaping
     found = {each.name: getattr(made, each.name) for made in (loss, shaping) for each in fields(made)}
-    found |= {each.name: getattr(shaping.scores, each.name) for each in fields(shaping.scores)}
+    found |= {each.name: getattr(scores, each.name) for each in fields(scores)}
+    assert shaping.reward_scale == scores.scale
     assert {name: found[name] for name in numbers | of_scores} == numbers | of_scores
     assert (loss.temperature, loss.width, loss.kl_in_loss, shaping.kl_in_reward) == (0.8, 6, False, True)

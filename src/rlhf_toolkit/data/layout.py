@@ -7,7 +7,7 @@ Packed means the response tokens of all rows end to end, row after row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,10 @@ class TokenLayout:
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "before", "targets", "last")}
         positions = None if self.positions is None else self.positions.to(device)
         return replace(self, **moved, positions=positions)
+
+
+Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
+"""Sequences (n, T), prompt lengths (n,) and response lengths (n,) to the tokens of a forward pass."""
 
 
 def padded_layout(sequences: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> TokenLayout:

@@ -1,4 +1,4 @@
-"""The model inside an engine, while nothing is trained."""
+"""The model inside an engine, for forward passes that train nothing."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -47,6 +48,14 @@ def load_model_config(name: str, *, trust_remote_code: bool = False) -> Pretrain
             if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
+
+
+def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
+    """The tokens that end the model's text, by its generation config or, without one, by its config."""
+    try:
+        return GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a model without generation_config.json says all it has to say in its config
+        return config.get_text_config().eos_token_id
 
 
 def load_base(

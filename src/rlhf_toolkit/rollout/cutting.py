@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
+from rlhf_toolkit.data.layout import Layout, packed_layout, padded_layout
 from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, padded_micro_batches
 from rlhf_toolkit.data.segments import Tokens
 from rlhf_toolkit.distributed.collectives import world_size
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.types import RolloutTokens
-
-Layout = Callable[[Tensor, Tensor, Tensor], TokenLayout]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf_toolkit.data.layout import Layout
 from rlhf_toolkit.data.packing import Rows
 from rlhf_toolkit.distributed.collectives import all_gather, rank
 from rlhf_toolkit.errors import NotFiniteError, shortened
@@ -14,7 +15,7 @@ from rlhf_toolkit.models.finite import WAYS_OUT, first_not_finite
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, VALUE
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.rollout.cutting import Layout, Plan
+from rlhf_toolkit.rollout.cutting import Plan
 from rlhf_toolkit.rollout.sampled import Sampled
 
 ROLES = (POLICY, VALUE, REFERENCE)

@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
-from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from rlhf_toolkit.data.prompts import PromptSchedule
-from rlhf_toolkit.distributed.topology import Topology, start
+from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, TopologyError
-from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
-from rlhf_toolkit.models.roles import POLICY, REFERENCE
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.evaluated import GREEDY, Answers, Values, answers, rows_by_prompt, values_by_prompt
-from rlhf_toolkit.runs.assembly import make_responder, packs, passing_of
-from rlhf_toolkit.runs.ppo import load_adapted_base
+from rlhf_toolkit.runs.algorithm import resolve
+from rlhf_toolkit.runs.assembly import Setup, make_scored_sampler
+from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import with_dtype
 from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling
+from rlhf_toolkit.runs.weights import load_adapted_base
+from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 
 BASE = "base"
 GREEDY_WAY, SAMPLED_WAY = "greedy", "sampled"
@@ -95,7 +94,9 @@ def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None)
     return load_experiment(path, settings, Experiment)
 
 
-def compare_contestants(experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True) -> Evaluation:
+def compare_contestants(
+    experiment: Experiment, contestants: Sequence[str], *, greedy: bool = True, kl: bool = True
+) -> Evaluation:
     """Have every contestant answer the held-out prompts, once greedily with ``greedy`` and ``run.evaluation_samples``
     times at random. Without ``kl`` the pass of policy and reference over the responses is left out.
 
@@ -108,18 +109,19 @@ def compare_contestants(experiment: Experiment, contestants: Sequence[str], *, g
     experiment = with_dtype(experiment, topology, trains=False)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
+    algorithm = resolve(experiment)
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-    task = load_held_out(experiment, config)
+    setup = Setup(experiment, algorithm, topology, load_held_out(experiment, config))
     progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
     said: dict[str, dict[str, Answers]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
-            said[label] = _answers(experiment, config, topology, task, progress, folder, greedy=greedy, kl=kl)
+            said[label] = _answers(setup, _roles(setup, config, folder), progress, greedy=greedy, kl=kl)
             progress.bar.update(1)
     finally:
-        task.reward.close()
+        setup.task.reward.close()
         progress.bar.close()
-    return compare(experiment, said, prompts=len(task.held_out))
+    return compare(setup, said)
 
 
 def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
@@ -132,9 +134,10 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
 
 
-def compare(experiment: Experiment, said: dict[str, dict[str, Answers]], *, prompts: int) -> Evaluation:
+def compare(setup: Setup, said: dict[str, dict[str, Answers]]) -> Evaluation:
     """Estimates and win rates from what everybody said."""
-    seed, passing = experiment.run.seed, passing_of(experiment)
+    run, passing = setup.experiment.run, setup.algorithm.passing
+    seed = run.seed
 
     def estimates(found: Answers) -> dict[str, Estimate]:
         values: Values = values_by_prompt(found.sampled, found.scores, found.kl)
@@ -149,7 +152,7 @@ def compare(experiment: Experiment, said: dict[str, dict[str, Answers]], *, prom
         for way in said[later]
         for by in said[later][way].rewards
     ]
-    return Evaluation(prompts, experiment.run.evaluation_samples, by_label, rates, said)
+    return Evaluation(len(setup.task.held_out), run.evaluation_samples, by_label, rates, said)
 
 
 def rates_by_prompt(mine: Answers, theirs: Answers, by: str) -> list[float]:
@@ -173,41 +176,33 @@ def _check(experiment: Experiment, contestants: Sequence[str], greedy: bool) -> 
         raise ConfigError("nothing to decode: --no-greedy leaves the samples only; ask for them with --samples 4")
 
 
-def _answers(
-    experiment: Experiment,
-    config: PretrainedConfig,
-    topology: Topology,
-    task: Task,
-    progress: Progress,
-    folder: str | None,
-    *,
-    greedy: bool,
-    kl: bool,
-) -> dict[str, Answers]:
-    """What one contestant says."""
-    shared = _roles(experiment, config, topology, folder).to(topology.device)
-    packing = packs(experiment.update.packing, shared)
-    responder = make_responder(experiment, topology, task, progress, packing=packing, trains=False)
-    samples, found = experiment.run.evaluation_samples, dict[str, Answers]()
+def _answers(setup: Setup, shared: SharedBase, progress: Progress, *, greedy: bool, kl: bool) -> dict[str, Answers]:
+    """What the contestant that is the policy of ``shared`` says."""
+    packing = packs(setup.experiment.update.packing, shared)
+    responder = make_scored_sampler(setup, packing=packing, on_tokens=progress.on_tokens, trains=False)
+    prompts, samples = setup.task.held_out, setup.experiment.run.evaluation_samples
+    found = dict[str, Answers]()
     with responder.opened(shared) as opened:
         if greedy:
-            found[GREEDY_WAY] = answers(responder, opened, task.held_out, samples=GREEDY, kl=kl)
+            found[GREEDY_WAY] = answers(responder, opened, prompts, samples=GREEDY, kl=kl)
         if samples:
-            found[SAMPLED_WAY] = answers(responder, opened, task.held_out, samples=samples, kl=kl)
+            found[SAMPLED_WAY] = answers(responder, opened, prompts, samples=samples, kl=kl)
     return found
 
 
-def _roles(experiment: Experiment, config: PretrainedConfig, topology: Topology, folder: str | None) -> SharedBase:
+def _roles(setup: Setup, config: PretrainedConfig, folder: str | None) -> SharedBase:
     """The contestant as policy; the bare base speaks through a new adapter, which adds nothing."""
-    base, adapter = load_adapted_base(experiment.model, config, topology)
-    return build_ppo_roles(
+    model, reward = setup.experiment.model, setup.experiment.reward
+    base, adapter = load_adapted_base(model, config, setup.topology)
+    shared = build_ppo_roles(
         base,
         adapter,
         policy_adapter=folder,
-        reference_adapter=experiment.model.policy_adapter,
-        reward_adapter=experiment.reward.adapter,
+        reference_adapter=model.policy_adapter,
+        reward_adapter=reward.adapter,
         value_on=NOWHERE,
     )
+    return shared.to(setup.topology.device)
 
 
 def _lines(label: str, way: str, said: Answers) -> list[dict[str, Any]]:

@@ -1,17 +1,17 @@
-"""A supervised run from one experiment: SFT, a reward adapter, or DPO, in the order in which things must happen."""
+"""A supervised run from one experiment: the parts of SFT, reward models and DPO of what ``start.prepare_run`` does."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
+from rlhf_toolkit.checkpoints import on_main
 from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
 from rlhf_toolkit.data.items import Cut, Item, Row
 from rlhf_toolkit.data.layout import packed_layout, padded_layout
@@ -19,24 +19,24 @@ from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement
-from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings, start
+from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
-from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
-from rlhf_toolkit.models.loading import adapter_config, load_base, load_model_config, load_tokenizer
+from rlhf_toolkit.models.loading import adapter_config, generation_eos_of, load_base, load_tokenizer
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.report import print_report
-from rlhf_toolkit.reporting.run_log import Progress, RunLog, write_fine_tuning_summary
-from rlhf_toolkit.seeding import derive_seed
+from rlhf_toolkit.reporting.run_log import Progress, write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
-from rlhf_toolkit.runs.assembly import packs
-from rlhf_toolkit.runs.callbacks import EngineCheck, EvaluationAtBothEnds
+from rlhf_toolkit.runs.callbacks import EngineCheck
+from rlhf_toolkit.runs.packing import packs
+from rlhf_toolkit.runs.run import Run, read_command
+from rlhf_toolkit.runs.start import Kind, prepare_run
+from rlhf_toolkit.runs.weights import load_adapted_base
+from rlhf_toolkit.seeding import derive_seed
+from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
 from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
-from rlhf_toolkit.runs.ppo import fingerprint_of, load_adapted_base, start_wandb
-from rlhf_toolkit.runs.run import Run, read_command, with_dtype
-from rlhf_toolkit.runs.task import generation_eos_of
 
 
 class FineTuningRun(Run[FineTuning, FineTuner]):
@@ -78,51 +78,53 @@ def run_recipe(kind: type[FineTuning], description: str | None) -> None:
 
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
-    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
-    experiment = with_dtype(experiment, topology)
-    folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
-    checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
-    with agreement("loading"):
-        config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-        tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-        stop_ids = stop_token_ids(tokenizer, generation_eos_of(experiment.model.name, config), stop_strings=())
-    items, held_out = load_items(experiment, tokenizer, stop_ids)
-    if checkpoint is None:
-        on_main(lambda: claim_run_folder(folder, settings))
-    model = load_model(experiment, config, topology)
-    fingerprint = fingerprint_of(model)
-    here: dict[str, Any] = {"world_size": topology.world_size, "zero_stage": topology.launch.zero_stage}
-    manifest = read_manifest(checkpoint, fingerprint=fingerprint, **here) if checkpoint else {}
-    mirror = start_wandb(experiment, topology, manifest.get("wandb_id"), axis="step")
-    steps = experiment.steps(len(items))
-    progress = Progress(num_rollouts=steps, updates_per_rollout=1, show=topology.is_main, unit="step")
-    pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size)
-    trainer = make_trainer(experiment, topology, model, items, held_out, pad_id, tokenizer, progress)
+    return prepare_run(FineTuningKind, FineTuningRun, experiment, resume=resume, overwrite=overwrite)
 
-    def state() -> dict[str, Any]:
-        """What only the run knows, for the manifest of a checkpoint."""
-        return {
-            "wandb_id": mirror.run_id if mirror else None,
-            "base": fingerprint,
-            **here,
-        }
 
-    sinks = () if mirror is None else (mirror,)
-    log = RunLog(folder, updates_per_rollout=1, samples=lambda kind: [], sinks=sinks, axis="step")
-    for callback in (EngineCheck(trainer, topology), log, EvaluationAtBothEnds(trainer), ManifestWriter(state)):
-        trainer.add_callback(callback)
-    return FineTuningRun(experiment, topology, trainer, checkpoint, mirror, progress)
+@dataclass(frozen=True)
+class Rows:
+    """What is trained on and evaluated on, with the tokenizer that made it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    items: list[Item]
+    held_out: list[Item]
+
+
+class FineTuningKind(Kind[FineTuning, Rows, SharedBase | WholeModel, FineTuner]):
+    """SFT, reward models and DPO, whose records count optimizer steps."""
+
+    axis = "step"
+
+    def load_data(self, config: PretrainedConfig) -> Rows:
+        """Tokenizer and items."""
+        name, trusted = self.experiment.model.name, self.experiment.model.trust_remote_code
+        with agreement("loading"):
+            tokenizer = load_tokenizer(name, trust_remote_code=trusted)
+            stop_ids = stop_token_ids(tokenizer, generation_eos_of(name, config), stop_strings=())
+        items, held_out = load_items(self.experiment, tokenizer, stop_ids)
+        vocabulary = config.get_text_config().vocab_size
+        return Rows(tokenizer, pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary), items, held_out)
+
+    def load_model(self, config: PretrainedConfig) -> SharedBase | WholeModel:
+        """Adapters on a frozen base, or the whole model."""
+        return load_model(self.experiment, config, self.topology)
+
+    def rounds(self, data: Rows) -> int:
+        """The optimizer steps of the run."""
+        return self.experiment.steps(len(data.items))
+
+    def make_trainer(self, data: Rows, model: SharedBase | WholeModel, progress: Progress) -> FineTuner:
+        """The trainer of the experiment's objective."""
+        return make_trainer(self.experiment, self.topology, data, model, progress)
+
+    def engine_check(self, trainer: FineTuner) -> EngineCheck:
+        """It says nothing where all is well."""
+        return EngineCheck(trainer, self.topology)
 
 
 def make_trainer(
-    experiment: FineTuning,
-    topology: Topology,
-    model: SharedBase | WholeModel,
-    items: Sequence[Item],
-    held_out: Sequence[Item],
-    pad_id: int,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress,
+    experiment: FineTuning, topology: Topology, rows: Rows, model: SharedBase | WholeModel, progress: Progress
 ) -> FineTuner:
     """The trainer of the experiment's objective."""
     update, size, objective = experiment.update, experiment.job.batch_size, objective_of(experiment)
@@ -137,7 +139,7 @@ def make_trainer(
         largest_adapter=None if experiment.full else max(sizes),
         trained=sum(sizes),
     )
-    steps = experiment.steps(len(items))
+    steps = experiment.steps(len(rows.items))
     arguments = training_arguments(
         experiment.run,
         update,
@@ -150,14 +152,14 @@ def make_trainer(
     return FineTuner(
         model=model,
         args=arguments,
-        processing_class=tokenizer,
+        processing_class=rows.tokenizer,
         objective=objective,
-        items=items,
-        held_out=held_out,
+        items=rows.items,
+        held_out=rows.held_out,
         cut=Cut(size, update.micro_batch_tokens // len(objective.roles), not packing, topology.world_size),
         layout=packed_layout if packing else padded_layout,
         steps=steps,
-        pad_id=pad_id,
+        pad_id=rows.pad_id,
         learning_rates={name: update.head_lr if name.endswith("_head") else experiment.lr for name in groups},
         callbacks=[progress],
     )

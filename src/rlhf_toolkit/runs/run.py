@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rlhf_toolkit.checkpoints import on_main
-from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
-from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.settings.configs import AUTO
+from rlhf_toolkit.settings.experiment import Experiment, FineTuning
+from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from rlhf_toolkit.trainers.base import RoleTrainer
 
 E = TypeVar("E", bound=Experiment | FineTuning)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import on_main
-from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.settings.experiment import Experiment
-from rlhf_toolkit.models.loading import load_tokenizer
+from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions
 from rlhf_toolkit.rewards.specification import RewardSpec
-from rlhf_toolkit.rollout.scored_sampler import Scorer
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.scored_sampler import Scorer
+from rlhf_toolkit.settings.configs import DataConfig
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.types import Prompt
 
 
@@ -34,6 +34,11 @@ class Task:
     held_out: tuple[Prompt, ...]
     schedule: PromptSchedule
     reward: Scorer
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, of those to train on and of those held out."""
+        return max(len(prompt.token_ids) for prompt in (*self.prompts, *self.held_out))
 
 
 def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topology) -> Task:
@@ -105,11 +110,3 @@ def make_sampling(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, co
         top_p=rollout.top_p,
         stop_strings=tuple(rollout.stop_strings),
     )
-
-
-def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
-    """The tokens that end the model's text, by its generation config or, without one, by its config."""
-    try:
-        return GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a model without generation_config.json says all it has to say in its config
-        return config.get_text_config().eos_token_id

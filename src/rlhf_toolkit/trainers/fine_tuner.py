@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_toolkit.data.items import Batch, Cut, Item, ItemLoader, batch_of, counts_of
+from rlhf_toolkit.data.layout import Layout
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.distributed.zero3 import gathered, whole
@@ -20,7 +21,6 @@ from rlhf_toolkit.models.roles import REWARD
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
-from rlhf_toolkit.rollout.cutting import Layout
 from rlhf_toolkit.trainers.base import GRADIENT_NORM, LOSS, RoleTrainer
 from rlhf_toolkit.trainers.objectives import Objective
 

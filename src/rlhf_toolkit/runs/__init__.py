@@ -1,0 +1,1 @@
+"""What makes a run of an experiment, trains it or evaluates it."""

@@ -1,0 +1,146 @@
+"""The start of every kind of run: one order of work, in which each kind does its own parts.
+
+What can be wrong is looked for from cheap to dear: settings, launch, run folder, data, and only then the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, cast
+
+from transformers import PretrainedConfig, TrainerCallback
+
+from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
+from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.distributed.topology import Topology, start
+from rlhf_toolkit.models.loading import load_model_config
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
+from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog
+from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds
+from rlhf_toolkit.runs.run import Run, with_dtype
+from rlhf_toolkit.runs.weights import fingerprint_of
+from rlhf_toolkit.settings.configs import RunConfig
+from rlhf_toolkit.settings.experiment import Experiment, FineTuning
+from rlhf_toolkit.trainers.base import RoleTrainer
+
+E = TypeVar("E", bound=Experiment | FineTuning)
+D = TypeVar("D")
+M = TypeVar("M", bound=SharedBase | WholeModel)
+T = TypeVar("T", bound=RoleTrainer)
+R = TypeVar("R", bound=Run[Any, Any])
+
+
+class Kind(ABC, Generic[E, D, M, T]):
+    """One kind of run: what it does for ``prepare_run``, in the order in which it is asked.
+
+    ``D`` is what it loads before the model, ``M`` its model, ``T`` its trainer. ``axis`` is what its records count.
+    """
+
+    axis = "rollout"
+
+    def __init__(self, experiment: E, topology: Topology) -> None:
+        """Settle what needs neither files of the run nor the model. Raises ConfigError."""
+        self.experiment, self.topology = experiment, topology
+
+    @property
+    def updates_per_round(self) -> int:
+        """Optimizer steps for each round, which is what ``axis`` counts."""
+        return 1
+
+    @abstractmethod
+    def load_data(self, config: PretrainedConfig) -> D:
+        """Everything that is loaded but the model, whose ``config`` is there."""
+
+    @abstractmethod
+    def load_model(self, config: PretrainedConfig) -> M:
+        """The base and what is trained on it."""
+
+    @abstractmethod
+    def rounds(self, data: D) -> int:
+        """How many rounds the run has."""
+
+    @abstractmethod
+    def make_trainer(self, data: D, model: M, progress: Progress) -> T:
+        """The trainer, before any callback but ``progress``."""
+
+    @abstractmethod
+    def engine_check(self, trainer: T) -> TrainerCallback:
+        """What looks at the engine before the first step."""
+
+    def restore(self, trainer: T, manifest: dict[str, Any]) -> None:
+        """Take from a checkpoint's ``manifest`` what ``state`` put there; it is empty where a run begins."""
+
+    def state(self, trainer: T) -> dict[str, Any]:
+        """What only the trainer's collaborators know, for the manifest of a checkpoint."""
+        return {}
+
+    def samples(self, trainer: T, kind: str) -> Sequence[Record]:
+        """The newest sample responses of ``kind``, train or eval, for the log."""
+        return ()
+
+
+def prepare_run(
+    kind: type[Kind[E, D, M, T]], run: type[R], experiment: E, *, resume: bool = False, overwrite: bool = False
+) -> R:
+    """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
+    experiment = with_dtype(experiment, topology)
+    parts = kind(experiment, topology)
+    folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
+    checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
+    with agreement("loading"):
+        config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    data = parts.load_data(config)
+    if checkpoint is None:
+        on_main(lambda: claim_run_folder(folder, settings))
+    model = parts.load_model(config)
+    here: dict[str, Any] = {"world_size": topology.world_size, "zero_stage": topology.launch.zero_stage}
+    fingerprint = fingerprint_of(model)
+    manifest = read_manifest(checkpoint, fingerprint=fingerprint, **here) if checkpoint else {}
+    mirror = start_wandb(experiment.run, settings, topology, manifest.get("wandb_id"), axis=parts.axis)
+    progress = Progress(
+        num_rollouts=parts.rounds(data),
+        updates_per_rollout=parts.updates_per_round,
+        show=topology.is_main,
+        unit=parts.axis,
+    )
+    trainer = parts.make_trainer(data, model, progress)
+    parts.restore(trainer, manifest)
+
+    def state() -> dict[str, Any]:
+        """What a checkpoint's manifest holds beside its step."""
+        run_id = None if mirror is None else mirror.run_id
+        return {**parts.state(trainer), "wandb_id": run_id, "base": fingerprint, **here}
+
+    log = RunLog(
+        folder,
+        updates_per_rollout=parts.updates_per_round,
+        samples=lambda kind: parts.samples(trainer, kind),
+        sinks=() if mirror is None else (mirror,),
+        axis=parts.axis,
+    )
+    evaluation = EvaluationAtBothEnds(cast(Evaluating, trainer))
+    for callback in (parts.engine_check(trainer), log, evaluation, ManifestWriter(state)):
+        trainer.add_callback(callback)
+    return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def start_wandb(
+    run: RunConfig, settings: dict[str, Any], topology: Topology, run_id: str | None, *, axis: str
+) -> WandbMirror | None:
+    """The W&B mirror, on the true rank 0 only."""
+    if run.wandb == "off" or not topology.is_main:
+        return None
+    return WandbMirror(
+        mode=cast(Literal["online", "offline"], run.wandb),
+        project=run.wandb_project,
+        name=run.name or Path(run.output_dir).name,
+        folder=Path(run.output_dir),
+        config=settings,
+        run_id=run_id,
+        axis=axis,
+    )

@@ -1,0 +1,47 @@
+"""A run's base and the adapters on it: what is loaded, and how a checkpoint knows it again."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rlhf_toolkit.checkpoints import base_fingerprint
+from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.models.loading import load_base, lora_config
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.whole_model import WholeModel
+from rlhf_toolkit.settings.configs import ModelConfig
+
+
+def load_adapted_base(
+    model: ModelConfig, config: PretrainedConfig, topology: Topology
+) -> tuple[PreTrainedModel, LoraConfig]:
+    """The base, and the settings of a new adapter on it."""
+    base = load_base(
+        model.name,
+        config,
+        topology,
+        dtype=getattr(torch, model.dtype),
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+    adapter = lora_config(
+        rank=model.lora_rank,
+        alpha=model.lora_alpha,
+        rslora=model.rslora,
+        target_modules=model.target_modules,
+        exclude_modules=model.exclude_modules,
+    )
+    return base, adapter
+
+
+def fingerprint_of(model: SharedBase | WholeModel) -> str:
+    """Identifies the frozen base, so that a checkpoint is never resumed on another one. Of a model that is trained as a
+    whole only the config counts: all of its weights are in the checkpoint."""
+    frozen = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if not p.requires_grad and "lora_" not in name and not name.startswith("scalar_heads")
+    ]
+    return base_fingerprint(model.causal_lm.config.to_json_string(), frozen)

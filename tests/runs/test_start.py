@@ -1,0 +1,66 @@
+"""One skeleton prepares every kind of run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.runs import start
+from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
+from rlhf_toolkit.runs.ppo import prepare
+from rlhf_toolkit.settings.experiment import SFTExperiment
+from rlhf_toolkit.settings.loading import experiment_from_dict
+from tests.support.processes import environment_of_tests
+from tests.support.tiny import merged, write_task
+from tests.trainers.test_fine_tuning import sections
+
+
+def test_a_supervised_run_imports_nothing_of_rollout() -> None:
+    code = "import json, sys, rlhf_toolkit.runs.fine_tuning; print(json.dumps(sorted(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment_of_tests(), capture_output=True, text=True, check=True
+    )
+    ours = [name for name in json.loads(found.stdout.splitlines()[-1]) if name.startswith("rlhf_toolkit.")]
+    assert "rlhf_toolkit.trainers.fine_tuner" in ours
+    assert [name for name in ours if "rollout" in name or name == "rlhf_toolkit.trainers.ppo"] == []
+
+
+STEPS = ("open_run_folder", "load_model_config", "claim_run_folder", "fingerprint_of")
+
+
+@pytest.mark.parametrize("kind", ["ppo", "sft"])
+def test_every_kind_looks_before_it_claims_and_claims_before_it_loads_a_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(name: str) -> Any:
+        real = getattr(start, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        monkeypatch.setattr(start, name, noted(name))
+    if kind == "ppo":
+        run: Any = prepare(experiment_from_dict(write_task(tmp_path)))
+    else:
+        run = prepare_fine_tuning(experiment_from_dict(sections(tmp_path, "sft", {}), SFTExperiment))
+    assert tuple(order) == STEPS
+    assert (run.folder / "run.json").exists() and run.checkpoint is None
+
+
+def test_a_setting_that_does_nothing_costs_no_run_its_folder(tmp_path: Path) -> None:
+    task = merged(write_task(tmp_path), {"ppo.advantage": "grpo", "ppo.gamma": 0.9})
+    with pytest.raises(ConfigError, match=r"ppo\.gamma=0\.9 does nothing"):
+        prepare(experiment_from_dict(task))
+    assert not (tmp_path / "run").exists()
