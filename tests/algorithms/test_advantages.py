@@ -13,7 +13,6 @@ from rlhf_toolkit.algorithms.masking import centre_and_scale
 from rlhf_toolkit.algorithms.rewards import reward_to_go
 from rlhf_toolkit.plugins import takes
 from tests.support.batches import MASK, blank_outside, like_mask, noise, poisoned, real, widened
-from tests.support.offenders import for_each
 
 
 def gae_by_row(
@@ -189,7 +188,7 @@ def offered(name: str, **changes: Tensor) -> dict[str, Any]:
     return {key: value for key, value in (batch | changes).items() if takes(ADVANTAGE_ESTIMATORS[name], key)}
 
 
-EVERY = for_each("name", ADVANTAGE_ESTIMATORS)
+EVERY = pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)  # a test for each, to be chosen by its name
 
 
 @EVERY

@@ -31,8 +31,7 @@ KNOBS: dict[str, Any] = {
     "kl_cov_coef": 0.4,
     "selected": SELECTED,
 }
-EVERY = pytest.mark.parametrize("name", POLICY_LOSSES)  # a test for each: tests.mutations names them
-EACH = for_each("name", POLICY_LOSSES)
+EVERY = pytest.mark.parametrize("name", POLICY_LOSSES)  # a test for each, to be chosen by its name
 
 
 def price(name: str, *tensors: Tensor, mask: Tensor = MASK, **changes: Any) -> PolicyLossTerms:
@@ -156,7 +155,7 @@ def test_nothing_outside_the_mask_reaches_loss_or_gradient(name: str) -> None:
     assert all(map(blank_outside, (per_token, clipped, dual_clipped, ratio - 1, slopes)))
 
 
-@EACH
+@EVERY
 def test_an_empty_row_costs_nothing(name: str) -> None:
     mask = MASK.clone()
     mask[2:4] = False
@@ -165,7 +164,7 @@ def test_an_empty_row_costs_nothing(name: str) -> None:
     assert blank_outside(terms.per_token, mask) and blank_outside(gradient(terms, logprobs), mask)
 
 
-@EACH
+@EVERY
 @for_each("mode", AGGREGATION_MODES)
 @for_each("cuts", [(1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
 def test_how_rows_are_cut_does_not_matter(name: str, mode: str, cuts: tuple[int, ...]) -> None:
@@ -184,7 +183,7 @@ def test_how_rows_are_cut_does_not_matter(name: str, mode: str, cuts: tuple[int,
         torch.testing.assert_close(in_pieces, whole, rtol=1e-5, atol=1e-7)
 
 
-@EACH
+@EVERY
 def test_rows_in_another_order_cost_the_same(name: str) -> None:
     order, tensors = torch.tensor([3, 0, 4, 1, 2]), [like_mask(seed) for seed in (20, 21, 22)]
     straight = price(name, *tensors)
@@ -193,7 +192,7 @@ def test_rows_in_another_order_cost_the_same(name: str) -> None:
         torch.testing.assert_close(b, a[order], rtol=1e-6, atol=1e-7)
 
 
-@EACH
+@EVERY
 def test_more_padding_costs_the_same(name: str) -> None:
     tensors = [like_mask(seed) for seed in (23, 24, 25)]
     narrow = price(name, *tensors)
@@ -202,7 +201,7 @@ def test_more_padding_costs_the_same(name: str) -> None:
         torch.testing.assert_close(b[:, :7], a, rtol=1e-6, atol=1e-7)
 
 
-@EACH
+@EVERY
 def test_the_gradient_of_an_unmoved_policy_is_minus_the_advantage(name: str) -> None:
     # Every loss is REINFORCE at first order; geo_mean with the row's mean advantage. Chosen tokens are left out.
     logprobs, advantages = like_mask(26).requires_grad_(), like_mask(27)
@@ -233,7 +232,7 @@ def test_weights_are_constants_that_multiply(name: str) -> None:
     assert weights.grad is None and advantages.grad is None and not again.ratio.requires_grad
 
 
-@EACH
+@EVERY
 def test_every_loss_is_called_alike(name: str) -> None:
     parameters = signature(POLICY_LOSSES[name]).parameters
     assert [*parameters][:4] == ["logprobs", "old_logprobs", "advantages", "mask"]
