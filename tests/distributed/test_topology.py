@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf_toolkit.distributed import topology as module
 from rlhf_toolkit.distributed.topology import (
@@ -23,8 +26,10 @@ from rlhf_toolkit.distributed.topology import (
     Topology,
     check_engine,
     deepspeed_settings,
+    free_memory,
     gradient_bucket,
     let_segments_grow,
+    sharded_loading,
     start,
 )
 from rlhf_toolkit.errors import TopologyError
@@ -300,3 +305,32 @@ def test_cards_that_add_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
         "an all-reduce of known values gave [0.0] instead of 3.0: the cards' peer-to-peer path is broken, as on RTX 40 "
         "cards; set NCCL_P2P_DISABLE=1"
     )
+
+
+# ---- what must not stay, and what all ranks must agree on ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_are_built_in_shards_while_loading_and_only_then(fails: bool) -> None:
+    """Also after an error: the next model of this process would be built empty."""
+    launch = Launch.from_environment({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+    topology = Topology(launch, rank=0, world_size=1, device=torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), sharded_loading(topology, torch.bfloat16):
+        assert is_deepspeed_zero3_enabled()
+        if fails:
+            raise ZeroDivisionError
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_free_memory_is_the_least_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that places its rollouts by its own would run other passes than the others."""
+    asked: list[int] = []
+
+    def all_gather(mine: int) -> list[int]:
+        asked.append(mine)
+        return [mine, mine - 5, mine + 7]
+
+    monkeypatch.setattr(module, "all_gather", all_gather)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 245 and asked == [250], "a machine's memory is shared by its processes"
