@@ -89,7 +89,7 @@ SECTIONS: dict[str, Any] = {
 
 def size_with(ppo: dict[str, Any], budget: int, *, held: int = 0, **rest: Any) -> RolloutSize:
     sections = {**SECTIONS, "ppo": ppo, "update": {"micro_batch_tokens": budget}, **rest}
-    experiment = experiment_from_dict(sections)
+    experiment: Experiment = experiment_from_dict(sections)
     return rollout_size(experiment, resolve(experiment), LONGEST, ranks=RANKS, held_out=held, packing=False)
 
 
