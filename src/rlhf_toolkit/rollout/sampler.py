@@ -54,17 +54,15 @@ class Sampler:
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
             with streamed(model) as pace, inference(model):
                 column = measured_column(shared, pace)
-            self.estimate = self._estimate(shared, column, stage=zero_stage(model), offloaded=offloads_optimizer(model))
+            on_cpu = next(shared.parameters()).device.type == "cpu"
+            size = model_size(shared, column, on_cpu=on_cpu)
+            offloaded = offloads_optimizer(model)
+            how = sharding(size, ranks=world_size(), stage=zero_stage(model), on_cpu=on_cpu, offloaded=offloaded)
+            self.estimate = Estimate(size, how, needs_of(size, how, self.size, self.weights))
             self.placement = place(
                 self.estimate.needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded
             )
         return self.placement
-
-    def _estimate(self, shared: SharedBase, column: int, *, stage: int, offloaded: bool) -> Estimate:
-        on_cpu = next(shared.parameters()).device.type == "cpu"
-        model = model_size(shared, column, on_cpu=on_cpu)
-        how = sharding(model, ranks=world_size(), stage=stage, on_cpu=on_cpu, offloaded=offloaded)
-        return Estimate(model, how, needs_of(model, how, self.size, self.weights))
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[SharedBase]:
@@ -89,57 +87,45 @@ class Sampler:
     ) -> Rollout:
         """One response for each row of ``batch``, of several turns where there is an environment; see
         ``decoding.decode``. Only inside ``opened``. What one rank fails with, all raise."""
-        options: dict[str, Any] = {
-            "expected": expected,
-            "pace": self._pace,
-            "on_tokens": self.on_tokens,
-        }
+        alone, environment = isinstance(self._pace, Alone), self.environment
+        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self.on_tokens}
         if self.placement is not None:
             options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
-        with self._agreeing(), decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
-            if self.environment is None:
-                rollout = decode(
-                    shared, self.tokenizer, batch, sampling, stream=stream, on_finished=on_finished, **options
-                )
-            else:
-                rollout = self._with_turns(shared, batch, sampling, stream, options)
-                with agreement("sampling"):
-                    for row, tokens in enumerate(tokens_of(rollout)):
-                        on_finished(row, tokens)
-        columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-        return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
+        if environment is None:
+            options["on_finished"] = on_finished
 
-    def _with_turns(
-        self,
-        shared: SharedBase,
-        batch: PromptBatch,
-        sampling: Sampling,
-        stream: Sequence[int | str],
-        options: dict[str, Any],
-    ) -> Rollout:
-        """Turn after turn; while streaming, as many on every rank. The first has the random stream of a single one."""
-        assert self.environment is not None
-
-        def turn(part: PromptBatch, budgets: list[int], number: int) -> Rollout:
+        def turn(part: PromptBatch, budgets: list[int] | None, number: int) -> Rollout:
+            """The first turn has the random stream of a single one."""
             name = stream if number == 0 else (*stream, "turn", number)
             return decode(shared, self.tokenizer, part, sampling, stream=name, budgets=budgets, **options)
 
-        go_on = partial(
-            decode_with_turns,
-            turn,
-            self.tokenizer,
-            batch,
-            self.environment,
-            budget=sampling.max_new_tokens,
-            pad_id=sampling.pad_id,
-        )
-        if isinstance(self._pace, Alone):  # ranks take as many turns as they need
-            return go_on()
-        return go_on(anyone=any_rank, agreeing=partial(agreement, "the environment"))
+        # Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes.
+        agreeing = agreement("sampling") if alone else nullcontext()
+        with agreeing, decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
+            if environment is None:
+                rollout = turn(batch, None, 0)
+            else:
+                # In the window ranks take as many turns as they need; while streaming, all take as many.
+                together = {} if alone else {"anyone": any_rank, "agreeing": partial(agreement, "the environment")}
+                rollout = decode_with_turns(
+                    turn,
+                    self.tokenizer,
+                    batch,
+                    environment,
+                    budget=sampling.max_new_tokens,
+                    pad_id=sampling.pad_id,
+                    **together,
+                )
+                with agreement("sampling"):
+                    for row, tokens in enumerate(tokens_of(rollout)):
+                        on_finished(row, tokens)
+        return copied(rollout)
 
-    def _agreeing(self) -> AbstractContextManager[None]:
-        """Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes."""
-        return agreement("sampling") if isinstance(self._pace, Alone) else nullcontext()
+
+def copied(rollout: Rollout) -> Rollout:
+    """The same in tensors of their own, which autograd can use: those made under ``bare_tensors`` it cannot."""
+    columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
 
 
 def tokens_of(rollout: Rollout) -> list[list[int]]:
