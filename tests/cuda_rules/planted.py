@@ -54,7 +54,7 @@ PLANTED = [
     ),
     Mutation(
         "beginnings of pieces in int64",
-        f"{SOURCE}/models/segment_attention.py:SegmentAttention._make_ragged",
+        f"{SOURCE}/models/segment_attention.py:SegmentAttention.ragged",
         "_begins(sizes.repeat(roles)).to(self.device, torch.int32)",
         "_begins(sizes.repeat(roles)).to(self.device)",
         f"{PASS}[packed]",

@@ -282,7 +282,7 @@ def test_disagreement(
     topology = Topology(launch, rank=0, world_size=2, device=torch.device("cpu"))
     monkeypatch.setattr(module, "all_gather", lambda value: ranks)
     with pytest.raises(TopologyError) as caught:
-        module._check_agreement(topology, SimpleNamespace(process_index=believed[0], num_processes=believed[1]))
+        module.check_agreement(topology, SimpleNamespace(process_index=believed[0], num_processes=believed[1]))
     assert str(caught.value) == message
 
 
@@ -293,7 +293,7 @@ def test_cards_that_add_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "all_gather", lambda value: [0, 1])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.zero_())
     with pytest.raises(TopologyError) as caught:
-        module._check_agreement(topology, SimpleNamespace(process_index=0, num_processes=2))
+        module.check_agreement(topology, SimpleNamespace(process_index=0, num_processes=2))
     assert str(caught.value) == (
         "an all-reduce of known values gave [0.0] instead of 3.0: the cards' peer-to-peer path is broken, as on RTX 40 "
         "cards; set NCCL_P2P_DISABLE=1"

@@ -36,7 +36,7 @@ def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     own = [layer.forward for layer in layers]
-    make = _merged if kind == MERGED else _exact
+    make = merged_product if kind == MERGED else exact_product
     try:
         with torch.no_grad(), whole(p for layer in layers for p in _adapter(layer, role)):
             for layer in layers:
@@ -47,7 +47,8 @@ def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
             layer.forward = forward  # type: ignore[method-assign]
 
 
-def _exact(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+def exact_product(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+    """``x -> x W^T + b + s (x A^T) B^T``, with A and B cast once."""
     base, scale, dtype = _plain(layer), layer.scaling[role], _weight(layer.get_base_layer()).dtype
     a, b = (parameter.to(dtype) for parameter in _adapter(layer, role))
     b = b.t().contiguous()
@@ -60,7 +61,8 @@ def _exact(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _merged(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+def merged_product(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+    """``x -> x M^T + b`` with M = W + s B A, made once."""
     base: Any = layer.get_base_layer()
     a, b = _adapter(layer, role)
     delta = layer.scaling[role] * (b.float() @ a.float())

@@ -47,7 +47,8 @@ def check_weights_are_here(name: str) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
-    named = [name for name in _each(_named_weights(folder)) if isinstance(name, str)]
+    config = _object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = [name for name in _each(config.get(NAMES_A_FILE[0])) if isinstance(name, str)]
     # In transformers' own order: what it finds first it loads, whatever else lies there.
     first = next((name for name in (*named, *WEIGHTS_FILES) if (folder / name).is_file()), None)
     if first is None:
@@ -56,11 +57,6 @@ def check_weights_are_here(name: str) -> None:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {missing[0]}, one of {len(missing)} files that {first} names; fetch it again")
-
-
-def _named_weights(folder: Path) -> Any:
-    """What config.json says under ``transformers_weights``, None where it says nothing."""
-    return _object(folder / "config.json").get(NAMES_A_FILE[0]) if (folder / "config.json").is_file() else None
 
 
 def weight_map(index: Path) -> Mapping[str, str]:

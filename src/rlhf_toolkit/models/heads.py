@@ -36,8 +36,9 @@ GPU_TILE = Tile(2**24, 2048, 8192)  # 64 MiB of fp32 logits: few, large kernels
 class LanguageModelHead(nn.Module):
     """Log-probs and entropy of the base's own output layer in fp32, a tile of positions and vocabulary at a time.
 
-        z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) -
-        sum softmax(z) z
+        z = softcap(scale (h W^T + b)) / temperature
+        logprob = z[target] - logsumexp(z)
+        entropy = logsumexp(z) - sum softmax(z) z
 
     Beside (K, H) matrices such as ``hidden`` itself, no tensor has more than ``CPU_TILE.elements`` (on other devices
     ``GPU_TILE.elements``) in either direction (``TokenScores``). The output layer stays the base's own module; it is
@@ -336,7 +337,7 @@ class ScalarHead(nn.Module):
     the rewards.
 
     Source: zero or small initialisation, "The N+ Implementation Details of RLHF with PPO" (2024), detail on value
-        heads.
+    heads.
     """
 
     def __init__(self, hidden_size: int, *, initial_std: float = 0.0) -> None:

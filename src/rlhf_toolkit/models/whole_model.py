@@ -45,7 +45,7 @@ class WholeModel(PreTrainedModel):
         self, base: PreTrainedModel, *, gradient_checkpointing: bool = False, products: torch.dtype = torch.float32
     ) -> None:
         refuse_architecture(base)
-        _refuse_unreached(base)
+        refuse_unreached(base)
         super().__init__(PretrainedConfig())  # what its constructor checks and sets, the base has done for itself
         self.config = deepcopy(base.config)  # Trainer writes into it, use_cache for one, and the base's own is saved
         self.causal_lm = base
@@ -100,8 +100,9 @@ class WholeModel(PreTrainedModel):
         self.causal_lm.load_state_dict(saved.state_dict())
 
 
-def _refuse_unreached(base: PreTrainedModel) -> None:
-    """A text never reaches a vision tower: ZeRO-3 would apply gradients that are none, weight decay would shrink it."""
+def refuse_unreached(base: PreTrainedModel) -> None:
+    """Raise ModelError for weights that no text reaches, such as a vision tower's: ZeRO-3 would apply gradients that
+    are none, and weight decay would shrink them."""
     reached = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
     strangers = [name for name, parameter in base.named_parameters() if parameter not in reached]
     if strangers:

@@ -73,7 +73,8 @@ class RolloutNeeds:
         """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
         held, columns = slots * self.slot_bytes, prefill * self.column_bytes
         passing = columns + prefill * self.prefill_bytes
-        if not self._enter_at_once(slots, prefill, rows):
+        enter_at_once = slots >= rows and prefill >= rows * self.longest_prompt  # so none is left for a second prefill
+        if not enter_at_once:
             passing += held
         choosing = columns + held + slots * self.choice_bytes
         base = self.base(mode)
@@ -107,10 +108,6 @@ class RolloutNeeds:
                 return max(useful, self.longest_prompt)
             wanted //= 2
         return self.longest_prompt
-
-    def _enter_at_once(self, slots: int, prefill: int, rows: int) -> bool:
-        """Whether no prompt is left for a second prefill."""
-        return slots >= rows and prefill >= rows * self.longest_prompt
 
     def _copies(self, mode: str) -> int:
         return self.weights_bytes + (self.copied_bytes if mode == WINDOW else 0)
@@ -155,7 +152,7 @@ def place(
         raise ConfigError(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
-    _refuse_update(needs, free)
+    refuse_update(needs, free)
     if mode == AUTO:
         enough = min(rows, slots or ENOUGH_SLOTS)
         mode = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
@@ -180,7 +177,7 @@ def place(
     )
 
 
-def _refuse_update(needs: RolloutNeeds, free: int) -> None:
+def refuse_update(needs: RolloutNeeds, free: int) -> None:
     """Raise ConfigError for an update that is larger than all that is free."""
     needed = needs.later_bytes + needs.update_bytes
     if needed <= free:

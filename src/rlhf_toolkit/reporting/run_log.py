@@ -67,7 +67,8 @@ class RunLog(TrainerCallback):
         kind = _kind(logs or {})
         if kind is None or not state.is_world_process_zero:
             return
-        record = {"kind": kind, self.axis: state.global_step // self.updates_per_rollout, **_ours(logs or {})}
+        ours = {name: value for name, value in (logs or {}).items() if "/" in name}  # not Trainer's own, such as epoch
+        record = {"kind": kind, self.axis: state.global_step // self.updates_per_rollout, **ours}
         samples = [{"kind": kind, self.axis: record[self.axis], **sample} for sample in self.samples(kind)]
         _append(self.folder / "log.jsonl", [record])
         _append(self.folder / "samples.jsonl", samples)
@@ -184,11 +185,6 @@ def _kind(logs: Record) -> str | None:
     if "train/loss" in logs:
         return "train"
     return "eval" if any(name.startswith("eval/") for name in logs) else None
-
-
-def _ours(logs: Record) -> Record:
-    """Without Trainer's own bare names, such as epoch."""
-    return {name: value for name, value in logs.items() if "/" in name}
 
 
 def _append(path: Path, records: list[Record]) -> None:

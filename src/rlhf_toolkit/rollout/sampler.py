@@ -105,8 +105,6 @@ class Sampler:
             if environment is None:
                 rollout = turn(batch, None, 0)
             else:
-                # In the window ranks take as many turns as they need; while streaming, all take as many.
-                together = {} if alone else {"anyone": any_rank, "agreeing": partial(agreement, "the environment")}
                 rollout = decode_with_turns(
                     turn,
                     self.tokenizer,
@@ -114,7 +112,9 @@ class Sampler:
                     environment,
                     budget=sampling.max_new_tokens,
                     pad_id=sampling.pad_id,
-                    **together,
+                    # In the window ranks take as many turns as they need; while streaming, all take as many.
+                    anyone=bool if alone else any_rank,
+                    agreeing=nullcontext if alone else partial(agreement, "the environment"),
                 )
                 with agreement("sampling"):
                     for row, tokens in enumerate(tokens_of(rollout)):
