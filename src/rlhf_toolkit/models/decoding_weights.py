@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_toolkit.distributed.zero3 import is_here, whole
 from rlhf_toolkit.models.precision import packs_bfloat16
 
-EXACT, MERGED = "exact", "merged"
-KINDS = (EXACT, MERGED)
+
+class DecodingKind(StrEnum):
+    """How adapted layers compute in decoding."""
+
+    EXACT = "exact"
+    MERGED = "merged"
+
+
+EXACT, MERGED = DecodingKind.EXACT, DecodingKind.MERGED
+KINDS = tuple(DecodingKind)
 
 
 @contextmanager

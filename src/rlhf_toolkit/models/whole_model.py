@@ -76,7 +76,7 @@ class WholeModel(PreTrainedModel):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All that is trained; tied parameters are there once."""
-        return {POLICY: [parameter for parameter in self.parameters() if parameter.requires_grad]}
+        return {str(POLICY): [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any

@@ -19,11 +19,21 @@ prefilled in several. Numbers of bytes in, a decision out: nothing here measures
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from rlhf_toolkit.errors import ConfigError
 
-AUTO, WINDOW, STREAM = "auto", "window", "stream"
-MODES = (AUTO, WINDOW, STREAM)
+
+class RolloutMode(StrEnum):
+    """Whether a rollout gathers the base once (``window``) or decodes through its shards (``stream``); ``auto`` is
+    what fits."""
+
+    AUTO = "auto"
+    WINDOW = "window"
+    STREAM = "stream"
+
+
+AUTO, WINDOW, STREAM = RolloutMode.AUTO, RolloutMode.WINDOW, RolloutMode.STREAM
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what nobody thought of
 ENOUGH_SLOTS = 8  # with fewer slots in the window, streaming with more of them wastes less
 TOO_LARGE = "the base alone is too large: take more GPUs with a zero3 launch config, or a smaller model"
@@ -121,7 +131,7 @@ class Placement:
     """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, ``prefill_tokens`` of prompts that enter
     at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free."""
 
-    mode: str
+    mode: RolloutMode
     slots: int
     prefill_tokens: int
     needed: int
@@ -153,26 +163,26 @@ def place(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
     refuse_update(needs, free)
-    if mode == AUTO:
-        enough = min(rows, slots or ENOUGH_SLOTS)
-        mode = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
-    most = needs.most_slots(mode, free)
+    enough = min(rows, slots or ENOUGH_SLOTS)
+    fits = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
+    chosen = fits if mode == AUTO else RolloutMode(mode)
+    most = needs.most_slots(chosen, free)
     wanted = min(rows, slots or max(most, 1))
     if most < wanted:
         raise ConfigError(
-            f"a rollout in mode {mode} with {wanted} slot(s) needs "
-            f"{_gib(needs.total(mode, wanted, needs.longest_prompt, rows))} GiB, but "
-            f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, mode, free, sharded)}"
+            f"a rollout in mode {chosen} with {wanted} slot(s) needs "
+            f"{_gib(needs.total(chosen, wanted, needs.longest_prompt, rows))} GiB, but "
+            f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, chosen, free, sharded)}"
         )
-    prefill = needs.largest_prefill(mode, wanted, rows, free)
+    prefill = needs.largest_prefill(chosen, wanted, rows, free)
     return Placement(
-        mode,
+        chosen,
         wanted,
         prefill,
-        needs.total(mode, wanted, prefill, rows),
+        needs.total(chosen, wanted, prefill, rows),
         free,
-        sampling=needs.sampling(mode, wanted, prefill, rows),
-        role_pass=needs.base(mode) + needs.after_sampling,
+        sampling=needs.sampling(chosen, wanted, prefill, rows),
+        role_pass=needs.base(chosen) + needs.after_sampling,
         update=needs.later_bytes + needs.update_bytes,
     )
 
