@@ -128,7 +128,7 @@ class InStep:
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Tell the others that this rank goes on."""
+        """Around a forward pass of a rank that has work: its vote makes every other rank run one too."""
         self._vote(GOES_ON)
         self._new_pass()
         self._in_pass = True
@@ -136,7 +136,7 @@ class InStep:
         self._in_pass = False
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Keep the others company."""
+        """Run ``idle`` as the partner of the other ranks' passes, for as long as any of them has work."""
         while self._vote(RESTS) == GOES_ON:
             self._new_pass()
             self._in_pass = True
@@ -151,7 +151,7 @@ class InStep:
 
 
 class _OtherRankFailedError(Exception):
-    """Ends this rank's passes; what has happened is told by the rank that failed."""
+    """Ends this rank's passes. The rank that failed tells what has happened."""
 
 
 @contextmanager

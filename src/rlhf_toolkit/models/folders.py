@@ -23,7 +23,7 @@ CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 
 def check_model_folder(name: str) -> None:
-    """ModelError where the local folder ``name`` links to something outside or names a file that is not its own.
+    """Raise ModelError where the local folder ``name`` links to something outside or names a file that is not its own.
 
     Looked at are the indices of weights, ``auto_map``, and the configs' settings that are file names. Links into the
     hub's cache are the hub's own. A ``name`` of the hub has nothing to be looked at before it is fetched.
@@ -43,7 +43,7 @@ def check_model_folder(name: str) -> None:
 
 
 def check_weights_are_here(name: str) -> None:
-    """ModelError where the local folder ``name`` has no weights, or lacks a file that its index of them names."""
+    """Raise ModelError where the local folder ``name`` has no weights, or lacks a file that its index of them names."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
@@ -60,7 +60,8 @@ def check_weights_are_here(name: str) -> None:
 
 
 def weight_map(index: Path) -> Mapping[str, str]:
-    """Tensor -> file, as an index of weights says. ModelError where it is broken or names a file of another folder."""
+    """Tensor -> file, as an index of weights says. Raises ModelError where the index is broken or names a file of
+    another folder."""
     files = _object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ModelError(f"{index} holds no weight_map; fetch the model again")

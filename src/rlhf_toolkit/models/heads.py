@@ -210,8 +210,8 @@ class RunningScores:
         return (index >= 0) & (index < count), index.clamp(0, count - 1)[:, None]
 
     def _raw_logits(self, weight: torch.Tensor) -> torch.Tensor:
-        """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the device does not
-        give products of bf16 factors in fp32, the factors must be fp32."""
+        """h W^T in fp32: bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the
+        device does not give products of bf16 factors in fp32, the factors must be fp32."""
         if self.widens and weight.dtype != self.dtype:
             return torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
         if weight.dtype != self.dtype:

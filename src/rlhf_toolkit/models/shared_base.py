@@ -29,7 +29,7 @@ from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_ou
 
 
 class Role(StrEnum):
-    """What a base plays: names of adapters, of folders of a checkpoint, and of columns of a pass."""
+    """What a base plays. A role's name is also that of its adapter and of its folder in a checkpoint."""
 
     POLICY = "policy"
     VALUE = "value"
@@ -38,7 +38,8 @@ class Role(StrEnum):
 
 
 class ValueSite(StrEnum):
-    """What the value head reads: states of an adapter of its own, the policy's, or there is no value."""
+    """What the value head reads: the states of an adapter of its own, those of the policy, or nothing, where there is
+    no value."""
 
     ADAPTER = "adapter"
     POLICY_TRUNK = "policy_trunk"

@@ -67,15 +67,15 @@ class WholeModel(PreTrainedModel):
         return {f"{POLICY}_logprobs": logprobs, f"{POLICY}_entropies": entropies}
 
     def _autocast(self) -> AbstractContextManager[object]:
-        """Without autocast's cache: it would hold a rounded copy of every weight until the end of the forward pass, of
-        those too that ZeRO-3 has taken away again."""
+        """Autocast without its cache, which would hold a rounded copy of every weight until the end of the forward
+        pass, of those too that ZeRO-3 has taken away again."""
         rounds = self.products != torch.float32
         return torch.autocast(
             self.causal_lm.device.type, dtype=self.products if rounds else None, enabled=rounds, cache_enabled=False
         )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All that is trained; tied parameters are there once."""
+        """All parameters that are trained, in one group; tied ones are there once."""
         return {str(POLICY): [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
     def save_pretrained(  # type: ignore[override]

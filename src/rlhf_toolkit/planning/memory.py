@@ -43,17 +43,29 @@ PREFILL_TOKENS = 16384  # of the prompts that enter at once, at most: more is no
 
 @dataclass(frozen=True)
 class RolloutNeeds:
-    """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``live_bytes``: what streaming keeps gathered
-    at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
-    chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
-    it; ``weights_bytes``: copies of adapters that decoding makes, ``copied_bytes``: those of weights, which it makes in
-    the window only; ``reward_bytes``: of a reward model and its pass, after sampling; ``role_pass_bytes``: of a role
-    pass, after both; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which
-    grows with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet.
-    ``longest_prompt`` in tokens, the least that a prefill must hold; ``micro_batch`` and ``role_pass_batch``:
-    update.micro_batch_tokens that the largest pass of the update and of the roles come to, to which activations and
-    ``role_pass_bytes`` are proportional; ``least_batch``: what they come to with one row. ``checkpointing``: layers are
-    computed again already."""
+    """What a rollout and its update need on one rank, in bytes where nothing else is said.
+
+    Args:
+        window_bytes: what gathering the base adds.
+        live_bytes: the most that streaming keeps gathered.
+        slot_bytes: keys and values of one sequence.
+        choice_bytes: logits of one sequence while its next token is chosen.
+        column_bytes: keys and values of one token of an entering prompt.
+        prefill_bytes: what the pass over entering prompts holds for one token.
+        longest_prompt: tokens that a prefill must hold at least.
+        weights_bytes: copies of adapters that decoding makes.
+        copied_bytes: copies of weights that decoding makes, in the window only.
+        role_pass_bytes: a role pass, after sampling and the reward model.
+        update_bytes: the update, after the rollout.
+        activation_bytes: the part of ``update_bytes`` that grows with the micro-batch.
+        later_bytes: what the first update will leave behind, and is not there yet.
+        reward_bytes: a reward model and its pass, after sampling.
+        micro_batch: the update.micro_batch_tokens that the update's largest pass comes to; ``activation_bytes`` are
+            proportional to it.
+        role_pass_batch: the same for the role pass and ``role_pass_bytes``.
+        least_batch: the update.micro_batch_tokens that a pass with one row comes to.
+        checkpointing: layers are computed again in backward already.
+    """
 
     window_bytes: int
     live_bytes: int
@@ -206,8 +218,8 @@ def refuse_update(needs: RolloutNeeds, free: int) -> None:
 
 
 def _tokens_that_fit(needs: RolloutNeeds, tokens: int, taken: int, usable: int) -> int | None:
-    """update.micro_batch_tokens that fits, where ``tokens`` take ``taken`` bytes: hundreds where one row leaves them.
-    None: one row alone is too large, and a pass never has less."""
+    """The update.micro_batch_tokens that fits into ``usable`` bytes, where ``tokens`` take ``taken`` bytes: whole
+    hundreds, or what one row needs where that is more. None where one row alone is too large: a pass never has less."""
     fitting = tokens * max(usable, 0) // taken
     if fitting < max(needs.least_batch, 1):
         return None
@@ -215,7 +227,7 @@ def _tokens_that_fit(needs: RolloutNeeds, tokens: int, taken: int, usable: int) 
 
 
 def _way_out(needs: RolloutNeeds, mode: str, free: int, sharded: bool) -> str:
-    """The nearest setting that fits."""
+    """The end of a message: the nearest setting that fits."""
     most = needs.most_slots(mode, free)
     if most >= 1:
         return f"set rollout.slots to {most} or less"

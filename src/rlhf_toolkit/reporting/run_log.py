@@ -36,7 +36,7 @@ class RunLog(TrainerCallback):
 
     Args:
         folder: the run folder.
-        rollout_of: optimizer steps of one rollout, to count rollouts from Trainer's steps.
+        updates_per_rollout: optimizer steps of one rollout, to count rollouts from Trainer's steps.
         samples: gives the newest sample responses, by kind (``train`` or ``eval``).
         sinks: further places for records, such as W&B.
         axis: what is counted: rollouts of PPO, or the steps of a supervised run.
@@ -85,7 +85,7 @@ class Progress(TrainerCallback):
         self._began, self._tokens = 0.0, 0
 
     def on_tokens(self, count: int) -> None:
-        """Called by the decode loop after each step."""
+        """Show ``count`` more sampled tokens, and their rate. The decode loop calls it after each step."""
         now = time.perf_counter()
         if self._tokens == 0:
             self._began = now
@@ -98,7 +98,7 @@ class Progress(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A mini-batch has come: sampling is over."""
+        """Show that sampling is over, since a mini-batch has come."""
         self._tokens = 0
         self.bar.set_postfix_str("updating", refresh=False)
         self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
@@ -111,7 +111,7 @@ class Progress(TrainerCallback):
         logs: Record | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line for each rollout, above the bar."""
+        """Write one line for each rollout above the bar."""
         if _kind(logs or {}) == "train" and logs is not None:
             self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
             shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items() if name in logs)
@@ -121,7 +121,7 @@ class Progress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The bar has done its work."""
+        """Close the bar."""
         self.bar.close()
 
 
@@ -156,7 +156,7 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, as far as they are installed."""
+    """The versions of ``PACKAGES``, as far as they are installed."""
     installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
     return {name: installed[name] for name in PACKAGES if name in installed}
 

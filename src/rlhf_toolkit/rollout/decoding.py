@@ -53,28 +53,28 @@ class Pace(Protocol):
     """Whether a rank may run forward passes as it likes (``Alone``) or must run as many as all others (streaming)."""
 
     def together(self) -> AbstractContextManager[object]:
-        """Around all passes of a batch."""
+        """The context in which all passes of a batch run."""
 
     def forward_pass(self) -> AbstractContextManager[object]:
-        """Around every forward pass of a rank that has work."""
+        """The context in which a rank that has work runs one forward pass."""
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Called once, when this rank has no more work; runs ``idle`` as often as others need a partner."""
+        """Run ``idle`` as often as other ranks need a partner. Called once, when this rank has no more work."""
 
 
 class Alone:
-    """In the window a forward pass needs no other rank."""
+    """The pace in the window, where a forward pass needs no other rank: nothing is done around any of them."""
 
     def together(self) -> AbstractContextManager[object]:
-        """Nobody to tell of a failure."""
+        """A context that does nothing: no other rank has to hear of a failure."""
         return nullcontext()
 
     def forward_pass(self) -> AbstractContextManager[object]:
-        """Nothing to wait for."""
+        """A context that does nothing: the pass waits for no other rank."""
         return nullcontext()
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Nobody to wait for."""
+        """Return at once: no other rank needs a partner."""
 
 
 def decode(
@@ -140,7 +140,7 @@ class InFlight:
         self._go_on_with([])
 
     def may_enter(self) -> bool:
-        """Enough slots are free for a prefill to be worth its pass, or nothing else is left to do."""
+        """Whether enough slots are free for a prefill to be worth its pass, or nothing else is left to do."""
         total = len(self.free) + len(self.living)
         return bool(self.waiting) and bool(self.free) and (len(self.free) >= ENTRY_SHARE * total or not self.living)
 
@@ -179,7 +179,7 @@ class InFlight:
         return len(slots)
 
     def idle(self) -> None:
-        """One forward pass that says nothing, for ranks that still have work."""
+        """Run a forward pass whose result nobody reads, as the partner of ranks that still have work."""
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model.next_token_logits(one, one + 1, one, self._new_cache())
 
@@ -234,7 +234,7 @@ class InFlight:
         self._give_up_idle_slots()
 
     def _not_finite(self, row: int) -> NotFiniteError:
-        """What to say of ``row``, whose newest token has no log-prob."""
+        """The error about ``row``, whose newest token's log-prob is not finite."""
         prompt, written = self.responses.batch.prompts[row], self.responses.before_last(row)
         ids = torch.tensor([[*prompt.token_ids, *written]], device=self.device)
         cache, positions = self._new_cache(), torch.arange(ids.shape[1], device=self.device)[None]
@@ -245,7 +245,7 @@ class InFlight:
         )
 
     def _give_up_idle_slots(self) -> None:
-        """Where nobody waits for the free slots, go on without them once they are many."""
+        """Go on without the free slots where no row waits for them and they are at least ``IDLE_SHARE`` of all."""
         if self.living and not self.waiting and len(self.free) >= IDLE_SHARE * (len(self.free) + len(self.living)):
             keep = torch.tensor(self.living, device=self.device)
             self.cache.keep(keep)
@@ -261,8 +261,8 @@ class InFlight:
 
 
 class Responses:
-    """The responses to the rows of ``batch``, as far as they are written, on ``device``. ``columns`` are those that no
-    sequence outgrows."""
+    """The responses to the rows of ``batch``, as far as they are written, on ``device``. No sequence outgrows
+    ``columns`` columns."""
 
     def __init__(
         self,

@@ -85,8 +85,9 @@ class Sampler:
         expected: Callable[[Prompt], float] = lambda prompt: 0.0,
         on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
     ) -> Rollout:
-        """One response for each row of ``batch``, of several turns where there is an environment; see
-        ``decoding.decode``. Only inside ``opened``. What one rank fails with, all raise."""
+        """Sample one response for each row of ``batch``, of several turns where there is an environment
+        (``decoding.decode``, ``turns.decode_with_turns``). Called inside ``opened``; what one rank fails with, all
+        raise."""
         alone, environment = isinstance(self._pace, Alone), self.environment
         options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self.on_tokens}
         if self.placement is not None:
@@ -95,7 +96,7 @@ class Sampler:
             options["on_finished"] = on_finished
 
         def turn(part: PromptBatch, budgets: list[int] | None, number: int) -> Rollout:
-            """The first turn has the random stream of a single one."""
+            """What the policy writes in one turn. The first has the random stream of a response of a single turn."""
             name = stream if number == 0 else (*stream, "turn", number)
             return decode(shared, self.tokenizer, part, sampling, stream=name, budgets=budgets, **options)
 
@@ -123,7 +124,7 @@ class Sampler:
 
 
 def copied(rollout: Rollout) -> Rollout:
-    """The same in tensors of their own, which autograd can use: those made under ``bare_tensors`` it cannot."""
+    """A copy of ``rollout`` in ordinary tensors: those made under ``bare_tensors`` can have no part in autograd."""
     columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
     return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
 

@@ -1,7 +1,7 @@
 """Responses of several turns: an environment answers what the policy wrote, and the policy goes on.
 
-What the environment said is part of the response that the policy sees, and of no loss: ``Rollout.written`` is False
-there, so it gets no log-prob ratio, no KL, no value step and no reward.
+The environment's tokens are part of the response that the policy sees, and of no loss: ``Rollout.written`` is False
+there, so that they get no log-prob ratio, no KL, no value step and no reward.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ DecodeTurn = Callable[[PromptBatch, list[int], int], Rollout]
 
 @dataclass(frozen=True)
 class Environment:
-    """``function(prompts, responses, turn=..., **columns)`` gives for each response the text that answers it, or None
-    where it is complete. It is asked at most ``max_turns - 1`` times about a response. ``name`` stands in messages."""
+    """What answers the policy.
+
+    ``function(prompts, responses, turn=..., **columns)`` gives for each response the text that answers it, or None
+    where it is complete. It is asked at most ``max_turns - 1`` times about a response. ``name`` stands in messages.
+    """
 
     function: Callable[..., Sequence[str | None]]
     max_turns: int
     name: str = "environment"
 
     def answers(self, prompts: Sequence[Prompt], responses: list[str], turn: int) -> list[str | None]:
-        """The answers, checked. Raises RewardError where the function raises or returns anything else."""
+        """The function's answer to each response. Raises RewardError where the function raises, or returns anything
+        but a text or None for each."""
         names = prompts[0].columns if prompts else ()
         columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
         try:
@@ -90,7 +94,7 @@ def decode_with_turns(
     anyone: Callable[[bool], bool] = bool,
     agreeing: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Rollout:
-    """One response of at most ``budget`` tokens, answers included, for each row of ``batch``.
+    """Sample one response of at most ``budget`` tokens, answers included, for each row of ``batch``.
 
     After each turn the environment is asked about the responses that stopped by themselves. One whose answer leaves no
     token to write counts as cut off by the budget, without the answer. Where all ranks run in step, ``anyone(flag)`` is
@@ -118,7 +122,7 @@ def decode_with_turns(
 
 
 def joined(rows: Sequence[Conversation], pad_id: int) -> Rollout:
-    """The responses as one rollout, padded. A rank may have none: shapes and dtypes are the same then."""
+    """The responses as one padded rollout. A process may have none of them: dimensions and dtypes are the same then."""
     width = max((len(row.tokens) for row in rows), default=1)
 
     def block(column: str, fill: float, dtype: torch.dtype) -> torch.Tensor:

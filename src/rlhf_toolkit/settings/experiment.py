@@ -142,7 +142,7 @@ class SFTExperiment(FineTuning):
     JOB = "sft"
 
     def __post_init__(self) -> None:
-        """What is about an adapter has no place where there is none."""
+        """Raise ConfigError, under ``sft.full``, for settings that are about an adapter: there is none."""
         super().__post_init__()
         if not self.full:
             return
@@ -171,7 +171,7 @@ class SFTExperiment(FineTuning):
 
     @property
     def full(self) -> bool:
-        """As ``sft.full`` says."""
+        """``sft.full``."""
         return self.sft.full
 
 
@@ -239,7 +239,7 @@ def value_warmup(experiment: Experiment) -> Iterator[str]:
 
 
 def kl_horizon(experiment: Experiment) -> Iterator[str]:
-    """``AdaptiveKL.update`` refuses more responses than this at once; here no rollout is lost."""
+    """``AdaptiveKL.update`` takes the responses of one rollout at once. It would refuse too, but after that rollout."""
     ppo, rows = experiment.ppo, experiment.rollout.sequences
     too_short = ERROR_BOUND * rows
     if ppo.kl_target is not None and ppo.kl_horizon <= too_short:
@@ -259,7 +259,7 @@ def kl_stop(experiment: Experiment) -> Iterator[str]:
 
 
 def overlong_buffer(experiment: Experiment) -> Iterator[str]:
-    """``soft_overlong_penalty`` refuses such a buffer; here no rollout is lost."""
+    """The buffer begins within the response. ``soft_overlong_penalty`` would refuse too, but after a rollout."""
     buffer, budget = experiment.reward.overlong_buffer, experiment.rollout.max_new_tokens
     if buffer > budget:
         yield (

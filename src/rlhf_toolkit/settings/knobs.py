@@ -59,7 +59,7 @@ class Section:
     SECTION: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """``PPOConfig`` is the section ``ppo``, and so on."""
+        """Check each setting by its knob. ``PPOConfig`` is the section ``ppo``, and so on."""
         section, hints = self.SECTION or type(self).__name__.removesuffix("Config").lower(), get_type_hints(type(self))
         for setting in fields(self):
             name, value = f"{section}.{setting.name}", getattr(self, setting.name)
@@ -78,8 +78,8 @@ class Section:
 
 
 def require_plain(name: str, value: Any) -> None:
-    """ConfigError, by the name of the part, where ``value`` would not come back equal from JSON: ``run.json`` keeps the
-    settings, and a resumed run is compared with them.
+    """Raise ConfigError, by the name of the part, where ``value`` would not come back equal from JSON: ``run.json``
+    keeps the settings, and a resumed run is compared with them.
 
     Plain are None, bool, finite numbers, text, lists, and dicts whose keys are text. Dates, bytes, sets and tuples are
     not, nor NaN, nor what holds more than ``MOST_PARTS`` values or is nested deeper than ``DEEPEST``.
