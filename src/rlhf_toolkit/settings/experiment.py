@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -40,8 +39,7 @@ class Experiment:
     def __post_init__(self) -> None:
         """Raise ConfigError for the first of ``RULES`` that is broken."""
         for rule in RULES:
-            for message in rule(self):
-                raise ConfigError(message)
+            rule(self)
 
     @property
     def kl_asked(self) -> bool:
@@ -191,10 +189,10 @@ class DPOExperiment(FineTuning):
     JOB = "dpo"
 
 
-# ---- rules that tie sections together: each gives a message for what breaks it ---------------------------------------
+# ---- rules that tie sections together: each raises ConfigError for what breaks it ------------------------------------
 
 
-def required_settings(experiment: Experiment) -> Iterator[str]:
+def required_settings(experiment: Experiment) -> None:
     """A model, prompts and a reward must be named."""
     required = {
         "model.name": experiment.model.name,
@@ -203,66 +201,66 @@ def required_settings(experiment: Experiment) -> Iterator[str]:
     }
     for name, value in required.items():
         if not value:
-            yield f"{name} is missing; set it in the YAML file or as {name}=... on the command line"
+            raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
 
 
-def sizes_of_batches(experiment: Experiment) -> Iterator[str]:
+def sizes_of_batches(experiment: Experiment) -> None:
     """A rollout divides into its mini-batches, and a micro-batch holds one sequence."""
     data, rollout, update = experiment.data, experiment.rollout, experiment.update
     rows, mini_batches = rollout.sequences, experiment.ppo.mini_batches
     if rows % mini_batches:
-        yield (
+        raise ConfigError(
             f"a rollout of {rows} responses does not divide into ppo.mini_batches={mini_batches}; "
             f"try {_divisors_near(rows, mini_batches)}"
         )
     longest = data.max_prompt_tokens + rollout.max_new_tokens
     if update.micro_batch_tokens < longest:
-        yield (
+        raise ConfigError(
             f"update.micro_batch_tokens={update.micro_batch_tokens} cannot hold one sequence of {longest} "
             f"tokens (data.max_prompt_tokens + rollout.max_new_tokens); set it to {longest} or more"
         )
 
 
-def value_warmup(experiment: Experiment) -> Iterator[str]:
+def value_warmup(experiment: Experiment) -> None:
     """While the value warms up nothing moves the policy, and rollouts are left for it afterwards."""
     warmup, rollouts = experiment.ppo.value_warmup_rollouts, experiment.ppo.num_rollouts
     if warmup and experiment.update.weight_decay:
-        yield (
+        raise ConfigError(
             f"update.weight_decay={experiment.update.weight_decay} would move the policy during "
             f"ppo.value_warmup_rollouts={warmup}; set one of them to 0"
         )
     if warmup >= rollouts:
-        yield (
+        raise ConfigError(
             f"ppo.value_warmup_rollouts={warmup} leaves none of ppo.num_rollouts={rollouts} for the policy; "
             f"set it to {rollouts - 1} or less"
         )
 
 
-def kl_horizon(experiment: Experiment) -> Iterator[str]:
+def kl_horizon(experiment: Experiment) -> None:
     """``AdaptiveKL.update`` takes the responses of one rollout at once. It would refuse too, but after that rollout."""
     ppo, rows = experiment.ppo, experiment.rollout.sequences
     too_short = ERROR_BOUND * rows
     if ppo.kl_target is not None and ppo.kl_horizon <= too_short:
-        yield (
+        raise ConfigError(
             f"ppo.kl_horizon={ppo.kl_horizon} is too short for rollouts of {rows} responses "
             f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
         )
 
 
-def kl_stop(experiment: Experiment) -> Iterator[str]:
+def kl_stop(experiment: Experiment) -> None:
     """A stop within a rollout needs a second update to leave out."""
     if experiment.ppo.kl_stop is not None and experiment.updates_per_rollout == 1:
-        yield (
+        raise ConfigError(
             f"ppo.kl_stop={experiment.ppo.kl_stop} does nothing where a rollout has one update; set ppo.mini_batches "
             "or ppo.num_ppo_epochs to 2 or more, or drop it"
         )
 
 
-def overlong_buffer(experiment: Experiment) -> Iterator[str]:
+def overlong_buffer(experiment: Experiment) -> None:
     """The buffer begins within the response. ``soft_overlong_penalty`` would refuse too, but after a rollout."""
     buffer, budget = experiment.reward.overlong_buffer, experiment.rollout.max_new_tokens
     if buffer > budget:
-        yield (
+        raise ConfigError(
             f"reward.overlong_buffer={buffer} begins before the response: rollout.max_new_tokens={budget}; set it to "
             f"{budget} or less"
         )
