@@ -19,14 +19,14 @@ PLANTED = [
     ),
     Mutation(
         "a number read back in every step",
-        f"{SOURCE}/rollout/decoding.py:_Decoding.step",
+        f"{SOURCE}/rollout/decoding.py:InFlight.step",
         "self.positions += 1",
         "self.positions += 1; self.positions.max().item()",
         STEP,
     ),
     Mutation(
         "a list as index in every step",
-        f"{SOURCE}/rollout/decoding.py:_Decoding.step",
+        f"{SOURCE}/rollout/decoding.py:InFlight.step",
         "logits[self.chosen]",
         "logits[slots]",
         STEP,
@@ -54,7 +54,7 @@ PLANTED = [
     ),
     Mutation(
         "beginnings of pieces in int64",
-        f"{SOURCE}/models/segment_attention.py:SegmentAttention._make_ragged",
+        f"{SOURCE}/models/segment_attention.py:SegmentAttention.ragged",
         "_begins(sizes.repeat(roles)).to(self.device, torch.int32)",
         "_begins(sizes.repeat(roles)).to(self.device)",
         f"{PASS}[packed]",
@@ -75,9 +75,9 @@ PLANTED = [
     ),
     Mutation(
         "numbers read back in every step where strings stop",
-        f"{SOURCE}/rollout/decoding.py:_Decoding._stop_string_seen",
-        "self.responses[rows].tolist()",
-        "[row.tolist() for row in self.responses[rows]]",
+        f"{SOURCE}/rollout/decoding.py:Responses._stop_string_seen",
+        "self.tokens[rows].tolist()",
+        "[row.tolist() for row in self.tokens[rows]]",
         f"{RULES}decoding.py::test_no_way_of_sampling_waits_more",
     ),
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.decoding_weights import EXACT, KINDS, MERGED, decoding_weights
-from rlhf_toolkit.rollout.decoding import Alone, Sampling, _Decoding, decode
+from rlhf_toolkit.rollout.decoding import Alone, InFlight, Responses, Sampling, decode
 from rlhf_toolkit.types import Rollout
 from tests.cuda_rules.device import GPU, MixedDevices, Rules, to_gpu
 from tests.cuda_rules.subjects import prompts, shared_base
@@ -86,8 +86,8 @@ def a_step(weights: str, *, layers: int, **options: Any) -> tuple[Rules, Counter
         torch.inference_mode(),
     ):
         chosen, rows = sampling(stop_ids=(ABSENT,), **options), len(batch)
-        state = _Decoding(model, tokenizer, batch, chosen, (0,), rows, [8] * rows, lambda prompt: 0.0, Alone())  # type: ignore[arg-type]
-        state.on_finished = lambda row, tokens: None
+        responses = Responses(tokenizer, batch, chosen, [8] * rows, (0,), GPU)
+        state = InFlight(model, responses, list(range(rows)), rows, Alone())  # type: ignore[arg-type]
         rules.forget()
         state.enter()
         entry = rules.waits.copy()

@@ -20,7 +20,7 @@ OP = "deepspeed_shm_comm"
 
 @pytest.fixture(autouse=True)
 def environment_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``_folder`` tells PyTorch by an environment variable."""
+    """``build_folder`` tells PyTorch by an environment variable."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", ""))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
 
@@ -29,7 +29,7 @@ def environment_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(tmp_path: Path) -> Path:
     """A copy of the folder with the op, as a start that was killed while building would leave it."""
     build_op()
-    source = extensions._folder()
+    source = extensions.build_folder()
     copy = tmp_path / source.name
     shutil.copytree(source, copy)
     (copy / OP / "lock").touch()
@@ -45,10 +45,10 @@ def test_a_stale_lock_is_removed_and_nobody_waits(built: Path) -> None:
 
 def test_a_child_process_finds_the_same_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    first = extensions._folder()
+    first = extensions.build_folder()
     assert first.parent == tmp_path
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(first)
-    assert extensions._folder() == first
+    assert extensions.build_folder() == first
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf_toolkit.distributed import topology as module
 from rlhf_toolkit.distributed.topology import (
@@ -289,7 +289,7 @@ def test_disagreement(
     topology = Topology(launch, rank=0, world_size=2, device=torch.device("cpu"))
     monkeypatch.setattr(module, "all_gather", lambda value: ranks)
     with pytest.raises(TopologyError) as caught:
-        module._check_agreement(topology, SimpleNamespace(process_index=believed[0], num_processes=believed[1]))
+        module.check_agreement(topology, SimpleNamespace(process_index=believed[0], num_processes=believed[1]))
     assert str(caught.value) == message
 
 
@@ -300,7 +300,7 @@ def test_cards_that_add_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "all_gather", lambda value: [0, 1])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.zero_())
     with pytest.raises(TopologyError) as caught:
-        module._check_agreement(topology, SimpleNamespace(process_index=0, num_processes=2))
+        module.check_agreement(topology, SimpleNamespace(process_index=0, num_processes=2))
     assert str(caught.value) == (
         "an all-reduce of known values gave [0.0] instead of 3.0: the cards' peer-to-peer path is broken, as on RTX 40 "
         "cards; set NCCL_P2P_DISABLE=1"

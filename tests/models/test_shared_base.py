@@ -168,6 +168,11 @@ def test_nothing_changes_what_trains(tmp_path: Path) -> None:
     assert fingerprint(shared) == before
 
 
+def test_names_of_parameter_groups_are_plain_text() -> None:
+    """Optimizers save them, and torch reads no other types back."""
+    assert {type(name) for name in tiny_shared().parameter_groups()} == {str}
+
+
 def test_parameter_groups_hold_each_trained_parameter_once() -> None:
     shared = tiny_shared(roles=ALL)
     groups = shared.parameter_groups()

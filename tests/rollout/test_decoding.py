@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import SlotCache
-from rlhf_toolkit.rollout import decoding
-from rlhf_toolkit.rollout.decoding import Sampling, common_prefix, decode, left_padded, longest_first, most_columns
+from rlhf_toolkit.rollout import decoding, prefill
+from rlhf_toolkit.rollout.decoding import Sampling, decode, longest_first, most_columns
+from rlhf_toolkit.rollout.prefill import common_prefix, left_padded
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.support.builders import tiny_tokenizer
@@ -142,7 +143,7 @@ def test_a_step_reads_the_columns_of_the_longest_living_sequence(
         return own(self, input_ids)
 
     monkeypatch.setattr(Chain, "next_token_logits", watched)
-    monkeypatch.setattr(decoding, "SHARED_PREFIX", threshold)
+    monkeypatch.setattr(prefill, "SHARED_PREFIX", threshold)
     monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
     chain: Any = Chain(COUNTING)
     sampling = Sampling(max_new_tokens=12, stop_ids=(), pad_id=0, greedy=True)
@@ -187,7 +188,7 @@ def test_what_prompts_have_in_common_is_computed_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(SharedBase, "next_token_logits", watched)
     found = {}
     for threshold in (8, 100):
-        monkeypatch.setattr(decoding, "SHARED_PREFIX", threshold)
+        monkeypatch.setattr(prefill, "SHARED_PREFIX", threshold)
         with torch.no_grad():
             found[threshold] = decode(model(), tiny_tokenizer(words=WORDS), batch, SAMPLING, stream=STREAM)
     assert seen[:2] == [(1, 10), (3, 3)] and (3, 13) in seen

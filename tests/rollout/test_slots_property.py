@@ -23,7 +23,7 @@ from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import SlotCache
 from rlhf_toolkit.planning import memory
-from rlhf_toolkit.rollout import decoding
+from rlhf_toolkit.rollout import decoding, prefill
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.sampling import choose_tokens
@@ -58,6 +58,7 @@ class Situation:
     prefill_tokens: int
     stop_strings: tuple[str, ...]
     constants: dict[str, float]
+    shared_prefix: int
 
     def batch(self, part: slice) -> PromptBatch:
         """The rows of one rank. Prompts of equal tokens are one prompt."""
@@ -92,8 +93,8 @@ def situation_of(seed: int) -> Situation:
             "SPARE_COLUMNS": dice.choice((1, 2, 32)),
             "ENTRY_SHARE": dice.choice((0.01, 0.6)),
             "IDLE_SHARE": dice.choice((0.01, 0.5, 1.1)),
-            "SHARED_PREFIX": dice.choice((2, 8)),
         },
+        shared_prefix=dice.choice((2, 8)),
     )
 
 
@@ -150,10 +151,8 @@ def counted() -> Iterator[Counter[str]]:
         patched.enter_context(mock.patch.object(owner, name, watched))
 
     with ExitStack() as patched:
-        watch(
-            decoding, "left_padded", lambda each: "ragged prompts enter" if len(set(map(length_of, each))) > 1 else ""
-        )
-        watch(decoding, "close_holes", lambda cache, mask: "" if mask.all() else "ragged ones enter behind a prefix")
+        watch(prefill, "left_padded", lambda each: "ragged prompts enter" if len(set(map(length_of, each))) > 1 else "")
+        watch(prefill, "close_holes", lambda cache, mask: "" if mask.all() else "ragged ones enter behind a prefix")
         watch(SlotCache, "_move", lambda cache, by: "columns move left" if by < 0 else "columns move right")
         yield seen
 
@@ -224,8 +223,10 @@ def decoded(engine: Any, situation: Situation, batch: PromptBatch, mode: str) ->
     sampler = Sampler(tokenizer(), size, mode=mode, slots=situation.slots, environment=environment)
     expected: Callable[[Prompt], float] = lambda prompt: float(situation.order[prompt.index])  # noqa: E731
     entering = mock.patch.object(memory, "PREFILL_TOKENS", situation.prefill_tokens)
-    constants: Any = situation.constants
-    with entering, mock.patch.multiple(decoding, **constants), sampler.opened(engine) as shared:
+    values: Any = situation.constants
+    constants = mock.patch.multiple(decoding, **values)
+    shared_prefix = mock.patch.object(prefill, "SHARED_PREFIX", situation.shared_prefix)
+    with entering, constants, shared_prefix, sampler.opened(engine) as shared:
         return sampler.decode(shared, batch, sampling_of(situation), stream=(5,), expected=expected)
 
 

@@ -29,7 +29,7 @@ def build_cpu_collectives() -> None:
         raise TopologyError(
             "DeepSpeed on a CPU builds a small C++ op at first start, but there is no c++ compiler; install g++"
         )
-    folder = _folder()
+    folder = build_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "toolkit.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
@@ -40,7 +40,7 @@ def build_cpu_collectives() -> None:
             builder.load(verbose=False)
 
 
-def _folder() -> Path:
+def build_folder() -> Path:
     """A folder for this environment and this torch; the user's TORCH_EXTENSIONS_DIR is its parent where it is set.
 
     The build refers to headers of its environment, so another environment in the same folder would build it anew.

@@ -83,14 +83,13 @@ class Launch:
         if self.deepspeed_config_file is not None:
             raise TopologyError(
                 f"accelerate's config names deepspeed_config_file={self.deepspeed_config_file}, but DeepSpeed's "
-                f"settings are derived "
-                "from the experiment's YAML; remove it and set zero_stage and offload in accelerate's config"
+                "settings are derived from the experiment's YAML; remove it and set zero_stage and offload in "
+                "accelerate's config"
             )
         if self.mixed_precision != "no":
             raise TopologyError(
                 f"mixed_precision={self.mixed_precision} in accelerate's config contradicts model.dtype: the base is "
-                f"loaded in that "
-                "dtype and adapters stay in fp32; set mixed_precision: 'no'"
+                "loaded in that dtype and adapters stay in fp32; set mixed_precision: 'no'"
             )
         if self.gradient_accumulation_steps not in ("auto", "1"):
             raise TopologyError(
@@ -100,8 +99,7 @@ class Launch:
         if self.gradient_clipping != "auto" and not _equals(self.gradient_clipping, max_grad_norm):
             raise TopologyError(
                 f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts "
-                f"update.max_grad_norm={max_grad_norm}; "
-                "remove it from accelerate's config"
+                f"update.max_grad_norm={max_grad_norm}; remove it from accelerate's config"
             )
         if self.offload_parameters != "none" and self.zero_stage != 3:
             raise TopologyError(
@@ -143,10 +141,15 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     # accelerate refuses its own YAML's fields beside a DeepSpeed config made in code; ours is made from those very
     # fields.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    atexit.register(_leave)
-    state = _join(gloo=launch.zero_stage is not None and not has_gpu, timeout=timedelta(minutes=timeout_minutes))
+    atexit.register(leave_group)
+    # torch gives groups that are made later, as DeepSpeed does, a time limit of their own, not the first one's, so its
+    # default is set too.
+    timeout = timedelta(minutes=timeout_minutes)
+    vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
+    gloo = {"backend": "gloo"} if launch.zero_stage is not None and not has_gpu else {}
+    state = PartialState(timeout=timeout, **gloo)
     topology = Topology(launch, rank(), world_size(), state.device)
-    _check_agreement(topology, state)
+    check_agreement(topology, state)
     return topology
 
 
@@ -156,13 +159,6 @@ def let_segments_grow(environment: MutableMapping[str, str]) -> None:
     if sys.platform == "linux" and not any(name in environment for name in ALLOCATOR_VARIABLES):
         name = ALLOCATOR_VARIABLES[0 if TorchVersion(torch.__version__) >= "2.9" else 1]
         environment[name] = "expandable_segments:True"
-
-
-def _join(*, gloo: bool, timeout: timedelta) -> PartialState:
-    """Join the process group, if the launch has one. torch gives groups that are made later, as DeepSpeed does, a time
-    limit of their own, not the first one's, so its default is set too."""
-    vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
-    return PartialState(backend="gloo", timeout=timeout) if gloo else PartialState(timeout=timeout)
 
 
 def deepspeed_settings(
@@ -268,7 +264,7 @@ def free_memory(device: torch.device) -> int:
     return min(all_gather(mine))
 
 
-def _leave() -> None:
+def leave_group() -> None:
     """Take this process out of its group before the interpreter goes. A gloo group that is still there then may abort
     the process ("terminate called without an active exception"): its threads are torn down while they run. NCCL's group
     is left alone: after an error, leaving it could wait for a rank that never comes."""
@@ -284,12 +280,14 @@ def _equals(text: str, number: float) -> bool:
         return False
 
 
-def _check_agreement(topology: Topology, state: PartialState) -> None:
+def check_agreement(topology: Topology, state: PartialState) -> None:
+    """Raise TopologyError where accelerate, the process group and the launch do not agree about the ranks, or where the
+    ranks' cards cannot add known values."""
     if (state.num_processes, state.process_index) != (topology.world_size, topology.rank):
         raise TopologyError(
-            f"accelerate believes this is process {state.process_index} of {state.num_processes}, "
-            f"torch.distributed rank "
-            f"{topology.rank} of {topology.world_size}; start with accelerate launch and one of accelerate_configs/"
+            f"accelerate believes this is process {state.process_index} of {state.num_processes}, torch.distributed "
+            f"rank {topology.rank} of {topology.world_size}; start with accelerate launch and one of "
+            "accelerate_configs/"
         )
     if topology.world_size != topology.launch.processes:
         raise TopologyError(
@@ -305,6 +303,5 @@ def _check_agreement(topology: Topology, state: PartialState) -> None:
     if not bool((total == expected).all()):
         raise TopologyError(
             f"an all-reduce of known values gave {total.unique().tolist()} instead of {expected}: the cards' "
-            f"peer-to-peer path is "
-            "broken, as on RTX 40 cards; set NCCL_P2P_DISABLE=1"
+            "peer-to-peer path is broken, as on RTX 40 cards; set NCCL_P2P_DISABLE=1"
         )

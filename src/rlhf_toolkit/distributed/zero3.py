@@ -2,9 +2,8 @@
 
 Two facts shape this file (docs/zero3.md has the measurements):
 - ZeRO-3 fetches a module's *own* parameters when that module's ``forward`` is called. Role-sliced linears and the
-language-model
-  head use a parameter of another module inside their own forward, so it is registered with them as an external
-  parameter.
+  language-model head use a parameter of another module inside their own forward, so it is registered with them as an
+  external parameter.
 - A forward pass with ZeRO's hooks on inside a gather frees the weights again, so the window takes the hooks off first.
 """
 
@@ -91,10 +90,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
         return
     hooks = _take_hooks_off(offload)
     try:
-        with whole(_partitioned(offload)):
+        # Persistent parameters (small ones, all adapters among them) are whole between steps. Gathering them would
+        # partition them on exit, and the next forward would fetch them back one by one.
+        with whole(p for p in offload.module.parameters() if not (p.ds_persist and is_here(p))):
             yield
     finally:
-        _put_hooks_on(hooks)
+        for own, number, hook in hooks:
+            own[number] = hook
 
 
 class InStep:
@@ -126,7 +128,7 @@ class InStep:
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Tell the others that this rank goes on."""
+        """Around a forward pass of a rank that has work: its vote makes every other rank run one too."""
         self._vote(GOES_ON)
         self._new_pass()
         self._in_pass = True
@@ -134,7 +136,7 @@ class InStep:
         self._in_pass = False
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Keep the others company."""
+        """Run ``idle`` as the partner of the other ranks' passes, for as long as any of them has work."""
         while self._vote(RESTS) == GOES_ON:
             self._new_pass()
             self._in_pass = True
@@ -149,7 +151,7 @@ class InStep:
 
 
 class _OtherRankFailedError(Exception):
-    """Ends this rank's passes; what has happened is told by the rank that failed."""
+    """Ends this rank's passes. The rank that failed tells what has happened."""
 
 
 @contextmanager
@@ -178,12 +180,6 @@ def is_sharded(model: nn.Module) -> bool:
     return _parameter_offload(model) is not None
 
 
-def _partitioned(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:
-    """All but the persistent parameters (small ones, all adapters among them), which are whole between steps: gathering
-    them would partition them on exit, and the next forward would fetch them back one by one."""
-    return [p for p in offload.module.parameters() if not (p.ds_persist and is_here(p))]
-
-
 def is_here(parameter: nn.Parameter) -> bool:
     """Whether the parameter lies whole on this rank right now."""
     return not is_partitioned(parameter) or parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
@@ -205,8 +201,3 @@ def _take_hooks_off(offload: DeepSpeedZeRoOffload) -> list[Hook]:
     handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
     places = [(handle.hooks_dict_ref(), handle.id) for handle in handles]
     return [(hooks, number, hooks.pop(number)) for hooks, number in places]
-
-
-def _put_hooks_on(taken: list[Hook]) -> None:
-    for hooks, number, hook in taken:
-        hooks[number] = hook

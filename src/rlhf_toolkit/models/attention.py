@@ -91,7 +91,8 @@ def role_attention(
     segments: SegmentAttention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' models call: the packed micro-batch's own attention where there is one, else as ever.
+    """The function that transformers' models call: attention within the segments of a packed micro-batch where the
+    pass is one, else ``short_causal_attention``.
 
     ``segments`` comes from ``trunk_inputs`` as an argument that transformers hands down from layer to layer, so that
     recomputation under gradient checkpointing gets it too.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_toolkit.distributed.zero3 import is_here, whole
 from rlhf_toolkit.models.precision import packs_bfloat16
 
-EXACT, MERGED = "exact", "merged"
-KINDS = (EXACT, MERGED)
+
+class DecodingKind(StrEnum):
+    """How adapted layers compute in decoding."""
+
+    EXACT = "exact"
+    MERGED = "merged"
+
+
+EXACT, MERGED = DecodingKind.EXACT, DecodingKind.MERGED
+KINDS = tuple(DecodingKind)
 
 
 @contextmanager
@@ -36,7 +45,7 @@ def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     own = [layer.forward for layer in layers]
-    make = _merged if kind == MERGED else _exact
+    make = merged_product if kind == MERGED else exact_product
     try:
         with torch.no_grad(), whole(p for layer in layers for p in _adapter(layer, role)):
             for layer in layers:
@@ -47,7 +56,8 @@ def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
             layer.forward = forward  # type: ignore[method-assign]
 
 
-def _exact(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+def exact_product(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+    """``x -> x W^T + b + s (x A^T) B^T``, with A and B cast once."""
     base, scale, dtype = _plain(layer), layer.scaling[role], _weight(layer.get_base_layer()).dtype
     a, b = (parameter.to(dtype) for parameter in _adapter(layer, role))
     b = b.t().contiguous()
@@ -60,7 +70,8 @@ def _exact(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _merged(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+def merged_product(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
+    """``x -> x M^T + b`` with M = W + s B A, made once."""
     base: Any = layer.get_base_layer()
     a, b = _adapter(layer, role)
     delta = layer.scaling[role] * (b.float() @ a.float())

@@ -82,5 +82,5 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def _plain(name: str) -> str:
-    """Without what PEFT puts around the model's own names."""
+    """``name`` without the prefixes that PEFT puts before the model's own names."""
     return name.removeprefix("base_model.").removeprefix("model.")

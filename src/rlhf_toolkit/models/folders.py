@@ -23,7 +23,7 @@ CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 
 def check_model_folder(name: str) -> None:
-    """ModelError where the local folder ``name`` links to something outside or names a file that is not its own.
+    """Raise ModelError where the local folder ``name`` links to something outside or names a file that is not its own.
 
     Looked at are the indices of weights, ``auto_map``, and the configs' settings that are file names. Links into the
     hub's cache are the hub's own. A ``name`` of the hub has nothing to be looked at before it is fetched.
@@ -43,11 +43,12 @@ def check_model_folder(name: str) -> None:
 
 
 def check_weights_are_here(name: str) -> None:
-    """ModelError where the local folder ``name`` has no weights, or lacks a file that its index of them names."""
+    """Raise ModelError where the local folder ``name`` has no weights, or lacks a file that its index of them names."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
-    named = [name for name in _each(_named_weights(folder)) if isinstance(name, str)]
+    config = _object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = [name for name in _each(config.get(NAMES_A_FILE[0])) if isinstance(name, str)]
     # In transformers' own order: what it finds first it loads, whatever else lies there.
     first = next((name for name in (*named, *WEIGHTS_FILES) if (folder / name).is_file()), None)
     if first is None:
@@ -58,13 +59,9 @@ def check_weights_are_here(name: str) -> None:
         raise ModelError(f"{folder} lacks {missing[0]}, one of {len(missing)} files that {first} names; fetch it again")
 
 
-def _named_weights(folder: Path) -> Any:
-    """What config.json says under ``transformers_weights``, None where it says nothing."""
-    return _object(folder / "config.json").get(NAMES_A_FILE[0]) if (folder / "config.json").is_file() else None
-
-
 def weight_map(index: Path) -> Mapping[str, str]:
-    """Tensor -> file, as an index of weights says. ModelError where it is broken or names a file of another folder."""
+    """Tensor -> file, as an index of weights says. Raises ModelError where the index is broken or names a file of
+    another folder."""
     files = _object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ModelError(f"{index} holds no weight_map; fetch the model again")

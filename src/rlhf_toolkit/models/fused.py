@@ -88,34 +88,48 @@ def fuse(model: nn.Module) -> int:
     """
     replaced = 0
     for module in model.modules():
-        if _is_same_norm(module):
-            module.forward = _norm_forward(module)
-            replaced += 1
-        elif _is_same_mlp(module):
-            module.forward = _mlp_forward(module)
+        forward = norm_forward(module) or mlp_forward(module)
+        if forward is not None:
+            module.forward = forward
             replaced += 1
     return replaced
 
 
-def _is_same_norm(module: Any) -> bool:
+def norm_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A forward for ``module`` by ``RMSNorm``; None where ``module`` computes anything else, or trains its weight."""
     if type(module).__name__ not in NORMS or module.weight.requires_grad:
-        return False
+        return None
     for dtype in {module.weight.dtype, torch.float32}:
         x, weight = _random(2, dtype)
         stand_in = SimpleNamespace(weight=weight, variance_epsilon=module.variance_epsilon)
         if not _same(type(module).forward, stand_in, x, normed(x, weight, module.variance_epsilon)[0]):
-            return False
-    return True
+            return None
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return normed(hidden_states, module.weight, module.variance_epsilon)[0]
+        return RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)
+
+    return forward
 
 
-def _is_same_mlp(module: Any) -> bool:
+def mlp_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A forward for ``module`` by ``GatedProduct``; None where ``module`` computes anything else."""
     if type(module).__name__ not in GATED_MLPS:
-        return False
+        return None
     x, factor = _random(2, torch.float32)
     stand_in = SimpleNamespace(
         gate_proj=lambda x: x * factor, up_proj=lambda x: x + factor, down_proj=lambda x: x - 1, act_fn=module.act_fn
     )
-    return _same(type(module).forward, stand_in, x, silu(x * factor).mul_(x + factor) - 1)
+    if not _same(type(module).forward, stand_in, x, silu(x * factor).mul_(x + factor) - 1):
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        product = GatedProduct.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
+        return module.down_proj(product)
+
+    return forward
 
 
 def _random(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -136,21 +150,3 @@ def _same(forward: Callable[..., Any], stand_in: SimpleNamespace, x: torch.Tenso
             return torch.equal(forward(stand_in, x), expected)
     except AttributeError:
         return False
-
-
-def _norm_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return normed(hidden_states, module.weight, module.variance_epsilon)[0]
-        return RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)
-
-    return forward
-
-
-def _mlp_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        gate, up = module.gate_proj(x), module.up_proj(x)
-        product = GatedProduct.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
-        return module.down_proj(product)
-
-    return forward

@@ -36,8 +36,9 @@ GPU_TILE = Tile(2**24, 2048, 8192)  # 64 MiB of fp32 logits: few, large kernels
 class LanguageModelHead(nn.Module):
     """Log-probs and entropy of the base's own output layer in fp32, a tile of positions and vocabulary at a time.
 
-        z = softcap(scale (h W^T + b)) / temperature,    logprob = z[target] - logsumexp(z),    entropy = logsumexp(z) -
-        sum softmax(z) z
+        z = softcap(scale (h W^T + b)) / temperature
+        logprob = z[target] - logsumexp(z)
+        entropy = logsumexp(z) - sum softmax(z) z
 
     Beside (K, H) matrices such as ``hidden`` itself, no tensor has more than ``CPU_TILE.elements`` (on other devices
     ``GPU_TILE.elements``) in either direction (``TokenScores``). The output layer stays the base's own module; it is
@@ -209,8 +210,8 @@ class RunningScores:
         return (index >= 0) & (index < count), index.clamp(0, count - 1)[:, None]
 
     def _raw_logits(self, weight: torch.Tensor) -> torch.Tensor:
-        """bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the device does not
-        give products of bf16 factors in fp32, the factors must be fp32."""
+        """h W^T in fp32: bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the
+        device does not give products of bf16 factors in fp32, the factors must be fp32."""
         if self.widens and weight.dtype != self.dtype:
             return torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
         if weight.dtype != self.dtype:
@@ -336,7 +337,7 @@ class ScalarHead(nn.Module):
     the rewards.
 
     Source: zero or small initialisation, "The N+ Implementation Details of RLHF with PPO" (2024), detail on value
-        heads.
+    heads.
     """
 
     def __init__(self, hidden_size: int, *, initial_std: float = 0.0) -> None:

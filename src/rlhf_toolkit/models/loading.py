@@ -191,13 +191,10 @@ class explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if _is_path(self.name) and not Path(self.name).exists():
+            # Names of the hub have one slash at most.
+            only_a_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+            if only_a_path and not Path(self.name).exists():
                 first = "there is no such folder"  # transformers would say that it is no name of the hub
             raise ModelError(
                 f"cannot load the model {self.name!r}: {first}; give a hub name or a local folder"
             ) from error
-
-
-def _is_path(name: str) -> bool:
-    """Whether a model's name can only be a folder; those of the hub have one slash at most."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1

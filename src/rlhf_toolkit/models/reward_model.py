@@ -50,20 +50,17 @@ class RewardModel:
         """
         with agreement("the reward model"):
             rows = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        with whole(list(self.model.parameters())), agreement("the reward model"), torch.inference_mode():
-            return self._scores(rows, responses)
-
-    def _scores(self, rows: list[list[int]], responses: Sequence[str]) -> list[float]:
         found = [0.0] * len(rows)
-        for batch in _batches(rows):
-            for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                found[i] = score
-        for i, score in enumerate(found):
-            if not abs(score) < float("inf"):
-                raise RewardError(
-                    f"reward.model={self.name} gave {score} for the response {shortened(responses[i])}; load it in "
-                    "another dtype, or use another model"
-                )
+        with whole(list(self.model.parameters())), agreement("the reward model"), torch.inference_mode():
+            for batch in in_batches(rows):
+                for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                    found[i] = score
+            for i, score in enumerate(found):
+                if not abs(score) < float("inf"):
+                    raise RewardError(
+                        f"reward.model={self.name} gave {score} for the response {shortened(responses[i])}; load it in "
+                        "another dtype, or use another model"
+                    )
         return found
 
     def _ids(self, prompt: Prompt, response: str) -> list[int]:
@@ -102,7 +99,7 @@ def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trus
     return RewardModel(name, model, tokenizer)
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def in_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Row numbers, longest first, in batches of at most ``BATCH_TOKENS`` with padding."""
     batches: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):

@@ -61,8 +61,7 @@ class RoleSlices:
         if x.shape[0] % rows:
             raise ModelError(
                 f"an adapted layer got {x.shape[0]} rows for a batch of {rows}: it reorders or drops rows, as routed "
-                f"experts do, "
-                "so role slices cannot reach it; name it in model.exclude_modules"
+                "experts do, so role slices cannot reach it; name it in model.exclude_modules"
             )
         repeat = x.shape[0] // rows
         return tuple(RoleRows(role, start * repeat, stop * repeat) for role, start, stop in self._layout)
@@ -84,8 +83,8 @@ def sliced_product(
     slices: Sequence[tuple[int, int, float]],
     adapters: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """``x`` (N, ..., in) through the base and each slice's adapter, and each slice's x A^T. Carries no gradient:
-    in place.
+    """``x`` (N, ..., in) through the base and each slice's adapter, and each slice's x A^T. It carries no gradient,
+    since it works in place.
 
     Args:
         transposed: the base keeps its ``weight`` as (in, out).
@@ -159,7 +158,8 @@ def route_roles(model: nn.Module, slices: RoleSlices) -> None:
         if isinstance(module, LoraLinear):
             module.forward = _role_forward(module, slices)  # type: ignore[method-assign]
             base = module.get_base_layer()
-            share_parameters(module, (*base.parameters(recurse=False), *_adapter_weights(module)))
+            adapters = [next(layer.parameters()) for part in (module.lora_A, module.lora_B) for layer in part.values()]
+            share_parameters(module, (*base.parameters(recurse=False), *adapters))
 
 
 def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
@@ -179,7 +179,3 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
         return RoleLora.apply(x, base.weight, base.bias, transposed, slices_of_x, *weights)
 
     return forward
-
-
-def _adapter_weights(module: LoraLinear) -> list[nn.Parameter]:
-    return [next(layer.parameters()) for layers in (module.lora_A, module.lora_B) for layer in layers.values()]

@@ -136,9 +136,11 @@ class SegmentAttention:
         keys = torch.cat([_widened(self.key_tokens[number], bucket.keys) for bucket, number in members])
         begins = _begins(torch.tensor([bucket.keys for bucket, _ in members])).tolist()
         places = {number: begin for (_, number), begin in zip(members, begins, strict=False)}
+        of_queries = real.nonzero().squeeze(1)
+        way_back = torch.empty_like(of_queries).index_copy_(0, queries[real], of_queries)
         return Padded(
             buckets,
-            Copies(queries.to(self.device), _inverse(queries[real], real.nonzero().squeeze(1)).to(self.device), ()),
+            Copies(queries.to(self.device), way_back.to(self.device), ()),
             self._copies(keys, places),
             real.to(self.device)[None, :, None],
         )
@@ -146,19 +148,16 @@ class SegmentAttention:
     def ragged(self, roles: int) -> Ragged:
         """For attention that takes pieces of any length; made once for each number of roles."""
         if roles not in self._ragged:
-            self._ragged[roles] = self._make_ragged(roles)
+            sizes = torch.tensor([segment.size for segment in self.trie.segments])
+            lengths = torch.tensor([len(keys) for keys in self.key_tokens])
+            self._ragged[roles] = Ragged(
+                _begins(sizes.repeat(roles)).to(self.device, torch.int32),
+                _begins(lengths.repeat(roles)).to(self.device, torch.int32),
+                int(sizes.max()),
+                int(lengths.max()),
+                self._copies(torch.cat(self.key_tokens), dict(enumerate(_begins(lengths).tolist()))),
+            )
         return self._ragged[roles]
-
-    def _make_ragged(self, roles: int) -> Ragged:
-        sizes = torch.tensor([segment.size for segment in self.trie.segments])
-        lengths = torch.tensor([len(keys) for keys in self.key_tokens])
-        return Ragged(
-            _begins(sizes.repeat(roles)).to(self.device, torch.int32),
-            _begins(lengths.repeat(roles)).to(self.device, torch.int32),
-            int(sizes.max()),
-            int(lengths.max()),
-            self._copies(torch.cat(self.key_tokens), dict(enumerate(_begins(lengths).tolist()))),
-        )
 
     def _copies(self, tokens: Tensor, places: dict[int, int]) -> Copies:
         """``places[s]`` is where the keys of segment s begin in ``tokens``."""
@@ -177,21 +176,18 @@ class SegmentAttention:
         return Copies(tokens.to(self.device), torch.cat(first).to(self.device), tuple(shared))
 
     def visible(self, bucket: int, window: int | None) -> Tensor:
-        """(S, queries, keys) bool, True where a query may look; made once for each window."""
+        """(S, queries, keys) bool, True where a query may look; made once for each window. Padding looks where the last
+        query does."""
         if (bucket, window) not in self._visible:
-            self._visible[bucket, window] = self._make_visible(bucket, window).to(self.device)
+            members, queries, keys = self.padded.buckets[bucket]
+            segments = [self.trie.segments[number] for number in members]
+            start = torch.tensor([segment.start for segment in segments])[:, None]
+            stop = torch.tensor([segment.stop for segment in segments])[:, None]
+            position = torch.minimum(start + torch.arange(queries), stop - 1)[:, :, None]
+            key = torch.arange(keys)
+            seen = key <= position if window is None else (key <= position) & (key > position - window)
+            self._visible[bucket, window] = seen.to(self.device)
         return self._visible[bucket, window]
-
-    def _make_visible(self, bucket: int, window: int | None) -> Tensor:
-        """Padding looks where the last query does."""
-        members, queries, keys = self.padded.buckets[bucket]
-        segments = [self.trie.segments[number] for number in members]
-        start, stop = (
-            torch.tensor(column)[:, None] for column in zip(*((s.start, s.stop) for s in segments), strict=True)
-        )
-        position = torch.minimum(start + torch.arange(queries), stop - 1)[:, :, None]
-        key = torch.arange(keys)
-        return key <= position if window is None else (key <= position) & (key > position - window)
 
 
 def flash_fits(q: Tensor, v: Tensor) -> bool:
@@ -321,7 +317,3 @@ def _widened(index: Tensor, width: int) -> Tensor:
 def _begins(sizes: Tensor) -> Tensor:
     """Where each of several pieces begins that lie end to end, and where the last one ends."""
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-
-
-def _inverse(tokens: Tensor, places: Tensor) -> Tensor:
-    return torch.empty_like(places).index_copy_(0, tokens, places)

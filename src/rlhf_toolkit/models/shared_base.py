@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,17 @@ from rlhf_toolkit.models.roles import LANGUAGE_ROLES, POLICY, REWARD, SCALAR_ROL
 from rlhf_toolkit.models.slot_cache import full_attention_only
 from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
 
-ON_ADAPTER, ON_POLICY_TRUNK, NOWHERE = "adapter", "policy_trunk", "nowhere"
+
+class ValueSite(StrEnum):
+    """What the value head reads: the states of an adapter of its own, those of the policy, or nothing, where there is
+    no value."""
+
+    ADAPTER = "adapter"
+    POLICY_TRUNK = "policy_trunk"
+    NOWHERE = "nowhere"
+
+
+ON_ADAPTER, ON_POLICY_TRUNK, NOWHERE = ValueSite.ADAPTER, ValueSite.POLICY_TRUNK, ValueSite.NOWHERE
 CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
 UNFIT = {
     "cpmant": "puts prompt tokens of its own before every sequence",
@@ -184,8 +195,9 @@ class SharedBase(PeftModel):
         return mask.bool()[:, None, None] if plain else mask
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``."""
-        groups: dict[str, list[nn.Parameter]] = {role: [] for role in self.trained_roles}
+        """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``. Names
+        are plain text: they go into the optimizer's checkpoint, from which torch reads no other types."""
+        groups: dict[str, list[nn.Parameter]] = {str(role): [] for role in self.trained_roles}
         groups |= {f"{role}_head": [] for role in self.trained_roles}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

@@ -69,30 +69,22 @@ def refuse_layers(base: PreTrainedModel) -> None:
         if module is output and isinstance(module, BaseTunerLayer):
             raise ModelError(f"{name}: policy and reference share the output layer; leave it out of the targets")
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            _refuse_kind(name, module)
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if not isinstance(module, LoraLinear) or not _is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
+                raise ModelError(
+                    f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts, not "
+                    f"{type(layer).__name__}; choose model.target_modules without it, or name it in "
+                    "model.exclude_modules"
+                )
         if isinstance(module, LoraLinear):
-            _refuse_variants(name, module)
-
-
-def _refuse_kind(name: str, module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> None:
-    """Everything but LoRA on a plain linear layer that sees every row."""
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(module, LoraLinear) or not _is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
-        raise ModelError(
-            f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts, not {type(layer).__name__}; "
-            "choose model.target_modules without it, or name it in model.exclude_modules"
-        )
-
-
-def _refuse_variants(name: str, module: LoraLinear) -> None:
-    if module.lora_variant or any(module.lora_bias.values()):
-        raise ModelError(
-            f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
-        )
-    if any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values()):
-        raise ModelError(
-            f"{name}: LoRA dropout makes old and new log-probs differ before any update; set lora_dropout=0"
-        )
+            if module.lora_variant or any(module.lora_bias.values()):
+                raise ModelError(
+                    f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
+                )
+            if any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values()):
+                raise ModelError(
+                    f"{name}: LoRA dropout makes old and new log-probs differ before any update; set lora_dropout=0"
+                )
 
 
 def _is_plain(module: nn.Module) -> bool:

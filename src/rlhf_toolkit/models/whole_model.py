@@ -47,7 +47,7 @@ class WholeModel(PreTrainedModel):
         self, base: PreTrainedModel, *, gradient_checkpointing: bool = False, products: torch.dtype = torch.float32
     ) -> None:
         refuse_architecture(base)
-        _refuse_unreached(base)
+        refuse_unreached(base)
         super().__init__(PretrainedConfig())  # what its constructor checks and sets, the base has done for itself
         self.config = deepcopy(base.config)  # Trainer writes into it, use_cache for one, and the base's own is saved
         self.causal_lm = base
@@ -69,16 +69,16 @@ class WholeModel(PreTrainedModel):
         return RoleOutputs(policy_logprobs=logprobs, policy_entropies=entropies)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        """Without autocast's cache: it would hold a rounded copy of every weight until the end of the forward pass, of
-        those too that ZeRO-3 has taken away again."""
+        """Autocast without its cache, which would hold a rounded copy of every weight until the end of the forward
+        pass, of those too that ZeRO-3 has taken away again."""
         rounds = self.products != torch.float32
         return torch.autocast(
             self.causal_lm.device.type, dtype=self.products if rounds else None, enabled=rounds, cache_enabled=False
         )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All that is trained; tied parameters are there once."""
-        return {POLICY: [parameter for parameter in self.parameters() if parameter.requires_grad]}
+        """All parameters that are trained, in one group; tied ones are there once."""
+        return {str(POLICY): [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
@@ -102,8 +102,9 @@ class WholeModel(PreTrainedModel):
         self.causal_lm.load_state_dict(saved.state_dict())
 
 
-def _refuse_unreached(base: PreTrainedModel) -> None:
-    """A text never reaches a vision tower: ZeRO-3 would apply gradients that are none, weight decay would shrink it."""
+def refuse_unreached(base: PreTrainedModel) -> None:
+    """Raise ModelError for weights that no text reaches, such as a vision tower's: ZeRO-3 would apply gradients that
+    are none, and weight decay would shrink them."""
     reached = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
     strangers = [name for name, parameter in base.named_parameters() if parameter not in reached]
     if strangers:

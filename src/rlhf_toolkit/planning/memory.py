@@ -19,11 +19,21 @@ prefilled in several. Numbers of bytes in, a decision out: nothing here measures
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from rlhf_toolkit.errors import ConfigError
 
-AUTO, WINDOW, STREAM = "auto", "window", "stream"
-MODES = (AUTO, WINDOW, STREAM)
+
+class RolloutMode(StrEnum):
+    """Whether a rollout gathers the base once (``window``) or decodes through its shards (``stream``); ``auto`` is
+    what fits."""
+
+    AUTO = "auto"
+    WINDOW = "window"
+    STREAM = "stream"
+
+
+AUTO, WINDOW, STREAM = RolloutMode.AUTO, RolloutMode.WINDOW, RolloutMode.STREAM
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what nobody thought of
 ENOUGH_SLOTS = 8  # with fewer slots in the window, streaming with more of them wastes less
 TOO_LARGE = "the base alone is too large: take more GPUs with a zero3 launch config, or a smaller model"
@@ -33,17 +43,29 @@ PREFILL_TOKENS = 16384  # of the prompts that enter at once, at most: more is no
 
 @dataclass(frozen=True)
 class RolloutNeeds:
-    """Bytes on one rank. ``window_bytes``: what gathering the base adds; ``live_bytes``: what streaming keeps gathered
-    at most; ``slot_bytes``: keys and values of one sequence; ``choice_bytes``: logits of one, while its next token is
-    chosen; ``column_bytes`` and ``prefill_bytes``: keys and values of one token of entering prompts, and the pass over
-    it; ``weights_bytes``: copies of adapters that decoding makes, ``copied_bytes``: those of weights, which it makes in
-    the window only; ``reward_bytes``: of a reward model and its pass, after sampling; ``role_pass_bytes``: of a role
-    pass, after both; ``update_bytes``: of the update, after the rollout, and ``activation_bytes`` that part of it which
-    grows with the micro-batch; ``later_bytes``: what an update will leave behind and is not there yet.
-    ``longest_prompt`` in tokens, the least that a prefill must hold; ``micro_batch`` and ``role_pass_batch``:
-    update.micro_batch_tokens that the largest pass of the update and of the roles come to, to which activations and
-    ``role_pass_bytes`` are proportional; ``least_batch``: what they come to with one row. ``checkpointing``: layers are
-    computed again already."""
+    """What a rollout and its update need on one rank, in bytes where nothing else is said.
+
+    Args:
+        window_bytes: what gathering the base adds.
+        live_bytes: the most that streaming keeps gathered.
+        slot_bytes: keys and values of one sequence.
+        choice_bytes: logits of one sequence while its next token is chosen.
+        column_bytes: keys and values of one token of an entering prompt.
+        prefill_bytes: what the pass over entering prompts holds for one token.
+        longest_prompt: tokens that a prefill must hold at least.
+        weights_bytes: copies of adapters that decoding makes.
+        copied_bytes: copies of weights that decoding makes, in the window only.
+        role_pass_bytes: a role pass, after sampling and the reward model.
+        update_bytes: the update, after the rollout.
+        activation_bytes: the part of ``update_bytes`` that grows with the micro-batch.
+        later_bytes: what the first update will leave behind, and is not there yet.
+        reward_bytes: a reward model and its pass, after sampling.
+        micro_batch: the update.micro_batch_tokens that the update's largest pass comes to; ``activation_bytes`` are
+            proportional to it.
+        role_pass_batch: the same for the role pass and ``role_pass_bytes``.
+        least_batch: the update.micro_batch_tokens that a pass with one row comes to.
+        checkpointing: layers are computed again in backward already.
+    """
 
     window_bytes: int
     live_bytes: int
@@ -73,7 +95,8 @@ class RolloutNeeds:
         """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
         held, columns = slots * self.slot_bytes, prefill * self.column_bytes
         passing = columns + prefill * self.prefill_bytes
-        if not self._enter_at_once(slots, prefill, rows):
+        enter_at_once = slots >= rows and prefill >= rows * self.longest_prompt  # so none is left for a second prefill
+        if not enter_at_once:
             passing += held
         choosing = columns + held + slots * self.choice_bytes
         base = self.base(mode)
@@ -108,10 +131,6 @@ class RolloutNeeds:
             wanted //= 2
         return self.longest_prompt
 
-    def _enter_at_once(self, slots: int, prefill: int, rows: int) -> bool:
-        """Whether no prompt is left for a second prefill."""
-        return slots >= rows and prefill >= rows * self.longest_prompt
-
     def _copies(self, mode: str) -> int:
         return self.weights_bytes + (self.copied_bytes if mode == WINDOW else 0)
 
@@ -124,7 +143,7 @@ class Placement:
     """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, ``prefill_tokens`` of prompts that enter
     at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free."""
 
-    mode: str
+    mode: RolloutMode
     slots: int
     prefill_tokens: int
     needed: int
@@ -155,32 +174,32 @@ def place(
         raise ConfigError(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
-    _refuse_update(needs, free)
-    if mode == AUTO:
-        enough = min(rows, slots or ENOUGH_SLOTS)
-        mode = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
-    most = needs.most_slots(mode, free)
+    refuse_update(needs, free)
+    enough = min(rows, slots or ENOUGH_SLOTS)
+    fits = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
+    chosen = fits if mode == AUTO else RolloutMode(mode)
+    most = needs.most_slots(chosen, free)
     wanted = min(rows, slots or max(most, 1))
     if most < wanted:
         raise ConfigError(
-            f"a rollout in mode {mode} with {wanted} slot(s) needs "
-            f"{_gib(needs.total(mode, wanted, needs.longest_prompt, rows))} GiB, but "
-            f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, mode, free, sharded)}"
+            f"a rollout in mode {chosen} with {wanted} slot(s) needs "
+            f"{_gib(needs.total(chosen, wanted, needs.longest_prompt, rows))} GiB, but "
+            f"{_gib(int(free * USABLE))} GiB are usable; {_way_out(needs, chosen, free, sharded)}"
         )
-    prefill = needs.largest_prefill(mode, wanted, rows, free)
+    prefill = needs.largest_prefill(chosen, wanted, rows, free)
     return Placement(
-        mode,
+        chosen,
         wanted,
         prefill,
-        needs.total(mode, wanted, prefill, rows),
+        needs.total(chosen, wanted, prefill, rows),
         free,
-        sampling=needs.sampling(mode, wanted, prefill, rows),
-        role_pass=needs.base(mode) + needs.after_sampling,
+        sampling=needs.sampling(chosen, wanted, prefill, rows),
+        role_pass=needs.base(chosen) + needs.after_sampling,
         update=needs.later_bytes + needs.update_bytes,
     )
 
 
-def _refuse_update(needs: RolloutNeeds, free: int) -> None:
+def refuse_update(needs: RolloutNeeds, free: int) -> None:
     """Raise ConfigError for an update that is larger than all that is free."""
     needed = needs.later_bytes + needs.update_bytes
     if needed <= free:
@@ -199,8 +218,8 @@ def _refuse_update(needs: RolloutNeeds, free: int) -> None:
 
 
 def _tokens_that_fit(needs: RolloutNeeds, tokens: int, taken: int, usable: int) -> int | None:
-    """update.micro_batch_tokens that fits, where ``tokens`` take ``taken`` bytes: hundreds where one row leaves them.
-    None: one row alone is too large, and a pass never has less."""
+    """The update.micro_batch_tokens that fits into ``usable`` bytes, where ``tokens`` take ``taken`` bytes: whole
+    hundreds, or what one row needs where that is more. None where one row alone is too large: a pass never has less."""
     fitting = tokens * max(usable, 0) // taken
     if fitting < max(needs.least_batch, 1):
         return None
@@ -208,7 +227,7 @@ def _tokens_that_fit(needs: RolloutNeeds, tokens: int, taken: int, usable: int) 
 
 
 def _way_out(needs: RolloutNeeds, mode: str, free: int, sharded: bool) -> str:
-    """The nearest setting that fits."""
+    """The end of a message: the nearest setting that fits."""
     most = needs.most_slots(mode, free)
     if most >= 1:
         return f"set rollout.slots to {most} or less"

@@ -52,10 +52,15 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How ``ranks`` share a model. ``stage``: of ZeRO, 0 without DeepSpeed. Elements: ``bucket``, DeepSpeed's buffer of
-    gradients, of which there are two with ``overlap`` under ZeRO-2; ``live`` and ``prefetched``, what ZeRO-3 keeps
-    gathered and gathers ahead. ``on_cpu``: files are mapped into the memory that is counted, and attention of short
-    rows keeps its scores. ``offloaded``: the optimizer's copies, gradients and moments lie in other memory."""
+    """How ``ranks`` share a model.
+
+    Args:
+        stage: of ZeRO, 0 without DeepSpeed.
+        bucket: elements of DeepSpeed's buffer of gradients, of which there are two with ``overlap`` under ZeRO-2.
+        live, prefetched: elements that ZeRO-3 keeps gathered, and gathers ahead.
+        on_cpu: files are mapped into the memory that is counted, and attention of short rows keeps its scores.
+        offloaded: the optimizer's copies, gradients and moments lie in other memory.
+    """
 
     ranks: int
     stage: int
@@ -74,10 +79,13 @@ class Sharding:
 
 @dataclass(frozen=True)
 class PassSize:
-    """``tokens`` of a forward pass, its ``roles`` together, in sequences of at most ``columns``; ``checkpointing``:
-    layers are computed again in backward. ``key_copies``: how often attention takes a token's keys and values, each
-    time as a copy: more than once where packed sequences share what they begin with, or a kernel wants the keys of
-    grouped heads repeated."""
+    """A forward pass of ``tokens``, its ``roles`` together, in sequences of at most ``columns``.
+
+    Args:
+        checkpointing: layers are computed again in backward.
+        key_copies: how often attention copies a token's keys and values: more than once where packed sequences share
+            what they begin with, or a kernel wants the keys of grouped heads repeated.
+    """
 
     tokens: int
     roles: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,19 +33,15 @@ class Meter:
     def take(self) -> dict[str, tuple[float, float]]:
         """This rank's sums and counts, in one transfer; the meter is empty afterwards."""
         sums, self._sums = self._sums, {}
-        numbers = _read([number for pair in sums.values() for number in pair])
-        return dict(zip(sums, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+        numbers = [number for pair in sums.values() for number in pair]
+        tensors = [number for number in numbers if isinstance(number, Tensor)]  # which lie on one device
+        read = iter(torch.stack(tensors).tolist() if tensors else [])
+        floats = [next(read) if isinstance(number, Tensor) else number for number in numbers]
+        return dict(zip(sums, zip(floats[::2], floats[1::2], strict=True), strict=True))
 
 
 def _wide(number: Number) -> Number:
     return number.detach().double() if isinstance(number, Tensor) else number
-
-
-def _read(numbers: Sequence[Number]) -> list[float]:
-    """All of them as floats; the tensors among them, which lie on one device, come in one transfer."""
-    tensors = [number for number in numbers if isinstance(number, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(read) if isinstance(number, Tensor) else number for number in numbers]
 
 
 def combined(meters: list[dict[str, tuple[float, float]]]) -> dict[str, float]:

@@ -93,9 +93,11 @@ def before_and_after(folder: Path) -> list[str]:
     last = {sample["prompt"]: sample for sample in evaluated}
     lines = []
     for first in evaluated[: min(SHOWN_SAMPLES, len(last))]:
-        after = last[first["prompt"]]
+        after, prompt = last[first["prompt"]], " ".join(first["prompt"].split())
+        if len(prompt) > SHOWN_CHARACTERS:  # a chat template puts its system message before what was asked
+            prompt = f"[...] {prompt[-SHOWN_CHARACTERS:].partition(' ')[2]}"
         lines += [
-            _quoted("prompt", _end_of(first["prompt"])),
+            _quoted("prompt", prompt),
             _quoted(f"before {first['score']:+.2f}", first["response"]),
         ]
         lines += [_quoted(f"after  {after['score']:+.2f}", after["response"]), ""]
@@ -117,12 +119,6 @@ def places(folder: Path) -> list[str]:
 
 def _quoted(label: str, text: str) -> str:
     return f"  {label:<12}  {textwrap.shorten(' '.join(text.split()), 160)}"
-
-
-def _end_of(prompt: str) -> str:
-    """The last words of a prompt: a chat template puts its system message before what was asked."""
-    text = " ".join(prompt.split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"[...] {text[-SHOWN_CHARACTERS:].partition(' ')[2]}"
 
 
 def _mean(values: list[float]) -> float:

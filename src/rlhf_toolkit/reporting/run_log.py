@@ -36,7 +36,7 @@ class RunLog(TrainerCallback):
 
     Args:
         folder: the run folder.
-        rollout_of: optimizer steps of one rollout, to count rollouts from Trainer's steps.
+        updates_per_rollout: optimizer steps of one rollout, to count rollouts from Trainer's steps.
         samples: gives the newest sample responses, by kind (``train`` or ``eval``).
         sinks: further places for records, such as W&B.
         axis: what is counted: rollouts of PPO, or the steps of a supervised run.
@@ -66,7 +66,8 @@ class RunLog(TrainerCallback):
         kind = _kind(logs or {})
         if kind is None or not state.is_world_process_zero:
             return
-        record = {"kind": kind, self.axis: state.global_step // self.updates_per_rollout, **_ours(logs or {})}
+        ours = {name: value for name, value in (logs or {}).items() if "/" in name}  # not Trainer's own, such as epoch
+        record = {"kind": kind, self.axis: state.global_step // self.updates_per_rollout, **ours}
         samples = [{"kind": kind, self.axis: record[self.axis], **sample} for sample in self.samples(kind)]
         _append(self.folder / "log.jsonl", [record])
         _append(self.folder / "samples.jsonl", samples)
@@ -83,7 +84,7 @@ class Progress(TrainerCallback):
         self._began, self._tokens = 0.0, 0
 
     def on_tokens(self, count: int) -> None:
-        """Called by the decode loop after each step."""
+        """Show ``count`` more sampled tokens, and their rate. The decode loop calls it after each step."""
         now = time.perf_counter()
         if self._tokens == 0:
             self._began = now
@@ -96,7 +97,7 @@ class Progress(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A mini-batch has come: sampling is over."""
+        """Show that sampling is over, since a mini-batch has come."""
         self._tokens = 0
         self.bar.set_postfix_str("updating", refresh=False)
         self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
@@ -109,7 +110,7 @@ class Progress(TrainerCallback):
         logs: Record | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line for each rollout, above the bar."""
+        """Write one line for each rollout above the bar."""
         if _kind(logs or {}) == "train" and logs is not None:
             self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
             shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items() if name in logs)
@@ -119,7 +120,7 @@ class Progress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The bar has done its work."""
+        """Close the bar."""
         self.bar.close()
 
 
@@ -154,7 +155,7 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, as far as they are installed."""
+    """The versions of ``PACKAGES``, as far as they are installed."""
     installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
     return {name: installed[name] for name in PACKAGES if name in installed}
 
@@ -183,11 +184,6 @@ def _kind(logs: Record) -> str | None:
     if "train/loss" in logs:
         return "train"
     return "eval" if any(name.startswith("eval/") for name in logs) else None
-
-
-def _ours(logs: Record) -> Record:
-    """Without Trainer's own bare names, such as epoch."""
-    return {name: value for name, value in logs.items() if "/" in name}
 
 
 def _append(path: Path, records: list[Record]) -> None:

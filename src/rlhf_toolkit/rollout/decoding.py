@@ -4,11 +4,15 @@ A fixed number of sequences, the slots, is in flight. A sequence that has finish
 that nobody decodes padding; memory for keys and values is slots x (the longest prompt with its token budget) whatever
 the number of prompts. What a row's tokens are follows from its own logits and its own random stream: order, slots and
 company do not matter.
+
+``decode`` is the loop, ``InFlight`` what it moves: the slots, where prompts enter (``prefill``), every step adds a
+token to each living sequence, and those that have ended leave. ``Responses`` chooses the tokens and keeps them, row by
+row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,15 +23,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rlhf_toolkit.errors import NotFiniteError, shortened
 from rlhf_toolkit.models.finite import WAYS_OUT, first_not_finite
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.models.slot_cache import SlotCache, close_holes, full_attention_only
+from rlhf_toolkit.models.slot_cache import SlotCache, full_attention_only
 from rlhf_toolkit.planning.memory import PREFILL_TOKENS
+from rlhf_toolkit.rollout.prefill import common_prefix, prefill
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 IDLE_SHARE = 0.25  # slots that nobody will enter any more are given up when they are at least this share
 ENTRY_SHARE = 0.125  # prompts enter when at least this share of the slots is free: entering costs a forward pass
-SHARED_PREFIX = 8  # tokens that entering prompts must have in common to be computed once
 SPARE_COLUMNS = 32  # of a slot, so that columns move left only now and then
 
 
@@ -49,28 +53,28 @@ class Pace(Protocol):
     """Whether a rank may run forward passes as it likes (``Alone``) or must run as many as all others (streaming)."""
 
     def together(self) -> AbstractContextManager[object]:
-        """Around all passes of a batch."""
+        """The context in which all passes of a batch run."""
 
     def forward_pass(self) -> AbstractContextManager[object]:
-        """Around every forward pass of a rank that has work."""
+        """The context in which a rank that has work runs one forward pass."""
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Called once, when this rank has no more work; runs ``idle`` as often as others need a partner."""
+        """Run ``idle`` as often as other ranks need a partner. Called once, when this rank has no more work."""
 
 
 class Alone:
-    """In the window a forward pass needs no other rank."""
+    """The pace in the window, where a forward pass needs no other rank: nothing is done around any of them."""
 
     def together(self) -> AbstractContextManager[object]:
-        """Nobody to tell of a failure."""
+        """A context that does nothing: no other rank has to hear of a failure."""
         return nullcontext()
 
     def forward_pass(self) -> AbstractContextManager[object]:
-        """Nothing to wait for."""
+        """A context that does nothing: the pass waits for no other rank."""
         return nullcontext()
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Nobody to wait for."""
+        """Return at once: no other rank needs a partner."""
 
 
 def decode(
@@ -91,64 +95,52 @@ def decode(
     """Sample one response for each row of ``batch`` with the policy.
 
     ``stream`` names the random stream, such as (seed, rollout); a row's own numbers derive from it, its prompt's index
-    and its sample number. ``slots`` are sequences in flight, by default all; prompts that enter at
-    once have at most ``prefill_tokens``, unless a single one is longer; ``budgets`` are tokens for each row, by
-    default ``sampling.max_new_tokens`` for all. Prompts whose responses are ``expected``
-    to be long begin first, so that the tail is short. ``on_tokens`` hears of the tokens made in each step,
-    ``on_finished`` of each row that ends, with its tokens. Raises NotFiniteError where a row's logits are NaN or
-    infinite.
+    and its sample number. ``slots`` are sequences in flight, by default all; prompts that enter at once have at most
+    ``prefill_tokens``, unless a single one is longer; ``budgets`` are tokens for each row, by default
+    ``sampling.max_new_tokens`` for all. Prompts whose responses are ``expected`` to be long begin first, so that the
+    tail is short. ``on_tokens`` hears of the tokens made in each step, ``on_finished`` of each row that ends, with its
+    tokens. Raises NotFiniteError where a row's logits are NaN or infinite.
     """
     budgets, pace = [sampling.max_new_tokens] * len(batch) if budgets is None else list(budgets), pace or Alone()
     with pace.together():
-        state = _Decoding(model, tokenizer, batch, sampling, stream, slots or len(batch), budgets, expected, pace)
-        state.on_finished, state.prefill_tokens = on_finished, prefill_tokens
+        responses = Responses(tokenizer, batch, sampling, budgets, stream, next(model.parameters()).device)
+        state = InFlight(
+            model, responses, longest_first(batch, expected), slots or len(batch), pace, prefill_tokens, on_finished
+        )
         while state.waiting or state.living:
             on_tokens(state.enter() if state.may_enter() else state.step())
         pace.until_others_finish(state.idle)
-    return state.rollout()
+    return responses.rollout()
 
 
-class _Decoding:
-    """Sequences in flight. ``living`` are the slots whose sequences go on; ``row[slot]`` is a sequence's row in the
-    results."""
-
-    on_finished: Callable[[int, list[int]], None]
-    prefill_tokens: int = PREFILL_TOKENS
+class InFlight:
+    """The sequences in flight. ``waiting`` are the rows that have not begun, in the order in which they will begin.
+    ``living`` are the slots whose sequences go on, ``free`` those that the next sequences may enter, and ``row[slot]``
+    is a sequence's row in ``responses``."""
 
     def __init__(
         self,
         model: SharedBase,
-        tokenizer: PreTrainedTokenizerBase,
-        batch: PromptBatch,
-        sampling: Sampling,
-        stream: Sequence[int | str],
+        responses: Responses,
+        waiting: list[int],
         slots: int,
-        budgets: list[int],
-        expected: Callable[[Prompt], float],
         pace: Pace,
+        prefill_tokens: int = PREFILL_TOKENS,
+        on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
     ) -> None:
-        self.model, self.tokenizer, self.batch, self.sampling, self.pace = model, tokenizer, batch, sampling, pace
-        self.device = next(model.parameters()).device
-        rows, budget, slots = len(batch), max(budgets, default=1), min(slots, len(batch))
-        config = model.causal_lm.config
-        capacity = most_columns(batch.prompts, budgets) + SPARE_COLUMNS
+        self.model, self.responses, self.waiting, self.pace = model, responses, waiting, pace
+        self.prefill_tokens, self.on_finished, self.device = prefill_tokens, on_finished, responses.device
+        config, slots = model.causal_lm.config, min(slots, len(waiting))
+        capacity = responses.columns + SPARE_COLUMNS
         self.cache = SlotCache(config, slots=slots, capacity=capacity, device=self.device)
         self.shares_prefix = full_attention_only(config)
-        self.waiting = longest_first(batch, expected)
         self.free, self.row = list(range(slots)), torch.zeros(slots, dtype=torch.long)
-        self._go_on_with([])
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
         self.positions = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
-        self.budgets = torch.tensor(budgets, device=self.device)
-        self.uniforms = None if sampling.greedy or not rows else _uniforms(batch, budget, stream).to(self.device)
-        self.stop_ids = torch.tensor(sampling.stop_ids, device=self.device)
-        self.responses = torch.full((rows, budget), sampling.pad_id, device=self.device)
-        self.logprobs = torch.zeros(rows, budget, device=self.device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        self._go_on_with([])
 
     def may_enter(self) -> bool:
-        """Enough slots are free for a prefill to be worth its pass, or nothing else is left to do."""
+        """Whether enough slots are free for a prefill to be worth its pass, or nothing else is left to do."""
         total = len(self.free) + len(self.living)
         return bool(self.waiting) and bool(self.free) and (len(self.free) >= ENTRY_SHARE * total or not self.living)
 
@@ -156,9 +148,16 @@ class _Decoding:
         """Prefill the next prompts, put them into free slots and sample their first tokens; return how many."""
         rows, prompts = self._next_rows()
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        mask, cache, logits = self._prefill(prompts)
         number = {prompt.token_ids: i for i, prompt in enumerate(prompts)}
-        source = [number[self.batch.prompts[row].token_ids] for row in rows]
+        source = [number[self.responses.batch.prompts[row].token_ids] for row in rows]
+        cache, mask, logits = prefill(
+            self._forward,
+            prompts,
+            self._new_cache(),
+            shared=common_prefix(prompts) if self.shares_prefix else 0,
+            pad_id=self.responses.sampling.pad_id,
+            device=self.device,
+        )
         slots = [self.free.pop(0) for _ in rows]
         self.cache.make_room(self.living, entering=max(lengths))
         self.cache.admit(cache, mask, lengths, source, slots)
@@ -166,7 +165,7 @@ class _Decoding:
         chosen = torch.tensor(slots, device=self.device)
         self.positions[chosen, 0] = torch.tensor([lengths[i] for i in source], device=self.device)
         self._go_on_with(self.living + slots)
-        self._record(slots, chosen, torch.tensor(rows, device=self.device), logits[source])
+        self._write(slots, chosen, torch.tensor(rows, device=self.device), logits[source])
         return len(rows)
 
     def step(self) -> int:
@@ -176,23 +175,13 @@ class _Decoding:
         self.cache.advance()
         self.positions += 1
         slots = self.living
-        self._record(slots, self.chosen, self.rows, logits[self.chosen])
+        self._write(slots, self.chosen, self.rows, logits[self.chosen])
         return len(slots)
 
     def idle(self) -> None:
-        """One forward pass that says nothing, for ranks that still have work."""
+        """Run a forward pass whose result nobody reads, as the partner of ranks that still have work."""
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.model.next_token_logits(one, one + 1, one, DynamicCache(config=self.model.causal_lm.config))
-
-    def rollout(self) -> Rollout:
-        """The results, on the CPU, cut to the longest response."""
-        width = max(1, int(self.lengths.max())) if len(self.lengths) else 1
-        return Rollout(
-            responses=self.responses[:, :width].cpu(),
-            lengths=self.lengths.cpu(),
-            rollout_logprobs=self.logprobs[:, :width].cpu(),
-            finished=self.finished.cpu(),
-        )
+        self.model.next_token_logits(one, one + 1, one, self._new_cache())
 
     def _next_rows(self) -> tuple[list[int], list[Prompt]]:
         """Rows that enter now, and their prompts without repetition: a group's prompt is computed once."""
@@ -200,37 +189,13 @@ class _Decoding:
         prompts: dict[tuple[int, ...], Prompt] = {}
         width = 0
         while self.waiting and len(rows) < len(self.free):
-            prompt = self.batch.prompts[self.waiting[0]]
+            prompt = self.responses.batch.prompts[self.waiting[0]]
             width = max(width, len(prompt.token_ids))
             if rows and width * (len(prompts) + 1) > self.prefill_tokens and prompt.token_ids not in prompts:
                 break
             prompts[prompt.token_ids] = prompt
             rows.append(self.waiting.pop(0))
         return rows, list(prompts.values())
-
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Mask (n, width) without holes, cache and next-token logits (n, V) of prompts; what all have in common is
-        computed once, for one row."""
-        cache = DynamicCache(config=self.model.causal_lm.config)
-        shared = common_prefix(prompts) if self.shares_prefix else 0
-        if shared:
-            return self._prefill_behind(shared, prompts, cache)
-        ids, mask = (each.to(self.device) for each in left_padded(prompts, pad_id=self.sampling.pad_id))
-        return mask, cache, self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-
-    def _prefill_behind(
-        self, shared: int, prompts: Sequence[Prompt], cache: DynamicCache
-    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """The same where all begin with ``shared`` equal tokens. What follows them is padded on the right: padding
-        between two parts of a prompt would spoil a bias by the distance of columns (MPT)."""
-        prefix = torch.tensor([prompts[0].token_ids[:shared]], device=self.device)
-        self._forward(prefix, torch.ones_like(prefix), torch.arange(shared, device=self.device)[None], cache)
-        cache.batch_repeat_interleave(len(prompts))
-        rests = right_padded(prompts, pad_id=self.sampling.pad_id, skip=shared)
-        ids, rest = (each.to(self.device) for each in rests)
-        mask = torch.cat([rest.new_ones(len(prompts), shared), rest], dim=1)
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1)[:, shared:], cache, rest.sum(1) - 1)
-        return close_holes(cache, mask), cache, logits
 
     def _forward(
         self,
@@ -243,60 +208,44 @@ class _Decoding:
         with self.pace.forward_pass():
             return self.model.next_token_logits(ids, mask, positions, cache, *last)
 
-    def _record(self, slots: list[int], chosen: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        """Choose a token for each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end.
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.causal_lm.config)
+
+    def _write(self, slots: list[int], chosen: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Write the next token of each of ``slots`` from ``logits`` (n, V); free the slots whose sequences end.
 
         ``chosen`` and ``rows`` (n,) are the slots and their rows, on the device. Reading which sequences end, and which
         have logits that are not finite, is the one time in a step that the CPU waits for a GPU.
         """
-        s, now = self.sampling, self.lengths[rows]
-        uniforms = None if self.uniforms is None else self.uniforms[rows, now]
-        tokens, logprobs = choose_tokens(logits, uniforms, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        self.responses[rows, now], self.logprobs[rows, now] = tokens, logprobs
+        tokens, ends = self.responses.add(rows, logits)
         self.tokens[chosen, 0] = tokens
-        self.lengths[rows] = length = now + 1
-        finished = torch.isin(tokens, self.stop_ids)
-        if s.stop_strings:
-            finished |= self._stop_string_seen(rows, length)
-        self.finished[rows] = finished
-        over = finished | (length == self.budgets[rows])
-        told = torch.add(over, logprobs, alpha=0).tolist()  # 1 where a sequence ends, NaN where its log-prob is
-        broken = [slot for slot, ends in zip(slots, told, strict=True) if ends != ends]
+        told = dict(zip(slots, ends.tolist(), strict=True))
+        broken = [slot for slot, end in told.items() if end != end]
         if broken:
-            raise self._not_finite(broken[0])
-        ended = [slot for slot, ends in zip(slots, told, strict=True) if ends]
+            raise self._not_finite(int(self.row[broken[0]]))
+        ended = [slot for slot, end in told.items() if end]
         if ended:
-            self._hand_over(self.row[ended])
-        self._leave(ended)
+            for row, response in self.responses.written(self.row[ended]):
+                self.on_finished(row, response)
+            self.free += ended
+            # An idle slot is computed along and must not count beyond what a model can embed.
+            self.positions[torch.tensor(ended, device=self.device)] = 0
+            self._go_on_with([slot for slot in self.living if slot not in set(ended)])
+        self._give_up_idle_slots()
 
-    def _not_finite(self, slot: int) -> NotFiniteError:
-        """What to say of the row in ``slot``, whose newest token has no log-prob."""
-        row = int(self.row[slot])
-        prompt, made = self.batch.prompts[row], int(self.lengths[row]) - 1
-        written = self.responses[row, :made].tolist()
+    def _not_finite(self, row: int) -> NotFiniteError:
+        """The error about ``row``, whose newest token's log-prob is not finite."""
+        prompt, written = self.responses.batch.prompts[row], self.responses.before_last(row)
         ids = torch.tensor([[*prompt.token_ids, *written]], device=self.device)
-        cache = DynamicCache(config=self.model.causal_lm.config)
-        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        cache, positions = self._new_cache(), torch.arange(ids.shape[1], device=self.device)[None]
         place = first_not_finite(self.model, lambda: self._forward(ids, torch.ones_like(ids), positions, cache))
         return NotFiniteError(
-            f"the policy's logits are NaN or infinite at token {made + 1} of a response to prompt {prompt.index}, "
-            f"{shortened(prompt.text)}: {place}; {WAYS_OUT}"
+            f"the policy's logits are NaN or infinite at token {len(written) + 1} of a response to prompt "
+            f"{prompt.index}, {shortened(prompt.text)}: {place}; {WAYS_OUT}"
         )
 
-    def _hand_over(self, rows: torch.Tensor) -> None:
-        """Tell of the ``rows`` (n,) that have ended, with their tokens."""
-        here = rows.to(self.device)
-        made = zip(rows.tolist(), self.responses[here].tolist(), self.lengths[here].tolist(), strict=True)
-        for row, tokens, length in made:
-            self.on_finished(row, tokens[:length])
-
-    def _leave(self, slots: list[int]) -> None:
-        """Free ``slots``; give idle ones up when nobody waits for them."""
-        if slots:
-            self.free += slots
-            # An idle slot is computed along and must not count beyond what a model can embed.
-            self.positions[torch.tensor(slots, device=self.device)] = 0
-            self._go_on_with([slot for slot in self.living if slot not in set(slots)])
+    def _give_up_idle_slots(self) -> None:
+        """Go on without the free slots where no row waits for them and they are at least ``IDLE_SHARE`` of all."""
         if self.living and not self.waiting and len(self.free) >= IDLE_SHARE * (len(self.free) + len(self.living)):
             keep = torch.tensor(self.living, device=self.device)
             self.cache.keep(keep)
@@ -310,16 +259,78 @@ class _Decoding:
         self.living, self.rows = living, self.row[living].to(self.device)
         self.chosen = torch.tensor(living, dtype=torch.long, device=self.device)
 
+
+class Responses:
+    """The responses to the rows of ``batch``, as far as they are written, on ``device``. No sequence outgrows
+    ``columns`` columns."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: PromptBatch,
+        sampling: Sampling,
+        budgets: list[int],
+        stream: Sequence[int | str],
+        device: torch.device,
+    ) -> None:
+        self.tokenizer, self.batch, self.sampling, self.device = tokenizer, batch, sampling, device
+        self.columns = most_columns(batch.prompts, budgets)
+        rows, budget = len(batch), max(budgets, default=1)
+        self.budgets = torch.tensor(budgets, device=device)
+        self.uniforms = None if sampling.greedy or not rows else uniforms_of(batch, budget, stream).to(device)
+        self.stop_ids = torch.tensor(sampling.stop_ids, device=device)
+        self.tokens = torch.full((rows, budget), sampling.pad_id, device=device)
+        self.logprobs = torch.zeros(rows, budget, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def add(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose and write the next token of each of ``rows`` (n,) from ``logits`` (n, V).
+
+        Returns the tokens (n,), and for each row (n,) 1 where it ends with them, 0 where it goes on, and NaN where the
+        token's log-prob is not finite.
+        """
+        s, now = self.sampling, self.lengths[rows]
+        uniforms = None if self.uniforms is None else self.uniforms[rows, now]
+        tokens, logprobs = choose_tokens(logits, uniforms, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        self.tokens[rows, now], self.logprobs[rows, now] = tokens, logprobs
+        self.lengths[rows] = length = now + 1
+        finished = torch.isin(tokens, self.stop_ids)
+        if s.stop_strings:
+            finished |= self._stop_string_seen(rows, length)
+        self.finished[rows] = finished
+        over = finished | (length == self.budgets[rows])
+        return tokens, torch.add(over, logprobs, alpha=0)
+
     def _stop_string_seen(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(n,) bool: a stop string ends within the newest tokens of each row's response, of ``lengths`` (n,)."""
         strings = self.sampling.stop_strings
-        reach = (
-            max(len(s.encode()) for s in strings) + 4
-        )  # a token may be a single byte, so this many hold the longest string
-        tokens = zip(self.responses[rows].tolist(), lengths.tolist(), strict=True)
-        tails = [row[max(0, end - reach) : end] for row, end in tokens]
-        texts = self.tokenizer.batch_decode(tails)
+        # A token may be a single byte, so this many hold the longest string.
+        reach = max(len(s.encode()) for s in strings) + 4
+        tokens = zip(self.tokens[rows].tolist(), lengths.tolist(), strict=True)
+        texts = self.tokenizer.batch_decode([row[max(0, end - reach) : end] for row, end in tokens])
         return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool, device=self.device)
+
+    def written(self, rows: torch.Tensor) -> Iterator[tuple[int, list[int]]]:
+        """Each of ``rows`` (n,), on the CPU, with its tokens."""
+        here = rows.to(self.device)
+        made = zip(rows.tolist(), self.tokens[here].tolist(), self.lengths[here].tolist(), strict=True)
+        return ((row, tokens[:length]) for row, tokens, length in made)
+
+    def before_last(self, row: int) -> list[int]:
+        """The tokens of ``row`` but its newest."""
+        tokens: list[int] = self.tokens[row, : int(self.lengths[row]) - 1].tolist()
+        return tokens
+
+    def rollout(self) -> Rollout:
+        """The results, on the CPU, cut to the longest response."""
+        width = max(1, int(self.lengths.max())) if len(self.lengths) else 1
+        return Rollout(
+            responses=self.tokens[:, :width].cpu(),
+            lengths=self.lengths.cpu(),
+            rollout_logprobs=self.logprobs[:, :width].cpu(),
+            finished=self.finished.cpu(),
+        )
 
 
 def most_columns(prompts: Sequence[Prompt], budgets: Sequence[int]) -> int:
@@ -341,36 +352,7 @@ def longest_first(batch: PromptBatch, expected: Callable[[Prompt], float]) -> li
     )
 
 
-def common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Tokens that all ``prompts`` begin with, each keeping one of its own; 0 where sharing them would not pay."""
-    first, last = (extreme(prompt.token_ids for prompt in prompts) for extreme in (min, max))
-    most = min(len(prompt.token_ids) for prompt in prompts) - 1
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-    shared = min(shared, most)
-    return shared if len(prompts) > 1 and shared >= SHARED_PREFIX else 0
-
-
-def left_padded(prompts: Sequence[Prompt], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as (B, P) ids and mask (B, P) int64, padded on the left so that all end in the same column."""
-    ids, mask = right_padded(prompts, pad_id=pad_id)
-    width = ids.shape[1]
-    places = (torch.arange(width) + mask.sum(1, keepdim=True)) % width
-    return ids.gather(1, places), mask.gather(1, places)
-
-
-def right_padded(prompts: Sequence[Prompt], *, pad_id: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts without their first ``skip`` tokens as (B, P) ids and mask (B, P) int64, padded on the right."""
-    width = max(len(prompt.token_ids) for prompt in prompts) - skip
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        own = prompt.token_ids[skip:]
-        ids[row, : len(own)] = torch.tensor(own)
-        mask[row, : len(own)] = 1
-    return ids, mask
-
-
-def _uniforms(batch: PromptBatch, budget: int, stream: Sequence[int | str]) -> torch.Tensor:
+def uniforms_of(batch: PromptBatch, budget: int, stream: Sequence[int | str]) -> torch.Tensor:
     """(B, budget) float64 in [0, 1): each row from the stream of its own prompt and sample."""
     rows = [
         torch.rand(budget, generator=derived_generator(*stream, prompt.index, sample), dtype=torch.float64)

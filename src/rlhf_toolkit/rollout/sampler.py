@@ -56,17 +56,15 @@ class Sampler:
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
             with streamed(model) as pace, inference(model):
                 column = measured_column(shared, pace)
-            self.estimate = self._estimate(shared, column, stage=zero_stage(model), offloaded=offloads_optimizer(model))
+            on_cpu = next(shared.parameters()).device.type == "cpu"
+            size = model_size(shared, column, on_cpu=on_cpu)
+            offloaded = offloads_optimizer(model)
+            how = sharding(size, ranks=world_size(), stage=zero_stage(model), on_cpu=on_cpu, offloaded=offloaded)
+            self.estimate = Estimate(size, how, needs_of(size, how, self.size, self.weights))
             self.placement = place(
                 self.estimate.needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded
             )
         return self.placement
-
-    def _estimate(self, shared: SharedBase, column: int, *, stage: int, offloaded: bool) -> Estimate:
-        on_cpu = next(shared.parameters()).device.type == "cpu"
-        model = model_size(shared, column, on_cpu=on_cpu)
-        how = sharding(model, ranks=world_size(), stage=stage, on_cpu=on_cpu, offloaded=offloaded)
-        return Estimate(model, how, needs_of(model, how, self.size, self.weights))
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[SharedBase]:
@@ -89,59 +87,48 @@ class Sampler:
         expected: Callable[[Prompt], float] = lambda prompt: 0.0,
         on_finished: Callable[[int, list[int]], None] = lambda row, tokens: None,
     ) -> Rollout:
-        """One response for each row of ``batch``, of several turns where there is an environment; see
-        ``decoding.decode``. Only inside ``opened``. What one rank fails with, all raise."""
-        options: dict[str, Any] = {
-            "expected": expected,
-            "pace": self._pace,
-            "on_tokens": self.on_tokens,
-        }
+        """Sample one response for each row of ``batch``, of several turns where there is an environment
+        (``decoding.decode``, ``turns.decode_with_turns``). Called inside ``opened``; what one rank fails with, all
+        raise."""
+        alone, environment = isinstance(self._pace, Alone), self.environment
+        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self.on_tokens}
         if self.placement is not None:
             options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
-        with self._agreeing(), decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
-            if self.environment is None:
-                rollout = decode(
-                    shared, self.tokenizer, batch, sampling, stream=stream, on_finished=on_finished, **options
-                )
-            else:
-                rollout = self._with_turns(shared, batch, sampling, stream, options)
-                with agreement("sampling"):
-                    for row, tokens in enumerate(tokens_of(rollout)):
-                        on_finished(row, tokens)
-        columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-        return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
+        if environment is None:
+            options["on_finished"] = on_finished
 
-    def _with_turns(
-        self,
-        shared: SharedBase,
-        batch: PromptBatch,
-        sampling: Sampling,
-        stream: Sequence[int | str],
-        options: dict[str, Any],
-    ) -> Rollout:
-        """Turn after turn; while streaming, as many on every rank. The first has the random stream of a single one."""
-        assert self.environment is not None
-
-        def turn(part: PromptBatch, budgets: list[int], number: int) -> Rollout:
+        def turn(part: PromptBatch, budgets: list[int] | None, number: int) -> Rollout:
+            """What the policy writes in one turn. The first has the random stream of a response of a single turn."""
             name = stream if number == 0 else (*stream, "turn", number)
             return decode(shared, self.tokenizer, part, sampling, stream=name, budgets=budgets, **options)
 
-        go_on = partial(
-            decode_with_turns,
-            turn,
-            self.tokenizer,
-            batch,
-            self.environment,
-            budget=sampling.max_new_tokens,
-            pad_id=sampling.pad_id,
-        )
-        if isinstance(self._pace, Alone):  # ranks take as many turns as they need
-            return go_on()
-        return go_on(anyone=any_rank, agreeing=partial(agreement, "the environment"))
+        # Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes.
+        agreeing = agreement("sampling") if alone else nullcontext()
+        with agreeing, decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
+            if environment is None:
+                rollout = turn(batch, None, 0)
+            else:
+                rollout = decode_with_turns(
+                    turn,
+                    self.tokenizer,
+                    batch,
+                    environment,
+                    budget=sampling.max_new_tokens,
+                    pad_id=sampling.pad_id,
+                    # In the window ranks take as many turns as they need; while streaming, all take as many.
+                    anyone=bool if alone else any_rank,
+                    agreeing=nullcontext if alone else partial(agreement, "the environment"),
+                )
+                with agreement("sampling"):
+                    for row, tokens in enumerate(tokens_of(rollout)):
+                        on_finished(row, tokens)
+        return copied(rollout)
 
-    def _agreeing(self) -> AbstractContextManager[None]:
-        """Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes."""
-        return agreement("sampling") if isinstance(self._pace, Alone) else nullcontext()
+
+def copied(rollout: Rollout) -> Rollout:
+    """A copy of ``rollout`` in ordinary tensors: those made under ``bare_tensors`` can have no part in autograd."""
+    columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
 
 
 def tokens_of(rollout: Rollout) -> list[list[int]]:

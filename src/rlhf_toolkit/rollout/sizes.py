@@ -45,13 +45,22 @@ from rlhf_toolkit.rollout.sampling import BLOCK
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """What bounds memory on one rank: ``rows`` sequences of at most ``columns`` tokens, of which the prompt has at most
-    ``longest_prompt`` and, with an environment's ``later_turns``, the next turn's prompt all. ``role_pass_tokens`` of a
-    role pass of ``role_pass_roles``, and ``update_tokens`` of an update's of ``update_roles``, the roles together;
-    no ``update_tokens``: nothing is updated. ``checkpointing``: layers are computed again in backward. ``packing``:
-    micro-batches are packed, and a prompt's ``responses`` share it; ``shares_heads``: its kernel reads the keys of
-    grouped heads once. ``temperature``, ``top_k`` and ``top_p`` are those of sampling. ``reward_bytes``: of a reward
-    model."""
+    """What bounds the memory of a rollout and its update on one rank.
+
+    Args:
+        rows: sequences that are sampled.
+        columns: the most tokens of a sequence, prompt and response together.
+        role_pass_tokens: the most tokens of one forward pass of a role pass, its ``role_pass_roles`` roles together.
+        longest_prompt: the most tokens of a prompt.
+        later_turns: an environment answers, so that a later turn's prompt may fill all ``columns``.
+        update_tokens: the most tokens of one forward pass of an update, its ``update_roles`` roles together; 0 where
+            nothing is updated.
+        checkpointing: layers are computed again in backward.
+        packing: micro-batches are packed, and the ``responses`` to one prompt share its tokens.
+        temperature, top_k, top_p: of sampling.
+        shares_heads: the packed kernel reads the keys of grouped heads once.
+        reward_bytes: what a reward model needs (``reward_bytes``).
+    """
 
     rows: int
     columns: int
@@ -144,7 +153,7 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
 
 
 def _plain(model: nn.Module) -> bool:
-    """Whether no MLP of it is one that makes few tensors on the way."""
+    """Whether ``model`` has no gated MLP of those that ``fused`` replaces, which make fewer tensors on the way."""
     return not any(type(module).__name__ in GATED_MLPS for module in model.modules())
 
 

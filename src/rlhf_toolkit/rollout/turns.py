@@ -1,7 +1,7 @@
 """Responses of several turns: an environment answers what the policy wrote, and the policy goes on.
 
-What the environment said is part of the response that the policy sees, and of no loss: ``Rollout.written`` is False
-there, so it gets no log-prob ratio, no KL, no value step and no reward.
+The environment's tokens are part of the response that the policy sees, and of no loss: ``Rollout.written`` is False
+there, so that they get no log-prob ratio, no KL, no value step and no reward.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,15 +22,19 @@ DecodeTurn = Callable[[PromptBatch, list[int], int], Rollout]
 
 @dataclass(frozen=True)
 class Environment:
-    """``function(prompts, responses, turn=..., **columns)`` gives for each response the text that answers it, or None
-    where it is complete. It is asked at most ``max_turns - 1`` times about a response. ``name`` stands in messages."""
+    """What answers the policy.
+
+    ``function(prompts, responses, turn=..., **columns)`` gives for each response the text that answers it, or None
+    where it is complete. It is asked at most ``max_turns - 1`` times about a response. ``name`` stands in messages.
+    """
 
     function: Callable[..., Sequence[str | None]]
     max_turns: int
     name: str = "environment"
 
     def answers(self, prompts: Sequence[Prompt], responses: list[str], turn: int) -> list[str | None]:
-        """The answers, checked. Raises RewardError where the function raises or returns anything else."""
+        """The function's answer to each response. Raises RewardError where the function raises, or returns anything
+        but a text or None for each."""
         names = prompts[0].columns if prompts else ()
         columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
         try:
@@ -46,8 +49,9 @@ class Environment:
 
 
 @dataclass
-class _Row:
-    """A response on its way."""
+class Conversation:
+    """A prompt, and what policy and environment have written after it so far. ``finished``: the policy has stopped by
+    itself."""
 
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
@@ -55,15 +59,28 @@ class _Row:
     written: list[bool] = field(default_factory=list)
     finished: bool = False
 
-    def add(self, tokens: Sequence[int], logprobs: Sequence[float], *, written: bool) -> None:
-        self.tokens += tokens
-        self.logprobs += logprobs
-        self.written += [written] * len(tokens)
-
     @property
     def so_far(self) -> Prompt:
         """What the policy reads next: prompt and response."""
         return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.tokens))
+
+    def go_on(self, rollout: Rollout, row: int) -> None:
+        """Add what the policy has written in ``row`` of a turn's rollout."""
+        length = int(rollout.lengths[row])
+        self.tokens += rollout.responses[row, :length].tolist()
+        self.logprobs += rollout.rollout_logprobs[row, :length].tolist()
+        self.written += [True] * length
+        self.finished = bool(rollout.finished[row])
+
+    def take_answer(self, tokens: Sequence[int], budget: int) -> bool:
+        """Add the environment's answer where it leaves a token of ``budget`` to write; return whether it does."""
+        self.finished = False
+        if len(self.tokens) + len(tokens) >= budget:
+            return False
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        self.written += [False] * len(tokens)
+        return True
 
 
 def decode_with_turns(
@@ -77,63 +94,35 @@ def decode_with_turns(
     anyone: Callable[[bool], bool] = bool,
     agreeing: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Rollout:
-    """One response of at most ``budget`` tokens, answers included, for each row of ``batch``.
+    """Sample one response of at most ``budget`` tokens, answers included, for each row of ``batch``.
 
     After each turn the environment is asked about the responses that stopped by themselves. One whose answer leaves no
     token to write counts as cut off by the budget, without the answer. Where all ranks run in step, ``anyone(flag)`` is
     whether any of them goes on, and what the environment raises inside ``agreeing()`` on one of them ends all.
     """
-    rows = [_Row(prompt) for prompt in batch.prompts]
+    rows = [Conversation(prompt) for prompt in batch.prompts]
     going = list(range(len(rows)))
     for turn in range(environment.max_turns):
-        _write(decode_turn, rows, batch, going, turn, budget)
-        stopped = [i for i in going if rows[i].finished]
+        part = PromptBatch(tuple(rows[i].so_far for i in going), tuple(batch.samples[i] for i in going))
+        rollout = decode_turn(part, [budget - len(rows[i].tokens) for i in going], turn)
+        for place, i in enumerate(going):
+            rows[i].go_on(rollout, place)
         if turn + 1 == environment.max_turns:
             break
+        stopped = [i for i in going if rows[i].finished]
         with agreeing():
-            answers = _answers(environment, [rows[i] for i in stopped], tokenizer, turn)
-            answered = zip(stopped, answers, strict=True)
-            going = [i for i, answer in answered if _goes_on(rows[i], answer, tokenizer, budget)]
+            texts = list(tokenizer.batch_decode([rows[i].tokens for i in stopped], skip_special_tokens=True))
+            answers = environment.answers([rows[i].prompt for i in stopped], texts, turn) if stopped else []
+            said = [(i, answer) for i, answer in zip(stopped, answers, strict=True) if answer is not None]
+            tokens = [(i, tokenizer(answer, add_special_tokens=False).input_ids) for i, answer in said]
+            going = [i for i, answer in tokens if rows[i].take_answer(answer, budget)]
         if not anyone(bool(going)):
             break
-    return _rollout(rows, pad_id)
+    return joined(rows, pad_id)
 
 
-def _write(
-    decode_turn: DecodeTurn, rows: list[_Row], batch: PromptBatch, going: list[int], turn: int, budget: int
-) -> None:
-    """The policy's part of a turn."""
-    part = PromptBatch(tuple(rows[i].so_far for i in going), tuple(batch.samples[i] for i in going))
-    rollout = decode_turn(part, [budget - len(rows[i].tokens) for i in going], turn)
-    for place, i in enumerate(going):
-        length = int(rollout.lengths[place])
-        logprobs = rollout.rollout_logprobs[place, :length].tolist()
-        rows[i].add(rollout.responses[place, :length].tolist(), logprobs, written=True)
-        rows[i].finished = bool(rollout.finished[place])
-
-
-def _answers(environment: Environment, rows: list[_Row], tokenizer: Any, turn: int) -> list[str | None]:
-    """What the environment says about ``rows``; it is not asked about none."""
-    if not rows:
-        return []
-    texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
-    return environment.answers([row.prompt for row in rows], list(texts), turn)
-
-
-def _goes_on(row: _Row, answer: str | None, tokenizer: Any, budget: int) -> bool:
-    """Take an answer in; whether the policy goes on."""
-    if answer is None:
-        return False
-    tokens = tokenizer(answer, add_special_tokens=False).input_ids
-    row.finished = False
-    if len(row.tokens) + len(tokens) >= budget:
-        return False
-    row.add(tokens, [0.0] * len(tokens), written=False)
-    return True
-
-
-def _rollout(rows: list[_Row], pad_id: int) -> Rollout:
-    """The rows, padded. A rank may have none: shapes and dtypes are the same then."""
+def joined(rows: Sequence[Conversation], pad_id: int) -> Rollout:
+    """The responses as one padded rollout. A process may have none of them: dimensions and dtypes are the same then."""
     width = max((len(row.tokens) for row in rows), default=1)
 
     def block(column: str, fill: float, dtype: torch.dtype) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Every knob, on a few screens. One YAML file with these sections is one experiment (``experiment.Experiment``);
-``config_loading`` reads it.
+``loading`` reads it.
 
 Rules about single values and pairs of values are checked when a section is built, before any model is loaded. No module
-below the trainers receives a config object: trainers unpack them into plain arguments.
+below ``runs`` receives a config object: ``runs`` unpacks them into plain arguments.
 """
 
 # knob() is dataclasses.field() with a help text, and copies lists and dicts:

@@ -37,76 +37,9 @@ class Experiment:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        """Rules that tie sections together."""
-        self._check_required()
-        self._check_batches()
-        self._check_value_warmup()
-        self._check_kl_horizon()
-        self._check_kl_stop()
-        self._check_overlong()
-
-    def _check_required(self) -> None:
-        required = {
-            "model.name": self.model.name,
-            "data.train": self.data.train,
-            "reward.function": self.reward.named,
-        }
-        for name, value in required.items():
-            if not value:
-                raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
-
-    def _check_batches(self) -> None:
-        rows, mini_batches = self.rollout.sequences, self.ppo.mini_batches
-        if rows % mini_batches:
-            raise ConfigError(
-                f"a rollout of {rows} responses does not divide into ppo.mini_batches={mini_batches}; "
-                f"try {_divisors_near(rows, mini_batches)}"
-            )
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if self.update.micro_batch_tokens < longest:
-            raise ConfigError(
-                f"update.micro_batch_tokens={self.update.micro_batch_tokens} cannot hold one sequence of {longest} "
-                f"tokens (data.max_prompt_tokens + rollout.max_new_tokens); set it to {longest} or more"
-            )
-
-    def _check_value_warmup(self) -> None:
-        warmup, rollouts = self.ppo.value_warmup_rollouts, self.ppo.num_rollouts
-        if warmup and self.update.weight_decay:
-            raise ConfigError(
-                f"update.weight_decay={self.update.weight_decay} would move the policy during "
-                f"ppo.value_warmup_rollouts={warmup}; set one of them to 0"
-            )
-        if warmup >= rollouts:
-            raise ConfigError(
-                f"ppo.value_warmup_rollouts={warmup} leaves none of ppo.num_rollouts={rollouts} for the policy; "
-                f"set it to {rollouts - 1} or less"
-            )
-
-    def _check_kl_horizon(self) -> None:
-        """``AdaptiveKL.update`` refuses more responses than this at once; here no rollout is lost."""
-        if self.ppo.kl_target is None:
-            return
-        too_short = ERROR_BOUND * self.rollout.sequences
-        if self.ppo.kl_horizon <= too_short:
-            raise ConfigError(
-                f"ppo.kl_horizon={self.ppo.kl_horizon} is too short for rollouts of {self.rollout.sequences} responses "
-                f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
-            )
-
-    def _check_kl_stop(self) -> None:
-        if self.ppo.kl_stop is not None and self.updates_per_rollout == 1:
-            raise ConfigError(
-                f"ppo.kl_stop={self.ppo.kl_stop} does nothing where a rollout has one update; set ppo.mini_batches or "
-                "ppo.num_ppo_epochs to 2 or more, or drop it"
-            )
-
-    def _check_overlong(self) -> None:
-        """``soft_overlong_penalty`` refuses such a buffer; here no rollout is lost."""
-        if self.reward.overlong_buffer > self.rollout.max_new_tokens:
-            raise ConfigError(
-                f"reward.overlong_buffer={self.reward.overlong_buffer} begins before the response: "
-                f"rollout.max_new_tokens={self.rollout.max_new_tokens}; set it to {self.rollout.max_new_tokens} or less"
-            )
+        """Raise ConfigError for the first of ``RULES`` that is broken."""
+        for rule in RULES:
+            rule(self)
 
     @property
     def kl_asked(self) -> bool:
@@ -127,9 +60,10 @@ class Experiment:
         """Raise ConfigError where sizes do not fit this many ranks."""
         prompts = self.rollout.prompts_per_rollout
         if prompts % processes:
+            below = prompts // processes * processes
             raise ConfigError(
                 f"rollout.prompts_per_rollout={prompts} does not divide among {processes} processes; "
-                f"try {_multiples_near(processes, prompts)}"
+                f"try {f'{below} or {below + processes}' if below else processes}"
             )
         if self.mini_batch_rows % processes:
             raise ConfigError(
@@ -206,7 +140,7 @@ class SFTExperiment(FineTuning):
     JOB = "sft"
 
     def __post_init__(self) -> None:
-        """What is about an adapter has no place where there is none."""
+        """Raise ConfigError, under ``sft.full``, for settings that are about an adapter: there is none."""
         super().__post_init__()
         if not self.full:
             return
@@ -235,7 +169,7 @@ class SFTExperiment(FineTuning):
 
     @property
     def full(self) -> bool:
-        """As ``sft.full`` says."""
+        """``sft.full``."""
         return self.sft.full
 
 
@@ -255,10 +189,85 @@ class DPOExperiment(FineTuning):
     JOB = "dpo"
 
 
-def _multiples_near(unit: int, wanted: int) -> str:
-    """The multiples of ``unit`` on both sides of ``wanted``, without 0."""
-    below = wanted // unit * unit
-    return f"{below} or {below + unit}" if below else f"{unit}"
+# ---- rules that tie sections together: each raises ConfigError for what breaks it ------------------------------------
+
+
+def required_settings(experiment: Experiment) -> None:
+    """A model, prompts and a reward must be named."""
+    required = {
+        "model.name": experiment.model.name,
+        "data.train": experiment.data.train,
+        "reward.function": experiment.reward.named,
+    }
+    for name, value in required.items():
+        if not value:
+            raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
+
+
+def sizes_of_batches(experiment: Experiment) -> None:
+    """A rollout divides into its mini-batches, and a micro-batch holds one sequence."""
+    data, rollout, update = experiment.data, experiment.rollout, experiment.update
+    rows, mini_batches = rollout.sequences, experiment.ppo.mini_batches
+    if rows % mini_batches:
+        raise ConfigError(
+            f"a rollout of {rows} responses does not divide into ppo.mini_batches={mini_batches}; "
+            f"try {_divisors_near(rows, mini_batches)}"
+        )
+    longest = data.max_prompt_tokens + rollout.max_new_tokens
+    if update.micro_batch_tokens < longest:
+        raise ConfigError(
+            f"update.micro_batch_tokens={update.micro_batch_tokens} cannot hold one sequence of {longest} "
+            f"tokens (data.max_prompt_tokens + rollout.max_new_tokens); set it to {longest} or more"
+        )
+
+
+def value_warmup(experiment: Experiment) -> None:
+    """While the value warms up nothing moves the policy, and rollouts are left for it afterwards."""
+    warmup, rollouts = experiment.ppo.value_warmup_rollouts, experiment.ppo.num_rollouts
+    if warmup and experiment.update.weight_decay:
+        raise ConfigError(
+            f"update.weight_decay={experiment.update.weight_decay} would move the policy during "
+            f"ppo.value_warmup_rollouts={warmup}; set one of them to 0"
+        )
+    if warmup >= rollouts:
+        raise ConfigError(
+            f"ppo.value_warmup_rollouts={warmup} leaves none of ppo.num_rollouts={rollouts} for the policy; "
+            f"set it to {rollouts - 1} or less"
+        )
+
+
+def kl_horizon(experiment: Experiment) -> None:
+    """``AdaptiveKL.update`` takes the responses of one rollout at once. It would refuse too, but after that rollout."""
+    ppo, rows = experiment.ppo, experiment.rollout.sequences
+    too_short = ERROR_BOUND * rows
+    if ppo.kl_target is not None and ppo.kl_horizon <= too_short:
+        raise ConfigError(
+            f"ppo.kl_horizon={ppo.kl_horizon} is too short for rollouts of {rows} responses "
+            f"under ppo.kl_target; set it to {math.floor(too_short) + 1} or more"
+        )
+
+
+def kl_stop(experiment: Experiment) -> None:
+    """A stop within a rollout needs a second update to leave out."""
+    if experiment.ppo.kl_stop is not None and experiment.updates_per_rollout == 1:
+        raise ConfigError(
+            f"ppo.kl_stop={experiment.ppo.kl_stop} does nothing where a rollout has one update; set ppo.mini_batches "
+            "or ppo.num_ppo_epochs to 2 or more, or drop it"
+        )
+
+
+def overlong_buffer(experiment: Experiment) -> None:
+    """The buffer begins within the response. ``soft_overlong_penalty`` would refuse too, but after a rollout."""
+    buffer, budget = experiment.reward.overlong_buffer, experiment.rollout.max_new_tokens
+    if buffer > budget:
+        raise ConfigError(
+            f"reward.overlong_buffer={buffer} begins before the response: rollout.max_new_tokens={budget}; set it to "
+            f"{budget} or less"
+        )
+
+
+RULES = (required_settings, sizes_of_batches, value_warmup, kl_horizon, kl_stop, overlong_buffer)
+"""In the order in which they are looked at."""
 
 
 def _divisors_near(size: int, wanted: int) -> str:

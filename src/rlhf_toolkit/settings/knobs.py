@@ -59,16 +59,27 @@ class Section:
     SECTION: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """``PPOConfig`` is the section ``ppo``, and so on."""
+        """Check each setting by its knob. ``PPOConfig`` is the section ``ppo``, and so on."""
         section, hints = self.SECTION or type(self).__name__.removesuffix("Config").lower(), get_type_hints(type(self))
         for setting in fields(self):
-            optional = NoneType in get_args(hints[setting.name])
-            _check(f"{section}.{setting.name}", getattr(self, setting.name), setting, " or none" if optional else "")
+            name, value = f"{section}.{setting.name}", getattr(self, setting.name)
+            if value is None:
+                continue
+            if isinstance(value, (list, dict)):
+                require_plain(name, value)
+            rule, choices = setting.metadata["rule"], setting.metadata["choices"]
+            or_none = " or none" if NoneType in get_args(hints[setting.name]) else ""
+            if choices and value not in choices:
+                raise ConfigError(f"{name}={value!r}{nearest(value, choices)}; known are {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
+            if rule is not None and not rule.holds(value):
+                raise ConfigError(f"{name}={value} must {rule.words}{or_none}; {default_of(setting)}")
 
 
 def require_plain(name: str, value: Any) -> None:
-    """ConfigError, by the name of the part, where ``value`` would not come back equal from JSON: ``run.json`` keeps the
-    settings, and a resumed run is compared with them.
+    """Raise ConfigError, by the name of the part, where ``value`` would not come back equal from JSON: ``run.json``
+    keeps the settings, and a resumed run is compared with them.
 
     Plain are None, bool, finite numbers, text, lists, and dicts whose keys are text. Dates, bytes, sets and tuples are
     not, nor NaN, nor what holds more than ``MOST_PARTS`` values or is nested deeper than ``DEEPEST``.
@@ -102,17 +113,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, int):
         return value.bit_length() <= MOST_BITS
     return value is None or isinstance(value, str)
-
-
-def _check(name: str, value: Any, setting: Field[Any], or_none: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, (list, dict)):
-        require_plain(name, value)
-    rule, choices = setting.metadata["rule"], setting.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name}={value!r}{nearest(value, choices)}; known are {', '.join(choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
-    if rule is not None and not rule.holds(value):
-        raise ConfigError(f"{name}={value} must {rule.words}{or_none}; {default_of(setting)}")

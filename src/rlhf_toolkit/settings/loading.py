@@ -82,7 +82,14 @@ def experiment_from_dict(
     for name, section in values.items():
         if name not in kinds:
             raise ConfigError(f"unknown section {name!r}{_suggestion(str(name), kinds)}")
-        sections[name] = _section(name, kinds, _settings(name, section))
+        hints, settings = get_type_hints(kinds[name]), {setting.name: setting for setting in fields(kinds[name])}
+        given = _settings(name, section)
+        for key in given:
+            if key not in settings:
+                raise ConfigError(f"unknown setting {name}.{key}{_elsewhere(name, key, settings, kinds)}")
+        sections[name] = kinds[name](
+            **{key: converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in given.items()}
+        )
     return kind(**sections)
 
 
@@ -102,15 +109,6 @@ def _settings(name: str, section: Any) -> Mapping[str, Any]:
     return section or {}
 
 
-def _section(name: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    kind = kinds[name]
-    hints, settings = get_type_hints(kind), {setting.name: setting for setting in fields(kind)}
-    for key in values:
-        if key not in settings:
-            raise ConfigError(f"unknown setting {name}.{key}{_elsewhere(name, key, settings, kinds)}")
-    return kind(**{key: _converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in values.items()})
-
-
 def _elsewhere(section: str, key: str, known: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
     """Where an unknown setting might belong: under its own name in another section, or under a similar one in this."""
     for name, kind in kinds.items():
@@ -126,8 +124,8 @@ def _suggestion(name: str, known: Any) -> str:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def _converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
-    """``value`` as what the setting takes."""
+def converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
+    """``value``, as YAML has read it, as what the setting takes. Raises ConfigError where it cannot be that."""
     if isinstance(value, (list, dict, tuple, set)):
         require_plain(name, value)  # before anything walks through it
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -140,7 +138,12 @@ def _converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
     if any(_fits(value, option) for option in options):
         return value
     wanted = " or ".join(NAMES.get(option) or option.__name__ for option in options)
-    raise ConfigError(f"{name}={shortened(value)} is not {wanted}; {_way_out(value, options, setting)}")
+    way_out = default_of(setting)
+    if setting.metadata["choices"]:
+        way_out = f"known are {', '.join(setting.metadata['choices'])}"
+    elif str in options and value is not None and not isinstance(value, (list, dict)):
+        way_out = f"put text in quotes, in a shell as \"'{value}'\""
+    raise ConfigError(f"{name}={shortened(value)} is not {wanted}; {way_out}")
 
 
 def _number(value: Any) -> Any:
@@ -159,12 +162,3 @@ def _fits(value: Any, hint: Any) -> bool:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         return False
     return kind not in (list, dict) or all(_fits(item, get_args(hint)[0]) for item in value)
-
-
-def _way_out(value: Any, options: tuple[Any, ...], setting: Field[Any]) -> str:
-    choices = setting.metadata["choices"]
-    if choices:
-        return f"known are {', '.join(choices)}"
-    if str in options and value is not None and not isinstance(value, (list, dict)):
-        return f"put text in quotes, in a shell as \"'{value}'\""
-    return default_of(setting)
