@@ -141,7 +141,7 @@ class Experience(RolloutTokens):
     old_logprobs: torch.Tensor | None = None
 
     @property
-    def value_targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def old_values_and_returns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Values at the rollout and returns, (B, R) each. RuntimeError, a defect, where no value is trained."""
         if self.values is None:
             raise RuntimeError("an experience without values has nothing that a value could learn")

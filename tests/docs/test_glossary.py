@@ -23,7 +23,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "v": {"models/segment_attention.py": "the same three, as in the equation"},
     "buffer": {
-        "algorithms/rewards.py rollout/shaping.py settings/configs.py": "DAPO's overlong buffer, a setting",
+        "algorithms/rewards.py rollout/shaping.py": "DAPO's overlong buffer",
+        "settings/configs.py settings/experiment.py": "the same, a setting",
     },
     "ragged": {"models/segment_attention.py": "segments end to end, as the kernel for varying lengths takes them"},
     "block": {
@@ -37,7 +38,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "export/card_kinds.py": "what a run has done, the first words of its card",
     },
     "batch row": {"settings/experiment.py": "rows of a mini-batch"},
-    "candidate": {"data/tokenizers.py": "tokens that could be the padding"},
     "beta": {
         "algorithms/policy_losses.py": "DRO's constant, under the paper's name",
         "algorithms/preference_losses.py settings/configs.py trainers/objectives.py": "DPO's, a setting",

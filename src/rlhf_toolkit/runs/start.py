@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Experiment | FineTuning)
 D = TypeVar("D")
 M = TypeVar("M", bound=SharedBase | WholeModel)
 T = TypeVar("T", bound=RoleTrainer)
-R = TypeVar("R", bound=Run[Any, Any])
+A = TypeVar("A", bound=Run[Any, Any])
 
 
 class Kind(ABC, Generic[E, D, M, T]):
@@ -84,8 +84,8 @@ class Kind(ABC, Generic[E, D, M, T]):
 
 
 def prepare_run(
-    kind: type[Kind[E, D, M, T]], run: type[R], experiment: E, *, resume: bool = False, overwrite: bool = False
-) -> R:
+    kind: type[Kind[E, D, M, T]], run: type[A], experiment: E, *, resume: bool = False, overwrite: bool = False
+) -> A:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology)

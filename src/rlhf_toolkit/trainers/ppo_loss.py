@@ -129,7 +129,7 @@ class PPOLoss:
             "actor/ppo_kl": old_logprobs - outputs.policy_logprobs.detach(),
         }
         if outputs.says(VALUE):
-            (old_values, returns), values = batch.value_targets, outputs.token_values
+            (old_values, returns), values = batch.old_values_and_returns, outputs.token_values
             value = clipped_value_loss(values, old_values, returns, mask, value_clip_range=self.value_clip_range)
             shares["critic/vf_loss"] = reduce(value.per_token)
             loss = loss + self.value_coef * shares["critic/vf_loss"]
