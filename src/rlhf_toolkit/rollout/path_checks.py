@@ -102,15 +102,13 @@ class PathChecks:
                     f"{WAY_OUT} {gap.mean:.2g}"
                 )
         if rollout == 0 and outputs.says(REFERENCE):
-            self._check_reference(Deviation.between(outputs.reference_logprobs[mask], old))
-
-    def _check_reference(self, found: Deviation) -> None:
-        if (unexplained := self._unexplained(found)) is not None:
-            raise TrainingPathError(
-                f"before the first update the log-probs of policy and reference differ by {unexplained}; likeliest are "
-                "a policy that starts from an adapter which the reference lacks (set model.policy_adapter to it), "
-                f"another adapter, or dropout; {WAY_OUT} {found.mean:.2g}"
-            )
+            found = Deviation.between(outputs.reference_logprobs[mask], old)
+            if (unexplained := self._unexplained(found)) is not None:
+                raise TrainingPathError(
+                    f"before the first update the log-probs of policy and reference differ by {unexplained}; likeliest "
+                    "are a policy that starts from an adapter which the reference lacks (set model.policy_adapter to "
+                    f"it), another adapter, or dropout; {WAY_OUT} {found.mean:.2g}"
+                )
 
     def check_first_ratio(self, logprobs: Tensor, old_logprobs: Tensor, rollout: int) -> Deviation:
         """The update's first log-probs (K,) are those of the role pass. Raises TrainingPathError in rollout 0."""

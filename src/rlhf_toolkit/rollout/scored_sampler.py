@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -88,9 +88,14 @@ class ScoredSampler:
         """
         batch, sampling = rows.subset(shares[rank()]), replace(self.sampling, greedy=greedy or self.sampling.greedy)
         names = () if greedy else (self.seed, *stream)
+
+        def submit(row: int, tokens: list[int]) -> None:
+            """Slow rewards work on a response while others are still being decoded."""
+            self.scorer.submit(row, batch.prompts[row], self._texts([tokens])[0], tokens)
+
         with self.clock.phase("gen"):
             rollout = self.sampler.decode(
-                shared, batch, sampling, stream=names, expected=self.expected, on_finished=self._early_rewards(batch)
+                shared, batch, sampling, stream=names, expected=self.expected, on_finished=submit
             )
         tokens = tokens_of(rollout)
         texts = self._texts(tokens)
@@ -119,14 +124,6 @@ class ScoredSampler:
     def baselines(self, greedy: Sampled, sampled: Sampled) -> Tensor:
         """(B,) scores of ``greedy`` on the scale of those of ``sampled``."""
         return self.score_shaping.baselines(greedy, sampled, budget=self.sampling.max_new_tokens)
-
-    def _early_rewards(self, batch: PromptBatch) -> Callable[[int, list[int]], None]:
-        """Hands a response to the rewards as soon as it is there: slow ones work while others are being decoded."""
-
-        def submit(row: int, tokens: list[int]) -> None:
-            self.scorer.submit(row, batch.prompts[row], self._texts([tokens])[0], tokens)
-
-        return submit
 
     def _texts(self, tokens: list[list[int]]) -> list[str]:
         return list(self.sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True))

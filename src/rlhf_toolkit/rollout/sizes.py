@@ -166,7 +166,7 @@ def dimensions(config: Any) -> dict[str, int]:
     return {
         "layers": _named(config, "num_hidden_layers"),
         "hidden": hidden,
-        "intermediate": _intermediate(config, hidden),
+        "intermediate": mlp_width(config, hidden),
         "queries": heads * width,
         "keys": _named(config, "num_kv_heads", "num_key_value_heads", default=heads) * width,
         "heads": heads,
@@ -183,7 +183,7 @@ def _named(config: Any, *names: str, default: int | None = None) -> int:
     return max(found) if isinstance(found, list | tuple) else int(found)  # one for each layer, or one
 
 
-def _intermediate(config: Any, hidden: int) -> int:
+def mlp_width(config: Any, hidden: int) -> int:
     """The MLP's width for a token, over the experts that it goes through, shared ones included."""
     dense = _named(config, "ffn_hidden_size", "ffn_dim", "n_inner", "intermediate_size", default=4 * hidden)
     expert = _named(config, "moe_intermediate_size", default=dense)

@@ -96,7 +96,11 @@ def resolve(experiment: Experiment) -> Algorithm:
     """
     ppo, data, seed = experiment.ppo, experiment.data, experiment.run.seed
     estimator, policy_loss = estimator_of(ppo), policy_loss_of(ppo)
-    _refuse_idle_whitening(ppo)
+    if not (ppo.whiten_over == "rollout" or whitens(ppo)):
+        raise ConfigError(
+            f"ppo.whiten_over={ppo.whiten_over} does nothing: ppo.advantage={ppo.advantage} is not whitened; set "
+            "whiten_advantages: true, or leave it at rollout"
+        )
     trains_value = estimator.needs("values")
     update_roles = 2 if trains_value and experiment.model.value_on == ON_ADAPTER else 1
     return Algorithm(
@@ -153,14 +157,6 @@ def whitens(ppo: PPOConfig) -> bool:
 def over_rollout(ppo: PPOConfig) -> bool:
     """Whether what is whitened is a rollout at a time: a rollout's only mini-batch is the rollout."""
     return ppo.whiten_over == "rollout" or ppo.mini_batches == 1
-
-
-def _refuse_idle_whitening(ppo: PPOConfig) -> None:
-    if not (ppo.whiten_over == "rollout" or whitens(ppo)):
-        raise ConfigError(
-            f"ppo.whiten_over={ppo.whiten_over} does nothing: ppo.advantage={ppo.advantage} is not whitened; set "
-            "whiten_advantages: true, or leave it at rollout"
-        )
 
 
 def shaping_of(ppo: PPOConfig, reward: RewardConfig, estimator: Estimator) -> Shaping:

@@ -103,7 +103,13 @@ def compare_contestants(
     Contestants are adapter folders, names of the hub, or ``base``. Raises a subclass of RLHFError for everything the
     user can mend.
     """
-    _check(experiment, contestants, greedy)
+    if not experiment.data.evaluation:
+        raise ConfigError("data.evaluation is missing; name held-out prompts there, or as --set data.evaluation=FILE")
+    twice = sorted({name for name in contestants if contestants.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{twice[0]} is named twice; name each contestant once")
+    if not greedy and not experiment.run.evaluation_samples:
+        raise ConfigError("nothing to decode: --no-greedy leaves the samples only; ask for them with --samples 4")
     folders = [None if name == BASE else str(adapter_folder(name)) for name in contestants]
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology, trains=False)
@@ -164,16 +170,6 @@ def rates_by_prompt(mine: Answers, theirs: Answers, by: str) -> list[float]:
         if len(ours) and len(others):
             rates.append(win_rate(ours, others))
     return rates
-
-
-def _check(experiment: Experiment, contestants: Sequence[str], greedy: bool) -> None:
-    if not experiment.data.evaluation:
-        raise ConfigError("data.evaluation is missing; name held-out prompts there, or as --set data.evaluation=FILE")
-    twice = sorted({name for name in contestants if contestants.count(name) > 1})
-    if twice:
-        raise ConfigError(f"{twice[0]} is named twice; name each contestant once")
-    if not greedy and not experiment.run.evaluation_samples:
-        raise ConfigError("nothing to decode: --no-greedy leaves the samples only; ask for them with --samples 4")
 
 
 def _answers(setup: Setup, shared: SharedBase, progress: Progress, *, greedy: bool, kl: bool) -> dict[str, Answers]:

@@ -12,9 +12,9 @@
          7. is the first ratio 1?                      PPOTrainer.old_logprobs            rollout/path_checks.py
          8. ratio, clip, value loss, entropy, KL       PPOLoss.terms                      trainers/ppo_loss.py
          9. backward
-     10. clip the gradient, step, next learning rate   Trainer, DeepSpeed
-     11. KL above kl_stop? leave the rest out          PPOTrainer.decide_whether_to_go_on
-     12. metrics                                       PPOTrainer.log
+      10. KL above kl_stop? leave the rest out         PPOTrainer.decide_whether_to_go_on
+      11. clip the gradient, step, next learning rate  Trainer, DeepSpeed
+      12. metrics                                      PPOTrainer.log
 
 What each step computes: docs/ppo_details.md.
 """
