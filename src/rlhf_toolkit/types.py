@@ -115,11 +115,15 @@ class RolloutTokens:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()  # type: ignore[no-any-return]
 
+    def columns(self) -> dict[str, torch.Tensor]:
+        """The fields that are not None, as a plain dict of tensors; ``of`` brings the record back."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in found.items() if column is not None}
+
     def rows(self, index: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The rows ``index`` as a plain dict of tensors, which is what Trainer handles, without the fields that are
-        None; ``of`` brings the record back."""
-        index, columns = torch.as_tensor(index), {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: column[index] for name, column in columns.items() if column is not None}
+        """``columns`` of the rows ``index``, which is what Trainer handles."""
+        index = torch.as_tensor(index)
+        return {name: column[index] for name, column in self.columns().items()}
 
     @classmethod
     def of(cls, columns: Mapping[str, torch.Tensor]) -> Self:

@@ -172,7 +172,7 @@ class PPOTrainer(RoleTrainer):
         completes it, which is a collective."""
         deferred = self.rollouts.newest.deferred
         if deferred is None:
-            return Experience.of(self._prepare_input(part))
+            return Experience.of(self._prepare_input(Experience.of(part).columns()))
         whole = deferred.complete(part["row"].tolist(), outputs)
         return Experience.of(self._prepare_input(whole.rows(part["row"])))
 
