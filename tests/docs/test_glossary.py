@@ -76,6 +76,23 @@ def unsaid(page: str = PAGE) -> dict[str, str]:
     return found
 
 
+CENTRAL = "types.py rollout/sampled.py rollout/experience.py rollout/scored_sampler.py rollout/prompt_source.py"
+CENTRAL += (
+    " rollout/deferred.py:DeferredExperience rollout/role_pass.py:Needs rollout/cutting.py models/role_outputs.py"
+)
+CENTRAL += " rollout/loader.py:Schedule runs/algorithm.py planning/memory.py:Placement"
+
+
+def test_every_central_type_has_its_row() -> None:
+    """Public classes of the files through which a rollout goes."""
+    missing = []
+    for place in CENTRAL.split():
+        file, _, only = place.partition(":")
+        classes = re.findall(r"^class ([A-Z]\w+)", (ROOT / "src/rlhf_toolkit" / file).read_text(), flags=re.MULTILINE)
+        missing += [name for name in classes if (not only or name == only) and f"`{name}`" not in PAGE]
+    assert set(missing) <= {"Scorer", "Column"}, missing
+
+
 # ---- the code --------------------------------------------------------------------------------------------------------
 
 

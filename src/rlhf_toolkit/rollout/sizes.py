@@ -232,7 +232,7 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     """The estimate for this model, shared like this, and this size of rollout, decoded with ``weights``."""
     repeats = model.queries / model.keys if size.packing and not how.on_cpu and not size.shares_heads else 1
     copies = repeats * size.key_copies
-    score = PassSize(size.role_pass_tokens, size.role_pass_roles, size.columns, key_copies=copies)
+    role_pass = PassSize(size.role_pass_tokens, size.role_pass_roles, size.columns, key_copies=copies)
     update = PassSize(size.update_tokens, size.update_roles, size.columns, size.checkpointing, copies)
     prefill = PassSize(size.widest_prompt, 1, size.columns)
     on_device = Sharding(how.ranks, how.stage, how.bucket, how.live, how.prefetched)  # a prefill keeps no scores
@@ -248,7 +248,7 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         longest_prompt=size.widest_prompt,
         weights_bytes=0 if weights == MERGED else model.policy * model.element,
         copied_bytes=copied_bytes(model, how, weights),
-        role_pass_bytes=pass_bytes(model, how, score),
+        role_pass_bytes=pass_bytes(model, how, role_pass),
         update_bytes=update_bytes(model, how, update) if trains else 0,
         activation_bytes=activation_bytes(model, how, update) if trains else 0,
         checkpointing=size.checkpointing,

@@ -137,7 +137,10 @@ class PPOTrainer(RoleTrainer):
         if self._policy_record:
             self.rollouts.newest.metrics |= self.maker.policy_metrics(**self._policy_record.take())
         self.decide_whether_to_go_on()
-        self._meter_mini_batch(total)
+        names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
+        for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
+            self.meter.add(names[name], group["lr"], 1)
+        self._meter_shares({LOSS: total}, first=True)
         return total * world_size()
 
     def micro_batch_loss(self, model: nn.Module, part: MiniBatch, *, first: bool = False) -> Tensor:
@@ -291,13 +294,6 @@ class PPOTrainer(RoleTrainer):
         tokens = mask.sum()
         for name, quantity in terms.of_tokens.items():
             self.meter.add(name, masked_sum(quantity.float(), mask), tokens)
-
-    def _meter_mini_batch(self, loss: Tensor) -> None:
-        """Learning rates and the loss."""
-        names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
-        for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
-            self.meter.add(names[name], group["lr"], 1)
-        self._meter_shares({LOSS: loss}, first=True)
 
     def _meter_shares(self, shares: dict[str, Tensor], *, first: bool) -> None:
         for name, share in shares.items():
