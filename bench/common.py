@@ -157,7 +157,7 @@ def prepared(sections: dict[str, Any], *, stops: bool = True) -> Any:
 
     run = prepare(experiment_from_dict(sections), overwrite=True)
     if not stops:
-        run.trainer.maker.responder.sampling = replace(run.trainer.maker.responder.sampling, stop_ids=())
+        run.trainer.maker.scored_sampler.sampling = replace(run.trainer.maker.scored_sampler.sampling, stop_ids=())
     return run
 
 

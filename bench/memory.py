@@ -165,11 +165,11 @@ def run_phase(job: dict[str, Any]) -> dict[str, Any]:
 
             batch, sampler = (
                 PromptBatch(tuple(trainer.maker.source.prompts[:16]), (0,) * 16),
-                trainer.maker.responder.sampler,
+                trainer.maker.scored_sampler.sampler,
             )
             estimates["estimate_gib"] = sampler.place(shared).needed / 2**30
             with sampler.opened(shared):
-                sampler.decode(shared, batch, trainer.maker.responder.sampling, stream=(0,))
+                sampler.decode(shared, batch, trainer.maker.scored_sampler.sampling, stream=(0,))
         elif job["phase"] != "idle":
             forward(shared, job["tokens"] // WIDTH, ROLES[job["roles"]], gradient=job["phase"] == "update")
     return {"peak_gib": peak_memory_gib(), **estimates}

@@ -88,7 +88,7 @@ def compare(shared: SharedBase, prompts: list[tuple[int, ...]], group: int, leas
     layouts = [make(sequences, starts, sizes) for make in (padded_layout, packed_layout)]
     figures: dict[str, Any] = {"real_tokens": int((starts + sizes).sum())}
     figures |= dict(zip(("padded_tokens", "packed_tokens"), (one.tokens.numel() for one in layouts), strict=True))
-    for name, work in (("role pass", score), ("update", update)):
+    for name, work in (("role_pass", score), ("update", update)):
         runs = [partial(work, shared, layout) for layout in layouts]
         rows_ms, packed_ms = paired_medians(runs[0], runs[1], repeats=2)
         figures |= {f"{name}_padded_ms": rows_ms, f"{name}_packed_ms": packed_ms, f"{name}_ratio": packed_ms / rows_ms}

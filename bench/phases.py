@@ -188,7 +188,7 @@ def worker(job: dict[str, Any]) -> None:
     ranks = all_gather({phase: live.peaks[phase] for phase in PHASES})
     if run.topology.is_main:
         peak = {phase: max(rank[phase] for rank in ranks) for phase in PHASES}
-        sampler = run.trainer.maker.responder.sampler
+        sampler = run.trainer.maker.scored_sampler.sampler
         placed = {name: getattr(sampler.placement, name) for name in ("mode", "slots", "prefill_tokens")}
         found = {"peak": peak, "estimate": sampler.estimate.phases(sampler.placement), "placement": placed}
         Path(job["result"]).write_text(json.dumps(found))
@@ -207,7 +207,7 @@ def watch(run: Any, live: LiveTensors) -> None:
     """Tell ``live`` which phase is under way. The start ends when the first rollout opens."""
     from rlhf_toolkit.rollout import scored_sampler
 
-    sampler, trainer = run.trainer.maker.responder.sampler, run.trainer
+    sampler, trainer = run.trainer.maker.scored_sampler.sampler, run.trainer
     opened = sampler.opened
 
     @contextmanager

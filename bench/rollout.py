@@ -86,7 +86,7 @@ class Bench:
         self.slots, self.tokenizer = slots, self.run.trainer.processing_class
         self.shared = self.run.trainer.model.eval()
         self.maker = self.run.trainer.maker
-        self.sampler, self.sampling = self.maker.responder.sampler, self.maker.responder.sampling
+        self.sampler, self.sampling = self.maker.scored_sampler.sampler, self.maker.scored_sampler.sampling
         self.plain = plain_peft_model(self.shared, self.run, folder)
         self.ours(2, 4, 0, stops=False)
         self.generate(2, 4, 0, stops=False)

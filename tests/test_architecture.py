@@ -81,7 +81,7 @@ def test_only_trainers_subclass_trainer_and_only_runs_see_settings(path: Path) -
     part, tree = part_of(path), ast.parse(path.read_text())
     bases = [ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases]
     assert part == "trainers" or not any(base.endswith("Trainer") for base in bases)
-    if part in ("runs", "settings", "cli"):
+    if part in ("runs", "settings"):
         return
     assert not any(name.startswith("rlhf_toolkit.settings") for name in imports(path.read_text()))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -28,7 +28,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     sections = experiment(job["model"], Path(job["folder"]), {**job["changes"], "ppo.num_rollouts": MANY})
     run = prepared(sections, stops=False)
-    clock = run.trainer.maker.responder.clock
+    clock = run.trainer.maker.scored_sampler.clock
 
     class Steps(TrainerCallback):
         """Trainer logs once for each rollout, after its last update: there the next one waits to be asked for."""

@@ -68,27 +68,27 @@ def ours(exam: Exam, shape: str) -> dict[str, Any]:
     model, loader = trainer.model, iter(trainer.get_train_dataloader())
     found: dict[str, Any] = {}
     optimizer = trainer.create_optimizer()
-    placement = trainer.maker.responder.sampler.place(model)
+    placement = trainer.maker.scored_sampler.sampler.place(model)
     for _ in range(2):
-        trainer.maker.responder.clock.take()
+        trainer.maker.scored_sampler.clock.take()
         with measured(found, "rollout"):
             batch = next(loader)
         with measured(found, "update"):
             trainer.training_step(model, batch)
         optimizer.step()
         optimizer.zero_grad()
-        phases = trainer.maker.responder.clock.take()
+        phases = trainer.maker.scored_sampler.clock.take()
     tokens = sizes.prompts * sizes.new_tokens
     prompts = trainer.maker.source.prompts[: sizes.prompts]
     found |= {
         "slots": placement.slots,
         "placement": placement.description(),
-        "predicted_gib": predicted(trainer.maker.responder.sampler),
+        "predicted_gib": predicted(trainer.maker.scored_sampler.sampler),
         "phases": phases,
         "tokens_per_second": tokens / phases["gen"],
         "prompt_tokens": [len(prompt.token_ids) for prompt in prompts],
     }
-    run.trainer.maker.responder.scorer.close()
+    run.trainer.maker.scored_sampler.scorer.close()
     return found
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, barrier, from_main, rank
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
-from rlhf_toolkit.errors import CheckpointError, described
+from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.files import WANDB_LOGS, is_plain_name, link_outside, write_text
 
 T = TypeVar("T")
@@ -129,12 +129,14 @@ def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int, zero_s
             f"each rank holds a part of the optimizer; start {manifest['world_size']} processes"
         )
     if manifest.get("zero_stage", UNKNOWN) != zero_stage:
-        launches: dict[object, str] = {
-            UNKNOWN: "by a version that did not note the ZeRO stage",
-            None: "without DeepSpeed",
-        }
-        stages = (manifest.get("zero_stage", UNKNOWN), zero_stage)
-        before, now = (launches.get(stage, f"under ZeRO stage {stage}") for stage in stages)
+        before, now = (
+            "by a version that did not note the ZeRO stage"
+            if stage == UNKNOWN
+            else "without DeepSpeed"
+            if stage is None
+            else f"under ZeRO stage {shortened(stage)}"
+            for stage in (manifest.get("zero_stage", UNKNOWN), zero_stage)
+        )
         raise CheckpointError(
             f"{checkpoint} was written {before} and cannot be resumed {now}: the optimizer would start afresh, since "
             "its state is kept in another form; start with the launch config that the run began with"

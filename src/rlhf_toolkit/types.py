@@ -36,7 +36,7 @@ class Prompt:
 @dataclass(frozen=True)
 class PromptBatch:
     """The prompts of a rollout or of one rank's share, each as often as it gets responses. Made by
-    ``rollout/schedule.py``.
+    ``rollout/dealing.py``, and of some of its prompts by what needs these alone.
 
     ``samples[i]`` counts the responses of one prompt from 0, so that ``(prompts[i].index, samples[i])`` is unique in a
     rollout.
@@ -89,7 +89,7 @@ class RolloutTokens:
     ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
     rest (B, R), aligned so that column 0 is the first response token: ``token_mask`` bool, True where the policy wrote
     the token, and ``response_mask``, True where it is trained on; ``rollout_logprobs`` of the decoding path, and
-    ``ref_logprobs``, None where no KL is asked for; both fp32.
+    ``ref_logprobs``, None where no KL is asked for and it is not the first rollout; both fp32.
     """
 
     sequences: torch.Tensor

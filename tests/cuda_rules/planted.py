@@ -70,7 +70,7 @@ PLANTED = [
         "a number read back in every micro-batch",
         f"{SOURCE}/trainers/ppo.py:PPOTrainer.micro_batch_loss",
         "self._meter_micro_batch(terms, batch.response_mask, first=first)",
-        "bool(terms.loss.isfinite())",
+        "bool(terms.loss.isfinite()); self._meter_micro_batch(terms, batch.response_mask, first=first)",
         f"{UPDATE}[packed]",
     ),
     Mutation(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_toolkit.errors import NotFiniteError
-from rlhf_toolkit.models.decoding_weights import EXACT, KINDS, MERGED, decoding_weights
+from rlhf_toolkit.models.decoding_weights import EXACT, MERGED, DecodingKind, decoding_weights
 from rlhf_toolkit.rollout.decoding import Alone, InFlight, Responses, Sampling, decode
 from rlhf_toolkit.types import Rollout
 from tests.cuda_rules.device import GPU, MixedDevices, Rules, to_gpu
@@ -98,7 +98,7 @@ def a_step(weights: str, *, layers: int, **options: Any) -> tuple[Rules, Counter
     return rules, entry
 
 
-@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("weights", list(DecodingKind))
 def test_a_step_launches_and_waits_no_more_than_it_did(weights: str) -> None:
     (two, entry), (four, _) = a_step(weights, layers=2), a_step(weights, layers=4)
     of_a_layer = (four.launches - two.launches) / 2

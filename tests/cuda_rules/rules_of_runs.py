@@ -114,7 +114,7 @@ def test_supervised_runs(tmp_path: Path, case: str) -> None:
 
 
 def test_a_resumed_run_and_its_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer's state goes to a checkpoint and comes back; ``rlhf compare_contestants`` loads what was saved."""
+    """The optimizer's state goes to a checkpoint and comes back; ``rlhf evaluate`` loads what was saved."""
 
     def run(folder: Path) -> list[float]:
         task = write_task(folder, model=tiny_llama(initializer_range=0.2))

@@ -172,7 +172,7 @@ def test_the_choice_is_made_at_load_and_printed(
     run = prepare(experiment_from_dict(merged(write_task(tmp_path), changes)))
     run.progress.bar.close()
     assert says in capsys.readouterr().out
-    assert run.trainer.maker.responder.cutting.packing == ("packed" in says.split("(")[0])
+    assert run.trainer.maker.scored_sampler.cutting.packing == ("packed" in says.split("(")[0])
 
 
 def test_packing_on_a_model_that_cannot_is_refused(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ real = ppo_run.PPORun.train
 
 def train(self):
     summary = real(self)
-    sampling, model = self.trainer.maker.responder.sampling, self.trainer.model.causal_lm
+    sampling, model = self.trainer.maker.scored_sampler.sampling, self.trainer.model.causal_lm
     rows = model.get_input_embeddings().num_embeddings
     print(f"pad {sampling.pad_id}, stop {sampling.stop_ids}, rows {rows}")
     return summary

@@ -31,7 +31,7 @@ temperature=0.9), **kw)
 TEMPERATURE_IN_UPDATE = """
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
-real = PPOTrainer.say
+real = PPOTrainer.role_outputs
 
 
 def say(self, *inputs):
@@ -39,12 +39,12 @@ def say(self, *inputs):
     return real(self, *inputs)
 
 
-PPOTrainer.say = say
+PPOTrainer.role_outputs = say
 """
 ADAPTER_IN_UPDATE = """
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
-real = PPOTrainer.say
+real = PPOTrainer.role_outputs
 
 
 def say(self, *inputs):
@@ -54,7 +54,7 @@ def say(self, *inputs):
     return real(self, *inputs)
 
 
-PPOTrainer.say = say
+PPOTrainer.role_outputs = say
 """
 ADAPTER_IN_SAMPLING = """
 import rlhf_toolkit.rollout.sampler as sampler

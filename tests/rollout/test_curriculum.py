@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.rollout.curriculum import Curriculum, near_target
-from rlhf_toolkit.rollout.schedule import LastMeans
+from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt

@@ -126,8 +126,8 @@ def trained_rows(monkeypatch: pytest.MonkeyPatch, *, seed: int = 0) -> dict[tupl
     """The rows of each mini-batch that the loader gives to two ranks, by rollout and epoch."""
     found: dict[tuple[int, int], list[list[int]]] = {}
     monkeypatch.setattr(cutting, "world_size", lambda: 2)
-    responder = SimpleNamespace(cutting=Cutting(MINI_BATCHES, 40, seed=seed))
-    maker: Any = SimpleNamespace(collect=lambda model, number: Collected(rollout()), responder=responder)
+    scored_sampler = SimpleNamespace(cutting=Cutting(MINI_BATCHES, 40, seed=seed))
+    maker: Any = SimpleNamespace(collect=lambda model, number: Collected(rollout()), scored_sampler=scored_sampler)
     schedule, given = Schedule(ROLLOUTS, EPOCHS, MINI_BATCHES), []
     for number in range(2):
         monkeypatch.setattr(loader, "rank", lambda number=number: number)

@@ -56,13 +56,14 @@ def maker_of(**changes: Any) -> ExperienceMaker:
         "kl_in_reward": True,
         "kl_estimator": "k1",
         "truncated": "terminal",
+        "reward_scale": 1.0,
     }
     sampling = Sampling(max_new_tokens=4, stop_ids=(1,), pad_id=0)
-    responder = ScoredSampler(
+    scored_sampler = ScoredSampler(
         Mock(spec=Sampler), Mock(spec=Scorer), sampling, Cutting(1, 100), score_shaping=score_shaping
     )
     source = PromptSource([Prompt(0, "p", (1,), {})], PromptSchedule(1, 1, 0), responses_per_prompt=1)
-    return ExperienceMaker(responder, source, Shaping(**{**settings, **changes}), Needs(), FixedKL(KL_COEF))
+    return ExperienceMaker(scored_sampler, source, Shaping(**{**settings, **changes}), Needs(), FixedKL(KL_COEF))
 
 
 def finished_by(maker: ExperienceMaker, sampled: Sampled, outputs: RoleOutputs) -> Made:
@@ -213,6 +214,8 @@ def test_a_deferred_experience_is_the_same() -> None:
     for name, column in experience.rows(range(4)).items():
         torch.testing.assert_close(getattr(completed, name), column, rtol=0, atol=0)
     assert later.metrics == collected.metrics and later.samples == collected.samples
+    with pytest.raises(RuntimeError, match="complete already"):
+        deferred.complete(rows, said)
 
 
 SAID_BY = {

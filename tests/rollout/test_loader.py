@@ -130,7 +130,7 @@ def test_mini_batches_come_in_order_and_only_the_first_is_fresh(monkeypatch: Any
         return Collected(rollout())
 
     maker.collect = collect
-    maker.responder.cutting.plan = lambda experience, number, *, epoch: plans[epoch]
+    maker.scored_sampler.cutting.plan = lambda experience, number, *, epoch: plans[epoch]
     monkeypatch.setattr(loader, "rank", lambda: 1)
     found = list(RolloutLoader(maker, Schedule(3, 2, 2), model=lambda: model, steps_done=lambda: 4))
     assert collected == [1, 2], "one rollout of four steps has been done"

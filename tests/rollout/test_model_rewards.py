@@ -104,7 +104,7 @@ def test_the_value_starts_at_the_reward_adapters_score(tmp_path: Path) -> None:
     adapter = write_reward_adapter(tmp_path / "adapter")
     trainer = prepared(tmp_path, **{"reward.adapter": str(adapter), "model.value_adapter": str(adapter)})
     experience = trainer.maker.collect(trainer.model, 0).tokens
-    layout = trainer.maker.responder.cutting.layout(
+    layout = trainer.maker.scored_sampler.cutting.layout(
         experience.sequences, experience.prompt_lengths, experience.response_lengths
     )
     with torch.no_grad():

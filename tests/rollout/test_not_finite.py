@@ -73,8 +73,9 @@ ppo.backward = backward
 LOSS = """
 import rlhf_toolkit.trainers.ppo as ppo
 
+ppo.PPOTrainer.warming_up = property(lambda self: True)
 real = ppo.PPOTrainer._reduction
-ppo.PPOTrainer._reduction = lambda self, *args: lambda loss: real(self, *args)(loss) * float("nan")
+ppo.PPOTrainer._reduction = lambda self, *args: lambda loss: real(self, *args)(loss) * float("inf")
 """
 FAULTS = {
     "a layer": (

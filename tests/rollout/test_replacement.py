@@ -73,7 +73,7 @@ class Rollouts(ExperienceMaker):
             RESPONSES,
             replacement_rounds=rounds,
         )
-        shaping = Shaping(Estimator(grpo), 1.0, 1.0, True, "k1", "terminal")
+        shaping = Shaping(Estimator(grpo), 1.0, 1.0, True, "k1", "terminal", 1.0)
         super().__init__(self.scripted, source, shaping, Needs(), FixedKL(0.0))
 
     @property

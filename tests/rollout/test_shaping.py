@@ -134,7 +134,7 @@ def with_baselines(kept: list[bool], scores: ScoreShaping) -> tuple[Sampled, lis
         found = replace(sampled.rows([0, 1, 2]), raw_scores=torch.tensor([0.3, 0.5, 0.8]), kept=torch.tensor(kept))
         return replace(found, groups=torch.tensor([3, 5, 8]), finished=torch.tensor([True, False, True]))
 
-    maker.responder.responses = responses  # type: ignore[method-assign,assignment]
+    maker.scored_sampler.responses = responses  # type: ignore[method-assign,assignment]
     return maker._with_baselines(Mock(spec=SharedBase), sampled), asked
 
 

@@ -168,17 +168,17 @@ def test_names_and_constants_that_do_not_fit(settings: dict[str, Any], message: 
 
 def test_constants_go_to_the_loss_or_to_what_selects_its_tokens() -> None:
     algorithm = resolved(policy_loss="kl_cov", policy_loss_kwargs={"share": 0.5, "kl_cov_coef": 0.7})
-    loss = algorithm.policy_loss
+    loss = algorithm.loss.policy_loss
     assert loss.kwargs == {"kl_cov_coef": 0.7} and loss.select is not None
     assert algorithm.over_mini_batch.select is loss.select and algorithm.needs.old_logprobs
     plain = resolved()
-    assert plain.policy_loss.select is plain.over_mini_batch.select is None and not plain.needs.old_logprobs
+    assert plain.loss.policy_loss.select is plain.over_mini_batch.select is None and not plain.needs.old_logprobs
 
 
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_a_critic_is_trained_where_the_estimator_takes_values(name: str) -> None:
     algorithm = resolved(advantage=name)
-    assert algorithm.trains_value == algorithm.estimator.needs("values") == (name in ("gae", "vapo"))
+    assert algorithm.trains_value == algorithm.shaping.estimator.needs("values") == (name in ("gae", "vapo"))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_what_is_whitened_with_the_rollout(settings: dict[str, Any], in_estimato
     """A rollout's only mini-batch is the rollout."""
     algorithm = resolved(**settings)
     over_mini_batches = settings.get("whiten_over") == "mini_batch" and not in_estimator
-    assert (algorithm.estimator.whiten, algorithm.over_mini_batch.whiten) == (in_estimator, over_mini_batches)
+    assert (algorithm.shaping.estimator.whiten, algorithm.over_mini_batch.whiten) == (in_estimator, over_mini_batches)
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------

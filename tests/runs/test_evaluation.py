@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from rlhf_toolkit.cli import main
 from rlhf_toolkit.errors import ConfigError, ModelError, RLHFError
 from rlhf_toolkit.models.loading import load_tokenizer
-from rlhf_toolkit.runs.evaluation import GREEDY_WAY, SAMPLED_WAY, Evaluation, compare_contestants
+from rlhf_toolkit.runs.evaluation import GREEDY, SAMPLED, Evaluation, compare_contestants
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.rollout.test_model_rewards import by_plain_peft, write_reward_adapter
 from tests.support.roles import lora
@@ -81,31 +81,31 @@ def test_a_contestant_says_and_scores_what_plain_peft_does(tmp_path: Path) -> No
             text = str(tokenizer.decode(out[len(ids) :], skip_special_tokens=True))
             said[label].append((text, kl, len(out) - len(ids)))
     for label, rows in said.items():
-        mine = found.responses[label][GREEDY_WAY]
+        mine = found.responses[label][GREEDY]
         assert mine.sampled.responses == [text for text, _, _ in rows]
         assert mine.kl is not None
         torch.testing.assert_close(mine.kl, torch.tensor([kl for _, kl, _ in rows]), atol=1e-4, rtol=1e-4)
-        estimates = found.estimates[label][GREEDY_WAY]
+        estimates = found.estimates[label][GREEDY]
         scores = [low_words(text) for text, _, _ in rows]
         assert estimates["score"].mean == pytest.approx(sum(scores) / 3, abs=1e-6)
         assert estimates["pass@1"].mean == pytest.approx(sum(score >= 0.5 for score in scores) / 3)
         assert estimates["response_length"].mean == pytest.approx(sum(length for _, _, length in rows) / 3)
     for way in (
-        GREEDY_WAY,
-        SAMPLED_WAY,
+        GREEDY,
+        SAMPLED,
     ):  # several threads may cut the two roles' rows differently, by a rounding or two
         assert found.estimates["base"][way]["ref_kl"].mean == pytest.approx(0.0, abs=1e-5)
-    assert abs(found.estimates[adapter][GREEDY_WAY]["ref_kl"].mean) > 0.1
+    assert abs(found.estimates[adapter][GREEDY]["ref_kl"].mean) > 0.1
 
 
 def test_samples_differ_and_count_for_pass_and_majority(tmp_path: Path) -> None:
     found = evaluated(sections(tmp_path), "base", greedy=False, kl=False)
-    estimates, said = found.estimates["base"][SAMPLED_WAY], found.responses["base"][SAMPLED_WAY]
+    estimates, said = found.estimates["base"][SAMPLED], found.responses["base"][SAMPLED]
     assert set(estimates) == {
         *("score", "response_length", "clip_ratio"),
         *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4)),
     }
-    assert len(set(said.sampled.responses)) > 6 and GREEDY_WAY not in found.estimates["base"]
+    assert len(set(said.sampled.responses)) > 6 and GREEDY not in found.estimates["base"]
     passed = torch.tensor([low_words(text) >= 0.5 for text in said.sampled.responses]).view(3, 4)
     assert estimates["pass@4"].mean == pytest.approx(passed.any(1).double().mean().item())
     assert estimates["pass@1"].mean == pytest.approx(passed.double().mean().item()) == estimates["maj@1"].mean
@@ -116,20 +116,18 @@ def test_the_same_twice_ties_and_the_streams_are_paired(tmp_path: Path) -> None:
     settings, adapter = sections(tmp_path), write_policy(tmp_path / "policy")
     copy, other = write_policy(tmp_path / "copy"), write_policy(tmp_path / "other", seed=2)
     found = evaluated(settings, adapter, copy, other)
-    assert (
-        found.responses[adapter][SAMPLED_WAY].sampled.responses == found.responses[copy][SAMPLED_WAY].sampled.responses
-    )
+    assert found.responses[adapter][SAMPLED].sampled.responses == found.responses[copy][SAMPLED].sampled.responses
     rates = {(rate.of, rate.over, rate.by, rate.decoding): rate.rate.mean for rate in found.win_rates}
     assert set(rates) == {
         (of, over, "score", way)
         for of, over in ((copy, adapter), (other, adapter), (other, copy))
-        for way in (GREEDY_WAY, SAMPLED_WAY)
+        for way in (GREEDY, SAMPLED)
     }
-    assert rates[copy, adapter, "score", GREEDY_WAY] == 0.5
-    assert rates[other, adapter, "score", SAMPLED_WAY] == rates[other, copy, "score", SAMPLED_WAY] != 0.5
-    mine, theirs = (found.responses[label][SAMPLED_WAY].scores.view(3, 4).tolist() for label in (other, adapter))
+    assert rates[copy, adapter, "score", GREEDY] == 0.5
+    assert rates[other, adapter, "score", SAMPLED] == rates[other, copy, "score", SAMPLED] != 0.5
+    mine, theirs = (found.responses[label][SAMPLED].scores.view(3, 4).tolist() for label in (other, adapter))
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for row in range(3) for a in mine[row] for b in theirs[row]]
-    assert rates[other, adapter, "score", SAMPLED_WAY] == pytest.approx(sum(wins) / len(wins))
+    assert rates[other, adapter, "score", SAMPLED] == pytest.approx(sum(wins) / len(wins))
 
 
 def test_the_reference_is_the_experiments_and_rewards_are_told_apart(tmp_path: Path) -> None:
@@ -137,10 +135,10 @@ def test_the_reference_is_the_experiments_and_rewards_are_told_apart(tmp_path: P
     adapter, reward = write_policy(tmp_path / "policy"), write_reward_adapter(tmp_path / "reward")
     settings = sections(tmp_path, **{"model.policy_adapter": adapter, "reward.adapter": str(reward)})
     found = evaluated(settings, adapter, "base")
-    mine = found.responses[adapter][SAMPLED_WAY].kl
+    mine = found.responses[adapter][SAMPLED].kl
     assert mine is not None and mine.abs().max() < 1e-5
-    assert abs(found.estimates["base"][SAMPLED_WAY]["ref_kl"].mean) > 0.05
-    said = found.responses["base"][GREEDY_WAY]
+    assert abs(found.estimates["base"][SAMPLED]["ref_kl"].mean) > 0.05
+    said = found.responses["base"][GREEDY]
     lengths = said.sampled.lengths()
     by_hand = torch.tensor(by_plain_peft(reward, said.sampled.sequences, lengths))
     torch.testing.assert_close(said.rewards["reward/adapter"], by_hand, atol=1e-5, rtol=1e-5)
@@ -175,8 +173,8 @@ def test_a_missing_score_is_null_and_left_out(tmp_path: Path) -> None:
     found.write_responses(tmp_path / "said.jsonl")
     scores = [json.loads(line)["score"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert set(scores) == {None, 1.0}
-    assert found.estimates["base"][SAMPLED_WAY]["score"].mean == 1.0
-    assert found.estimates["base"][SAMPLED_WAY]["pass@4"].mean == pytest.approx(2 / 3)
+    assert found.estimates["base"][SAMPLED]["score"].mean == 1.0
+    assert found.estimates["base"][SAMPLED]["pass@4"].mean == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,16 @@ from rlhf_toolkit.algorithms.aggregation import AGGREGATION_MODES
 from rlhf_toolkit.algorithms.importance import NO_CORRECTION, WEIGHTS
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL
 from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.models.decoding_weights import DecodingKind
+from rlhf_toolkit.models.shared_base import ValueSite
+from rlhf_toolkit.planning.memory import RolloutMode
 from rlhf_toolkit.settings.configs import (
     AGGREGATIONS,
     CORRECTIONS,
+    KINDS,
+    MODES,
     SCHEDULES,
+    VALUE_SITES,
     PPOConfig,
     RewardConfig,
     RolloutConfig,
@@ -557,6 +563,8 @@ def test_whether_a_kl_is_asked_for(settings: dict[str, Any], asked: bool) -> Non
 def test_choices_are_what_the_arithmetic_knows() -> None:
     assert set(AGGREGATIONS) == set(AGGREGATION_MODES)
     assert set(CORRECTIONS) == {NO_CORRECTION, *WEIGHTS}
+    assert set(MODES) == set(RolloutMode) and set(KINDS) == set(DecodingKind)
+    assert set(VALUE_SITES) == set(ValueSite) - {ValueSite.NOWHERE}
 
 
 WITH_ARGUMENTS = {

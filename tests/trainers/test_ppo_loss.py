@@ -78,7 +78,7 @@ def test_loss_and_gradient_equal_ppo_written_out(trainer: PPOTrainer) -> None:
     shared = trainer.model
     trainer.rollouts.newest = trainer.maker.collect(shared, 0)
     experience = with_gap(trainer.rollouts.newest.experience)
-    plan = trainer.maker.responder.cutting.plan(experience, 0, epoch=0)
+    plan = trainer.maker.scored_sampler.cutting.plan(experience, 0, epoch=0)
     mini_batch = share_of_mini_batch(experience, plan.batches[0], 0, fresh=False)
     moved(shared)
     parts = cut(mini_batch)

@@ -68,7 +68,7 @@ class PromptSchedule:
 
     The stream is one permutation of ``size`` prompts after another, each derived from ``(seed, epoch)``: every epoch
     has each prompt once, whatever ``per_rollout`` is. A block may span two epochs and then hold a prompt twice;
-    ``rollout.schedule.rollout_rows`` tells their samples apart. DataError where an epoch is shorter than a rollout.
+    ``rollout.dealing.rollout_rows`` tells their samples apart. DataError where an epoch is shorter than a rollout.
     """
 
     size: int

@@ -34,7 +34,6 @@ class DecodingKind(StrEnum):
 
 
 EXACT, MERGED = DecodingKind.EXACT, DecodingKind.MERGED
-KINDS = tuple(DecodingKind)
 
 
 @contextmanager

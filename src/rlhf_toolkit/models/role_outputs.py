@@ -89,8 +89,7 @@ class RoleOutputs(dict[str, Tensor]):
 
         Entropies are left out: a model that forbids tokens by a logit of minus infinity has none, and trains well.
         """
-        for name, column in self.items():
-            bad = ~column.isfinite()
-            if name != "policy_entropies" and bad.any():
-                return COLUMNS[name].role, int(bad.nonzero()[0, 0])
+        for name, column in COLUMNS.items():
+            if name in self and name != "policy_entropies" and not self[name].isfinite().all():
+                return column.role, int((~self[name].isfinite()).nonzero()[0, 0])
         return None

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_toolkit.errors import ConfigError, DataError, shortened
 from rlhf_toolkit.plugins import arguments_for
-from rlhf_toolkit.rollout.schedule import LastMeans
+from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
 

@@ -8,7 +8,6 @@ the update's pass says, and the backward follows. In the step of bench/versus_tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,28 +22,36 @@ from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.types import Experience, RolloutTokens
 
 
-@dataclass(frozen=True)
 class DeferredExperience:
     """A rollout that waits for the forward pass of its only update.
 
-    ``outputs`` are what the role pass said, the reference's or nothing; ``finish`` makes the experience.
+    Args:
+        sampled: the rollout of all ranks.
+        outputs: what the role pass said: the reference's numbers, or nothing.
+        finish: makes the experience.
     """
 
-    sampled: Sampled
-    outputs: RoleOutputs
-    finish: Callable[[Sampled, RoleOutputs], Experience]
+    def __init__(
+        self, sampled: Sampled, outputs: RoleOutputs, finish: Callable[[Sampled, RoleOutputs], Experience]
+    ) -> None:
+        self._open: tuple[Sampled, RoleOutputs, Callable[[Sampled, RoleOutputs], Experience]] | None
+        self._open = (sampled, outputs, finish)
 
     def complete(self, rows: Sequence[int], outputs: RoleOutputs) -> Experience:
         """The experience of the whole rollout, from what this rank's forward pass says about its ``rows``, laid out in
-        rows. A collective: every rank comes with its own.
+        rows. A collective, once: every rank comes with its own rows, and what was kept for this is let go.
 
-        Raises NotFiniteError, on all ranks, where policy or value says NaN or infinity.
+        Raises NotFiniteError, on all ranks, where policy or value says NaN or infinity, and RuntimeError, a defect,
+        where the experience is complete already.
         """
+        if self._open is None:
+            raise RuntimeError("the rollout's experience is complete already")
+        (sampled, said_before, finish), self._open = self._open, None
         mine = outputs.each(lambda column: column.detach().cpu())
-        everyone = self.outputs.and_of(gathered_outputs([(list(rows), mine)]))
+        everyone = said_before.and_of(gathered_outputs([(list(rows), mine)]))
         if (fault := everyone.not_finite()) is not None:
-            raise NotFiniteError(f"in the update, {described_fault(*fault, self.sampled)}; {WAYS_OUT}")
-        return self.finish(self.sampled, everyone)
+            raise NotFiniteError(f"in the update, {described_fault(*fault, sampled)}; {WAYS_OUT}")
+        return finish(sampled, everyone)
 
 
 class UpdatePolicyRecord:

@@ -14,20 +14,17 @@ from rlhf_toolkit.algorithms.evaluation import majority_at_k, pass_at_k
 from rlhf_toolkit.errors import DataError, shortened
 from rlhf_toolkit.models.roles import POLICY, REFERENCE
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.rollout.dealing import in_turn, rollout_rows
 from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.rollout.schedule import in_turn, rollout_rows
 from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
 from rlhf_toolkit.types import Prompt
-
-GREEDY = 0
-"""Instead of a number of samples: one greedy response to each prompt."""
 
 Values = dict[str, list[float]]
 ReadAnswers = Callable[[list[str]], Sequence[Hashable | None]]
 
 
 @dataclass(frozen=True)
-class Answers:
+class HeldOutResponses:
     """Responses to held-out prompts, rows in the order of the prompts; scores and KL (B,), None where nobody asked for
     the KL."""
 
@@ -41,32 +38,40 @@ class Answers:
         return {"score": torch.where(self.sampled.kept, self.scores, torch.nan), **single_rewards(self.sampled)}
 
 
-def answers(
-    responder: ScoredSampler, shared: SharedBase, prompts: Sequence[Prompt], *, samples: int, kl: bool
-) -> Answers:
-    """``samples`` responses to each prompt, or ``GREEDY`` ones, with scores that are not whitened. A collective, only
-    inside ``ScoredSampler.opened``.
+def held_out_responses(
+    scored_sampler: ScoredSampler,
+    shared: SharedBase,
+    prompts: Sequence[Prompt],
+    *,
+    kl: bool,
+    samples: int = 1,
+    greedy: bool = False,
+) -> HeldOutResponses:
+    """``samples`` responses to each prompt, ``greedy`` or sampled, with scores that are not whitened. A collective,
+    only inside ``ScoredSampler.opened``.
 
     They are sampled as in training, from the same random numbers in every evaluation. With ``kl`` policy and reference
     run over them.
     """
-    rows = rollout_rows(prompts, max(samples, 1))
+    rows = rollout_rows(prompts, samples)
     shares = in_turn(len(rows))
-    sampled = responder.responses(shared, rows, shares, stream=("evaluation",), greedy=samples == GREEDY)
+    sampled = scored_sampler.responses(shared, rows, shares, stream=("evaluation",), greedy=greedy)
     found = None
     if kl:
-        said = responder.say(shared, sampled, responder.cutting.in_order(sampled), roles=(POLICY, REFERENCE))
-        found = response_kl(said.policy_logprobs, said.reference_logprobs, sampled.token_mask)
-    return Answers(sampled, responder.unwhitened_scores(sampled), found)
+        outputs = scored_sampler.role_outputs(
+            shared, sampled, scored_sampler.cutting.in_order(sampled), roles=(POLICY, REFERENCE)
+        )
+        found = response_kl(outputs.policy_logprobs, outputs.reference_logprobs, sampled.token_mask)
+    return HeldOutResponses(sampled, scored_sampler.unwhitened_scores(sampled), found)
 
 
 @dataclass(frozen=True)
 class Passing:
-    """When a response passes: its score is ``at`` or more. ``answers`` reads the answer that it votes for, None where
-    it has none; without that function there is no vote."""
+    """When a response passes: its score is ``at`` or more. ``read_answers`` reads the answer that it votes for, None
+    where it has none; without that function there is no vote."""
 
     at: float
-    answers: ReadAnswers | None = None
+    read_answers: ReadAnswers | None = None
 
     def values(self, sampled: Sampled, scores: Tensor) -> Values:
         """``pass@k`` and ``maj@k`` for k = 1, 2, 4, ... up to the samples of a prompt. A response without a score does
@@ -84,9 +89,9 @@ class Passing:
         return values
 
     def _answers(self, responses: list[str]) -> Sequence[Hashable | None] | None:
-        if self.answers is None:
+        if self.read_answers is None:
             return None
-        found = list(self.answers(list(responses)))
+        found = list(self.read_answers(list(responses)))
         if len(found) != len(responses):
             raise DataError(
                 f"reward.answer gave {len(found)} answers for {len(responses)} responses ({shortened(found)}); give "

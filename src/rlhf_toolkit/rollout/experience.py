@@ -26,12 +26,12 @@ from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.roles import POLICY, REFERENCE
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.metrics import penalty_kl, policy_metrics, reward_metrics, rollout_metrics
+from rlhf_toolkit.rollout.dealing import deal, in_turn
 from rlhf_toolkit.rollout.deferred import DeferredExperience
 from rlhf_toolkit.rollout.path_checks import PathChecks
 from rlhf_toolkit.rollout.prompt_source import PromptSource
 from rlhf_toolkit.rollout.role_pass import Needs
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, joined
-from rlhf_toolkit.rollout.schedule import deal, in_turn
 from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
 from rlhf_toolkit.rollout.shaping import Shaping
 from rlhf_toolkit.types import Experience, PromptBatch, RolloutTokens
@@ -41,8 +41,8 @@ from rlhf_toolkit.types import Experience, PromptBatch, RolloutTokens
 class Collected:
     """What collecting a rollout gave: what is trained on, and what the log says about it.
 
-    ``deferred`` is there where ``tokens`` are no Experience yet, since the update's own forward pass completes it;
-    ``metrics`` then are those of the completed one, from when it is.
+    Where ``deferred`` is there, ``tokens`` are without advantages, and ``deferred.complete`` gives the experience in
+    the update; it fills ``metrics`` and ``samples``, too.
     """
 
     tokens: RolloutTokens
@@ -62,7 +62,7 @@ class ExperienceMaker:
     """Makes experience: ``collect`` is one rollout of it.
 
     Args:
-        responder: samples and scores, and runs the role pass.
+        scored_sampler: samples and scores, and runs the role pass.
         source: chooses prompts.
         shaping: from scores to advantages.
         needs: decides which roles run before the update.
@@ -73,7 +73,7 @@ class ExperienceMaker:
 
     def __init__(
         self,
-        responder: ScoredSampler,
+        scored_sampler: ScoredSampler,
         source: PromptSource,
         shaping: Shaping,
         needs: Needs,
@@ -82,23 +82,25 @@ class ExperienceMaker:
         checks: PathChecks | None = None,
         correction: Correction = Correction(),  # noqa: B008  frozen
     ) -> None:
-        self.responder, self.source, self.shaping, self.needs = responder, source, shaping, needs
+        self.scored_sampler, self.source, self.shaping, self.needs = scored_sampler, source, shaping, needs
         self.kl_control, self.checks, self.correction = kl_control, checks, correction
 
     def collect(self, model: nn.Module, rollout: int) -> Collected:
         """Rollout number ``rollout`` of the engine ``model``, from its prompts to its experience. A collective."""
-        responder, checks = self.responder, self.checks
-        with located(f"rollout {rollout}"), responder.opened(model) as shared:
+        scored_sampler, checks = self.scored_sampler, self.checks
+        with located(f"rollout {rollout}"), scored_sampler.opened(model) as shared:
             sampled = self.responses_to(shared, self.source.positions(rollout), rollout)
             sampled = self._without_uniform_groups(shared, sampled, rollout)
             if self.shaping.estimator.needs("baselines"):
                 sampled = self._with_baselines(shared, sampled)
-            with responder.clock.phase("old_log_prob"):
-                plan = responder.cutting.plan(sampled, rollout, epoch=0)
+            with scored_sampler.clock.phase("old_log_prob"):
+                plan = scored_sampler.cutting.plan(sampled, rollout, epoch=0)
                 roles = self.needs.roles(rollout=rollout, one_forward=plan.one_forward)
-                outputs = responder.say(shared, sampled, plan, roles=roles)
+                outputs = scored_sampler.role_outputs(shared, sampled, plan, roles=roles)
                 if checks is not None:
-                    checks.look(shared, sampled, outputs, plan, partial(responder.say, shared, sampled), rollout)
+                    checks.look(
+                        shared, sampled, outputs, plan, partial(scored_sampler.role_outputs, shared, sampled), rollout
+                    )
         if checks is not None:
             checks.check_role_pass(sampled, outputs, rollout)
         collected = Collected(self._tokens_of(sampled, outputs))
@@ -111,13 +113,13 @@ class ExperienceMaker:
 
     def responses_to(self, shared: SharedBase, positions: list[int], rollout: int) -> Sampled:
         """Scored responses to the prompts at ``positions``, dealt among ranks by how long they were last time."""
-        rows, expected = self.source.rows(positions), self.responder.expected
+        rows, expected = self.source.rows(positions), self.scored_sampler.expected
         shares = deal(rows, self.source.responses_per_prompt, world_size(), expected)
-        return self.responder.responses(shared, rows, shares, stream=("sample", rollout))
+        return self.scored_sampler.responses(shared, rows, shares, stream=("sample", rollout))
 
     def _remember(self, sampled: Sampled) -> None:
         """Note lengths and scores of prompts, also of those that are replaced, for the next time they are there."""
-        self.responder.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
+        self.scored_sampler.expected.update(sampled.groups.tolist(), sampled.response_lengths.tolist())
         self.source.remember(sampled)
 
     def _without_uniform_groups(self, shared: SharedBase, sampled: Sampled, rollout: int) -> Sampled:
@@ -142,7 +144,7 @@ class ExperienceMaker:
             replaced = uniform[: len(better)]
             kept = [row for row, group in enumerate(sampled.groups.tolist()) if group not in replaced]
             added = [row for row, group in enumerate(others.groups.tolist()) if group in better]
-            sampled = joined([sampled.rows(kept), others.rows(added)], pad_id=self.responder.sampling.pad_id)
+            sampled = joined([sampled.rows(kept), others.rows(added)], pad_id=self.scored_sampler.sampling.pad_id)
         return sampled
 
     def _responses_to_few(self, shared: SharedBase, positions: list[int], rollout: int) -> Sampled:
@@ -159,11 +161,11 @@ class ExperienceMaker:
         groups += groups[:1] * (world_size() - len(groups))  # each rank needs one
         chosen = tuple(self.source.prompts[self.source.position_of[group]] for group in groups)
         rows = PromptBatch(chosen, samples=(0,) * len(groups))
-        greedy = self.responder.responses(shared, rows, in_turn(len(groups)), greedy=True)
+        greedy = self.scored_sampler.responses(shared, rows, in_turn(len(groups)), greedy=True)
         place = [groups.index(group) for group in sampled.groups.tolist()]
         return replace(
             sampled,
-            baselines=self.responder.baselines(greedy, sampled)[place],
+            baselines=self.scored_sampler.baselines(greedy, sampled)[place],
             kept=sampled.kept & greedy.kept[place],
             failures={name: failed + greedy.failures.get(name, 0) for name, failed in sampled.failures.items()},
         )
@@ -181,7 +183,7 @@ class ExperienceMaker:
 
     def _finish(self, collected: Collected, sampled: Sampled, outputs: RoleOutputs) -> Experience:
         """Rewards, advantages and, in ``collected``, the record of both, over the whole rollout."""
-        scores, coefficient = self.responder.scores(sampled), self.kl_control.coefficient
+        scores, coefficient = self.scored_sampler.scores(sampled), self.kl_control.coefficient
         shaped_by_kl = self.shaping.kl_in_reward and self.needs.kl_asked
         rewards = self.shaping.rewards(scores, sampled, outputs, kl_coef=coefficient if shaped_by_kl else None)
         mask = collected.tokens.response_mask

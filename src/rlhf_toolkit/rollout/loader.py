@@ -93,7 +93,7 @@ class RolloutLoader:
     """
 
     newest: Collected
-    """The rollout whose mini-batches come out now."""
+    """The rollout whose mini-batches come out now: nothing, not even the attribute, before the first."""
 
     def __init__(
         self,
@@ -116,12 +116,13 @@ class RolloutLoader:
             self.newest = self.maker.collect(self.model(), rollout)
             tokens = self.newest.tokens
             for epoch in range(self.schedule.epochs):
-                plan = self.maker.responder.cutting.plan(tokens, rollout, epoch=epoch)
+                plan = self.maker.scored_sampler.cutting.plan(tokens, rollout, epoch=epoch)
                 for number, shares in enumerate(plan.batches):
                     columns = {}
-                    if isinstance(tokens, Experience) and self.over_mini_batch.anything:
+                    if self.over_mini_batch.anything:
                         everyone = [row for share in shares for rows in share for row in rows]
-                        columns = self.over_mini_batch.columns(tokens, everyone, (rollout, epoch, number))
+                        stream = (rollout, epoch, number)
+                        columns = self.over_mini_batch.columns(self.newest.experience, everyone, stream)
                     yield share_of_mini_batch(tokens, shares, rank(), fresh=epoch == number == 0, columns=columns)
 
 

@@ -37,7 +37,7 @@ class PathChecks:
     """The checks of a run. They stop it in its first rollout; later a difference is a warning, said once, and a metric.
 
     ``tolerance`` bounds the mean of abs(d) in place of what is measured, where the user has set it. ``rounding`` is
-    what the first scored rollout of this process has shown.
+    what the first rollout of this process has shown in whose role pass the policy ran.
     """
 
     tolerance: float | None = None
@@ -45,10 +45,10 @@ class PathChecks:
     _warned: bool = field(default=False, init=False)
 
     def look(
-        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, say: RolePass, rollout: int
+        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, role_pass: RolePass, rollout: int
     ) -> None:
-        """Measure rounding, once and where the policy ran; ``say`` repeats the role pass. A collective, inside the
-        sampler's window.
+        """Measure rounding, once and where the policy ran; ``role_pass`` repeats the role pass. A collective, inside
+        the sampler's window.
 
         Raises TrainingPathError in rollout 0 where the model computes something else while it trains.
         """
@@ -56,13 +56,13 @@ class PathChecks:
             return
         mask, old = sampled.token_mask, outputs.policy_logprobs
         with nudged(shared.causal_lm.get_input_embeddings()):
-            again = say(plan, roles=(POLICY,))
+            again = role_pass(plan, roles=(POLICY,))
         self.rounding = Deviation.between(again.policy_logprobs[mask], old[mask])
         with self._stops_only_the_first(rollout):
-            self._check_training_mode(shared, sampled, outputs, plan, say)
+            self._check_training_mode(shared, sampled, outputs, plan, role_pass)
 
     def _check_training_mode(
-        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, say: RolePass
+        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, role_pass: RolePass
     ) -> None:
         """The ranks' first micro-batches again, once as they were and once in training mode: the same rows give the
         same bits, or what this hardware makes of them, so that even little dropout shows."""
@@ -74,7 +74,7 @@ class PathChecks:
         try:
             for mode in (False, True):
                 shared.train(mode)
-                repeated.append(Deviation.between(say(first, roles=roles).policy_logprobs[mask], old[mask]))
+                repeated.append(Deviation.between(role_pass(first, roles=roles).policy_logprobs[mask], old[mask]))
         finally:
             shared.train(training)
         unexplained = repeated[1].beyond(repeated[0])

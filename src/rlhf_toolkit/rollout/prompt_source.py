@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.reporting.metrics import uniform_groups
 from rlhf_toolkit.rollout.curriculum import Curriculum
+from rlhf_toolkit.rollout.dealing import LastMeans, rollout_rows
 from rlhf_toolkit.rollout.sampled import Sampled
-from rlhf_toolkit.rollout.schedule import LastMeans, rollout_rows
 from rlhf_toolkit.types import Prompt, PromptBatch
 
 
@@ -35,7 +35,7 @@ class PromptSource:
         self.position_of = {prompt.index: position for position, prompt in enumerate(self.prompts)}
 
     def positions(self, rollout: int) -> list[int]:
-        """Those of rollout number ``rollout``."""
+        """The positions of rollout number ``rollout``."""
         if self.curriculum is None:
             return self.schedule.indices(rollout)
         return self.curriculum.indices(rollout, self.mean_scores)
@@ -49,6 +49,7 @@ class PromptSource:
         self.mean_scores.update(sampled.groups[sampled.kept].tolist(), sampled.raw_scores[sampled.kept].tolist())
 
     def uniform(self, sampled: Sampled) -> list[int]:
-        """Groups to replace: one score for all responses, and no more of these than a prompt gets."""
+        """Groups to replace: those with one score for all responses, and as many responses as a prompt gets. A prompt
+        that is there twice is left alone."""
         once = {group for group, rows in Counter(sampled.groups.tolist()).items() if rows == self.responses_per_prompt}
         return [g for g in uniform_groups(sampled.raw_scores, sampled.groups, sampled.kept) if g in once]

@@ -19,7 +19,7 @@ from rlhf_toolkit.rollout.cutting import Plan
 from rlhf_toolkit.rollout.sampled import Sampled
 
 ROLES = (POLICY, VALUE, REFERENCE)
-"""Those from which an experience is made."""
+"""The roles from whose numbers an experience is made."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Needs:
         only_one = self._only_update and one_forward
         own_logprobs = only_one or (self._only_update and not self._kl_shapes)
         needed = {
-            POLICY: not own_logprobs or self.old_logprobs,
+            POLICY: not own_logprobs,
             VALUE: self.value and not only_one,
             REFERENCE: self.kl_asked,
         }
@@ -79,11 +79,11 @@ def run_role_pass(
     if not roles:
         return RoleOutputs()
 
-    def say(rows: Rows, roles: Sequence[str]) -> RoleOutputs:
+    def say(rows: Rows, asked: Sequence[str]) -> RoleOutputs:
         lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
         laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
         laid_out, outputs = laid_out.to(next(shared.parameters()).device), RoleOutputs()
-        for together in separate_passes(roles):
+        for together in separate_passes(asked):
             outputs |= shared(laid_out, roles=together, temperature=temperature)
         return outputs.each(torch.Tensor.cpu).as_rows(lengths, width)
 

@@ -68,7 +68,7 @@ class Sampler:
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[SharedBase]:
-        """Inside, the yielded SharedBase can decode and score, without autograd."""
+        """Inside, the yielded SharedBase can decode and run roles, without autograd."""
         if self.place(model).mode == STREAM:
             with streamed(model) as self._pace, inference(model) as shared:
                 yield shared

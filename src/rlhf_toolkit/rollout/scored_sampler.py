@@ -15,12 +15,12 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
 from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.rollout.cutting import Cutting, Plan
+from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.model_rewards import ModelReward
 from rlhf_toolkit.rollout.role_pass import run_role_pass
 from rlhf_toolkit.rollout.sampled import Sampled, gather_rollout, sampled_here
 from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
-from rlhf_toolkit.rollout.schedule import LastMeans
 from rlhf_toolkit.rollout.shaping import ScoreShaping
 from rlhf_toolkit.types import Prompt, PromptBatch
 
@@ -44,13 +44,13 @@ class ScoredSampler:
     Args:
         sampler: decodes.
         scorer: the rewards that read texts; ``model_rewards`` are those that are models.
-        sampling: how tokens are chosen; ``greedy`` below replaces that alone.
+        sampling: how tokens are chosen; ``responses(greedy=True)`` takes the likeliest instead.
         cutting: how the rows of a role pass are cut.
         score_shaping: what happens to scores before they count.
         seed: names the random streams.
 
     ``expected`` knows how long responses were last time, so that the long ones begin first. ``clock`` adds up the
-    seconds of sampling and of rewards.
+    seconds of the phases of a step, the trainer's too.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ScoredSampler:
 
         ``stream`` names the random numbers, beside the seed and each row's prompt and sample; ``greedy`` needs none.
         """
-        batch, sampling = rows.subset(shares[rank()]), replace(self.sampling, greedy=greedy or self.sampling.greedy)
+        batch, sampling = rows.subset(shares[rank()]), replace(self.sampling, greedy=greedy)
         names = () if greedy else (self.seed, *stream)
 
         def submit(row: int, tokens: list[int]) -> None:
@@ -108,7 +108,7 @@ class ScoredSampler:
                 sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts), reward.weight)
         return sampled
 
-    def say(self, shared: SharedBase, sampled: Sampled, plan: Plan, *, roles: Sequence[str]) -> RoleOutputs:
+    def role_outputs(self, shared: SharedBase, sampled: Sampled, plan: Plan, *, roles: Sequence[str]) -> RoleOutputs:
         """What ``roles`` say about the responses, cut as ``plan`` is. A collective, only inside ``opened``."""
         layout, temperature = self.cutting.layout, self.sampling.temperature
         return run_role_pass(shared, sampled, plan, layout, temperature=temperature, roles=roles)

@@ -108,7 +108,7 @@ class Shaping:
     kl_in_reward: bool
     kl_estimator: str
     truncated: str
-    reward_scale: float = 1.0
+    reward_scale: float
 
     def rewards(self, scores: Tensor, sampled: Sampled, outputs: RoleOutputs, *, kl_coef: float | None) -> Tensor:
         """(B, R): rewards of tokens and, on the last token, of the response, less the KL; ``kl_coef`` None: no KL."""

@@ -193,7 +193,7 @@ def mlp_width(config: Any, hidden: int) -> int:
 
 
 def reward_bytes(model: PreTrainedModel, columns: int, *, on_cpu: bool) -> int:
-    """What scoring with a reward model takes beside what lies there already: all of it where ZeRO-3 shards it, since
+    """What the scores of a reward model take beside what lies there already: all of it where ZeRO-3 shards it, since
     its shards stay while it is gathered, and its pass over a batch, or over one row of ``columns`` tokens if that is
     longer."""
     parameters = list(model.parameters())

@@ -69,16 +69,6 @@ class Algorithm:
     passing: Passing | None
 
     @property
-    def estimator(self) -> Estimator:
-        """The advantage estimator."""
-        return self.shaping.estimator
-
-    @property
-    def policy_loss(self) -> PolicyLoss:
-        """The policy's part of the loss."""
-        return self.loss.policy_loss
-
-    @property
     def correction(self) -> Correction:
         """Which weights correct for the sampler."""
         return self.loss.correction

@@ -45,7 +45,7 @@ class Setup:
         return Cutting(self.experiment.ppo.mini_batches, self.algorithm.role_tokens, packing, self.experiment.run.seed)
 
 
-def make_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PPOTrainer:
+def make_ppo_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PPOTrainer:
     """The trainer of the roles in ``shared``, with an experience maker and Trainer's arguments."""
     experiment, algorithm = setup.experiment, setup.algorithm
     ppo, update, ranks = experiment.ppo, experiment.update, setup.topology.world_size
@@ -89,8 +89,8 @@ def make_experience_maker(setup: Setup, *, packing: bool, on_tokens: Callable[[i
             task.prompts,
             task.schedule,
             rollout.responses_per_prompt,
-            None if algorithm.curriculum is None else algorithm.curriculum(task.prompts),
-            rollout.replace_uniform_groups,
+            curriculum=None if algorithm.curriculum is None else algorithm.curriculum(task.prompts),
+            replacement_rounds=rollout.replace_uniform_groups,
         ),
         algorithm.shaping,
         algorithm.needs,

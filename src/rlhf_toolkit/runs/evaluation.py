@@ -25,7 +25,13 @@ from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
-from rlhf_toolkit.rollout.evaluated import GREEDY, Answers, Values, answers, rows_by_prompt, values_by_prompt
+from rlhf_toolkit.rollout.evaluated import (
+    HeldOutResponses,
+    Values,
+    held_out_responses,
+    rows_by_prompt,
+    values_by_prompt,
+)
 from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.runs.assembly import Setup, make_scored_sampler
 from rlhf_toolkit.runs.packing import packs
@@ -36,7 +42,7 @@ from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 
 BASE = "base"
-GREEDY_WAY, SAMPLED_WAY = "greedy", "sampled"
+GREEDY, SAMPLED = "greedy", "sampled"
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Evaluation:
     samples: int
     estimates: dict[str, dict[str, dict[str, Estimate]]]
     win_rates: list[WinRate]
-    responses: dict[str, dict[str, Answers]]
+    responses: dict[str, dict[str, HeldOutResponses]]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the responses, as JSON takes it."""
@@ -81,8 +87,8 @@ class Evaluation:
         unfinished = path.with_name(path.name + ".part")  # renamed at the end: a file is whole or not there
         with created(unfinished) as file:
             for label, ways in self.responses.items():
-                for way, said in ways.items():
-                    file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, said))
+                for way, responses in ways.items():
+                    file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, responses))
         unfinished.rename(path)
 
 
@@ -119,15 +125,15 @@ def compare_contestants(
     config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     setup = Setup(experiment, algorithm, topology, load_held_out(experiment, config))
     progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
-    said: dict[str, dict[str, Answers]] = {}
+    responses: dict[str, dict[str, HeldOutResponses]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
-            said[label] = _answers(setup, _roles(setup, config, folder), progress, greedy=greedy, kl=kl)
+            responses[label] = _answers(setup, _roles(setup, config, folder), progress, greedy=greedy, kl=kl)
             progress.bar.update(1)
     finally:
         setup.task.reward.close()
         progress.bar.close()
-    return compare(setup, said)
+    return compare(setup, responses)
 
 
 def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
@@ -140,28 +146,34 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
 
 
-def compare(setup: Setup, said: dict[str, dict[str, Answers]]) -> Evaluation:
-    """Estimates and win rates from what everybody said."""
+def compare(setup: Setup, responses: dict[str, dict[str, HeldOutResponses]]) -> Evaluation:
+    """Estimates and win rates from what everybody responses."""
     run, passing = setup.experiment.run, setup.algorithm.passing
     seed = run.seed
 
-    def estimates(found: Answers) -> dict[str, Estimate]:
+    def estimates(found: HeldOutResponses) -> dict[str, Estimate]:
         values: Values = values_by_prompt(found.sampled, found.scores, found.kl)
         if passing is not None:
             values |= passing.values(found.sampled, found.scores)
         return {name: estimate(of_prompts, seed=seed) for name, of_prompts in values.items()}
 
-    by_label = {label: {way: estimates(found) for way, found in ways.items()} for label, ways in said.items()}
+    by_label = {label: {way: estimates(found) for way, found in ways.items()} for label, ways in responses.items()}
     rates = [
-        WinRate(later, earlier, by, way, estimate(rates_by_prompt(said[later][way], said[earlier][way], by), seed=seed))
-        for earlier, later in combinations(said, 2)
-        for way in said[later]
-        for by in said[later][way].rewards
+        WinRate(
+            later,
+            earlier,
+            by,
+            way,
+            estimate(rates_by_prompt(responses[later][way], responses[earlier][way], by), seed=seed),
+        )
+        for earlier, later in combinations(responses, 2)
+        for way in responses[later]
+        for by in responses[later][way].rewards
     ]
-    return Evaluation(len(setup.task.held_out), run.evaluation_samples, by_label, rates, said)
+    return Evaluation(len(setup.task.held_out), run.evaluation_samples, by_label, rates, responses)
 
 
-def rates_by_prompt(mine: Answers, theirs: Answers, by: str) -> list[float]:
+def rates_by_prompt(mine: HeldOutResponses, theirs: HeldOutResponses, by: str) -> list[float]:
     """The win rate at each prompt to which both gave a response with a score."""
     rates = []
     for rows in rows_by_prompt(mine.sampled):
@@ -172,17 +184,19 @@ def rates_by_prompt(mine: Answers, theirs: Answers, by: str) -> list[float]:
     return rates
 
 
-def _answers(setup: Setup, shared: SharedBase, progress: Progress, *, greedy: bool, kl: bool) -> dict[str, Answers]:
+def _answers(
+    setup: Setup, shared: SharedBase, progress: Progress, *, greedy: bool, kl: bool
+) -> dict[str, HeldOutResponses]:
     """What the contestant that is the policy of ``shared`` says."""
     packing = packs(setup.experiment.update.packing, shared)
-    responder = make_scored_sampler(setup, packing=packing, on_tokens=progress.on_tokens, trains=False)
+    scored_sampler = make_scored_sampler(setup, packing=packing, on_tokens=progress.on_tokens, trains=False)
     prompts, samples = setup.task.held_out, setup.experiment.run.evaluation_samples
-    found = dict[str, Answers]()
-    with responder.opened(shared) as opened:
+    found = dict[str, HeldOutResponses]()
+    with scored_sampler.opened(shared) as opened:
         if greedy:
-            found[GREEDY_WAY] = answers(responder, opened, prompts, samples=GREEDY, kl=kl)
+            found[GREEDY] = held_out_responses(scored_sampler, opened, prompts, greedy=True, kl=kl)
         if samples:
-            found[SAMPLED_WAY] = answers(responder, opened, prompts, samples=samples, kl=kl)
+            found[SAMPLED] = held_out_responses(scored_sampler, opened, prompts, samples=samples, kl=kl)
     return found
 
 
@@ -201,9 +215,9 @@ def _roles(setup: Setup, config: PretrainedConfig, folder: str | None) -> Shared
     return shared.to(setup.topology.device)
 
 
-def _lines(label: str, way: str, said: Answers) -> list[dict[str, Any]]:
-    sampled, seen, lines = said.sampled, dict[int, int](), list[dict[str, Any]]()
-    rewards = {name: column.tolist() for name, column in said.rewards.items()}
+def _lines(label: str, way: str, responses: HeldOutResponses) -> list[dict[str, Any]]:
+    sampled, seen, lines = responses.sampled, dict[int, int](), list[dict[str, Any]]()
+    rewards = {name: column.tolist() for name, column in responses.rewards.items()}
     for i, row in enumerate(sampled.groups.tolist()):
         number = seen[row] = seen.get(row, -1) + 1
         lines.append(
@@ -216,7 +230,7 @@ def _lines(label: str, way: str, said: Answers) -> list[dict[str, Any]]:
                 "response": sampled.responses[i],
                 "finished": bool(sampled.finished[i]),
                 "tokens": int(sampled.response_lengths[i]),
-                **({} if said.kl is None else {"ref_kl": said.kl[i].item()}),
+                **({} if responses.kl is None else {"ref_kl": responses.kl[i].item()}),
                 **{name: None if column[i] != column[i] else column[i] for name, column in rewards.items()},
             }
         )

@@ -82,7 +82,7 @@ def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwri
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingItems:
     """What is trained on and evaluated on, with the tokenizer that made it."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,12 +91,12 @@ class Rows:
     held_out: list[Item]
 
 
-class FineTuningKind(Kind[FineTuning, Rows, SharedBase | WholeModel, FineTuner]):
+class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, FineTuner]):
     """SFT, reward models and DPO, whose records count optimizer steps."""
 
     axis = "step"
 
-    def load_data(self, config: PretrainedConfig) -> Rows:
+    def load_data(self, config: PretrainedConfig) -> TrainingItems:
         """Tokenizer and items."""
         name, trusted = self.experiment.model.name, self.experiment.model.trust_remote_code
         with agreement("loading"):
@@ -104,27 +104,29 @@ class FineTuningKind(Kind[FineTuning, Rows, SharedBase | WholeModel, FineTuner])
             stop_ids = stop_token_ids(tokenizer, generation_eos_of(name, config), stop_strings=())
         items, held_out = load_items(self.experiment, tokenizer, stop_ids)
         vocabulary = config.get_text_config().vocab_size
-        return Rows(tokenizer, pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary), items, held_out)
+        return TrainingItems(
+            tokenizer, pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary), items, held_out
+        )
 
     def load_model(self, config: PretrainedConfig) -> SharedBase | WholeModel:
         """Adapters on a frozen base, or the whole model."""
-        return load_model(self.experiment, config, self.topology)
+        return load_trained_model(self.experiment, config, self.topology)
 
-    def rounds(self, data: Rows) -> int:
+    def rounds(self, data: TrainingItems) -> int:
         """The optimizer steps of the run."""
         return self.experiment.steps(len(data.items))
 
-    def make_trainer(self, data: Rows, model: SharedBase | WholeModel, progress: Progress) -> FineTuner:
+    def make_trainer(self, data: TrainingItems, model: SharedBase | WholeModel, progress: Progress) -> FineTuner:
         """The trainer of the experiment's objective."""
-        return make_trainer(self.experiment, self.topology, data, model, progress)
+        return make_fine_tuner(self.experiment, self.topology, data, model, progress)
 
     def engine_check(self, trainer: FineTuner) -> EngineCheck:
-        """It says nothing where all is well."""
+        """The check of the engine, which prints nothing."""
         return EngineCheck(trainer, self.topology)
 
 
-def make_trainer(
-    experiment: FineTuning, topology: Topology, rows: Rows, model: SharedBase | WholeModel, progress: Progress
+def make_fine_tuner(
+    experiment: FineTuning, topology: Topology, rows: TrainingItems, model: SharedBase | WholeModel, progress: Progress
 ) -> FineTuner:
     """The trainer of the experiment's objective."""
     update, size, objective = experiment.update, experiment.job.batch_size, objective_of(experiment)
@@ -174,7 +176,7 @@ def objective_of(experiment: FineTuning) -> Objective:
     return SFT()
 
 
-def load_model(experiment: FineTuning, config: PretrainedConfig, topology: Topology) -> SharedBase | WholeModel:
+def load_trained_model(experiment: FineTuning, config: PretrainedConfig, topology: Topology) -> SharedBase | WholeModel:
     """Adapters on a frozen base, which start from a derived seed, the same on every rank; or the whole model."""
     model = experiment.model
     if not experiment.full:

@@ -14,9 +14,9 @@ from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
-from rlhf_toolkit.rollout.schedule import LastMeans
+from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.runs.algorithm import resolve
-from rlhf_toolkit.runs.assembly import Setup, make_trainer
+from rlhf_toolkit.runs.assembly import Setup, make_ppo_trainer
 from rlhf_toolkit.runs.run import Run
 from rlhf_toolkit.runs.start import Kind, prepare_run
 from rlhf_toolkit.runs.start_check import StartCheck
@@ -36,7 +36,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
         try:
             self.fit()
         finally:
-            self.trainer.maker.responder.scorer.close()
+            self.trainer.maker.scored_sampler.scorer.close()
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
@@ -97,7 +97,7 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
 
     def make_trainer(self, data: Setup, model: SharedBase, progress: Progress) -> PPOTrainer:
         """The trainer with its experience maker."""
-        return make_trainer(data, model, progress)
+        return make_ppo_trainer(data, model, progress)
 
     def engine_check(self, trainer: PPOTrainer) -> StartCheck:
         """It also says what runs where."""
@@ -107,7 +107,7 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         """The KL's coefficient, and what is expected of prompts."""
         maker = trainer.maker
         maker.kl_control.coefficient = manifest.get("kl_coefficient", maker.kl_control.coefficient)
-        maker.responder.expected = LastMeans(manifest.get("expected_lengths"))
+        maker.scored_sampler.expected = LastMeans(manifest.get("expected_lengths"))
         maker.source.mean_scores = LastMeans(manifest.get("mean_scores"))
 
     def state(self, trainer: PPOTrainer) -> dict[str, Any]:
@@ -115,11 +115,11 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         maker = trainer.maker
         return {
             "kl_coefficient": maker.kl_control.coefficient,
-            "expected_lengths": maker.responder.expected.state,
+            "expected_lengths": maker.scored_sampler.expected.state,
             "mean_scores": maker.source.mean_scores.state,
         }
 
     def samples(self, trainer: PPOTrainer, kind: str) -> Sequence[Record]:
         """The first responses of the newest rollout or evaluation."""
-        newest = trainer.answered if kind == "eval" else trainer.rollouts.newest.samples
+        newest = trainer.evaluated_samples if kind == "eval" else trainer.rollouts.newest.samples
         return newest[: self.experiment.run.samples]

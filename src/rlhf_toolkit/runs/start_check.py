@@ -22,13 +22,13 @@ class StartCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises TopologyError where the engine is not what was asked for."""
         check_engine(self.topology, self.trainer.model_wrapped)
-        placement = self.trainer.maker.responder.sampler.place(self.trainer.model_wrapped)
+        placement = self.trainer.maker.scored_sampler.sampler.place(self.trainer.model_wrapped)
         if self.topology.is_main:
             tqdm.write(f"{self.description()}\n{placement.description()}")  # above the progress bar
 
     def description(self) -> str:
         """One line: processes, sharding, sizes and cuts."""
-        topology, cutting = self.topology, self.trainer.maker.responder.cutting
+        topology, cutting = self.topology, self.trainer.maker.scored_sampler.cutting
         stage = topology.launch.zero_stage
         trained = sum(element_count(p) for group in self.trainer.model.parameter_groups().values() for p in group)
         total = sum(element_count(p) for p in self.trainer.model.parameters())

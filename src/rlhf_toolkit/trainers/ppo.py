@@ -2,18 +2,18 @@
 
     for each rollout                                   RolloutLoader.__iter__, Trainer's train dataloader
      1. choose prompts, sample, score                  ExperienceMaker.collect            rollout/experience.py
-     2. role pass: old log-probs, values, reference    ScoredSampler.say                  rollout/role_pass.py
+     2. role pass: old log-probs, values, reference    run_role_pass                      rollout/role_pass.py
      3. rewards with the KL, advantages, returns       Shaping                            rollout/shaping.py
      for each epoch, for each mini-batch               PPOTrainer.get_batch_samples
       4. one optimizer step                            PPOTrainer.training_step
         for each micro-batch
-         5. forward of policy and value                PPOTrainer.say
+         5. forward of policy and value                PPOTrainer.role_outputs
          6. the experience it belongs to               PPOTrainer.experience_of (deferred: rollout/deferred.py)
          7. is the first ratio 1?                      PPOTrainer.old_logprobs            rollout/path_checks.py
          8. ratio, clip, value loss, entropy, KL       PPOLoss.terms                      trainers/ppo_loss.py
-         9. backward
+         9. backward; DeepSpeed's last clips and steps backward                           distributed/engine.py
       10. KL above kl_stop? leave the rest out         PPOTrainer.decide_whether_to_go_on
-      11. clip the gradient, step, next learning rate  Trainer, DeepSpeed
+      11. without DeepSpeed: clip, step; schedule      Trainer
       12. metrics                                      PPOTrainer.log
 
 What each step computes: docs/ppo_details.md.
@@ -41,7 +41,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import spread
 from rlhf_toolkit.rollout.deferred import UpdatePolicyRecord
-from rlhf_toolkit.rollout.evaluated import GREEDY, Answers, Passing, answers
+from rlhf_toolkit.rollout.evaluated import HeldOutResponses, Passing, held_out_responses
 from rlhf_toolkit.rollout.experience import ExperienceMaker
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader, Schedule
 from rlhf_toolkit.rollout.sampled import Sample, as_samples
@@ -99,7 +99,7 @@ class PPOTrainer(RoleTrainer):
             steps_done=lambda: self.state.global_step,
             over_mini_batch=over_mini_batch,
         )
-        self.answered: list[Sample] = []
+        self.evaluated_samples: list[Sample] = []
         self._policy_record = UpdatePolicyRecord()
         self._kl_sums, self._stopped, self._left_out = torch.zeros(2), False, False
 
@@ -129,7 +129,7 @@ class PPOTrainer(RoleTrainer):
         if self._left_out:
             return total
         micro = cut(inputs)  # on the CPU: choosing rows by a mask would wait for a GPU, column after column
-        with self.maker.responder.clock.phase("update_actor"):
+        with self.maker.scored_sampler.clock.phase("update_actor"):
             for number, part in enumerate(micro):
                 loss = self.micro_batch_loss(model, part, first=number == 0)
                 backward(model, loss, last=number == len(micro) - 1)
@@ -146,7 +146,7 @@ class PPOTrainer(RoleTrainer):
     def micro_batch_loss(self, model: nn.Module, part: MiniBatch, *, first: bool = False) -> Tensor:
         """A micro-batch's share of the mini-batch's loss; what it says about itself is metered. ``first``: the first of
         its mini-batch. Ranks run equally many, and may exchange numbers between the forward pass and the loss."""
-        outputs = self.say(model, part)
+        outputs = self.role_outputs(model, part)
         batch = self.experience_of(part, outputs)
         old_logprobs = self.old_logprobs(batch, outputs, check=first and bool(part["fresh"]))
         terms = self.loss_terms(part, batch, outputs, old_logprobs)
@@ -154,13 +154,15 @@ class PPOTrainer(RoleTrainer):
         self._watch_kl(outputs.policy_logprobs, old_logprobs, batch.response_mask)
         return terms.loss
 
-    def say(self, model: nn.Module, part: MiniBatch) -> RoleOutputs:
+    def role_outputs(self, model: nn.Module, part: MiniBatch) -> RoleOutputs:
         """What policy and, where it is trained, value say about a micro-batch, in one forward, laid out in rows (n, R).
 
         ``part`` lies on the CPU, where its layout is worked out: that reads tokens and lengths.
         """
         tokens = RolloutTokens.of(part)
-        layout = self.maker.responder.cutting.layout(tokens.sequences, tokens.prompt_lengths, tokens.response_lengths)
+        layout = self.maker.scored_sampler.cutting.layout(
+            tokens.sequences, tokens.prompt_lengths, tokens.response_lengths
+        )
         outputs: RoleOutputs = model(
             layout.to(self.args.device),
             roles=(POLICY, VALUE) if self.maker.needs.value else (POLICY,),
@@ -257,11 +259,17 @@ class PPOTrainer(RoleTrainer):
         """Greedy responses to the held-out prompts: score, KL to the reference, length and the share that was cut off;
         and the score of sampled ones where the experiment asks for them. Scores are of the responses that have one."""
         prompts, samples = list(eval_dataset or self.held_out.prompts), self.held_out.samples
-        responder = self.maker.responder
-        with located("evaluation"), responder.clock.phase("testing"), responder.opened(self.model_wrapped) as shared:
-            greedy = answers(responder, shared, prompts, samples=GREEDY, kl=True)
-            at_random = answers(responder, shared, prompts, samples=samples, kl=False) if samples else None
-        self.answered = as_samples(greedy.sampled, greedy.scores)
+        scored_sampler = self.maker.scored_sampler
+        with (
+            located("evaluation"),
+            scored_sampler.clock.phase("testing"),
+            scored_sampler.opened(self.model_wrapped) as shared,
+        ):
+            greedy = held_out_responses(scored_sampler, shared, prompts, greedy=True, kl=True)
+            at_random = (
+                held_out_responses(scored_sampler, shared, prompts, samples=samples, kl=False) if samples else None
+            )
+        self.evaluated_samples = as_samples(greedy.sampled, greedy.scores)
         metrics = greedy_metrics(greedy, metric_key_prefix)
         if at_random is not None:
             metrics |= sampled_metrics(at_random, self.held_out.passing, metric_key_prefix)
@@ -277,7 +285,7 @@ class PPOTrainer(RoleTrainer):
         DeepSpeed's engine would repeat the last norm.
         """
         if "loss" in logs:
-            collected, seconds = self.rollouts.newest, self.maker.responder.clock.take()
+            collected, seconds = self.rollouts.newest, self.maker.scored_sampler.clock.take()
             logs = {
                 GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
                 **collected.metrics,
@@ -300,7 +308,7 @@ class PPOTrainer(RoleTrainer):
             self.meter.add(name, share, 1 / world_size() if first else 0.0)
 
 
-def greedy_metrics(found: Answers, prefix: str) -> dict[str, float]:
+def greedy_metrics(found: HeldOutResponses, prefix: str) -> dict[str, float]:
     """What an evaluation logs of greedy answers."""
     sampled = found.sampled
     assert found.kl is not None, "evaluation asks for the KL of greedy answers"
@@ -312,7 +320,7 @@ def greedy_metrics(found: Answers, prefix: str) -> dict[str, float]:
     }
 
 
-def sampled_metrics(found: Answers, passing: Passing | None, prefix: str) -> dict[str, float]:
+def sampled_metrics(found: HeldOutResponses, passing: Passing | None, prefix: str) -> dict[str, float]:
     """The spread of the scores of sampled answers, and pass@k and maj@k where the experiment says what passes."""
     values = {} if passing is None else passing.values(found.sampled, found.scores)
     means = {f"{prefix}/{name}": sum(of_prompts) / len(of_prompts) for name, of_prompts in values.items()}

@@ -46,9 +46,9 @@ def deal(
     return [sorted(share) for share in shares]
 
 
-def in_turn(rows: int, ranks: int | None = None) -> list[range]:
+def in_turn(rows: int) -> list[range]:
     """Row numbers of each rank where shares need not be equal: 0, 1, ... in turn."""
-    ranks = ranks or world_size()
+    ranks = world_size()
     return [range(number, rows, ranks) for number in range(ranks)]
 
 

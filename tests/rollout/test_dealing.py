@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.errors import DataError
-from rlhf_toolkit.rollout.schedule import LastMeans, deal, rollout_rows
+from rlhf_toolkit.rollout.dealing import LastMeans, deal, rollout_rows
 from rlhf_toolkit.types import Prompt
 
 
