@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -84,6 +84,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+at_a_good_end: list[Callable[[], None]] = []
+"""What ``reported`` calls where a script has come to its end."""
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """For scripts: an RLHFError ends the process with status 1 and its message, one line, instead of a stack.
@@ -93,6 +97,8 @@ def reported() -> Iterator[None]:
     """
     try:
         yield
+        for step in at_a_good_end:
+            step()
     except RLHFError as error:
         more = getattr(error, "__notes__", [])  # by ``collectives.agreement``: the traceback of another rank
         if isinstance(error, RewardError) and error.__cause__ is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -334,3 +335,28 @@ def test_free_memory_is_the_least_of_all_ranks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory(torch.device("cpu")) == 245 and asked == [250], "a machine's memory is shared by its processes"
+
+
+ENDS = """
+import atexit, sys, threading, time
+from rlhf_toolkit.distributed.topology import end_process
+from rlhf_toolkit.errors import at_a_good_end, reported
+
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+at_a_good_end.append(end_process)
+with reported():
+    print("the script", end="")
+print("never")
+"""
+
+
+def test_a_good_end_runs_what_python_would_run_and_nothing_after() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "the scripta thread\nat exit\n")
+
+
+def test_a_bad_end_keeps_its_status() -> None:
+    script = ENDS.replace('print("the script", end="")', "raise SystemExit(3)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and "at exit" in done.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_toolkit.distributed.topology import start
+from rlhf_toolkit.distributed.topology import end_process, start
 
 
 def main() -> None:
@@ -18,6 +18,8 @@ def main() -> None:
     arguments = torch.load(folder / "arguments.pt", weights_only=False)
     result = getattr(importlib.import_module(module), name)(topology, **arguments)
     torch.save(result, folder / f"result_{topology.rank}.pt")
+    if topology.world_size > 1:
+        end_process()
 
 
 if __name__ == "__main__":

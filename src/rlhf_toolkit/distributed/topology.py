@@ -10,12 +10,13 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -28,7 +29,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.distributed.extensions import build_cpu_collectives
-from rlhf_toolkit.errors import TopologyError
+from rlhf_toolkit.errors import TopologyError, at_a_good_end
 
 ZERO_STAGES = (2, 3)
 TIMEOUT_MINUTES = 120
@@ -148,6 +149,8 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     gloo = {"backend": "gloo"} if launch.zero_stage is not None and not has_gpu else {}
     state = PartialState(timeout=timeout, **gloo)
+    if gloo and world_size() > 1:
+        at_a_good_end.append(end_process)
     topology = Topology(launch, rank(), world_size(), state.device)
     check_agreement(topology, state)
     return topology
@@ -262,6 +265,20 @@ def free_memory(device: torch.device) -> int:
     else:
         mine = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(all_gather(mine))
+
+
+def end_process() -> NoReturn:
+    """End this process with status 0, as Python would but without the teardown of the interpreter.
+
+    There a gloo group's threads may abort the process ("terminate called without an active exception"), after a run
+    that has ended well. Leaving the group does not end them, since every parameter that DeepSpeed shards holds the
+    group (torch 2.13, deepspeed 0.19.8).
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def leave_group() -> None:
