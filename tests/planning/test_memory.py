@@ -30,6 +30,7 @@ NEEDS = RolloutNeeds(
     role_pass_bytes=50,
     weights_bytes=180,
     update_bytes=150,
+    streamed_update_bytes=150,
     activation_bytes=100,
     micro_batch=1000,
     role_pass_batch=1000,
@@ -100,6 +101,15 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
     assert choice(1500, replace(NEEDS, later_bytes=50)) == ("window", 12)
 
 
+def test_the_update_is_that_of_the_mode() -> None:
+    needs = replace(NEEDS, update_bytes=1200, streamed_update_bytes=300)
+    chosen = {mode: place(needs, free=1380, rows=64, mode=mode, slots=5) for mode in ("window", "stream")}
+    assert {mode: each.update for mode, each in chosen.items()} == {"window": 1200, "stream": 300}
+    with pytest.raises(ConfigError, match="an update with"):
+        place(replace(needs, update_bytes=1381), free=1380, rows=64, mode="window", slots=5)
+    assert choice(1000, needs)[0] == "stream"  # where the window's update would not fit
+
+
 @for_each(
     "needs, changes, message",
     [
@@ -108,16 +118,16 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
         ({}, {"mode": "window", "free": 1300, "sharded": False}, "lower data.max_prompt_tokens"),
         ({}, {"free": 200}, "lower data.max_prompt_tokens or rollout.max_new_tokens"),
         ({"live_bytes": 2000}, {}, "the base alone is too large: take more GPUs"),
-        ({"update_bytes": 1600}, {}, "an update with .* the base alone is too large: take more GPUs"),
+        ({"streamed_update_bytes": 1600}, {}, "an update with .* the base alone is too large: take more GPUs"),
         ({"role_pass_bytes": 4000}, {}, r"set update\.micro_batch_tokens to 200 or less"),
         (
-            {"update_bytes": 2400, "activation_bytes": 2000},
+            {"streamed_update_bytes": 2400, "activation_bytes": 2000},
             {},
             r"an update with 1000 tokens in a forward pass needs .* set update\.micro_batch_tokens to 500 or less, or "
             "set model.gradient_checkpointing: true",
         ),
         (
-            {"update_bytes": 2400, "activation_bytes": 2000, "checkpointing": True},
+            {"streamed_update_bytes": 2400, "activation_bytes": 2000, "checkpointing": True},
             {},
             r"set update\.micro_batch_tokens to 500 or less$",
         ),
@@ -127,7 +137,7 @@ def test_what_an_update_leaves_behind_is_kept_free() -> None:
             r"lower data\.max_prompt_tokens or rollout.max_new_tokens$",
         ),
         (
-            {"update_bytes": 2400, "activation_bytes": 2000, "least_batch": 501},
+            {"streamed_update_bytes": 2400, "activation_bytes": 2000, "least_batch": 501},
             {},
             r"lower data\.max_prompt_tokens or rollout.max_new_tokens, or set model.gradient_checkpointing: true$",
         ),

@@ -57,6 +57,7 @@ class RolloutNeeds:
         copied_bytes: copies of weights that decoding makes, in the window only.
         role_pass_bytes: a role pass, after sampling and the reward model.
         update_bytes: the update, after the rollout.
+        streamed_update_bytes: the same where rollouts stream.
         activation_bytes: the part of ``update_bytes`` that grows with the micro-batch.
         later_bytes: what the first update will leave behind, and is not there yet.
         reward_bytes: a reward model and its pass, after sampling.
@@ -78,6 +79,7 @@ class RolloutNeeds:
     copied_bytes: int = 0
     role_pass_bytes: int = 0
     update_bytes: int = 0
+    streamed_update_bytes: int = 0
     activation_bytes: int = 0
     later_bytes: int = 0
     reward_bytes: int = 0
@@ -109,6 +111,10 @@ class RolloutNeeds:
     def total(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that a rollout needs."""
         return max(self.sampling(mode, slots, prefill, rows), self.base(mode) + self.after_sampling)
+
+    def update(self, mode: str) -> int:
+        """Bytes that an update needs, with what the first one leaves behind."""
+        return self.later_bytes + (self.streamed_update_bytes if mode == STREAM else self.update_bytes)
 
     def most_slots(self, mode: str, free: int) -> int:
         """How many slots fit into ``free`` bytes, with the smallest prefill; below 1 where not even one does."""
@@ -174,10 +180,10 @@ def place(
         raise ConfigError(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
-    refuse_update(needs, free)
     enough = min(rows, slots or ENOUGH_SLOTS)
     fits = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
     chosen = fits if mode == AUTO else RolloutMode(mode)
+    _refuse_update(needs, chosen, free)
     most = needs.most_slots(chosen, free)
     wanted = min(rows, slots or max(most, 1))
     if most < wanted:
@@ -195,13 +201,13 @@ def place(
         free,
         sampling=needs.sampling(chosen, wanted, prefill, rows),
         role_pass=needs.base(chosen) + needs.after_sampling,
-        update=needs.later_bytes + needs.update_bytes,
+        update=needs.update(chosen),
     )
 
 
-def refuse_update(needs: RolloutNeeds, free: int) -> None:
+def _refuse_update(needs: RolloutNeeds, mode: str, free: int) -> None:
     """Raise ConfigError for an update that is larger than all that is free."""
-    needed = needs.later_bytes + needs.update_bytes
+    needed = needs.update(mode)
     if needed <= free:
         return
     room = free - (needed - needs.activation_bytes)

@@ -157,8 +157,13 @@ def pass_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     return max(mlp, attention) * model.element
 
 
-def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """What a micro-batch of the update needs beside what is kept."""
+def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: bool = False) -> int:
+    """What a micro-batch of the update needs beside what is kept.
+
+    ``streamed``: rollouts are. Which layers ZeRO-3 lets go after a forward pass it decides once for each place in a
+    pass, and there role passes come first, which need none of them again. So the update gathers its layers once more
+    for backward, also where the bounds would let it keep them all.
+    """
     trained = model.trained * FP32
     gradients = 0 if how.sharded else trained
     if how.stage == 2:
@@ -166,6 +171,8 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
         gradients = share + how.bucket * FP32 * (2 if how.overlap else 1)
     gathered = live_bytes(model, how)
     ahead = prefetched_bytes(model, how)
+    if streamed and gathered == window_bytes(model, how):
+        gathered = model.largest
     if gathered < window_bytes(model, how):  # backward gathers again
         return gradients + gathered + ahead + activation_bytes(model, how, size)
     before_backward = _kept_of_forward(model, how, size) + ahead + _last_norm(model, size)

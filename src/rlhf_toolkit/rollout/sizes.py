@@ -250,6 +250,7 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         copied_bytes=copied_bytes(model, how, weights),
         role_pass_bytes=pass_bytes(model, how, role_pass),
         update_bytes=update_bytes(model, how, update) if trains else 0,
+        streamed_update_bytes=update_bytes(model, how, update, streamed=True) if trains else 0,
         activation_bytes=activation_bytes(model, how, update) if trains else 0,
         checkpointing=size.checkpointing,
         later_bytes=kept_bytes(model, how) - kept_bytes(model, how, moments=False) if trains else 0,
