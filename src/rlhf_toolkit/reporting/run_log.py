@@ -181,7 +181,7 @@ def write_fine_tuning_summary(
 
 
 def _kind(logs: Record) -> str | None:
-    if "train/loss" in logs:
+    if "train/loss" in logs or "train/grad_norm" in logs:  # no loss is there where every update was left out
         return "train"
     return "eval" if any(name.startswith("eval/") for name in logs) else None
 
