@@ -100,7 +100,9 @@ CHANGES = {
 }
 
 
-def a_run(folder: Path, processes: int, stage: int | None, *, never: bool, **changes: Any) -> list[list[dict[str, Any]]]:
+def a_run(
+    folder: Path, processes: int, stage: int | None, *, never: bool, **changes: Any
+) -> list[list[dict[str, Any]]]:
     """What each rank noted of a run in which the updates of ``PLANTED`` are spoiled, or ``never`` made."""
     folder.mkdir()
     task = merged(write_task(folder), CHANGES | changes)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TrainerCallback
 
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
+from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
 from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.runs.algorithm import resolve
@@ -118,6 +119,11 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
             "expected_lengths": maker.scored_sampler.expected.state,
             "mean_scores": maker.source.mean_scores.state,
         }
+
+    def alarms(self, notify: Notify) -> Sequence[TrainerCallback]:
+        """Those of the section alarms."""
+        alarms = self.experiment.alarms
+        return [Alarms(alarms.limits, stop=alarms.stop, notify=notify)]
 
     def samples(self, trainer: PPOTrainer, kind: str) -> Sequence[Record]:
         """The first responses of the newest rollout or evaluation."""

@@ -22,8 +22,6 @@ from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
 
 B = TypeVar("B", bound=Mapping[str, Tensor])
-MOST_LEFT_OUT = 3
-"""Updates in a row that are left out because of numbers that are not finite, unless the experiment says otherwise."""
 
 
 class RoleTrainer(Trainer):
@@ -31,7 +29,7 @@ class RoleTrainer(Trainer):
     metrics met before they are logged.
 
     ``learning_rates`` maps the names of ``parameter_groups`` to their rates; one schedule scales them all. ``kind`` is
-    that of kept batches; of updates whose numbers are not finite ``most_left_out`` in a row are left out.
+    that of kept batches; ``most_left_out`` updates in a row may be left out, since their numbers are not finite.
     """
 
     loss_is_scaled_for_ga = True
@@ -42,7 +40,7 @@ class RoleTrainer(Trainer):
         *args: Any,
         learning_rates: dict[str, float],
         kind: str,
-        most_left_out: int = MOST_LEFT_OUT,
+        most_left_out: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
