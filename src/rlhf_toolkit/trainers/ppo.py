@@ -23,19 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.kl import approximate_kl
 from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.errors import located
 from rlhf_toolkit.models.role_outputs import RoleOutputs
-from rlhf_toolkit.models.roles import POLICY, VALUE
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import spread
@@ -48,7 +45,7 @@ from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.ppo_loss import LossTerms, PPOLoss
-from rlhf_toolkit.types import Experience, Prompt, RolloutTokens
+from rlhf_toolkit.types import Experience, Prompt
 
 
 @dataclass(frozen=True)
@@ -157,21 +154,9 @@ class PPOTrainer(RoleTrainer):
 
     def role_outputs(self, model: nn.Module, part: MiniBatch) -> RoleOutputs:
         """What policy and, where it is trained, value say about a micro-batch, in one forward, laid out in rows (n, R).
-
-        ``part`` lies on the CPU, where its layout is worked out: that reads tokens and lengths.
-        """
-        tokens = RolloutTokens.of(part)
-        layout = self.maker.scored_sampler.cutting.layout(
-            tokens.sequences, tokens.prompt_lengths, tokens.response_lengths
-        )
-        outputs: RoleOutputs = model(
-            layout.to(self.args.device),
-            roles=(POLICY, VALUE) if self.maker.needs.value else (POLICY,),
-            temperature=self.loss.temperature,
-            entropy_gradient=self.loss.entropy_coef != 0,
-        )
-        lengths = self._prepare_input(tokens.response_lengths)
-        return outputs.as_rows(lengths, tokens.response_mask.shape[1])
+        ``part`` lies on the CPU."""
+        layout = self.maker.scored_sampler.cutting.layout
+        return self.loss.outputs(model, part, layout, value=self.maker.needs.value, device=self.args.device)
 
     def experience_of(self, part: MiniBatch, outputs: RoleOutputs) -> Experience:
         """A micro-batch's rows of the rollout's experience, on the device. Where that is deferred, this forward pass
@@ -249,14 +234,7 @@ class PPOTrainer(RoleTrainer):
 
     def _reduction(self, part: MiniBatch, batch: Experience) -> Callable[[Tensor], Tensor]:
         """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
-        return partial(
-            aggregate,
-            mask=batch.response_mask,
-            mode=self.loss.loss_aggregation,
-            width=self.loss.width,
-            tokens=int(part["token_count"]),
-            sequences=int(part["sequence_count"]),
-        )
+        return self.loss.reduction(part, batch.response_mask)
 
     def decide_whether_to_go_on(self) -> None:
         """Once the KL of a mini-batch, over all ranks, is above ``kl_stop``, the rollout's other updates are left out.
