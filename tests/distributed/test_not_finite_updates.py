@@ -3,13 +3,20 @@ been there. What is planted is planted on one rank alone; the oracle is a run th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from rlhf_toolkit.cli import main
+from rlhf_toolkit.errors import ConfigError, RLHFError
+from rlhf_toolkit.runs.inspection import inspect_batch
 from rlhf_toolkit.trainers.kept_batches import read_kept_batch
 from tests.support.launch import run_recipe
 from tests.support.tiny import merged, write_experiment, write_task
@@ -112,15 +119,34 @@ def a_run(
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.mark.parametrize(
-    ("processes", "stage", "dtype"),
-    [(1, None, "float32"), (2, 3, "bfloat16"), (2, 2, "float32")],
-    ids=["one process", "two ranks, ZeRO-3", "two ranks, ZeRO-2"],
-)
+CASES = {
+    "one process": (1, None, "float32"),
+    "two ranks, ZeRO-3": (2, 3, "bfloat16"),
+    "two ranks, ZeRO-2": (2, 2, "float32"),
+}
+SHARDED = "two ranks, ZeRO-3"
+Noted = list[list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Noted]]:
+    """The folder of a case's run, and what its ranks noted; each case runs once."""
+
+    @functools.cache
+    def made(case: str) -> tuple[Path, Noted]:
+        folder = tmp_path_factory.mktemp("spoiled") / "task"
+        processes, stage, dtype = CASES[case]
+        return folder, a_run(folder, processes, stage, never=False, **{"model.dtype": dtype})
+
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_an_update_that_is_not_finite_is_as_if_it_had_not_been(
-    tmp_path: Path, processes: int, stage: int | None, dtype: str
+    tmp_path: Path, spoiled: Callable[[str], tuple[Path, Noted]], case: str
 ) -> None:
-    found = a_run(tmp_path / "spoiled", processes, stage, never=False, **{"model.dtype": dtype})
+    processes, stage, dtype = CASES[case]
+    folder, found = spoiled(case)
     expected = a_run(tmp_path / "never", processes, stage, never=True, **{"model.dtype": dtype})
     for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert len(ours) == 2 * 8 + 1
@@ -132,14 +158,137 @@ def test_an_update_that_is_not_finite_is_as_if_it_had_not_been(
             for name in ("weights", "rates"):
                 assert one[name] == other[name], f"rank {rank}, {name} {one['kind']} update {number // 2}"
         assert len({line["digest"] for line in ours}) == 8 - len(PLANTED) + 1, "the other updates were made"
-    lines = [json.loads(line) for line in (tmp_path / "spoiled/run/log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
     assert [line.get("train/not_finite_updates") for line in lines if line["kind"] == "train"] == [1.0, 3.0]
     numbers = [value for line in lines for value in line.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers)), "JSON has no NaN"
     for number, fault in PLANTED.items():
-        kept = read_kept_batch(tmp_path / f"spoiled/run/skipped/step-{number + 1}")
+        kept = read_kept_batch(folder / f"run/skipped/step-{number + 1}")
         assert {rank for rank, _ in kept.places} == set(range(processes))
         assert sum(len(part["row"]) for part in kept.parts) == 8
         in_loss = "loss" in fault or "logits" in fault
         wrong = {rank for (rank, _), loss in zip(kept.places, kept.losses, strict=True) if not math.isfinite(loss)}
         assert wrong == ({processes - 1} if in_loss else set()), fault
+
+
+# ---- rlhf inspect ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path, spoiled: Callable[[str], tuple[Path, Noted]]) -> Path:
+    """A copy of the run on two ranks, to be changed: the folder of its kept batch of update 3."""
+    shutil.copytree(spoiled(SHARDED)[0], tmp_path / "task")
+    settings = tmp_path / "task/run/run.json"
+    settings.write_text(settings.read_text().replace(str(spoiled(SHARDED)[0]), str(tmp_path / "task")))
+    return tmp_path / "task/run/skipped/step-3"
+
+
+def test_a_replay_gives_the_losses_of_the_run_to_the_bit(kept: Path) -> None:
+    for step in (3, 5, 6, 7):
+        found = inspect_batch(kept.parent / f"step-{step}")
+        assert found.weights.name == f"step-{step}"
+        pairs = list(zip(found.batch.losses, found.losses, strict=True))
+        assert all(math.isfinite(now) for _, now in pairs)
+        assert all(then == now for then, now in pairs if math.isfinite(then)) and any(
+            math.isfinite(x) for x, _ in pairs
+        )
+        assert not found.findings and "every number is finite in this replay" in "\n".join(found.lines())
+
+
+def test_a_kept_column_that_is_not_finite_is_named_with_row_and_token(kept: Path) -> None:
+    tensors = load_file(kept / "batch.safetensors")
+    assert tensors["1.response_mask"][2, 1]
+    tensors["1.advantages"][2, 1] = math.nan
+    save_file(tensors, kept / "batch.safetensors")
+    (finding,) = inspect_batch(kept / "batch.json").findings
+    place = int(tensors["1.prompt_lengths"][2]) + 1
+    assert (finding.micro_batch, finding.row, finding.role, finding.token) == (1, 2, None, place)
+    assert "advantages is not finite" in finding.words
+
+
+def test_the_first_layer_role_row_and_token_are_found(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedding of one word is spoiled: the oracle is where that word stands."""
+    tensors = load_file(kept / "batch.safetensors")
+    ids, lengths = tensors["0.sequences"], tensors["0.prompt_lengths"] + tensors["0.response_lengths"]
+    word = int(ids[1, 1])
+    base = kept.parents[2] / "model/model.safetensors"
+    weights = load_file(base)
+    weights["model.embed_tokens.weight"][word] = math.inf
+    save_file(weights, base, {"format": "pt"})
+    found = inspect_batch(kept)
+    expected = {}
+    for i, part in enumerate(found.batch.parts):
+        ends = part["prompt_lengths"] + part["response_lengths"]
+        for row, (line, end) in enumerate(zip(part["sequences"].tolist(), ends.tolist(), strict=True)):
+            if word in line[:end]:
+                expected[i, row] = line.index(word)
+    assert len(ids) == len(lengths) and (0, 1) in expected
+    assert {(f.micro_batch, f.row): f.token for f in found.findings} == expected
+    assert all(f.role == "policy" and "embed_tokens is the first layer" in f.words for f in found.findings)
+    main(["inspect", str(kept)])
+    shown = capsys.readouterr().out
+    first = found.findings[0]
+    assert f"first: micro-batch {first.micro_batch}, row {first.row}, policy, token " in shown
+    assert str(found.tokenizer.decode([word])) in shown and "  response " in shown
+
+
+def test_a_gradient_beyond_float32_is_found_in_its_row(kept: Path) -> None:
+    tensors = load_file(kept / "batch.safetensors")
+    tensors["0.advantages"][3] = 1e30
+    save_file(tensors, kept / "batch.safetensors")
+    (finding,) = inspect_batch(kept).findings
+    assert (finding.micro_batch, finding.row) == (0, 3) and "norm is beyond float32" in finding.words
+
+
+BROKEN = {
+    "no record": (lambda folder: (folder / "batch.json").unlink(), "no kept batch"),
+    "a cut record": (lambda folder: cut_short(folder / "batch.json"), "cannot be read"),
+    "cut tensors": (lambda folder: cut_short(folder / "batch.safetensors"), "cannot be read"),
+    "a newer format": (lambda folder: edited(folder, format=2), "has the format 2"),
+    "another kind": (lambda folder: edited(folder, kind="../x"), "which no run writes"),
+    "details that are text": (lambda folder: edited(folder, details={"kl_coef": "x"}), "which no run writes"),
+    "too few places": (lambda folder: edited(folder, places=[[0, 0]]), "it was changed"),
+    "tokens of no vocabulary": (lambda folder: retyped(folder, lambda ids: ids + 10**6), "none of this model"),
+    "tokens that are numbers": (lambda folder: retyped(folder, lambda ids: ids.float()), "none of this model"),
+    "no weights": (lambda folder: edited(folder, weights=False), None),
+}
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    record = json.loads((folder / "batch.json").read_text())
+    (folder / "batch.json").write_text(json.dumps(record | changes))
+
+
+def retyped(folder: Path, change: Callable[[Any], Any]) -> None:
+    tensors = load_file(folder / "batch.safetensors")
+    save_file({**tensors, "0.sequences": change(tensors["0.sequences"])}, folder / "batch.safetensors")
+
+
+def test_what_no_run_has_written_is_refused_in_one_line(kept: Path, tmp_path: Path) -> None:
+    wrong = {}
+    for name, (spoil, words) in BROKEN.items():
+        folder = kept.with_name("step-99")
+        shutil.copytree(kept, folder)
+        spoil(folder)
+        try:
+            found = inspect_batch(folder)
+            if words is not None or found.weights != kept.parents[1].resolve():
+                wrong[name] = "accepted"
+        except RLHFError as error:
+            if words is None or words not in str(error) or "\n" in str(error):
+                wrong[name] = str(error)
+        shutil.rmtree(folder)
+    assert not wrong, wrong
+
+
+def test_code_that_a_run_folder_names_runs_only_when_trusted(kept: Path) -> None:
+    settings = kept.parents[1] / "run.json"
+    before = json.loads(settings.read_text())
+    for section, setting, value in (("ppo", "policy_loss", "x.py:f"), ("model", "trust_remote_code", True)):
+        settings.write_text(json.dumps({**before, section: {**before[section], setting: value}}))
+        with pytest.raises(ConfigError, match=rf"names code to run \({section}.{setting}\)"):
+            inspect_batch(kept)

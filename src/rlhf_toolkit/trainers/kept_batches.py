@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class KeptBatch:
         why: what was not finite, in words.
         details: plain values that the loss needs beside the columns.
         left_out: micro-batches that found no room in the file.
+        weights: whether the trained roles of that update lie beside it.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class KeptBatch:
     why: str
     details: Mapping[str, Any] = field(default_factory=dict)
     left_out: int = 0
+    weights: bool = False
 
     def within(self, most: int) -> KeptBatch:
         """As many micro-batches as ``most`` bytes hold: first those whose loss is not finite, in their order."""
@@ -68,15 +70,12 @@ class KeptBatch:
             if total + sizes[i] <= most:
                 chosen.append(i)
                 total += sizes[i]
-        return KeptBatch(
-            self.kind,
-            self.step,
-            [self.parts[i] for i in chosen],
-            [self.places[i] for i in chosen],
-            [self.losses[i] for i in chosen],
-            self.why,
-            self.details,
-            self.left_out + len(sizes) - len(chosen),
+        return replace(
+            self,
+            parts=[self.parts[i] for i in chosen],
+            places=[self.places[i] for i in chosen],
+            losses=[self.losses[i] for i in chosen],
+            left_out=self.left_out + len(sizes) - len(chosen),
         )
 
     def write(self, run_folder: Path, save_weights: Callable[[Path], None] | None) -> Path | None:
@@ -89,12 +88,12 @@ class KeptBatch:
         unfinished = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        batch = self.within(MOST_BYTES)
+        batch = replace(self.within(MOST_BYTES), weights=save_weights is not None)
         tensors = {f"{i}.{name}": column for i, part in enumerate(batch.parts) for name, column in part.items()}
         save_file(
             {name: column.detach().cpu().contiguous().clone() for name, column in tensors.items()}, unfinished / TENSORS
         )
-        write_text(unfinished / RECORD, json.dumps(batch._record(save_weights is not None), indent=2) + "\n")
+        write_text(unfinished / RECORD, json.dumps(batch._record(), indent=2) + "\n")
         if save_weights is not None:
             save_weights(unfinished)
         if place.exists():  # this update was reached once before, and the run resumed from before it
@@ -102,7 +101,7 @@ class KeptBatch:
         os.replace(unfinished, place)
         return place
 
-    def _record(self, weights: bool) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """What ``batch.json`` holds. JSON has no NaN, so losses are text."""
         return {
             "format": FORMAT,
@@ -112,7 +111,7 @@ class KeptBatch:
             "places": self.places,
             "losses": [str(loss) for loss in self.losses],
             "left_out": self.left_out,
-            "weights": weights,
+            "weights": self.weights,
             "details": dict(self.details),
         }
 
@@ -123,6 +122,8 @@ def read_kept_batch(path: Path) -> KeptBatch:
     folder = kept_folder(path)
     record = _read_record(folder / RECORD)
     try:
+        if (folder / TENSORS).stat().st_size > MOST_BYTES + MOST_BYTES_OF_RECORD:
+            raise OSError("it is larger than any that a run writes")
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
     except (OSError, SafetensorError) as error:
@@ -142,6 +143,7 @@ def read_kept_batch(path: Path) -> KeptBatch:
         record["why"],
         record["details"],
         record["left_out"],
+        record["weights"],
     )
 
 
