@@ -166,7 +166,7 @@ def write_fine_tuning_summary(
     """Write and return ``summary.json`` of a supervised run: its curve, evaluations, time, memory and versions."""
     records, evaluations = read_records(folder, "train", "step"), read_records(folder, "eval", "step")
     summary = {
-        "losses": [record[f"{prefix}/loss"] for record in records],
+        "losses": [record[f"{prefix}/loss"] for record in records if f"{prefix}/loss" in record],
         "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
         "evaluations": evaluations,
         "seconds": seconds,

@@ -222,6 +222,8 @@ def of_row(replay: Replay, part: Part, i: int, row: int) -> Finding | None:
     return None if found is None else Finding(i, row, *found)
 
 
+AS_MADE = ("values", "returns", "advantages")
+"""Columns that are made of those before them, and of all others."""
 Where = tuple[str | None, int | None, str]
 """Role, token and words of a finding."""
 
@@ -229,13 +231,14 @@ Where = tuple[str | None, int | None, str]
 def in_columns(part: Part, row: int) -> Where | None:
     """The first kept column that is not finite where the loss reads it."""
     count, start = len(part["sequences"]), int(part["prompt_lengths"][row])
-    for name, column in part.items():
+    for name in sorted(part, key=lambda name: AS_MADE.index(name) if name in AS_MADE else -1):
+        column = part[name]
         if not column.dim() or len(column) != count or not column.is_floating_point():
             continue
         broken = ~_read(part, name, row).isfinite()
         if bool(broken.any()):
             token = start + int(broken.nonzero()[0, 0]) if column.dim() == 2 else None
-            return None, token, f"the kept column {name} is not finite: it came so from the rollout"
+            return None, token, f"the kept column {name} is not finite: it was so before the loss"
     return None
 
 
