@@ -31,7 +31,12 @@ LATEST = "latest"
 """DeepSpeed's file in a checkpoint: the name of the folder in it that holds the optimizer."""
 UNKNOWN = "unknown"
 LEAST_FREE_BYTES = 256 * 2**20
-FREE_TO_CHANGE = ("run.", "data.evaluation", "ppo.num_rollouts")  # prefixes: how long a run is and who watches it
+FREE_TO_CHANGE = (
+    "run.",
+    "alarms.",
+    "data.evaluation",
+    "ppo.num_rollouts",
+)  # prefixes: how long a run is and who watches it
 NEVER_FREE = ("run.seed",)
 CHUNK = 2**18  # elements of a parameter that are widened to int64 at a time
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element

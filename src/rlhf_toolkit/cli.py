@@ -122,6 +122,14 @@ def evaluate(options: Options) -> None:
         found.write_responses(options.responses)
 
 
+def inspect(options: Options) -> None:
+    """Replay the mini-batch of an update that was left out, and print where it first stops being finite."""
+    from rlhf_toolkit.runs.inspection import inspect_batch
+
+    found = inspect_batch(options.batch, weights=options.weights, trust_code=options.trust_remote_code)
+    print("\n".join(found.lines()))
+
+
 def show_data(options: Options) -> None:
     """Print rows of training data token by token."""
     import logging
@@ -235,6 +243,16 @@ COMMANDS = (
             Argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting"),
             Argument("--out", type=Path, metavar="FILE", help="write estimates and win rates there, as JSON"),
             Argument("--responses", type=Path, metavar="FILE", help="write every response there, as JSON lines"),
+        ),
+    ),
+    Command(
+        "inspect",
+        "replay the batch of an update that was left out, and say where the first NaN or infinity is",
+        inspect,
+        (
+            Argument("batch", type=Path, metavar="FILE", help="a kept batch, such as runs/x/skipped/step-7"),
+            Argument("--weights", type=Path, metavar="FOLDER", help="trained roles; without it, those kept beside it"),
+            TRUST,
         ),
     ),
 )

@@ -17,6 +17,7 @@ from rlhf_toolkit.reporting.metrics import (
     explained_variance,
     policy_metrics,
     reference_kl,
+    repetition,
     reward_metrics,
     rollout_metrics,
     spread,
@@ -100,8 +101,27 @@ def test_a_rollout_by_plain_loops() -> None:
     }
     flat = {f"{name}/{kind}": value for name, three in expected.items() for kind, value in three.items()}
     flat["response_length/clip_ratio"] = 2 / 4
+    flat["response_length/repetition"] = 0.0
     flat["critic/vf_explained_var"] = 1 - statistics.variance(errors) / (statistics.variance(returns) + 1e-5)
     assert found == approximately(flat)
+
+
+def test_repetition_is_of_what_the_policy_wrote_after_each_prompt() -> None:
+    """Row 0 says one token eight times, after a prompt that would double any row's runs; row 1 says nothing twice; in
+    row 2 an environment wrote the middle of eight such tokens, so that no run is left."""
+    prompt, mask = [3, 3, 3, 3, 3], torch.ones(3, 8, dtype=torch.bool)
+    mask[2, 3:5] = False
+    sequences = torch.tensor([[*prompt, *[5] * 8], [*prompt, *range(8)], [*prompt, *[5] * 8]])
+    made = experience(
+        sequences=torch.cat([sequences, torch.full((1, 13), 5)]),
+        prompt_lengths=torch.full((4,), 5),
+        response_lengths=torch.tensor([8, 8, 8, 3]),
+        token_mask=torch.cat([mask, (torch.arange(8) < 3)[None]]),
+        response_mask=torch.ones(4, 8, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(4, 8),
+        **{name: torch.zeros(4, 8) for name in ("advantages", "returns", "values")},
+    )
+    assert repetition(made) == pytest.approx((1 - 1 / 5) / 4)
 
 
 def test_without_a_value_role_nothing_is_said_about_values() -> None:

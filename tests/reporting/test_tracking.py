@@ -23,6 +23,7 @@ class Wandb:
         self.started: list[dict[str, Any]] = []
         self.metrics: list[tuple[str, str | None]] = []
         self.logged: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, str]] = []
         self.finished, self.refuses = 0, refuses
         self.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
         self.Settings = SimpleNamespace
@@ -41,6 +42,9 @@ class Wandb:
     def log(self, values: dict[str, Any], **more: Any) -> None:
         assert not more, "a step would have W&B drop what comes out of order"
         self.logged.append(values)
+
+    def alert(self, **what: str) -> None:
+        self.alerts.append(what)
 
     def finish(self) -> None:
         self.finished += 1
@@ -66,6 +70,12 @@ def test_a_run_is_started_with_its_settings_and_its_axis(monkeypatch: pytest.Mon
     assert (options["id"], options["resume"]) == ("old", "allow"), "a resumed run goes on in the same one"
     assert wandb.metrics == [("step", None), ("*", "step")]
     assert mirror.run_id == "abc"
+
+
+def test_an_alarm_is_an_alert(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    mirror_of(wandb, monkeypatch, mode="offline").alert("alarm kl_above", "actor/ref_kl is 14")
+    assert wandb.alerts == [{"title": "alarm kl_above", "text": "actor/ref_kl is 14", "level": "WARN"}]
 
 
 def test_a_record_is_logged_without_its_kind_and_with_a_table_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:

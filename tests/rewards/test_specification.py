@@ -101,7 +101,7 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
         ({**F, "timeout": 0}, "reward.functions[2].timeout=0 must be above 0; leave it out for no limit"),
         ({**F, "timeout": "soon"}, "reward.functions[2].timeout='soon' is not a finite number"),
         ({**F, "on_failure": "scroe"}, "reward.functions[2].on_failure='scroe' is not known; did you mean score?"),
-        ({**F, "on_failure": 1}, "reward.functions[2].on_failure=1 is not known; known are error, score, drop"),
+        ({**F, "on_failure": 1}, "reward.functions[2].on_failure=1 is not known; known are error, score, drop, skip"),
         ({**F, "batch_size": 4}, "reward.functions[2].batch_size has no effect in the rank's own process; set"),
         ({**F, "retries": 4}, "reward.functions[2].retries has no effect in the rank's own process; set"),
         ({**F, "failure_score": 1}, "reward.functions[2].failure_score has no effect; set reward.functions[2].on_fail"),

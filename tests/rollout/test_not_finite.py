@@ -57,18 +57,17 @@ def build(*args, **kwargs):
 ppo_run.build_ppo_roles = build
 """
 GRADIENT = """
-import torch
 import rlhf_toolkit.trainers.ppo as ppo
 
-real = ppo.backward
+real = ppo.PPOTrainer.training_step
 
 
-def backward(model, loss, last):
-    real(model, loss, last=last)
-    next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+def step(self, model, inputs, num_items_in_batch=None):
+    next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * float("nan"))
+    return real(self, model, inputs, num_items_in_batch)
 
 
-ppo.backward = backward
+ppo.PPOTrainer.training_step = step
 """
 LOSS = """
 import rlhf_toolkit.trainers.ppo as ppo
@@ -94,7 +93,7 @@ FAULTS = {
         VALUE_HEAD,
         "scalar_heads.value is the first layer whose output is not finite, whose weight weight holds NaN or infinity",
     ),
-    "a gradient": (GRADIENT, "train/grad_norm is nan at step 1: "),
+    "a gradient": (GRADIENT, "train/grad_norm is not finite at step 1: "),
     "the loss": (LOSS, "train/loss is nan at step 1: "),
 }
 ON_ONE_RANK = """
@@ -141,7 +140,7 @@ WHILE_STREAMING = ("logits", "a response handed over")
 
 def experiment(folder: Path, patch: str, **changes: object) -> Path:
     folder.mkdir()
-    task = merged(write_task(folder), {"ppo.num_rollouts": 1, "run.save_every": 1, **changes})
+    task = merged(write_task(folder), {"ppo.num_rollouts": 1, "run.save_every": 1, "run.most_not_finite": 0, **changes})
     reward = folder / "reward.py"
     reward.write_text(reward.read_text() + patch)
     return write_experiment(folder / "run.yaml", task)

@@ -190,10 +190,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "evaluate_every": 0,
         "evaluation_samples": 0,
         "samples": 4,
+        "most_not_finite": 3,
         "timeout_minutes": 120,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",
         "name": None,
+    },
+    "alarms": {
+        "kl_above": 200.0,
+        "entropy_below": 0.01,
+        "entropy_above": None,
+        "length_below": None,
+        "length_above": None,
+        "repetition_above": 0.6,
+        "cut_above": None,
+        "stop": False,
     },
 }
 
@@ -308,7 +319,9 @@ def test_what_full_fine_tuning_refuses(section: str, settings: dict[str, Any], m
 
 def test_unknown_section() -> None:
     assert error_in({"rolout": {}}) == "unknown section 'rolout'; did you mean rollout?"
-    assert error_in({"zzz": {}}) == ("unknown section 'zzz'; known are data, model, ppo, reward, rollout, run, update")
+    assert error_in({"zzz": {}}) == (
+        "unknown section 'zzz'; known are alarms, data, model, ppo, reward, rollout, run, update"
+    )
 
 
 def test_unknown_setting_offers_the_nearest() -> None:
@@ -335,7 +348,7 @@ def test_names_that_are_no_strings() -> None:
     sections: Any = {1: {}}
     with pytest.raises(ConfigError) as caught:
         experiment_from_dict(sections)
-    assert line_of(caught).startswith("unknown section 1; known are data, ")
+    assert line_of(caught).startswith("unknown section 1; known are alarms, data, ")
     settings: Any = {**REQUIRED, "reward": {False: 1}}
     with pytest.raises(ConfigError) as caught:
         experiment_from_dict(settings)

@@ -1,4 +1,5 @@
-"""The only place that calls backward. DeepSpeed's engine is told here which micro-batch ends an optimizer step."""
+"""The only place that calls backward. DeepSpeed's engine is told here which micro-batch ends an optimizer step, and an
+update whose numbers are not finite ends here, on all ranks together, before the optimizer has moved anything."""
 
 from __future__ import annotations
 
@@ -9,17 +10,40 @@ from torch import nn
 from rlhf_toolkit.distributed.collectives import world_size
 
 
-def backward(model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
+def backward(model: nn.Module, loss: torch.Tensor, *, last: bool) -> bool:
     """Accumulate the gradient of ``loss``, this rank's share of a sum over all ranks and micro-batches.
 
     DeepSpeed divides gradients by the number of ranks; multiplying the loss first makes the result the plain sum. With
     ``last`` the engine also clips, steps the optimizer and clears the gradients; without DeepSpeed that is left to
     Trainer.
+
+    Returns whether the update goes on: with ``last`` False where a loss or the norm of the gradient is not finite on
+    any rank. Then the gradients are gone, and neither a parameter nor a moment of the optimizer has changed.
     """
+    # The factor is 1, or NaN where the loss is not finite: an infinite loss may have finite gradients, and the norm,
+    # which is of all ranks, then tells the others. Nothing is read back, and no collective is added.
+    sound = 1 + 0 * loss.detach()
     if isinstance(model, DeepSpeedEngine):
         model.set_gradient_accumulation_boundary(last)
-        model.backward(loss * world_size(), scale_wrt_gas=False)
-        if last:
-            model.step()
-    else:
-        loss.backward()
+        model.backward(loss * (world_size() * sound), scale_wrt_gas=False)
+        return _stepped(model) if last else True
+    (loss * sound).backward()
+    return _finite_or_dropped(model) if last else True
+
+
+def _stepped(engine: DeepSpeedEngine) -> bool:
+    """Whether the engine's step changed anything: it makes none of a norm that is not finite."""
+    engine.step()
+    applied = bool(engine.was_step_applied())
+    engine.optimizer.overflow = False  # else Trainer would hold the schedule, in updates that do nothing as well
+    return applied
+
+
+def _finite_or_dropped(model: nn.Module) -> bool:
+    """Whether the norm of all gradients is finite; if not, they are dropped, so that the optimizer finds none."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+        return True
+    for parameter in model.parameters():
+        parameter.grad = None
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +17,39 @@ WAYS_OUT = (
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """The first layer whose output is not finite, ``why``, and where in its output: the index of the first number."""
+
+    layer: str
+    why: str
+    index: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.layer} is the first layer whose output is not finite, {self.why}"
+
+
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     """Run ``forward``, a pass of ``model``, and say which layer's output is the first that is not finite, and why.
 
     One more pass, looked at layer by layer: only for an error's message.
     """
-    found: list[str] = []
+    place = find_not_finite(model, forward)
+    if place is not None:
+        return str(place)
+    return "no layer's output is when these tokens run alone, so that only their company or the output layer makes it"
+
+
+def find_not_finite(model: nn.Module, forward: Callable[[], object]) -> Place | None:
+    """The same as a record; None where every layer's output is finite."""
+    found: list[Place] = []
 
     def looking_at(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not found and not _finite(output):
-                why = _why(module, (args, kwargs))
-                found.append(f"{_plain(name)} is the first layer whose output is not finite, {why}")
+            spoiled = [] if found else [tensor for tensor in _floats(output) if not bool(tensor.isfinite().all())]
+            if spoiled:
+                index = (~spoiled[0].isfinite()).nonzero()[0].tolist()
+                found.append(Place(_plain(name), _why(module, (args, kwargs)), tuple(index)))
 
         return hook
 
@@ -43,9 +65,7 @@ def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return found[0]
-    return "no layer's output is when these tokens run alone, so that only their company or the output layer makes it"
+    return found[0] if found else None
 
 
 def broken_weights(model: nn.Module) -> str | None:

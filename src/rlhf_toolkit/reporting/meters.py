@@ -30,6 +30,11 @@ class Meter:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + _wide(total), old_count + _wide(count))
 
+    def absorb(self, other: Meter) -> None:
+        """Add everything that ``other`` has."""
+        for name, (total, count) in other._sums.items():
+            self.add(name, total, count)
+
     def take(self) -> dict[str, tuple[float, float]]:
         """This rank's sums and counts, in one transfer; the meter is empty afterwards."""
         sums, self._sums = self._sums, {}

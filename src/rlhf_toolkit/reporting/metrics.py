@@ -10,7 +10,8 @@ from torch import Tensor
 from rlhf_toolkit.algorithms.importance import Correction, effective_sample_share, mean_weight
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.masking import masked_mean, masked_sum
-from rlhf_toolkit.types import Experience
+from rlhf_toolkit.algorithms.repetition import repeated_share
+from rlhf_toolkit.types import Experience, RolloutTokens
 
 
 def spread(name: str, values: Tensor) -> dict[str, float]:
@@ -40,6 +41,7 @@ def rollout_metrics(
         **spread("critic/returns", returns),
         **spread("response_length", experience.response_lengths),
         "response_length/clip_ratio": (~finished).float().mean().item(),
+        "response_length/repetition": repetition(experience),
         **spread("prompt_length", experience.prompt_lengths),
     }
     if experience.values is not None:
@@ -47,6 +49,13 @@ def rollout_metrics(
         metrics |= spread("critic/values", values)
         metrics["critic/vf_explained_var"] = explained_variance(values, returns)
     return metrics
+
+
+def repetition(tokens: RolloutTokens) -> float:
+    """The mean over responses of ``repeated_share``, of the tokens that the policy wrote."""
+    place = tokens.prompt_lengths[:, None] + torch.arange(tokens.token_mask.shape[1])
+    responses = tokens.sequences.gather(1, place.clamp(max=tokens.sequences.shape[1] - 1))
+    return repeated_share(responses, tokens.token_mask).mean().item()
 
 
 def reward_metrics(

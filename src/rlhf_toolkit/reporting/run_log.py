@@ -166,7 +166,7 @@ def write_fine_tuning_summary(
     """Write and return ``summary.json`` of a supervised run: its curve, evaluations, time, memory and versions."""
     records, evaluations = read_records(folder, "train", "step"), read_records(folder, "eval", "step")
     summary = {
-        "losses": [record[f"{prefix}/loss"] for record in records],
+        "losses": [record[f"{prefix}/loss"] for record in records if f"{prefix}/loss" in record],
         "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
         "evaluations": evaluations,
         "seconds": seconds,
@@ -181,7 +181,7 @@ def write_fine_tuning_summary(
 
 
 def _kind(logs: Record) -> str | None:
-    if "train/loss" in logs:
+    if "train/loss" in logs or "train/grad_norm" in logs:  # no loss is there where every update was left out
         return "train"
     return "eval" if any(name.startswith("eval/") for name in logs) else None
 

@@ -70,6 +70,10 @@ class WandbMirror:
         )
         self.run.log({**values, **table})
 
+    def alert(self, title: str, text: str) -> None:
+        """Raise an alert, which W&B sends on as the project's owner has asked; offline it waits for ``wandb sync``."""
+        self.run.alert(title=title, text=text, level="WARN")
+
     def finish(self) -> None:
         """Send what is left and close the run."""
         self.run.finish()

@@ -19,6 +19,8 @@ from rlhf_toolkit.types import Prompt
 
 WARNINGS = 5
 """Lines about failures that one reward gets in a run."""
+WORDS = {"drop": "dropped", "skip": "left without a score: updates with them are left out"}
+"""What becomes of failed calls by ``on_failure``, where it is not a score."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class _Reward:
             self.suppressed += len(faults)
             return
         self.warned += 1
-        score = f"scored as {self.spec.failure_score:g}" if self.spec.on_failure == "score" else "dropped"
+        score = WORDS.get(self.spec.on_failure, f"scored as {self.spec.failure_score:g}")
         last = "; the last line about this reward" if self.warned == WARNINGS else ""
         failed = f"reward {self.spec.name}: {len(faults)} of {len(self.calls)} calls failed and were {score}"
         warn(f"{failed}{last}; the first: reward {said}")
@@ -216,7 +218,7 @@ def weighted_sum(
 ) -> Scores:
     """The scores of responses with ``tokens`` tokens each, from the ``values`` of every reward, as ``Scores`` defines
     them. RewardError where a total is beyond float32."""
-    kept = [True] * len(tokens)
+    kept, spoiled = [True] * len(tokens), [False] * len(tokens)
     sums = [[0.0] * count for count in tokens]
     totals = [0.0] * len(tokens)
     parts: dict[str, list[float]] = {}
@@ -226,6 +228,7 @@ def weighted_sum(
         for i, value in enumerate(values[spec.name]):
             if isinstance(value, Fault):
                 kept[i] = kept[i] and spec.on_failure == "score"
+                spoiled[i] = spoiled[i] or spec.on_failure == "skip"
                 value = spec.failure_score
             totals[i] += spec.weight * _part(value)
             if isinstance(value, list):
@@ -235,7 +238,7 @@ def weighted_sum(
                 sums[i][-1] += spec.weight * value
     for i, keep in enumerate(kept):
         if not keep:
-            totals[i], sums[i] = 0.0, [0.0] * len(sums[i])
+            totals[i], sums[i] = math.nan if spoiled[i] else 0.0, [0.0] * len(sums[i])
         elif not abs(totals[i]) <= LARGEST:
             raise RewardError(
                 f"the weighted sum of all rewards is {totals[i]:g} for {_named(prompts[i])}, which float32 cannot "

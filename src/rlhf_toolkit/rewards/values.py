@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from rlhf_toolkit.errors import ConfigError, nearest, shortened
 
-POLICIES = ("error", "score", "drop")
+POLICIES = ("error", "score", "drop", "skip")
 RESERVED = ("prompts", "responses")
 
 

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from rlhf_toolkit.data.layout import stack_rows
 from rlhf_toolkit.distributed.collectives import all_gather
-from rlhf_toolkit.errors import NotFiniteError
-from rlhf_toolkit.models.finite import WAYS_OUT
 from rlhf_toolkit.models.role_outputs import RoleOutputs
-from rlhf_toolkit.rollout.role_pass import described_fault, gathered_outputs
+from rlhf_toolkit.rollout.role_pass import gathered_outputs
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.types import Experience, RolloutTokens
 
@@ -41,17 +39,14 @@ class DeferredExperience:
         """The experience of the whole rollout, from what this rank's forward pass says about its ``rows``, laid out in
         rows. A collective, once: every rank comes with its own rows, and what was kept for this is let go.
 
-        Raises NotFiniteError, on all ranks, where policy or value says NaN or infinity, and RuntimeError, a defect,
-        where the experience is complete already.
+        Where policy or value says NaN or infinity, so do rewards and advantages, and the update is left out. Raises
+        RuntimeError, a defect, where the experience is complete already.
         """
         if self._open is None:
             raise RuntimeError("the rollout's experience is complete already")
         (sampled, said_before, finish), self._open = self._open, None
         mine = outputs.each(lambda column: column.detach().cpu())
-        everyone = said_before.and_of(gathered_outputs([(list(rows), mine)]))
-        if (fault := everyone.not_finite()) is not None:
-            raise NotFiniteError(f"in the update, {described_fault(*fault, sampled)}; {WAYS_OUT}")
-        return finish(sampled, everyone)
+        return finish(sampled, said_before.and_of(gathered_outputs([(list(rows), mine)])))
 
 
 class UpdatePolicyRecord:

@@ -12,6 +12,7 @@ is over all of it and needs no collective. Arithmetic: docs/ppo_details.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -220,7 +221,9 @@ class ExperienceMaker:
             )
         if outputs.says(POLICY) and outputs.says(REFERENCE):
             old, ref, estimator = outputs.policy_logprobs, outputs.reference_logprobs, self.shaping.kl_estimator
-            self.kl_control.update(penalty_kl(old, ref, sampled.token_mask, estimator), len(experience))
+            kl = penalty_kl(old, ref, sampled.token_mask, estimator)
+            if math.isfinite(kl):  # the update of a deferred experience says it, and may be left out
+                self.kl_control.update(kl, len(experience))
         return experience
 
     def policy_metrics(self, **columns: Any) -> dict[str, float]:

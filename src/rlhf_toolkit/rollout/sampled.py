@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.types import PromptBatch, Rollout
 
-Sample = dict[str, str | float]
+Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Sampled:
         """(B, R) bool, True at tokens that the policy wrote."""
         return length_mask(self.response_lengths, self.written.shape[1]) & self.written
 
+    @property
+    def spoiled(self) -> Tensor:
+        """(B,) bool, True where a reward with ``on_failure: skip`` failed: updates with the row are left out."""
+        return ~self.kept & self.raw_scores.isnan()
+
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()
@@ -79,9 +86,9 @@ COLUMNS = tuple(each.name for each in fields(Sampled) if each.type == "Tensor")
 
 
 def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
-    """Prompt, response and score of every row, for the logs."""
+    """Prompt, response and score of every row, for the logs; None where there is no score, since JSON has no NaN."""
     rows = zip(sampled.prompts, sampled.responses, scores.tolist(), strict=True)
-    return [{"prompt": prompt, "response": response, "score": value} for prompt, response, value in rows]
+    return [{"prompt": p, "response": r, "score": value if math.isfinite(value) else None} for p, r, value in rows]
 
 
 def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores: Scores, *, pad_id: int) -> Sampled:

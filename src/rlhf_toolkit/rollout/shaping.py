@@ -120,9 +120,10 @@ class Shaping:
         return rewards + torch.where(tokens, sampled.token_rewards, 0.0) * self.reward_scale
 
     def trained(self, sampled: Sampled) -> Tensor:
-        """(B, R) bool, the tokens of the loss: without responses that have no score and, with ``truncated: mask``,
-        without those that were cut off."""
+        """(B, R) bool, the tokens of the loss: without responses that were dropped and, with ``truncated: mask``,
+        without those that were cut off. Spoiled ones are there, so that their update is left out."""
         rows = sampled.kept & sampled.finished if self.truncated == "mask" else sampled.kept
+        rows = rows | sampled.spoiled
         trained = sampled.token_mask & rows[:, None]
         if int(trained.sum()) >= 2:  # the whitening needs two
             return trained
@@ -145,7 +146,7 @@ class Shaping:
         A response cut by the budget ends as if it were finished (terminal), goes on with the value of its last state
         (bootstrap), or is left out of the loss and of the whitening (mask). A response without a score takes no part in
         its group's statistics, and the only one left of a group has the advantage 0, as if its group were uniform: its
-        score says nothing about it that another response could be measured by.
+        score says nothing about it that another response could be measured by. That of a spoiled one is NaN.
         """
         offered = {"rewards": rewards, "mask": sampled.token_mask, "groups": sampled.groups}
         if sampled.baselines is not None:
@@ -160,4 +161,6 @@ class Shaping:
         advantages[sampled.kept], returns[sampled.kept] = found
         if self.estimator.needs("groups"):
             advantages[left_alone(sampled.groups, sampled.kept)] = 0.0
-        return centre_and_scale(advantages, trained) if self.estimator.whiten else advantages, returns
+        if self.estimator.whiten:
+            advantages = centre_and_scale(advantages, trained & ~sampled.spoiled[:, None])
+        return advantages.masked_fill(sampled.spoiled[:, None], torch.nan), returns

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TrainerCallback
 
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
+from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
 from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.runs.algorithm import resolve
@@ -54,6 +55,25 @@ def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = F
     return prepare_run(PPOKind, PPORun, experiment, resume=resume, overwrite=overwrite)
 
 
+def load_ppo_roles(experiment: Experiment, config: PretrainedConfig, topology: Topology, *, value: bool) -> SharedBase:
+    """The base with its adapters, one for a ``value`` where that is trained. They start from a derived seed, the same
+    on every rank."""
+    model = experiment.model
+    base, adapter = load_adapted_base(model, config, topology)
+    torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
+    return build_ppo_roles(
+        base,
+        adapter,
+        policy_adapter=model.policy_adapter,
+        reference_adapter=model.policy_adapter,
+        value_adapter=model.value_adapter,
+        reward_adapter=experiment.reward.adapter,
+        value_on=model.value_on if value else NOWHERE,
+        gradient_checkpointing=model.gradient_checkpointing,
+        value_head_std=model.value_head_std,
+    )
+
+
 class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
     """PPO, whose records count rollouts."""
 
@@ -75,21 +95,8 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         return Setup(self.experiment, self.algorithm, self.topology, task)
 
     def load_model(self, config: PretrainedConfig) -> SharedBase:
-        """The base with its adapters. Adapters start from a derived seed, the same on every rank."""
-        model = self.experiment.model
-        base, adapter = load_adapted_base(model, config, self.topology)
-        torch.manual_seed(derive_seed(self.experiment.run.seed, "adapters"))
-        return build_ppo_roles(
-            base,
-            adapter,
-            policy_adapter=model.policy_adapter,
-            reference_adapter=model.policy_adapter,
-            value_adapter=model.value_adapter,
-            reward_adapter=self.experiment.reward.adapter,
-            value_on=model.value_on if self.algorithm.trains_value else NOWHERE,
-            gradient_checkpointing=model.gradient_checkpointing,
-            value_head_std=model.value_head_std,
-        )
+        """The base with its adapters."""
+        return load_ppo_roles(self.experiment, config, self.topology, value=self.algorithm.trains_value)
 
     def rounds(self, data: Setup) -> int:
         """The rollouts of the run."""
@@ -118,6 +125,11 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
             "expected_lengths": maker.scored_sampler.expected.state,
             "mean_scores": maker.source.mean_scores.state,
         }
+
+    def alarms(self, notify: Notify) -> Sequence[TrainerCallback]:
+        """Those of the section alarms."""
+        alarms = self.experiment.alarms
+        return [Alarms(alarms.limits, stop=alarms.stop, notify=notify)]
 
     def samples(self, trainer: PPOTrainer, kind: str) -> Sequence[Record]:
         """The first responses of the newest rollout or evaluation."""

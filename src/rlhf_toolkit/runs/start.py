@@ -5,6 +5,7 @@ What can be wrong is looked for from cheap to dear: settings, launch, run folder
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
+from rlhf_toolkit.reporting.alarms import Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds
@@ -78,6 +80,10 @@ class Kind(ABC, Generic[E, D, M, T]):
         """What only the trainer's collaborators know, for the manifest of a checkpoint."""
         return {}
 
+    def alarms(self, notify: Notify) -> Sequence[TrainerCallback]:
+        """What watches the records before they are written; ``notify`` tells people."""
+        return ()
+
     def samples(self, trainer: T, kind: str) -> Sequence[Record]:
         """The newest sample responses of ``kind``, train or eval, for the log."""
         return ()
@@ -124,9 +130,22 @@ def prepare_run(
         axis=parts.axis,
     )
     evaluation = EvaluationAtBothEnds(cast(Evaluating, trainer))
-    for callback in (parts.engine_check(trainer), log, evaluation, ManifestWriter(state)):
+    alarms = parts.alarms(notifier(progress, mirror))
+    for callback in (parts.engine_check(trainer), *alarms, log, evaluation, ManifestWriter(state)):
         trainer.add_callback(callback)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
+    """Tells people on rank 0: above the bar, and in W&B."""
+
+    def notify(title: str, text: str) -> None:
+        if not progress.bar.disable:
+            progress.bar.write(f"{title}: {text}", file=sys.stderr)
+        if mirror is not None:
+            mirror.alert(title, text)
+
+    return notify
 
 
 def start_wandb(

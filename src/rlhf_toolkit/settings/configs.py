@@ -384,6 +384,9 @@ class RunConfig(Section):
         0, "responses sampled to each held-out prompt in an evaluation, beside the greedy one", NOT_NEGATIVE
     )
     samples: int = knob(4, "sample responses logged with each rollout", NOT_NEGATIVE)
+    most_not_finite: int = knob(
+        3, "updates in a row that are left out where a number is NaN or infinite; one more ends the run", NOT_NEGATIVE
+    )
     timeout_minutes: int = knob(120, "how long a rank waits for the others, for a slow reward too, then ends", ABOVE_0)
     wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
     wandb_project: str = knob("rlhf_toolkit", "W&B project")

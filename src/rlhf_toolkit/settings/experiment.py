@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
 from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.settings.alarms import AlarmsConfig
 from rlhf_toolkit.settings.configs import (
     DataConfig,
     DatasetConfig,
@@ -35,6 +36,7 @@ class Experiment:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def __post_init__(self) -> None:
         """Raise ConfigError for the first of ``RULES`` that is broken."""

@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from rlhf_toolkit.distributed.collectives import all_gather
+from rlhf_toolkit.distributed.collectives import all_gather, world_size
+from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined
+from rlhf_toolkit.trainers.kept_batches import Part
+from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
 
-LOSS, GRADIENT_NORM = "train/loss", "train/grad_norm"
+B = TypeVar("B", bound=Mapping[str, Tensor])
 
 
 class RoleTrainer(Trainer):
     """A Trainer over a SharedBase or a WholeModel: one AdamW with named groups, tensors moved but never cast,
     metrics met before they are logged.
 
-    ``learning_rates`` maps the names of ``parameter_groups`` to their rates; one schedule scales them all.
+    ``learning_rates`` maps the names of ``parameter_groups`` to their rates; one schedule scales them all. ``kind`` is
+    that of kept batches; ``most_left_out`` updates in a row may be left out, since their numbers are not finite.
     """
 
     loss_is_scaled_for_ga = True
     model: SharedBase | WholeModel
 
-    def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        learning_rates: dict[str, float],
+        kind: str,
+        most_left_out: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # records go to the run log
         self.learning_rates = learning_rates
         self.meter = Meter()
+        self.not_finite = LeftOutUpdates(kind, Path(str(self.args.output_dir)), most_in_a_row=most_left_out)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW over the named groups, in the order of ``parameter_groups``."""
@@ -56,12 +70,46 @@ class RoleTrainer(Trainer):
             return {name: self._prepare_input(value) for name, value in data.items()}
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else data
 
+    def make_update(self, model: nn.Module, parts: Sequence[B], loss_of: Callable[[B, bool], Tensor]) -> Tensor | None:
+        """Forward and backward of every micro-batch, by ``loss_of(part, first)``; this rank's share of the mini-batch's
+        loss. A collective.
+
+        None where a number is not finite on any rank. Then nothing has changed, what the micro-batches have metered is
+        forgotten, and the batch is kept. Raises NotFiniteError, on all ranks, where the run cannot go on.
+        """
+        before, self.meter = self.meter, Meter()
+        losses, goes_on = list[Tensor](), True
+        for number, part in enumerate(parts):
+            loss = loss_of(part, number == 0)
+            goes_on = backward(model, loss, last=number == len(parts) - 1)
+            losses.append(loss.detach())
+        ours, self.meter = self.meter, before
+        if not goes_on:
+            step = self.state.global_step + 1
+            self.not_finite.left_out(self.model, self.kept_parts(parts), losses, step=step, details=self.kept_details())
+            return None
+        self.not_finite.made()
+        total = torch.stack(losses).sum()
+        self.meter.absorb(ours)
+        self.meter.add(LOSS, total, 1 / world_size())
+        return total
+
+    def kept_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Part]:
+        """This rank's micro-batches with all columns that their loss needs, for a file."""
+        return [dict(part) for part in parts]
+
+    def kept_details(self) -> dict[str, float]:
+        """What the loss needs beside, as plain numbers, for a file."""
+        return {}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all ranks of what was metered since the last record. Every rank comes here at the same
         step."""
         logs.update(combined(all_gather(self.meter.take())))
         self._refuse_not_finite(logs)
-        super().log(logs, start_time)
+        # What an update that was left out has spoiled is no number of JSON.
+        written = {name: v for name, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
+        super().log(written, start_time)
 
     def _refuse_not_finite(self, logs: dict[str, float]) -> None:
         """Raise NotFiniteError, on all ranks, before such weights would become a checkpoint."""

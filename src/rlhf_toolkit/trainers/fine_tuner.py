@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rlhf_toolkit.data.items import Batch, Cut, Item, ItemLoader, batch_of, counts_of
 from rlhf_toolkit.data.layout import Layout
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
-from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.distributed.zero3 import gathered, whole
 from rlhf_toolkit.models.heads import ScalarHead
 from rlhf_toolkit.models.inference import inference
@@ -21,7 +20,8 @@ from rlhf_toolkit.models.roles import REWARD
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
-from rlhf_toolkit.trainers.base import GRADIENT_NORM, LOSS, RoleTrainer
+from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.objectives import Objective
 
 
@@ -47,7 +47,10 @@ class FineTuner(RoleTrainer):
         pad_id: int,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, train_dataset=list(items), eval_dataset=list(held_out) or None, **kwargs)
+        super().__init__(
+            *args, train_dataset=list(items), eval_dataset=list(held_out) or None, kind=objective.prefix, **kwargs
+        )
+        self._left_out = False
         self.objective, self.items, self.held_out = objective, items, held_out
         self.cut, self.layout, self.steps, self.pad_id = cut, layout, steps, pad_id
 
@@ -76,14 +79,11 @@ class FineTuner(RoleTrainer):
         """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
         ranks."""
         model.train()
-        parts, total = inputs["parts"], torch.zeros((), device=self.args.device)
-        for number, part in enumerate(parts):
-            loss = self.compute_loss(model, part)
-            backward(model, loss, last=number == len(parts) - 1)
-            total += loss.detach()
+        total = self.make_update(model, inputs["parts"], lambda part, first: self.compute_loss(model, part))
+        self._left_out = total is None
         for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
             self.meter.add(f"{self.objective.prefix}/lr/{name}", group["lr"], 1)
-        return total * world_size()
+        return torch.zeros((), device=self.args.device) if total is None else total * world_size()
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
@@ -142,8 +142,8 @@ class FineTuner(RoleTrainer):
         """Give Trainer's own numbers their place among ours."""
         if "loss" in logs:
             logs = {
-                LOSS: logs["loss"],
-                GRADIENT_NORM: float(logs.get("grad_norm", 0.0)),
+                GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
+                **self.not_finite.take(),
                 "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
             }
         super().log(logs, start_time)

@@ -21,22 +21,18 @@ What each step computes: docs/ppo_details.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.kl import approximate_kl
 from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
-from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.errors import located
 from rlhf_toolkit.models.role_outputs import RoleOutputs
-from rlhf_toolkit.models.roles import POLICY, VALUE
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import spread
@@ -45,9 +41,11 @@ from rlhf_toolkit.rollout.evaluated import HeldOutResponses, Passing, held_out_r
 from rlhf_toolkit.rollout.experience import ExperienceMaker
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader, Schedule
 from rlhf_toolkit.rollout.sampled import Sample, as_samples
-from rlhf_toolkit.trainers.base import GRADIENT_NORM, LOSS, RoleTrainer
+from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.kept_batches import Part
+from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.ppo_loss import LossTerms, PPOLoss
-from rlhf_toolkit.types import Experience, Prompt, RolloutTokens
+from rlhf_toolkit.types import Experience, Prompt
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,9 @@ class PPOTrainer(RoleTrainer):
         **kwargs: Any,
     ) -> None:
         prompts = list(maker.source.prompts)
-        super().__init__(*args, train_dataset=prompts, eval_dataset=list(held_out.prompts) or None, **kwargs)
+        super().__init__(
+            *args, train_dataset=prompts, eval_dataset=list(held_out.prompts) or None, kind="ppo", **kwargs
+        )
         self.maker, self.loss, self.schedule, self.held_out = maker, loss, schedule, held_out
         self.rollouts = RolloutLoader(
             maker,
@@ -102,6 +102,7 @@ class PPOTrainer(RoleTrainer):
         self.evaluated_samples: list[Sample] = []
         self._policy_record = UpdatePolicyRecord()
         self._kl_sums, self._stopped, self._left_out = torch.zeros(2), False, False
+        self._completed: Experience | None = None
 
     def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
         """The loader that collects rollouts; it is not prepared by accelerate, on purpose."""
@@ -125,23 +126,20 @@ class PPOTrainer(RoleTrainer):
         self._left_out = self._stopped and not bool(inputs["fresh"])
         if self.loss.kl_stop is not None:
             self.meter.add("actor/skipped_updates", float(self._left_out), 1)
-        total = torch.zeros((), device=self.args.device)
+        nothing = torch.zeros((), device=self.args.device)
         if self._left_out:
-            return total
+            return nothing
         micro = cut(inputs)  # on the CPU: choosing rows by a mask would wait for a GPU, column after column
         with self.maker.scored_sampler.clock.phase("update_actor"):
-            for number, part in enumerate(micro):
-                loss = self.micro_batch_loss(model, part, first=number == 0)
-                backward(model, loss, last=number == len(micro) - 1)
-                total += loss.detach()
+            total = self.make_update(model, micro, lambda part, first: self.micro_batch_loss(model, part, first=first))
+        self._completed, self._left_out = None, total is None
         if self._policy_record:
             self.rollouts.newest.metrics |= self.maker.policy_metrics(**self._policy_record.take())
         self.decide_whether_to_go_on()
         names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
         for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
             self.meter.add(names[name], group["lr"], 1)
-        self._meter_shares({LOSS: total}, first=True)
-        return total * world_size()
+        return nothing if total is None else total * world_size()
 
     def micro_batch_loss(self, model: nn.Module, part: MiniBatch, *, first: bool = False) -> Tensor:
         """A micro-batch's share of the mini-batch's loss; what it says about itself is metered. ``first``: the first of
@@ -156,21 +154,9 @@ class PPOTrainer(RoleTrainer):
 
     def role_outputs(self, model: nn.Module, part: MiniBatch) -> RoleOutputs:
         """What policy and, where it is trained, value say about a micro-batch, in one forward, laid out in rows (n, R).
-
-        ``part`` lies on the CPU, where its layout is worked out: that reads tokens and lengths.
-        """
-        tokens = RolloutTokens.of(part)
-        layout = self.maker.scored_sampler.cutting.layout(
-            tokens.sequences, tokens.prompt_lengths, tokens.response_lengths
-        )
-        outputs: RoleOutputs = model(
-            layout.to(self.args.device),
-            roles=(POLICY, VALUE) if self.maker.needs.value else (POLICY,),
-            temperature=self.loss.temperature,
-            entropy_gradient=self.loss.entropy_coef != 0,
-        )
-        lengths = self._prepare_input(tokens.response_lengths)
-        return outputs.as_rows(lengths, tokens.response_mask.shape[1])
+        ``part`` lies on the CPU."""
+        layout = self.maker.scored_sampler.cutting.layout
+        return self.loss.outputs(model, part, layout, value=self.maker.needs.value, device=self.args.device)
 
     def experience_of(self, part: MiniBatch, outputs: RoleOutputs) -> Experience:
         """A micro-batch's rows of the rollout's experience, on the device. Where that is deferred, this forward pass
@@ -178,8 +164,21 @@ class PPOTrainer(RoleTrainer):
         deferred = self.rollouts.newest.deferred
         if deferred is None:
             return Experience.of(self._prepare_input(Experience.of(part).columns()))
-        whole = deferred.complete(part["row"].tolist(), outputs)
-        return Experience.of(self._prepare_input(whole.rows(part["row"])))
+        self._completed = deferred.complete(part["row"].tolist(), outputs)
+        return Experience.of(self._prepare_input(self._completed.rows(part["row"])))
+
+    def kept_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Part]:
+        """The micro-batches; where the experience was deferred, with the columns that completed it."""
+        whole = self._completed
+        return [{**part, **({} if whole is None else whole.rows(part["row"]))} for part in parts]
+
+    def kept_details(self) -> dict[str, float]:
+        """The rollout, and the coefficients of this update."""
+        return {
+            "rollout": self.schedule.rollout_of(self.state.global_step),
+            "kl_coef": self.maker.kl_control.coefficient,
+            "policy_weight": self.policy_weight,
+        }
 
     def old_logprobs(self, batch: Experience, outputs: RoleOutputs, *, check: bool) -> Tensor:
         """The policy's log-probs (n, R) at the rollout: those of the role pass or, where the policy did not run in it,
@@ -198,6 +197,8 @@ class PPOTrainer(RoleTrainer):
             mask = batch.response_mask
             pairs = all_gather(torch.stack([now[mask], batch.old_logprobs[mask]]).cpu())
             everyones, before = torch.cat(pairs, 1)
+            if not everyones.isfinite().all():
+                return batch.old_logprobs  # the update will be left out
             found = checks.check_first_ratio(everyones, before, self.schedule.rollout_of(self.state.global_step))
             self.meter.add("actor/first_ratio_deviation", found.largest, 1)
             self.meter.add("actor/first_ratio_mean_deviation", found.mean, 1)
@@ -218,8 +219,13 @@ class PPOTrainer(RoleTrainer):
             selected=self._prepare_input(part.get("selected")),
             reduce=self._reduction(part, batch),
             kl_coef=self.maker.kl_control.coefficient,
-            policy_weight=0.0 if self.warming_up else 1.0,
+            policy_weight=self.policy_weight,
         )
+
+    @property
+    def policy_weight(self) -> float:
+        """What the policy's part of this update's loss is multiplied by."""
+        return 0.0 if self.warming_up else 1.0
 
     @property
     def warming_up(self) -> bool:
@@ -228,14 +234,7 @@ class PPOTrainer(RoleTrainer):
 
     def _reduction(self, part: MiniBatch, batch: Experience) -> Callable[[Tensor], Tensor]:
         """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
-        return partial(
-            aggregate,
-            mask=batch.response_mask,
-            mode=self.loss.loss_aggregation,
-            width=self.loss.width,
-            tokens=int(part["token_count"]),
-            sequences=int(part["sequence_count"]),
-        )
+        return self.loss.reduction(part, batch.response_mask)
 
     def decide_whether_to_go_on(self) -> None:
         """Once the KL of a mini-batch, over all ranks, is above ``kl_stop``, the rollout's other updates are left out.
@@ -245,7 +244,8 @@ class PPOTrainer(RoleTrainer):
         if self.loss.kl_stop is not None:
             total, tokens = torch.stack(all_gather(self._kl_sums.cpu())).sum(0).tolist()
             self._kl_sums = torch.zeros_like(self._kl_sums)
-            self._stopped = total / max(tokens, 1) > self.loss.kl_stop
+            # Of an update that was left out the KL says nothing.
+            self._stopped = not self._left_out and total / max(tokens, 1) > self.loss.kl_stop
 
     def _watch_kl(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         """Add up a micro-batch's KL of the policy at the rollout to the policy now, and its tokens."""
@@ -288,6 +288,7 @@ class PPOTrainer(RoleTrainer):
             collected, seconds = self.rollouts.newest, self.maker.scored_sampler.clock.take()
             logs = {
                 GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
+                **self.not_finite.take(),
                 **collected.metrics,
                 **{f"timing_s/{phase}": time for phase, time in seconds.items()},
                 "perf/throughput": collected.metrics["perf/total_num_tokens"] / seconds["step"] / world_size(),

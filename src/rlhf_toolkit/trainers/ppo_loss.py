@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf_toolkit.algorithms.aggregation import aggregate
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl import kl_penalty
 from rlhf_toolkit.algorithms.policy_losses import PolicyLossTerms
 from rlhf_toolkit.algorithms.value_losses import clipped_value_loss
+from rlhf_toolkit.data.layout import Layout
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.models.role_outputs import RoleOutputs
-from rlhf_toolkit.models.roles import VALUE
+from rlhf_toolkit.models.roles import POLICY, VALUE
 from rlhf_toolkit.plugins import arguments_for, takes
-from rlhf_toolkit.types import Experience
+from rlhf_toolkit.types import Experience, RolloutTokens
 
 OFFERED = (
     "logprobs",
@@ -97,6 +100,34 @@ class PPOLoss:
     correction: Correction
     policy_loss: PolicyLoss
     kl_stop: float | None = None
+
+    def outputs(
+        self, model: nn.Module, part: Mapping[str, Tensor], layout: Layout, *, value: bool, device: torch.device
+    ) -> RoleOutputs:
+        """What policy and, with ``value``, value say about a micro-batch, in one forward, laid out in rows (n, R).
+
+        ``part`` lies on the CPU, where its layout is worked out: that reads tokens and lengths.
+        """
+        tokens = RolloutTokens.of(part)
+        laid_out = layout(tokens.sequences, tokens.prompt_lengths, tokens.response_lengths)
+        outputs: RoleOutputs = model(
+            laid_out.to(device),
+            roles=(POLICY, VALUE) if value else (POLICY,),
+            temperature=self.temperature,
+            entropy_gradient=self.entropy_coef != 0,
+        )
+        return outputs.as_rows(tokens.response_lengths.to(device), tokens.response_mask.shape[1])
+
+    def reduction(self, part: Mapping[str, Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """From a loss per token (n, R) to this micro-batch's share of the whole mini-batch's."""
+        return partial(
+            aggregate,
+            mask=mask,
+            mode=self.loss_aggregation,
+            width=self.width,
+            tokens=int(part["token_count"]),
+            sequences=int(part["sequence_count"]),
+        )
 
     def terms(
         self,
