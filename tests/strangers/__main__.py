@@ -29,9 +29,8 @@ def main() -> int:
         found[door] = frame.try_door(door, options.seed, options.count, workers=options.workers)
         chosen = found[door] if options.all else [result for result in found[door] if result.bad][: options.show]
         for result in chosen:
-            print(
-                f"{door}: {result.case}: {result.ending} ({result.seconds:.1f} s) {result.detail!a} {list(result.harms)}"
-            )
+            ending = f"{result.ending} ({result.seconds:.1f} s)"
+            print(f"{door}: {result.case}: {ending} {result.detail!a} {list(result.harms)}")
         sys.stdout.flush()
     results = [result for each in found.values() for result in each]
     print("\n".join(["", *frame.table(found), "", frame.totals(results)]))

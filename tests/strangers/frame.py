@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -140,10 +141,8 @@ def _over(running: dict[int, _Trial], limit: float) -> list[_Trial]:
 
 def _ended(door: str, trial: _Trial, limit: float) -> Result:
     seconds = time.monotonic() - trial.began
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(trial.process, signal.SIGKILL)  # and whatever it has started
-    except ProcessLookupError:
-        pass
     _, status = os.waitpid(trial.process, 0)
     harms = trial.ground.harm()
     name = shown_case(trial.case)

@@ -34,9 +34,8 @@ class Ground:
         """What has happened to the place outside: ``executed``, ``written`` and where."""
         found = [f"executed: {path}" for path in self.outside.glob(f"{PWNED}*")]
         for path in sorted(self.outside.iterdir()):
-            if path.name.startswith("victim") and path.read_text() != VICTIM:
-                found.append(f"written: {path}")
-            elif not path.name.startswith(("victim", PWNED)):
+            whole = path.name.startswith("victim") and path.read_text() == VICTIM
+            if not (whole or path.name.startswith(PWNED)):
                 found.append(f"written: {path}")
         return found
 
@@ -72,7 +71,7 @@ def enter(ground: Ground) -> None:
         if event in STARTS:
             noticed.append(f"executed: {event} {values!r:.200}")
         elif (event == "open" and _writes(values)) or event in CHANGES:
-            place = values[0]
+            place = values[1 if event in ("os.symlink", "os.link", "os.rename") else 0]
             if isinstance(place, (str, bytes, os.PathLike)) and not os.path.realpath(os.fsdecode(place)).startswith(
                 allowed
             ):

@@ -55,7 +55,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         if not equals or "." not in name:
             raise ConfigError(
-                f"cannot read the override {shortened(name + equals, 80)}; write section.key=value, such as ppo.kl_coef=0.1"
+                f"cannot read the override {shortened(name + equals, 80)}; write section.key=value, such as "
+                "ppo.kl_coef=0.1"
             )
         overrides[name] = read_yaml(value, f"the value of the override {shortened(name)[1:-1]} is not valid YAML")
     return overrides
