@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
-    {"errors", "types", "seeding", "plugins", "files"},
+    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets"},
     {"algorithms", "data", "distributed", "planning", "rewards"},
     {"settings", "checkpoints", "reporting", "models"},
     {"rollout", "export"},
@@ -27,6 +27,9 @@ OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Ru
 SIBLINGS = {
     ("types", "errors"),
     ("plugins", "errors"),
+    ("errors", "texts"),
+    ("secrets", "errors"),
+    ("secrets", "texts"),
 }
 
 

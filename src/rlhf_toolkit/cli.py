@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_toolkit.errors import reported
+from rlhf_toolkit.texts import say
 
 Options = argparse.Namespace
 
@@ -37,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report(options: Options) -> None:
     """Print what a finished run came to."""
-    from rlhf_toolkit.export.folders import read_run
+    from rlhf_toolkit.export.folders import read_run, readable
     from rlhf_toolkit.reporting.report import print_report
 
-    print_report(options.run_folder, read_run(options.run_folder).summary)
+    with readable(options.run_folder):
+        print_report(options.run_folder, read_run(options.run_folder).summary)
 
 
 def card(options: Options) -> None:
@@ -51,9 +53,9 @@ def card(options: Options) -> None:
     from rlhf_toolkit.export.folders import read_run
 
     run = read_run(options.run_folder)
-    print(f"wrote {write_card(run, options.push)}")
+    say(f"wrote {write_card(run, options.push)}")
     if options.push:
-        print(f"sent to {options.push}: {', '.join(push(run, options.push, HfApi()))}")
+        say(f"sent to {options.push}: {', '.join(push(run, options.push, HfApi()))}")
 
 
 def merge(options: Options) -> None:
@@ -67,10 +69,10 @@ def merge(options: Options) -> None:
     trust = options.trust_remote_code
     merged = merge(options.base, options.adapter, options.out, dtype=dtype, trust_remote_code=trust)
     word = str(merged.dtype).removeprefix("torch.")
-    print(f"{merged.folder}: {len(merged.layers)} layers merged, {merged.bytes / 2**30:.2f} GiB in {word}")
-    print(f"rounding to {word} changed {merged.rounding:.2%} of what the adapter adds")
+    say(f"{merged.folder}: {len(merged.layers)} layers merged, {merged.bytes / 2**30:.2f} GiB in {word}")
+    say(f"rounding to {word} changed {merged.rounding:.2%} of what the adapter adds")
     if merged.left_out:
-        print(f"not copied from the base: {', '.join(merged.left_out)}")
+        say(f"not copied from the base: {', '.join(merged.left_out)}")
     if options.verify:
         found = verify(
             options.base,
@@ -80,7 +82,7 @@ def merge(options: Options) -> None:
             sequences=options.verify,
             trust_remote_code=trust,
         )
-        print(
+        say(
             f"logits: largest difference from base + adapter {found.difference:.3g} (tolerance {found.tolerance:.3g}); "
             f"the adapter moves them by {found.moved:.3g}"
         )
@@ -109,15 +111,16 @@ def chat(options: Options) -> None:
 
 def evaluate(options: Options) -> None:
     """Have adapters and their base answer an experiment's held-out prompts, and compare them."""
+    from rlhf_toolkit.files import write_text
     from rlhf_toolkit.reporting.report import evaluation_lines
     from rlhf_toolkit.runs.evaluation import compare_contestants, read_experiment
 
     experiment = read_experiment(options.experiment, options.set, samples=options.samples)
     found = compare_contestants(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
     plain = found.as_dict()
-    print("\n".join(evaluation_lines(plain)))
+    say("\n".join(evaluation_lines(plain)))
     if options.out:
-        options.out.write_text(json.dumps({**plain, "experiment": experiment.as_dict()}, indent=2) + "\n")
+        write_text(options.out, json.dumps({**plain, "experiment": experiment.as_dict()}, indent=2) + "\n")
     if options.responses:
         found.write_responses(options.responses)
 
@@ -155,7 +158,7 @@ def show_data(options: Options) -> None:
         chat_template=not options.no_chat_template,
         stop_ids=stop_token_ids(tokenizer, generation_eos_of(options.model, config), stop_strings=()),
     )
-    print(preview(found, tokenizer, options.count))
+    say(preview(found, tokenizer, options.count))
 
 
 # ---- their words -----------------------------------------------------------------------------------------------------

@@ -14,12 +14,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from rlhf_toolkit.texts import LINES, printable, quoted
+
 DISK_FULL = "No space left on device"
 """What the operating system says, in the text of OSError as in that of safetensors' error."""
 
 
+MOST_READ = 10_000
+"""Characters of a foreign exception that are looked at."""
+LONGEST = 4000
+"""Characters of a message; a name in it may be a stranger's."""
+
+
 class RLHFError(Exception):
-    """Base class: catch this to catch everything the toolkit raises on purpose."""
+    """Base class: catch this to catch everything the toolkit raises on purpose. Its message is one line that prints,
+    whatever stands in it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), longest=LONGEST)
 
 
 class ConfigError(RLHFError):
@@ -66,21 +78,21 @@ def located(place: str) -> Iterator[None]:
 
 def described(error: BaseException) -> str:
     """An exception on one line, its type first, at most some 400 characters of it."""
-    return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 400)
+    try:
+        text = str(error)
+    except Exception as another:  # of a stranger's class
+        text = f"(its text raises {type(another).__name__})"
+    return printable(" ".join(f"{type(error).__name__}: {text[:MOST_READ]}".split()), longest=400)
 
 
 def shortened(value: Any, length: int = 200) -> str:
     """``repr`` on one line, at most ``length`` characters of it and the dots."""
-    return _cut(" ".join(repr(value).split()), length)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "..."
+    return quoted(value, length)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean ...?``, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -115,5 +127,6 @@ def reported() -> Iterator[None]:
 def _end(line: str, *more: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"\n[rank {rank}] "  # not at the end of rank 0's progress bar
-    sys.stderr.write("\n".join([prefix + line, *more, ""]))  # at once: ranks share the terminal
+    shown = [printable(text, LINES) for text in (line, *more)]
+    sys.stderr.write("\n".join([prefix + shown[0], *shown[1:], ""]))  # at once: ranks share the terminal
     sys.exit(1)

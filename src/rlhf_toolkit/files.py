@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -47,6 +48,17 @@ def link_outside(folder: Path, *also: Path, passing_over: str | None = None) -> 
                 same_depth = len(below.parts) == pattern.count("/") + 1  # match alone would compare the last parts
                 if not (pattern and same_depth and below.match(pattern)):
                     return path
+    return None
+
+
+def special_file(folder: Path) -> Path | None:
+    """The first thing in ``folder``, at any depth, that is neither a file nor a folder: a pipe, at which a reader would
+    wait for ever, a socket, a device. None where there is none."""
+    for place, _, names in os.walk(folder, followlinks=False):
+        for name in sorted(names):
+            mode = os.lstat(Path(place, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+                return Path(place, name)
     return None
 
 

@@ -908,9 +908,8 @@ def test_what_the_command_line_says_is_what_is_meant(tmp_path: Path) -> None:
 def test_an_override_that_cannot_be_read(argument: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_overrides([argument])
-    assert line_of(caught) == (
-        f"cannot read the override {argument!r}; write section.key=value, such as ppo.kl_coef=0.1"
-    )
+    shown = argument.removesuffix("0.1").removesuffix("1")  # the value, which may be a secret, is not quoted
+    assert line_of(caught) == (f"cannot read the override {shown!r}; write section.key=value, such as ppo.kl_coef=0.1")
 
 
 @pytest.mark.parametrize(
@@ -935,7 +934,7 @@ def test_an_override_in_a_section_that_holds_no_settings(tmp_path: Path, section
 def test_an_override_whose_value_is_not_yaml(argument: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_overrides([argument])
-    assert line_of(caught).startswith(f"the value of the override {argument!r} is not valid YAML: ")
+    assert line_of(caught).startswith(f"the value of the override {argument.partition('=')[0]} is not valid YAML: ")
     assert line_of(caught).endswith("; repair it, or put text in quotes")
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_toolkit.data.templates import TemplateFailed, rendered
 from rlhf_toolkit.data.tokenizers import require_chat_template
-from rlhf_toolkit.errors import DataError, described, shortened
+from rlhf_toolkit.errors import DataError, shortened
+from rlhf_toolkit.texts import printable
 
 Message = dict[str, Any]
 
@@ -101,11 +103,12 @@ def render(
     require_chat_template(tokenizer)
     stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(stated, add_generation_prompt=add_generation_prompt, tokenize=False))
-    except Exception as error:  # a template is a program: it may raise whatever it likes
+        return rendered(tokenizer, stated, add_generation_prompt=add_generation_prompt)
+    except TemplateFailed as error:
         raise DataError(
             f"row {index}: {template_name(tokenizer)} rejects messages of roles "
-            f"{[message['role'] for message in messages]}: {described(error)}; change them or drop data.system_prompt"
+            f"{shortened([message['role'] for message in messages])}: {printable(str(error), longest=400)}; change them "
+            "or drop data.system_prompt"
         ) from error
 
 

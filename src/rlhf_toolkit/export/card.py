@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,15 +14,18 @@ import httpx
 import yaml
 from huggingface_hub.errors import HFValidationError
 
-from rlhf_toolkit.errors import CheckpointError, described
+from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
-from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path
+from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path, readable
 from rlhf_toolkit.files import write_text
 from rlhf_toolkit.reporting.run_log import Record, read_records
+from rlhf_toolkit.secrets import masked
+from rlhf_toolkit.texts import WORDS, printable
 
 CARD, POLICY, REWARD_HEAD = "README.md", "policy", "reward_head.safetensors"
 MARK = "<!-- made by rlhf card from run.json, log.jsonl and summary.json -->"
 PEFTS_OWN = "# Model Card for Model ID"  # the empty form that PEFT leaves in every folder it saves to
+DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 10
 ADAPTER_HEAD = ("folder", "rank", "alpha", "scale", "layers")
 
@@ -39,8 +46,10 @@ def write_card(run: FinishedRun, repo: str | None = None) -> Path:
     Replaces the form that PEFT left and a card of ours; raises CheckpointError for any other README.md.
     """
     path = run.folder / CARD
+    if os.path.lexists(path) and not path.is_file():
+        raise CheckpointError(f"{path} is no file; move it away, then say rlhf card again")
     if path.exists():
-        old = path.read_text(encoding="utf-8")
+        old = path.read_text(encoding="utf-8", errors="replace")
         if MARK not in old and PEFTS_OWN not in old:
             raise CheckpointError(f"{path} was written by somebody else; move it away, then say rlhf card again")
     write_text(path, card(run, repo))
@@ -55,7 +64,8 @@ def card(run: FinishedRun, repo: str | None = None) -> str:
     """
     if not (run.adapters or run.is_whole_model):
         raise CheckpointError(f"{run.folder} has no adapter folder; restore policy/, or give another run")
-    return _Card(run, repo).text()
+    with readable(run.folder):
+        return printable(_Card(run, repo).text(), WORDS)
 
 
 def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
@@ -65,8 +75,12 @@ def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
     Nothing else of the run folder leaves this machine: no log, no samples, no checkpoint. Raises CheckpointError with
     the hub's reason.
     """
-    patterns = [CARD, *(f"{name}/*" for name in ([POLICY] if run.is_whole_model else run.adapters))]
-    patterns += [f"{path.parent.name}/{path.name}" for head in HEADS for path in sorted(run.folder.glob(f"*/{head}"))]
+    patterns = [CARD, *(f"{glob.escape(name)}/*" for name in ([POLICY] if run.is_whole_model else run.adapters))]
+    patterns += [
+        f"{glob.escape(path.parent.name)}/{path.name}"
+        for head in HEADS
+        for path in sorted(run.folder.glob(f"*/{head}"))
+    ]
     patterns = [pattern for pattern in dict.fromkeys(patterns) if not pattern.startswith("checkpoint-")]
     try:
         uploader.create_repo(repo, private=True, exist_ok=True)
@@ -89,13 +103,13 @@ def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
 LOAD_MODEL = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{place}", subfolder="{adapter}", dtype=torch.{dtype})
-tokenizer = AutoTokenizer.from_pretrained("{place}", subfolder="{adapter}")"""
+model = AutoModelForCausalLM.from_pretrained({place}, subfolder={adapter}, dtype=torch.{dtype})
+tokenizer = AutoTokenizer.from_pretrained({place}, subfolder={adapter})"""
 LOAD_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{dtype})
-model = PeftModel.from_pretrained(base, "{place}", subfolder="{adapter}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")"""
+base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{dtype})
+model = PeftModel.from_pretrained(base, {place}, subfolder={adapter})
+tokenizer = AutoTokenizer.from_pretrained({base})"""
 SCORE = """head = load_file({head})
 
 
@@ -146,12 +160,12 @@ class _Card:
             "## Machine and versions",
             _table(("", ""), self.machine()),
             "## All settings",
-            f"```yaml\n{yaml.safe_dump(_public(run.settings), sort_keys=False, allow_unicode=True)}```",
+            _fenced("yaml", yaml.safe_dump(_public(masked(run.settings)), sort_keys=False, allow_unicode=True)),
         ]
         return "\n\n".join(sections) + "\n"
 
     def metadata(self) -> str:
-        known = {} if _is_local(self.base) else {"base_model": self.base}
+        known = {} if _is_local(self.base) else {"base_model": printable(self.base)}
         library, tags = ("peft", self.kind.tags)
         if self.run.is_whole_model:
             library, tags = "transformers", tags[1:]  # the first is lora
@@ -160,10 +174,10 @@ class _Card:
 
     def opening(self, count: int) -> str:
         run, base = self.run, _shown(self.base)
-        names = " and ".join(f"`{name}/`" for name in run.adapters)
-        what = f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on `{base}`"
+        names = " and ".join(_inline(f"{name}/") for name in run.adapters)
+        what = f"LoRA adapter{'s' * (len(run.adapters) > 1)} ({names}) on {_inline(base)}"
         if run.is_whole_model:
-            what = f"`{base}` with all of its weights (`{POLICY}/`)"
+            what = f"{_inline(base)} with all of its weights (`{POLICY}/`)"
         text = f"{what}, trained with rlhf_toolkit {self.kind.done.format(count=count)}"
         if "score_mean" in run.summary:
             text += (
@@ -176,18 +190,23 @@ class _Card:
     def loading(self) -> str:
         """Code that loads the adapter or the model; that of a reward model with its head, and scores with both."""
         settings, place = self.run.settings, self.repo or _shown(str(self.run.folder))
-        words = {"base": _shown(self.base), "place": place, "dtype": settings["model"]["dtype"]}
+        dtype = settings["model"]["dtype"]
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.run.folder}/run.json has model.dtype={shortened(dtype)}, which is none; restore that file"
+            )
+        words = {"base": _code(_shown(self.base)), "place": _code(place), "dtype": dtype}
         if self.run.is_whole_model:
-            return f"```python\n{LOAD_MODEL.format(adapter=POLICY, **words)}\n```"
+            return f"```python\n{LOAD_MODEL.format(adapter=_code(POLICY), **words)}\n```"
         scores = "reward_model" in settings
         adapters = self.run.adapters
         adapter = next(name for name in ("reward" if scores else POLICY, *adapters) if name in adapters)
         imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and self.repo)]
         imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
-        lines = [*imports, LOAD_ADAPTER.format(adapter=adapter, **words)]
+        lines = [*imports, LOAD_ADAPTER.format(adapter=_code(adapter), **words)]
         if scores:
             file = f"{adapter}/{REWARD_HEAD}"
-            head = f'hf_hub_download("{place}", "{file}")' if self.repo else f'"{place}/{file}"'
+            head = f"hf_hub_download({_code(place)}, {_code(file)})" if self.repo else _code(f"{place}/{file}")
             lines.append(SCORE.format(head=head, **(SCORED_CHAT if settings["data"]["chat_template"] else SCORED_TEXT)))
         note = "\n\nThe base was a folder on the machine that trained; put its path in place of the name."
         return "```python\n" + "\n".join(lines) + "\n```" + note * _is_local(self.base)
@@ -195,25 +214,25 @@ class _Card:
     def recipe(self) -> Iterable[tuple[str, ...]]:
         for name in (*EVERY_RUN, *self.kind.recipe):
             section, _, key = name.partition(".")
-            value = _public(self.run.settings.get(section, {})).get(key)
+            value = _public(masked(self.run.settings.get(section, {}))).get(key)
             if value not in (None, "", [], {}):
-                yield f"`{name}`", f"`{value}`"
+                yield _inline(name), _inline(str(value))
 
     def adapters(self) -> Iterable[tuple[str, ...]]:
         for name, config in self.run.adapters.items():
             rank, alpha, layers = config["r"], config["lora_alpha"], config["target_modules"]
             scale = f"{alpha} / sqrt({rank})" if config.get("use_rslora") else f"{alpha} / {rank}"
             layers = layers if isinstance(layers, str) else ", ".join(sorted(layers))
-            yield f"`{name}/`", str(rank), str(alpha), scale, layers
+            yield _inline(f"{name}/"), str(rank), str(alpha), scale, layers
 
     def machine(self) -> Iterable[tuple[str, ...]]:
         summary = self.run.summary
-        yield "processes", f"{summary['world_size']}, rank 0 on `{summary['device']}`"
+        yield "processes", f"{summary['world_size']}, rank 0 on {_inline(str(summary['device']))}"
         yield "minutes", f"{summary['seconds'] / 60:.1f}"
         if "tokens_per_second" in summary:
             yield "tokens per second", f"{summary['tokens_per_second']:.1f}"
         yield "peak memory of rank 0", f"{summary['peak_memory_gib']:.2f} GiB"
-        yield from summary["versions"].items()
+        yield from ((str(name), str(version)) for name, version in summary["versions"].items())
 
 
 def _numbers(records: Sequence[Record], columns: Columns) -> Iterable[tuple[str, ...]]:
@@ -230,9 +249,20 @@ def _numbers(records: Sequence[Record], columns: Columns) -> Iterable[tuple[str,
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+
+def _cell(text: str) -> str:
+    """Text on one line that ends no cell and, where it is not code, is neither HTML nor a link."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if line.startswith("`") else line.replace("<", "&lt;").replace("[", "\\[")
+
+
+def _inline(text: str) -> str:
+    """Code within a line; a name with a backtick in it would end it."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def _public(value: Any) -> Any:
@@ -245,6 +275,17 @@ def _public(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_public(inner) for inner in value]
     return _shown(value) if isinstance(value, str) else value
+
+
+def _code(text: str) -> str:
+    """A string of Python: whatever stands in it, it stays one."""
+    return json.dumps(str(text))
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code whose fence is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def _shown(text: str) -> str:

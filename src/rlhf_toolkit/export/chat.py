@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +22,13 @@ from transformers import (
     TextStreamer,
 )
 
+from rlhf_toolkit.data.chat import render
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.models.adapter_files import read_lora_config
+from rlhf_toolkit.models.loading import require_all_weights
 from rlhf_toolkit.seeding import derive_seed
+from rlhf_toolkit.texts import WORDS, printable, say
 
 BASE = "base"
 COMMANDS = "/reset  /system TEXT  /temperature NUMBER (0: the likeliest token)  /quit"
@@ -74,7 +78,7 @@ class Chat:
             elif text:
                 self.turn += 1
                 for contestant in self.contestants:
-                    self.out.write(f"[{contestant.label}] ")
+                    self.out.write(f"[{printable(contestant.label)}] ")
                     self.answer(contestant, text)
 
     def _command(self, name: str, argument: str) -> None:
@@ -111,7 +115,7 @@ class Chat:
         ids, mask = self.prompt(contestant, text)
         length = ids.shape[1]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)  # ALiBi has none
-        if length + self.max_new_tokens > limit:
+        if isinstance(limit, (int, float)) and length + self.max_new_tokens > limit:
             self._say(f"{length} tokens and an answer of {self.max_new_tokens} exceed the model's {limit}; /reset")
             return
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -121,13 +125,23 @@ class Chat:
             sampling["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         stream = _Stream(self.tokenizer, self.out)
         torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
-        with speaking(self.model, contestant.adapter):
+        with self._explained(contestant), speaking(self.model, contestant.adapter):
             tokens = self.model.generate(
                 input_ids=ids, attention_mask=mask, streamer=stream, max_new_tokens=self.max_new_tokens, **sampling
             )
         answer = self._text(tokens[0, length:])
         contestant.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         contestant.text = self._text(tokens[0]) + "\n"
+
+    @contextmanager
+    def _explained(self, contestant: Contestant) -> Iterator[None]:
+        """What a model's own configs have ``generate`` raise is one line: nobody has looked at all they may ask for."""
+        try:
+            yield
+        except Exception as error:
+            raise ModelError(
+                f"{contestant.label} cannot answer ({described(error)}); check its config.json and generation_config.json"
+            ) from error
 
     def _text(self, tokens: Tensor) -> str:
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -136,20 +150,16 @@ class Chat:
         """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
         if self.tokenizer.chat_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
-            found: Any = self.tokenizer.apply_chat_template(
-                [*system, *contestant.messages, {"role": "user", "content": text}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+            messages = [*system, *contestant.messages, {"role": "user", "content": text}]
+            whole = render(messages, self.tokenizer, index=self.turn, add_generation_prompt=True)
+            found: Any = self.tokenizer(whole, add_special_tokens=False, return_tensors="pt")
         else:
             found = self.tokenizer(contestant.text + text, return_tensors="pt")
         device = self.model.device
         return found["input_ids"].to(device), found["attention_mask"].to(device)
 
     def _say(self, text: str) -> None:
-        self.out.write(f"{text}\n")
-        self.out.flush()
+        say(text, self.out)
 
 
 def load_chat(
@@ -163,18 +173,19 @@ def load_chat(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
-        model = model.to(device)
-    except (OSError, ValueError) as error:
+        model = cast(Any, model).to(device)
+    except Exception as error:  # its files may hold anything
         raise ModelError(f"{base} does not load as a causal language model ({described(error)}); check it") from error
+    require_all_weights(base, found)
     contestants = [Contestant(BASE, None)]
     for number, (label, place) in enumerate(zip(adapters, folders, strict=True)):
         name = f"adapter_{number}"
         try:
             model, odd = _with_adapter(model, str(place), name)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # the same of the adapter's
             raise ModelError(
                 f"{label} does not fit {base} ({described(error)}); give the base that it was trained on"
             ) from error
@@ -211,7 +222,7 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
 def _with_adapter(model: Any, folder: str, name: str) -> tuple[PeftModel, list[str]]:
     """Put an adapter on the model; say which weights only one of the two has, since PEFT alone would pass over them."""
     if not isinstance(model, PeftModel):
-        model = PeftModel(model, PeftConfig.from_pretrained(folder), adapter_name=name)
+        model = PeftModel(model, read_lora_config(folder), adapter_name=name)
     found: Any = model.load_adapter(folder, adapter_name=name)
     return model, sorted([*found.unexpected_keys, *found.missing_keys])
 
@@ -225,5 +236,5 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what has become certain."""
-        self.file.write(text + "\n" * stream_end)
+        self.file.write(printable(text, WORDS) + "\n" * stream_end)
         self.file.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.checkpoints import RUN_FILE
-from rlhf_toolkit.errors import CheckpointError, ModelError, described
-from rlhf_toolkit.files import WANDB_LOGS, link_outside
-from rlhf_toolkit.models.folders import check_model_folder
+from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described
+from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file
+from rlhf_toolkit.models.folders import MOST_BYTES, check_model_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("value_head.safetensors", "reward_head.safetensors")
@@ -76,18 +78,43 @@ def read_run(folder: Path) -> FinishedRun:
     link = link_outside(folder, passing_over=WANDB_LOGS)
     if link is not None:
         raise CheckpointError(f"{link} is a link to something outside of the run folder; put the file itself there")
+    odd = special_file(folder)
+    if odd is not None:
+        raise CheckpointError(f"{odd} is a pipe, a socket or a device, not a file; remove it")
     if not (folder / "summary.json").is_file():
         raise CheckpointError(
             f"{folder} has no summary.json, which is written when training ends; let the run end (--resume continues)"
         )
     adapters = {path.parent.name: read_json(path) for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))}
     adapters = {name: config for name, config in adapters.items() if not name.startswith("checkpoint-")}
-    return FinishedRun(folder, read_json(folder / RUN_FILE), read_json(folder / "summary.json"), adapters)
+    settings = read_json(folder / RUN_FILE)
+    if not all(isinstance(section, dict) for section in settings.values()):
+        raise CheckpointError(f"{folder / RUN_FILE} holds no settings; restore that file")
+    return FinishedRun(folder, settings, read_json(folder / "summary.json"), adapters)
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Around all that is made of a run folder's files: they may hold anything, and where that is not what a run writes,
+    a name is missing or a number is text, it is one line. The toolkit's own errors and a full disk pass."""
+    try:
+        yield
+    except RLHFError:
+        raise
+    except Exception as error:
+        if DISK_FULL in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder} holds something else in run.json, summary.json, an adapter's config or a log than a run writes "
+            f"there ({described(error)}); restore these files"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where there is none."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({described(error)}); restore that file") from error

@@ -11,15 +11,14 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_toolkit.errors import ModelError, described
+from rlhf_toolkit.errors import ModelError, shortened
 from rlhf_toolkit.export.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from rlhf_toolkit.models.adapter_files import read_lora_config
 from rlhf_toolkit.models.targets import PLAIN_STARTS
 
 PART = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
@@ -63,12 +62,7 @@ def read_lora(folder: Path) -> dict[str, LoraWeights]:
     ``alpha_pattern`` and ``rank_pattern`` give some. Raises ModelError for what is not plain LoRA.
     """
     config = plain_config(folder)
-    try:
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder} has no readable {ADAPTER_WEIGHTS} ({described(error)}); load it with PEFT and save it again"
-        ) from error
+    tensors = load_file(folder / ADAPTER_WEIGHTS)  # adapter_folder has looked at it
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = PART.fullmatch(name)
@@ -77,8 +71,8 @@ def read_lora(folder: Path) -> dict[str, LoraWeights]:
                 f"{folder} holds {name}, which is no LoRA matrix of a linear layer; merge in memory with PEFT's "
                 "merge_and_unload, or, where that is a frozen embedding, save with save_embedding_layers=False"
             )
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"{folder} holds NaN or infinity in {name}; take an earlier checkpoint")
+        if tensor.dim() != 2:
+            raise ModelError(f"{folder} has {name} of shape {tuple(tensor.shape)}, no matrix; save the adapter again")
         parts.setdefault(match["layer"], {})[match["part"]] = tensor
     if not parts:
         raise ModelError(f"{folder} holds no LoRA matrix; there is nothing to merge")
@@ -87,24 +81,21 @@ def read_lora(folder: Path) -> dict[str, LoraWeights]:
 
 def plain_config(folder: Path) -> LoraConfig:
     """The settings of an adapter that is plain LoRA or rsLoRA. Raises ModelError, by the setting's name, for others."""
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder}/{ADAPTER_CONFIG} cannot be read ({described(error)}); restore it") from error
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged here")
+    config = read_lora_config(folder)
     plain = LoraConfig()
     known = {field.name for field in fields(plain)}
     unknown = {name: value for name, value in read_json(folder / ADAPTER_CONFIG).items() if name not in known and value}
     if unknown:  # written by a newer PEFT; this one would only warn
         name, value = next(iter(unknown.items()))
-        raise ModelError(f"{folder} has {name}={value!r}, which this version of PEFT does not know; update PEFT")
+        raise ModelError(
+            f"{folder} has {name}={shortened(value)}, which this version of PEFT does not know; update PEFT"
+        )
     for field in fields(plain):
         value = getattr(config, field.name)
         if field.name not in TAKEN_INTO_ACCOUNT and value and value != getattr(plain, field.name):
             raise ModelError(
-                f"{folder} has {field.name}={value!r}, which a sum of base and B A would leave out; merge it with "
-                "PEFT's merge_and_unload, or use the adapter unmerged"
+                f"{folder} has {field.name}={shortened(value)}, which a sum of base and B A would leave out; merge it "
+                "with PEFT's merge_and_unload, or use the adapter unmerged"
             )
     if config.init_lora_weights not in HARMLESS_STARTS:
         raise ModelError(

@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_toolkit.errors import CheckpointError, ModelError, described, nearest
+from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError, described, nearest
 from rlhf_toolkit.export.folders import adapter_folder, model_folder
 from rlhf_toolkit.export.lora_weights import LoraWeights, read_lora
 from rlhf_toolkit.export.shards import FLOATING, INDEX, Shard, read_headers, rewrite
@@ -94,7 +94,9 @@ def empty_model(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
             raise ModelError(f"{folder} is quantised; merge into the model it was made from")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except RLHFError:
+        raise
+    except Exception as error:  # a config may hold anything, and its class do anything with it
         raise ModelError(
             f"{folder} has no config of a causal language model ({described(error)}); give the base the adapter was "
             "trained on"
@@ -172,9 +174,11 @@ class _Sums:
             return _rounded(name, weight, wanted)
         update = self.adapted[name]()
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) + update
+        if not exact.isfinite().all():
+            raise ModelError(f"{name} with the adapter's part holds NaN or infinity; check the base and the adapter")
         merged = _rounded(name, exact, wanted)
-        self.added += float(update.square().sum())
-        self.lost += float((merged.to(exact.dtype) - exact).square().sum())
+        self.added += float(update.double().square().sum())
+        self.lost += float((merged.double() - exact).square().sum())
         return merged
 
     @property
@@ -247,8 +251,10 @@ def _copy_the_rest(source: Path, folder: Path, dtype: torch.dtype | None, size: 
         elif not ours:
             left_out.append(path.name)
     if (source / INDEX).is_file():
-        index = json.loads((source / INDEX).read_text())
-        _write(folder / INDEX, {**index, "metadata": {**index.get("metadata", {}), "total_size": size}})
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        told = index.get("metadata")
+        told = told if isinstance(told, dict) else {}
+        _write(folder / INDEX, {**index, "metadata": {**told, "total_size": size}})
     return left_out
 
 

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_toolkit.errors import ModelError, described
@@ -107,7 +107,7 @@ def read_header(path: Path) -> Shard:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shard = {name: Stored(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a header may say anything
         raise ModelError(f"{path} cannot be read ({described(error)}); fetch the model again") from error
     for name, tensor in shard.items():
         if tensor.dtype not in BYTES:

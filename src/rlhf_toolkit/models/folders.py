@@ -11,13 +11,19 @@ from typing import Any
 from huggingface_hub import constants
 
 from rlhf_toolkit.errors import ModelError, described, shortened
-from rlhf_toolkit.files import is_plain_name, link_outside
+from rlhf_toolkit.files import is_plain_name, link_outside, special_file
+from rlhf_toolkit.models.adapter_files import check_adapter_config
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS_FILES = ("model.safetensors", INDEX_FILES[0], "pytorch_model.bin", INDEX_FILES[1])
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json")
 NAMES_A_FILE = ("transformers_weights", "fast_tokenizer_files")
 """Settings of ``CONFIGS`` whose value transformers opens in the folder: a name, or a list of them."""
+COUNTS = re.compile(r"layer|block|expert|n_head|num_.*heads|depth")
+MOST_LAYERS = 4096
+"""No model has so many layers, experts or heads."""
+MOST_BYTES = 2**28
+"""Of a JSON file; the index of the largest models has some 20 MB."""
 CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 """``modeling_x.Class``, or with ``owner/name--`` before it, as ``auto_map`` says where remote code is."""
 
@@ -34,12 +40,19 @@ def check_model_folder(name: str) -> None:
     link = link_outside(folder, Path(constants.HF_HUB_CACHE))
     if link is not None:
         raise ModelError(f"{link} is a link to something outside of its folder; put the file itself there")
+    odd = special_file(folder)
+    if odd is not None:
+        raise ModelError(f"{odd} is a pipe, a socket or a device, not a file; remove it")
     for index in INDEX_FILES:
         if (folder / index).is_file():
             weight_map(folder / index)
     for config in CONFIGS:
         if (folder / config).is_file():
-            _check_names(folder / config, _object(folder / config))
+            found = _object(folder / config)
+            _check_names(folder / config, found)
+            _check_counts(folder / config, found)
+            if config == "adapter_config.json":
+                check_adapter_config(folder, found)
 
 
 def check_weights_are_here(name: str) -> None:
@@ -81,6 +94,17 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
             raise _foreign(path, "auto_map", name)
 
 
+def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """A model is built layer by layer before its weights are looked at: a number of them must be one."""
+    waiting: list[Mapping[str, Any]] = [config]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif isinstance(value, int) and COUNTS.search(key) and value > MOST_LAYERS:
+                raise ModelError(f"{path} has {key}={shortened(value)}, above {MOST_LAYERS}; repair it")
+
+
 def _each(value: Any) -> Iterator[Any]:
     """A value, or those in a list or dict of them; None is nothing."""
     if isinstance(value, dict):
@@ -98,6 +122,8 @@ def _foreign(path: Path, key: str, value: Any) -> ModelError:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({described(error)}); fetch the model again") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +21,8 @@ from transformers import (
 
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, sharded_loading
-from rlhf_toolkit.errors import ModelError, described
+from rlhf_toolkit.errors import DISK_FULL, ModelError, RLHFError, described, shortened
+from rlhf_toolkit.models.adapter_files import read_lora_config, steps
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE
@@ -53,9 +54,15 @@ def load_model_config(name: str, *, trust_remote_code: bool = False) -> Pretrain
 def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
     """The tokens that end the model's text, by its generation config or, without one, by its config."""
     try:
-        return GenerationConfig.from_pretrained(name).eos_token_id
+        found = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:  # a model without generation_config.json says all it has to say in its config
-        return config.get_text_config().eos_token_id
+        found = config.get_text_config().eos_token_id
+    except Exception as error:
+        raise ModelError(f"{name} has a generation_config.json that cannot be used ({described(error)})") from error
+    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens):
+        raise ModelError(f"{name} has eos_token_id={shortened(found)}, which is no token's number; repair its configs")
+    return found
 
 
 def load_base(
@@ -78,20 +85,35 @@ def load_base(
     kind = ROLE_ATTENTION if ours else attention
     try:
         with loading_weights(name, topology, dtype):
-            return AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
                 attn_implementation=kind,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **straight_to_device(topology),
             )
-    except (ValueError, ImportError) as error:
-        if "attention" not in str(error):
+    except ModelError as error:
+        cause = error.__cause__
+        if not isinstance(cause, (ValueError, ImportError)) or "attention" not in str(cause):
             raise
         raise ModelError(
-            f"{config.model_type} does not run with model.attention={attention} ({described(error)}); set it to eager"
-        ) from error
+            f"{config.model_type} does not run with model.attention={attention} ({described(cause)}); set it to eager"
+        ) from cause
+    require_all_weights(name, found)
+    return cast(PreTrainedModel, model)
+
+
+def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
+    """Raise ModelError where transformers, as ``found`` says, has made up weights that the model's files lack, or has
+    left one aside that did not fit: it would only warn."""
+    missing = sorted([*found["missing_keys"], *(each[0] for each in found.get("mismatched_keys", ()))])
+    if missing:
+        raise ModelError(
+            f"the files of {name} lack {missing[0]}, one of {len(missing)} weights that its config asks for; fetch the "
+            "model again"
+        )
 
 
 @contextmanager
@@ -118,7 +140,10 @@ def straight_to_device(topology: Topology) -> dict[str, Any]:
 def lora_config(
     *, rank: int, alpha: int, rslora: bool, target_modules: str | Sequence[str], exclude_modules: Sequence[str]
 ) -> LoraConfig:
-    """PEFT's settings for one role. ``all-linear`` is spelt out by ``targets.spelt_out``."""
+    """PEFT's settings for one role. ``all-linear`` is spelt out by ``targets.spelt_out``. Raises ModelError for a
+    pattern that might take long to match."""
+    if isinstance(target_modules, str):
+        steps("the experiment", "model.target_modules", target_modules)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -172,15 +197,14 @@ def adapter_config(folder: str, setting: str) -> LoraConfig:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ModelError(f"{setting}={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
     check_model_folder(folder)
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{setting}={folder} is a {config.peft_type} adapter; role slices need LoRA")
+    config = read_lora_config(folder)
     config.lora_dropout, config.inference_mode = 0.0, False
     return config
 
 
 class explained:
-    """Turns transformers' long OSError about a missing model into one line."""
+    """Turns what transformers raises about a model's files into one line: they may hold anything, and it may raise
+    whatever it likes. A full disk, a lack of memory and the toolkit's own errors pass."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -189,6 +213,8 @@ class explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if DISK_FULL in str(error):
+            return
         if isinstance(error, OSError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             # Names of the hub have one slash at most.
@@ -197,4 +223,8 @@ class explained:
                 first = "there is no such folder"  # transformers would say that it is no name of the hub
             raise ModelError(
                 f"cannot load the model {self.name!r}: {first}; give a hub name or a local folder"
+            ) from error
+        if isinstance(error, Exception) and not isinstance(error, (RLHFError, MemoryError, torch.OutOfMemoryError)):
+            raise ModelError(
+                f"cannot load the model {self.name!r} ({described(error)}); fetch it again, or use another"
             ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_toolkit.data.chat import render
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
@@ -68,7 +69,7 @@ class RewardModel:
             ids = self.tokenizer(prompt.text + response).input_ids
         else:
             messages: list[Any] = [*prompt.messages, {"role": "assistant", "content": response}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = render(messages, self.tokenizer, index=prompt.index, add_generation_prompt=False)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if self.most is not None and len(ids) > self.most:
             raise RewardError(

@@ -8,8 +8,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from rlhf_toolkit.texts import WORDS, printable, say
+
 SHOWN_SAMPLES = 3
 SHOWN_CHARACTERS = 120
+MOST_READ = 100_000
+"""Characters of a sample that are looked at to show some of them."""
 
 
 def print_report(folder: Path, summary: dict[str, Any]) -> None:
@@ -17,7 +21,7 @@ def print_report(folder: Path, summary: dict[str, Any]) -> None:
     if not summary:
         return
     lines = supervised_table(summary) if "losses" in summary else [*table(summary), "", *before_and_after(folder)]
-    print("\n".join(["", *lines, "", *places(folder)]), flush=True)
+    say("\n".join(["", *lines, "", *places(folder)]))
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -65,7 +69,8 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
     for way in next(iter(estimates.values())):
         lines += [*_columns(way, {label: ways[way] for label, ways in estimates.items()}), ""]
     rates = [
-        f"  {rate['of']} over {rate['over']}, by {rate['by']} ({rate['decoding']}): {_interval(rate['rate'], '.1%')}"
+        printable(f"  {rate['of']} over {rate['over']}, by {rate['by']} ({rate['decoding']}): ")
+        + _interval(rate["rate"], ".1%")
         for rate in found["win_rates"]
     ]
     return lines[:-1] if not rates else [*lines, "  win rates, ties a half", *rates]
@@ -73,8 +78,11 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
 
 def _columns(way: str, estimates: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     names = list(dict.fromkeys(name for found in estimates.values() for name in found))
-    rows = [[way, *estimates]]
-    rows += [[n, *(_interval(found[n], ".3f") if n in found else "" for found in estimates.values())] for n in names]
+    rows = [[way, *map(printable, estimates)]]
+    rows += [
+        [printable(n), *(_interval(found[n], ".3f") if n in found else "" for found in estimates.values())]
+        for n in names
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -118,7 +126,7 @@ def places(folder: Path) -> list[str]:
 
 
 def _quoted(label: str, text: str) -> str:
-    return f"  {label:<12}  {textwrap.shorten(' '.join(text.split()), 160)}"
+    return f"  {label:<12}  {textwrap.shorten(' '.join(printable(text[:MOST_READ], WORDS).split()), 160)}"
 
 
 def _mean(values: list[float]) -> float:

@@ -35,6 +35,7 @@ from rlhf_toolkit.runs.start import Kind, prepare_run
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
 from rlhf_toolkit.trainers.objectives import DPO, SFT, BradleyTerry, Objective
 
@@ -195,7 +196,7 @@ def load_trained_model(experiment: FineTuning, config: PretrainedConfig, topolog
     products = getattr(torch, model.dtype)
     whole = WholeModel(base, gradient_checkpointing=model.gradient_checkpointing, products=products)
     count = sum(element_count(p) for p in whole.parameter_groups()[POLICY])
-    on_main(lambda: print(f"all {count / 1e6:.1f}M weights are trained, in float32; products in {model.dtype}"))
+    on_main(lambda: say(f"all {count / 1e6:.1f}M weights are trained, in float32; products in {model.dtype}"))
     return whole
 
 
@@ -246,7 +247,7 @@ def _items(
     with agreement("loading"):
         rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
         found = tokenise(rows, tokenizer, **options)
-    on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
+    on_main(lambda: say(f"{source}: {found.summary()}"))
     return items_of(found)
 
 

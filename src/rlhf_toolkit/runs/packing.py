@@ -7,6 +7,7 @@ from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
+from rlhf_toolkit.texts import say
 
 
 def packs(wanted: str, model: SharedBase | WholeModel) -> bool:
@@ -18,5 +19,5 @@ def packs(wanted: str, model: SharedBase | WholeModel) -> bool:
     chosen = wanted != "off" and obstacle is None
     reason = f" ({obstacle})" if wanted == "auto" and obstacle is not None else ""
     words = "packed, shared prefixes once" if chosen else f"padded rows{reason}"
-    on_main(lambda: print(f"micro-batches: {words}", flush=True))
+    on_main(lambda: say(f"micro-batches: {words}"))
     return chosen

@@ -17,6 +17,7 @@ from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.base import RoleTrainer
 
 E = TypeVar("E", bound=Experiment | FineTuning)
@@ -85,5 +86,5 @@ def with_dtype(experiment: E, topology: Topology, *, trains: bool = True) -> E:
     # Where one rank's device has no bfloat16, auto is float32 on all.
     dtype, reason = next((each for each in found if each[0] == "float32" or "slow" in each[1]), found[0])
     if experiment.model.dtype == AUTO or "slow" in reason:
-        on_main(lambda: print(reason, flush=True))
+        on_main(lambda: say(reason))
     return replace(experiment, model=replace(experiment.model, dtype=dtype))

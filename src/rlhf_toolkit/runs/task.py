@@ -17,10 +17,13 @@ from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions
 from rlhf_toolkit.rewards.specification import RewardSpec
+from rlhf_toolkit.rewards.values import READERS
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.scored_sampler import Scorer
+from rlhf_toolkit.secrets import resolved
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.texts import printable, say
 from rlhf_toolkit.types import Prompt
 
 
@@ -66,12 +69,21 @@ def load_rewards(experiment: Experiment) -> Scorer:
     specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
     if not reward.functions:
         specs = [replace(specs[0], setting="reward")]
+    specs = [with_secrets(spec) for spec in specs]
     return Rewards(specs, warn=warn)
+
+
+def with_secrets(spec: RewardSpec) -> RewardSpec:
+    """The reward with the environment's values for every ``${NAME}`` in its kwargs and its address. Its name, which
+    metrics carry, is made of the address as it is written. Raises ConfigError for a variable that is not set."""
+    kwargs = resolved(dict(spec.kwargs), f"{spec.setting}.kwargs")
+    url = None if spec.url is None else READERS["url"](f"{spec.setting}.url", resolved(spec.url, f"{spec.setting}.url"))
+    return replace(spec, kwargs=kwargs, url=url)
 
 
 def warn(line: str) -> None:
     """A line above the progress bar."""
-    tqdm.write(line)
+    tqdm.write(printable(line))
 
 
 def load_prompts(
@@ -87,7 +99,7 @@ def load_prompts(
             system_prompt=data.system_prompt,
             max_prompt_tokens=data.max_prompt_tokens,
         )
-    on_main(lambda: print(f"{source}: {found.summary()}", flush=True))
+    on_main(lambda: say(f"{source}: {found.summary()}"))
     if len(found.prompts) < processes:
         raise DataError(
             f"{source} gives {len(found.prompts)} prompts for {processes} processes, each of which needs one; add "

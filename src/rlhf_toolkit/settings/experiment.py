@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from rlhf_toolkit.algorithms.kl_control import ERROR_BOUND
 from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.secrets import masked
 from rlhf_toolkit.settings.alarms import AlarmsConfig
 from rlhf_toolkit.settings.configs import (
     DataConfig,
@@ -75,8 +76,8 @@ class Experiment:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, as they would stand in YAML."""
-        return asdict(self)
+        """Nested plain values, as they would stand in YAML, to be written down: secrets are masked."""
+        return written(self)
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ class FineTuning:
         return max(1, round(self.job.epochs * items / self.job.batch_size))
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, as they would stand in YAML."""
-        return asdict(self)
+        """Nested plain values, as they would stand in YAML, to be written down: secrets are masked."""
+        return written(self)
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,12 @@ class DPOExperiment(FineTuning):
 
     dpo: DPOConfig = field(default_factory=DPOConfig)
     JOB = "dpo"
+
+
+def written(experiment: Experiment | FineTuning) -> dict[str, Any]:
+    """The settings of an experiment as they may be written to a file or sent to W&B: secrets are masked."""
+    settings: dict[str, Any] = masked(asdict(experiment))
+    return settings
 
 
 # ---- rules that tie sections together: each raises ConfigError for what breaks it ------------------------------------
@@ -272,8 +279,14 @@ RULES = (required_settings, sizes_of_batches, value_warmup, kl_horizon, kl_stop,
 """In the order in which they are looked at."""
 
 
+MOST_LOOKED_AT = 100_000
+
+
 def _divisors_near(size: int, wanted: int) -> str:
-    """The divisors of ``size`` on both sides of ``wanted``, which is none, or the one there is."""
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
-    return " or ".join(map(str, near))
+    """The divisors of ``size`` on both sides of ``wanted``, or the one there is; of those far away, the ends."""
+    wanted = min(wanted, size + 1)
+    downwards = range(wanted - 1, max(0, wanted - MOST_LOOKED_AT), -1)
+    upwards = range(wanted + 1, min(size, wanted + MOST_LOOKED_AT) + 1)
+    below = next((d for d in downwards if size % d == 0), 1 if wanted > 1 else None)
+    above = next((d for d in upwards if size % d == 0), size if wanted < size else None)
+    return " or ".join(str(d) for d in (below, above) if d is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
@@ -14,6 +15,12 @@ MOST_PARTS, DEEPEST = 100_000, 50
 """Of one setting: values inside it, and lists or dicts inside one another. YAML's aliases make any number of them."""
 MOST_BITS = 10_000
 """Of a whole number; Python refuses to write out much longer ones."""
+
+
+COUNTER_BITS = 63
+SURROGATE = re.compile("[\ud800-\udfff]")
+UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+SPOKEN = ".system_prompt"
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,11 @@ class Section:
                 continue
             if isinstance(value, (list, dict)):
                 require_plain(name, value)
+            _require_sane(name, value)
             rule, choices = setting.metadata["rule"], setting.metadata["choices"]
             or_none = " or none" if NoneType in get_args(hints[setting.name]) else ""
             if choices and value not in choices:
-                raise ConfigError(f"{name}={value!r}{nearest(value, choices)}; known are {', '.join(choices)}")
+                raise ConfigError(f"{name}={shortened(value)}{nearest(value, choices)}; known are {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
             if rule is not None and not rule.holds(value):
@@ -99,6 +107,8 @@ def require_plain(name: str, value: Any) -> None:
             for key in part:
                 if not isinstance(key, str):
                     raise ConfigError(f"{place} has the key {shortened(key)}, which is not text; put it in quotes")
+                if SURROGATE.search(key):
+                    raise ConfigError(f"{place} has the key {shortened(key)}, which is no valid text; rename it")
             waiting += [(f"{place}.{key}", item, depth + 1) for key, item in part.items()]
         elif not _is_plain(part):
             raise ConfigError(
@@ -112,4 +122,15 @@ def _is_plain(value: Any) -> bool:
         return math.isfinite(value)
     if isinstance(value, int):
         return value.bit_length() <= MOST_BITS
-    return value is None or isinstance(value, str)
+    return value is None or (isinstance(value, str) and not SURROGATE.search(value))
+
+
+def _require_sane(name: str, value: Any) -> None:
+    """Raise ConfigError for a whole number that no counter holds, and for a name with characters that do not print: it
+    becomes a path, a label or a line. Only ``SPOKEN`` is read by a model, and may have line breaks."""
+    if isinstance(value, int) and value.bit_length() > COUNTER_BITS:
+        raise ConfigError(f"{name}={shortened(value)} is beyond 64 bits; give a smaller number")
+    if isinstance(value, str):
+        odd = SURROGATE.search(value) if name.endswith(SPOKEN) else UNPRINTED.search(value)
+        if odd is not None:
+            raise ConfigError(f"{name}={shortened(value)} holds {odd[0]!a}, which does not print; write it without")

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
-from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
+from rlhf_toolkit.errors import ConfigError, nearest, shortened
+from rlhf_toolkit.secrets import keep_secrets_of
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.knobs import default_of, require_plain
+from rlhf_toolkit.settings.yaml_text import file_text, read_yaml
 
 E = TypeVar("E")
 ON_OFF = {True: "on", False: "off"}
@@ -38,15 +38,7 @@ def load_experiment(
 
     Raises ConfigError for a file that cannot be read and for settings that cannot work.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the experiment {path}: {error.strerror}; give the path of a YAML file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (at byte {error.start}); save the file as UTF-8") from error
-    values = _from_yaml(text, f"{path} is not valid YAML")
+    values = read_yaml(file_text(path), f"{path} is not valid YAML")
     if not isinstance(values, Mapping | None):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections such as model: and ppo:")
     sections = dict(values or {})
@@ -63,9 +55,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         if not equals or "." not in name:
             raise ConfigError(
-                f"cannot read the override {argument!r}; write section.key=value, such as ppo.kl_coef=0.1"
+                f"cannot read the override {shortened(name + equals, 80)}; write section.key=value, such as "
+                "ppo.kl_coef=0.1"
             )
-        overrides[name] = _from_yaml(value, f"the value of the override {argument!r} is not valid YAML")
+        overrides[name] = read_yaml(value, f"the value of the override {shortened(name)[1:-1]} is not valid YAML")
     return overrides
 
 
@@ -81,23 +74,17 @@ def experiment_from_dict(
     sections = {}
     for name, section in values.items():
         if name not in kinds:
-            raise ConfigError(f"unknown section {name!r}{_suggestion(str(name), kinds)}")
+            raise ConfigError(f"unknown section {shortened(name, 80)}{_suggestion(str(name), kinds)}")
         hints, settings = get_type_hints(kinds[name]), {setting.name: setting for setting in fields(kinds[name])}
         given = _settings(name, section)
         for key in given:
             if key not in settings:
-                raise ConfigError(f"unknown setting {name}.{key}{_elsewhere(name, key, settings, kinds)}")
+                place = shortened(key, 80)[1:-1] if isinstance(key, str) else shortened(key, 80)
+                raise ConfigError(f"unknown setting {name}.{place}{_elsewhere(name, key, settings, kinds)}")
         sections[name] = kinds[name](
             **{key: converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in given.items()}
         )
     return kind(**sections)
-
-
-def _from_yaml(text: str, fault: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except Exception as error:  # beside YAMLError whatever its converters raise: ValueError for a date 2024-13-45
-        raise ConfigError(f"{fault}: {described(error)}; repair it, or put text in quotes") from error
 
 
 def _settings(name: str, section: Any) -> Mapping[str, Any]:
@@ -109,7 +96,7 @@ def _settings(name: str, section: Any) -> Mapping[str, Any]:
     return section or {}
 
 
-def _elsewhere(section: str, key: str, known: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
+def _elsewhere(section: str, key: Any, known: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
     """Where an unknown setting might belong: under its own name in another section, or under a similar one in this."""
     for name, kind in kinds.items():
         if key in get_type_hints(kind):
@@ -128,6 +115,7 @@ def converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
     """``value``, as YAML has read it, as what the setting takes. Raises ConfigError where it cannot be that."""
     if isinstance(value, (list, dict, tuple, set)):
         require_plain(name, value)  # before anything walks through it
+    keep_secrets_of({name.rpartition(".")[2]: value})  # before a message quotes it
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if isinstance(value, bool) and ON_OFF[value] in setting.metadata["choices"]:
         return ON_OFF[value]

@@ -1,0 +1,1 @@
+"""What strangers send: for each door of the toolkit hostile inputs of every kind, and how each of them ends."""
