@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.distributed.extensions import build_cpu_collectives
+from rlhf_toolkit.distributed.machines import meeting, name_interface
 from rlhf_toolkit.errors import TopologyError, at_a_good_end
 
 ZERO_STAGES = (2, 3)
@@ -148,7 +149,9 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     timeout = timedelta(minutes=timeout_minutes)
     vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     gloo = {"backend": "gloo"} if launch.zero_stage is not None and not has_gpu else {}
-    state = PartialState(timeout=timeout, **gloo)
+    name_interface()
+    with meeting():
+        state = PartialState(timeout=timeout, **gloo)
     if gloo and world_size() > 1:
         at_a_good_end.append(end_process)
     topology = Topology(launch, rank(), world_size(), state.device)
