@@ -155,7 +155,9 @@ def ending(cell: Cell, finished: Finished, took: float) -> tuple[str, list[str]]
         if finished.status == 0:
             faults.append("a killed run ended as if all were well")
         return f"status {finished.status} after {took:.0f} s", faults
-    told = [line for line in GO_ON.findall(finished.output) if "python" in line or "launch" in line or "recipes" in line]
+    told = [
+        line for line in GO_ON.findall(finished.output) if "python" in line or "launch" in line or "recipes" in line
+    ]
     if "Traceback (most recent call last)" in finished.output and not cell.real_launcher:
         faults.append("a bare traceback")
     if not told:

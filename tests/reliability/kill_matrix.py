@@ -24,7 +24,11 @@ def main() -> int:
     options = command_line().parse_args()
     kinds = [KINDS[name] for name in options.kinds]
     cells = [cell for kind in kinds for cell in cells_of(kind, tuple(options.phases))]
-    cells = [cell for cell in cells if cell.signal in options.signals and (not options.targets or cell.target in options.targets)]
+    cells = [
+        cell
+        for cell in cells
+        if cell.signal in options.signals and (not options.targets or cell.target in options.targets)
+    ]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = judge_all(cells, options.keep or Path(folder), options.jobs)

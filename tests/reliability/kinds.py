@@ -123,7 +123,11 @@ def differences(straight: Path, broken: Path, axis: str) -> list[str]:
             found.append(f"{name} has other tensors")
         found += [f"{name}: {key}" for key in one.keys() & other.keys() if not torch.equal(one[key], other[key])]
     one_log, other_log = records(straight, axis), records(broken, axis)
-    found += [f"log.jsonl: {key}" for key in sorted(one_log.keys() | other_log.keys()) if one_log.get(key) != other_log.get(key)]
+    found += [
+        f"log.jsonl: {key}"
+        for key in sorted(one_log.keys() | other_log.keys())
+        if one_log.get(key) != other_log.get(key)
+    ]
     return found
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -35,8 +34,8 @@ class Strike:
     """The signal ``number`` at ``target``, a rank or the launcher, in ``phase``.
 
     ``step``: once so many optimizer steps are done; of the phases that write, in the first checkpoint of at least that
-    step. ``moment``: at which pass, or file, within it. ``notes``: a folder for what is to be told. A second signal
-    follows after ``again`` seconds, where that is not 0.
+    step. ``moment``: at which pass, or file, within it. ``notes``: a folder for what is to be told. ``fill``: no signal
+    is sent, but this file takes what room there is on its disk, except for ``leave`` bytes.
     """
 
     phase: str
@@ -45,7 +44,8 @@ class Strike:
     notes: str
     step: int = 0
     moment: int = 1
-    again: float = 0.0
+    fill: str = ""
+    leave: int = 0
 
     def code(self) -> str:
         """Python code that arms a rank with this."""
@@ -112,9 +112,9 @@ class Armed:
         with suppress(FileExistsError):
             with ORIGINAL_OPEN(self.notes / STRUCK, "x") as file:
                 json.dump({"rank": self.rank, "steps": self.steps}, file)
-            self._send()
-            if self.strike.again:
-                time.sleep(self.strike.again)
+            if self.strike.fill:
+                fill(Path(self.strike.fill), self.strike.leave)
+            else:
                 self._send()
 
     def _send(self) -> None:
@@ -139,6 +139,13 @@ def arm(strike: Strike) -> None:
         return
     _wrap_phases(armed)
     _wrap_passes(armed)
+
+
+def fill(path: Path, leave: int) -> None:
+    """A file that leaves no more than ``leave`` bytes on its disk."""
+    free = os.statvfs(path.parent)
+    with ORIGINAL_OPEN(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave)
 
 
 def note_resumed_step(notes: str) -> None:
