@@ -38,6 +38,8 @@ HEAVY = (
 )
 """What takes seconds to import, some of it late in a run."""
 RECIPE = ROOT / "recipes/ppo.py"
+_interrupts: list[int] = []
+"""Interrupts that the parent has received and, like torchrun, hands on to all ranks."""
 GRACE_SECONDS = 30.0
 """What a rank has to end when another has failed, as under torchrun."""
 OF_TORCHRUN = {
@@ -128,6 +130,7 @@ class RecipeProcesses:
 
 def serve() -> None:
     """Fork for each job on stdin and answer with its exit status: a failed rank's, 0, or -9 at the time limit."""
+    signal.signal(signal.SIGINT, lambda number, _: _interrupts.append(number))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints to its output is not an answer
     for name in HEAVY:
@@ -208,6 +211,11 @@ def _wait(ranks: Sequence[int], seconds: float) -> int:
     deadline, failed, running = time.monotonic() + seconds, 0, set(ranks)
     ended_by: int | None = None
     while running:
+        for number in _interrupts:
+            failed, ended_by = failed or 128 + number, number
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            _signal(running, number)
+        _interrupts.clear()
         for rank in sorted(running):
             done, status = os.waitpid(rank, os.WNOHANG)
             if done:
@@ -239,6 +247,7 @@ def _signal(ranks: set[int], number: int) -> None:
 def _become(job: dict[str, Any], environment: dict[str, str]) -> NoReturn:
     """Turn this process into the script. It ends as Python would end it, without taking down what the parent built."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit._clear()  # what the parent has registered, such as removing wandb's temporary folder, is the parent's to do
     for target, path, mode in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_APPEND)):
         os.dup2(os.open(path, mode, 0o600), target)
