@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
     {"errors", "types", "seeding", "plugins", "files", "texts", "secrets"},
-    {"algorithms", "data", "distributed", "planning", "rewards"},
+    {"algorithms", "data", "distributed", "planning", "rewards", "checkpoint_files"},
     {"settings", "checkpoints", "reporting", "models"},
     {"rollout", "export"},
     {"trainers"},

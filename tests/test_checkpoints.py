@@ -14,23 +14,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_toolkit import checkpoints
+from rlhf_toolkit.checkpoint_files import Checkpoint, Contents, complete, temporary
 from rlhf_toolkit.checkpoints import (
     LEAST_FREE_BYTES,
-    MANIFEST,
     RUN_FILE,
-    ManifestWriter,
     base_fingerprint,
     checksum,
     claim_run_folder,
-    last_checkpoint,
-    on_main,
+    folder_fingerprint,
     open_run_folder,
-    read_manifest,
+    require_identity,
     write_json,
 )
+from rlhf_toolkit.distributed import collectives
+from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.errors import CheckpointError
 from tests.support.allocations import Allocations
 from tests.support.offenders import for_each
@@ -50,14 +49,20 @@ def started(folder: Path) -> Path:
     return folder
 
 
-def checkpoint(folder: Path, number: int, /, **manifest: Any) -> Path:
-    """A checkpoint, complete if it has a ``manifest``."""
-    path = folder / f"checkpoint-{number}"
-    path.mkdir()
-    (path / "optimizer.pt").touch()
-    if manifest:
-        write_json(path / MANIFEST, manifest)
-    return path
+def checkpoint(folder: Path, number: int, /, **state: Any) -> Path:
+    """A checkpoint, complete if it has a ``state``."""
+    if not state:
+        (folder / f"checkpoint-{number}").mkdir()
+        return folder / f"checkpoint-{number}"
+    (temporary(folder, number) / "policy").mkdir(parents=True)
+    return complete(folder, Contents(number, state, {"optimizer.safetensors": {"a": torch.ones(3)}}))
+
+
+def resumed(folder: Path, settings: dict[str, Any] = SETTINGS) -> Path:
+    """The checkpoint that a run with ``settings`` goes on from."""
+    found = open_run_folder(folder, settings, resume=True, overwrite=False)
+    assert found is not None
+    return found.folder
 
 
 def refusal(folder: Path, settings: dict[str, Any] = SETTINGS, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -173,11 +178,11 @@ def test_a_run_with_a_link_to_elsewhere_is_not_resumed(tmp_path: Path) -> None:
     (folder / "wandb" / "latest-run").symlink_to("offline-run-1")  # W&B's own, as the next one is
     (folder / "wandb" / "offline-run-1" / "logs").mkdir(parents=True)
     (folder / "wandb" / "offline-run-1" / "logs" / "debug-core.log").symlink_to(tmp_path / "cache.log")
-    assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-4"
+    assert resumed(folder) == folder / "checkpoint-4"
     for place in (
         "log.jsonl",
         "policy",
-        "checkpoint-4/optimizer.pt",
+        "checkpoint-4/optimizer.safetensors",
         "checkpoint-9",
         "wandb/run-2",
         "wandb/offline-run-1/files",
@@ -187,18 +192,6 @@ def test_a_run_with_a_link_to_elsewhere_is_not_resumed(tmp_path: Path) -> None:
         link.symlink_to(tmp_path)
         assert f"{link} is a link to something outside of run.output_dir" in refusal(folder, resume=True)
         link.unlink()
-
-
-def test_a_checkpoint_that_names_a_folder_elsewhere_is_not_resumed(tmp_path: Path) -> None:
-    folder = started(tmp_path / "run")
-    checkpoint(folder, 4, step=4)
-    checkpoint(folder, 9).rename(folder / "checkpoint-x")
-    write_json(folder / "checkpoint-x" / MANIFEST, {})
-    for tag in ("../global_step4", "/tmp/evil", "", "a/b"):
-        (folder / "checkpoint-4" / "latest").write_text(tag)
-        assert "latest does not name a folder in" in refusal(folder, resume=True)
-    (folder / "checkpoint-4" / "latest").write_text("global_step4\n")
-    assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-4"
 
 
 @for_each("text", ["", "{", "[]", '{"run": 1}', "\xff", "[" * 100_000])
@@ -230,20 +223,25 @@ def test_resume_where_no_run_is(tmp_path: Path) -> None:
 
 def test_resume_before_the_first_checkpoint(tmp_path: Path) -> None:
     folder = started(tmp_path / "run")
+    assert refusal(folder, resume=True) == (
+        f"{folder} has no checkpoint to resume from; set run.save_every, or start again with --overwrite"
+    )
     checkpoint(folder, 4)
     assert refusal(folder, resume=True) == (
-        f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite"
+        f"no checkpoint can be resumed from: {folder}/checkpoint-4 has no manifest.json: its writing was interrupted; "
+        "start again with --overwrite"
     )
 
 
-def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = started(tmp_path / "run")
     for step in (8, 100, 20):
         checkpoint(folder, step, step=step)
     checkpoint(folder, 104)
-    (checkpoint(folder, 108) / "manifest.tmp").write_text("{")
-    assert last_checkpoint(folder) == folder / "checkpoint-100"
-    assert open_run_folder(folder, SETTINGS, resume=True, overwrite=False) == folder / "checkpoint-100"
+    (checkpoint(folder, 108) / "manifest.json").write_text("{")
+    assert resumed(folder) == folder / "checkpoint-100"
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[2].rpartition("/")[2] for line in said] == ["manifest.json", "checkpoint-104"], said
 
 
 @pytest.mark.parametrize(
@@ -268,76 +266,52 @@ def test_resume_may_change_how_long_a_run_is_and_how_it_is_watched(tmp_path: Pat
     folder = started(tmp_path / "run")
     checkpoint(folder, 4, step=4)
     settings = changed(ppo__num_rollouts=9, run__wandb="online", data__evaluation="b.jsonl", data__evaluation_split="x")
-    assert open_run_folder(folder, settings, resume=True, overwrite=False) == folder / "checkpoint-4"
+    assert resumed(folder, settings) == folder / "checkpoint-4"
 
 
-# ---- manifests -------------------------------------------------------------------------------------------------------
+# ---- what a checkpoint is tied to -----------------------------------------------------------------------------------
 
 
-def test_a_manifest_that_fits(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=2, zero_stage=3, kl_coefficient=0.1)
-    assert read_manifest(path, fingerprint="abc", world_size=2, zero_stage=3)["kl_coefficient"] == 0.1
+def found(settings: dict[str, Any] = SETTINGS, **identity: str) -> Checkpoint:
+    return Checkpoint(Path("checkpoint-4"), 4, {"settings": settings, "identity": identity})
 
 
-def test_a_manifest_of_another_base(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=2, zero_stage=3)
-    with pytest.raises(CheckpointError) as caught:
-        read_manifest(path, fingerprint="def", world_size=2, zero_stage=3)
-    assert str(caught.value) == f"{path} was trained on another base (fingerprint abc, now def); use that one"
+def test_a_checkpoint_of_this_run() -> None:
+    require_identity(found(base="abc", rows="def"), changed(run__wandb="online"), {"base": "abc"})
 
 
-def test_a_manifest_of_another_number_of_ranks(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=2, zero_stage=3)
-    with pytest.raises(CheckpointError) as caught:
-        read_manifest(path, fingerprint="abc", world_size=4, zero_stage=3)
-    assert str(caught.value) == (
-        f"{path} was written by 2 ranks and cannot be resumed on 4: each rank holds a part of the optimizer; start 2 "
-        "processes"
-    )
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("base", "was trained on another base"),
+        ("rows", "was trained on other data: a row of data.train has been edited"),
+        ("tokens", "or because the template writes the date"),
+        ("reward_model", "was rewarded by another model"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_named(what: str, words: str) -> None:
+    for before in (found(**{what: "abc"}), found()):  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="restore it, or start again with --overwrite") as caught:
+            require_identity(before, SETTINGS, {what: "def"})
+        assert words in str(caught.value)
 
 
-def test_a_manifest_of_another_launch(tmp_path: Path) -> None:
-    """Only DeepSpeed's engine of the same stage finds its optimizer; any other would begin with a fresh one."""
-    words = {2: "under ZeRO stage 2", 3: "under ZeRO stage 3", None: "without DeepSpeed"}
-    for before in words:
-        (tmp_path / str(before)).mkdir()
-        path = checkpoint(tmp_path / str(before), 4, base="abc", world_size=1, zero_stage=before)
-        assert read_manifest(path, fingerprint="abc", world_size=1, zero_stage=before)["base"] == "abc"
-        for now in words.keys() - {before}:
-            with pytest.raises(CheckpointError) as caught:
-                read_manifest(path, fingerprint="abc", world_size=1, zero_stage=now)
-            assert str(caught.value).startswith(
-                f"{path} was written {words[before]} and cannot be resumed {words[now]}"
-            )
+def test_a_checkpoint_of_other_settings_or_of_none() -> None:
+    with pytest.raises(CheckpointError, match=r"is of a run with ppo\.kl_coef=0\.1, now ppo\.kl_coef=0\.05"):
+        require_identity(found(changed(ppo__kl_coef=0.1)), SETTINGS, {})
+    for state in ({}, {"settings": 3, "identity": {}}, {"settings": {}, "identity": 7}):
+        with pytest.raises(CheckpointError):
+            require_identity(Checkpoint(Path("checkpoint-4"), 4, state), SETTINGS, {})
 
 
-def test_a_manifest_that_does_not_tell_its_launch(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4, base="abc", world_size=1)
-    with pytest.raises(CheckpointError, match="by a version that did not note the ZeRO stage and cannot be resumed"):
-        read_manifest(path, fingerprint="abc", world_size=1, zero_stage=None)
-
-
-def test_the_manifest_completes_a_checkpoint_of_trainer(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 6)
-    state = TrainerState(global_step=6, is_world_process_zero=True)
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    ManifestWriter(lambda: {"kl_coefficient": 0.2}).on_save(arguments, state, TrainerControl())
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert json.loads((tmp_path / "checkpoint-6" / MANIFEST).read_text()) == {"step": 6, "kl_coefficient": 0.2}
-
-
-@pytest.mark.parametrize("main", [True, False])
-def test_the_manifest_is_written_when_all_have_written_and_nobody_goes_on_before(
-    main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the true rank 0 writes; all ranks wait before it and behind it."""
-    there: list[bool] = []
-    path = checkpoint(tmp_path, 6) / MANIFEST
-    monkeypatch.setattr(checkpoints, "barrier", lambda: there.append(path.exists()))
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    state = TrainerState(global_step=6, is_world_process_zero=main)
-    ManifestWriter(lambda: {}).on_save(arguments, state, TrainerControl())
-    assert there == [False, main] and path.exists() == main
+def test_an_adapters_fingerprint_is_of_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "README.md").write_text("text")
+    before = folder_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("other text")
+    assert folder_fingerprint(tmp_path) == before
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"Weights")
+    assert folder_fingerprint(tmp_path) != before
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
@@ -431,5 +405,5 @@ def test_what_only_rank_0_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_main(lambda: 7) == 7
     with pytest.raises(CheckpointError, match=r"^no$"):
         on_main(lambda: (_ for _ in ()).throw(CheckpointError("no")))
-    monkeypatch.setattr(checkpoints, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
     assert on_main(lambda: pytest.fail("rank 1 is not to do it")) is None

@@ -1,8 +1,6 @@
-"""The run folder and what makes a checkpoint whole.
+"""The run folder: whose it is, which checkpoint a run goes on from, and whether that is one of this very run.
 
-Trainer writes adapters, heads, optimizer, scheduler and random states; ``manifest.json`` is written last and holds the
-rest: the KL coefficient, the W&B run, the experiment, a fingerprint of the base, the number of ranks and the ZeRO
-stage. A checkpoint without it was interrupted and does not count.
+What lies in a checkpoint's folder: ``checkpoint_files.py``.
 """
 
 from __future__ import annotations
@@ -11,25 +9,32 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rlhf_toolkit.distributed.collectives import agreement, all_gather, barrier, from_main, rank
+from rlhf_toolkit.checkpoint_files import Checkpoint, newest_sound, remove_leftovers, understood
+from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described, shortened
-from rlhf_toolkit.files import WANDB_LOGS, is_plain_name, link_outside, write_text
+from rlhf_toolkit.files import WANDB_LOGS, link_outside, write_text
 
-T = TypeVar("T")
-MANIFEST, RUN_FILE = "manifest.json", "run.json"
-LATEST = "latest"
-"""DeepSpeed's file in a checkpoint: the name of the folder in it that holds the optimizer."""
-UNKNOWN = "unknown"
+RUN_FILE = "run.json"
+CHANGED = {
+    "base": "was trained on another base",
+    "rows": "was trained on other data: a row of data.train has been edited, added or removed",
+    "tokens": "was trained on other tokens: the same data is rendered otherwise now, because the chat template or the "
+    "tokenizer has changed, or because the template writes the date",
+    "examples": "was trained on other examples: data.train has been edited, or it is rendered otherwise, because the "
+    "chat template or the tokenizer has changed or the template writes the date",
+    "reference": "has another reference: the adapter of model.policy_adapter has changed",
+    "reward_adapter": "was rewarded by another adapter: that of reward.adapter has changed",
+    "reward_model": "was rewarded by another model: that of reward.model has changed",
+}
+"""What a checkpoint is tied to, and what is said where it is another now."""
 LEAST_FREE_BYTES = 256 * 2**20
 FREE_TO_CHANGE = (
     "run.",
@@ -42,23 +47,9 @@ CHUNK = 2**18  # elements of a parameter that are widened to int64 at a time
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-class ManifestWriter(TrainerCallback):
-    """Completes each checkpoint with its manifest. ``state`` gives what only the run knows."""
-
-    def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
-        self.state = state
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the manifest, to a temporary name that is then renamed, after every rank has written its part."""
-        barrier()
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            write_json(folder / MANIFEST, {"step": state.global_step, **self.state()})
-        barrier()
-
-
-def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """Look whether a run may use the folder; return the checkpoint to resume from, or None for a fresh start.
+def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, overwrite: bool) -> Checkpoint | None:
+    """Look whether a run may use the folder; return the newest sound checkpoint, or None for a fresh start. Newer ones
+    that are not sound are named on the terminal.
 
     What the folder holds stays until ``claim_run_folder``, so that a mistake found in between costs nobody a run.
     Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, holds nothing to resume,
@@ -80,7 +71,11 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
                 "what it leads to in its place, or remove it"
             )
         _require_same(folder, experiment)
-        return last_checkpoint(folder)
+        found, passed_over = newest_sound(folder)
+        for line in passed_over:
+            print(f"passed over: {line}", flush=True)
+        remove_leftovers(folder)
+        return found
     if holds_run and not overwrite:
         raise CheckpointError(
             f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, "
@@ -103,50 +98,24 @@ def claim_run_folder(folder: Path, experiment: dict[str, Any]) -> None:
     write_text(folder / RUN_FILE, text)
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError where there is none, and where its file ``latest`` names
-    no folder in it."""
-    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST}")]
-    complete = {int(number): path for path in found if (number := path.name.rpartition("-")[2]).isdecimal()}
-    if not complete:
+def require_identity(checkpoint: Checkpoint, settings: dict[str, Any], identity: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the checkpoint is of a run with these ``settings`` and with what ``identity`` names,
+    by a fingerprint of each: what its numbers mean only together with."""
+    with understood(checkpoint.folder):
+        changed = changed_setting(checkpoint.state["settings"], settings)
+        before = dict(checkpoint.state["identity"])
+    if changed is not None:
+        name, old, new = changed
         raise CheckpointError(
-            f"{folder} has no complete checkpoint to resume from; set run.save_every, or start again with --overwrite"
+            f"{checkpoint.folder} is of a run with {name}={shortened(old)}, now {name}={shortened(new)}; resume with "
+            "the same settings"
         )
-    newest = complete[max(complete)]
-    tag = newest / LATEST
-    if tag.is_file() and not is_plain_name(tag.read_text(errors="replace").strip()):
-        raise CheckpointError(f"{tag} does not name a folder in {newest}; restore that file, or start with --overwrite")
-    return newest
-
-
-def read_manifest(checkpoint: Path, *, fingerprint: str, world_size: int, zero_stage: int | None) -> dict[str, Any]:
-    """The manifest of a checkpoint that fits this base, this number of ranks and this way of starting them; otherwise
-    CheckpointError. ``zero_stage`` is None without DeepSpeed, which keeps the optimizer's state in files of its own."""
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-    if manifest["base"] != fingerprint:
-        raise CheckpointError(
-            f"{checkpoint} was trained on another base (fingerprint {manifest['base']}, now {fingerprint}); use "
-            "that one"
-        )
-    if manifest["world_size"] != world_size:
-        raise CheckpointError(
-            f"{checkpoint} was written by {manifest['world_size']} ranks and cannot be resumed on {world_size}: "
-            f"each rank holds a part of the optimizer; start {manifest['world_size']} processes"
-        )
-    if manifest.get("zero_stage", UNKNOWN) != zero_stage:
-        before, now = (
-            "by a version that did not note the ZeRO stage"
-            if stage == UNKNOWN
-            else "without DeepSpeed"
-            if stage is None
-            else f"under ZeRO stage {shortened(stage)}"
-            for stage in (manifest.get("zero_stage", UNKNOWN), zero_stage)
-        )
-        raise CheckpointError(
-            f"{checkpoint} was written {before} and cannot be resumed {now}: the optimizer would start afresh, since "
-            "its state is kept in another form; start with the launch config that the run began with"
-        )
-    return manifest
+    for what, now in identity.items():
+        if before.get(what) != now:
+            raise CheckpointError(
+                f"{checkpoint.folder} {CHANGED[what]} (fingerprint {shortened(before.get(what), 40)}, now {now!r}); "
+                "restore it, or start again with --overwrite"
+            )
 
 
 def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str:
@@ -159,6 +128,24 @@ def base_fingerprint(config: str, frozen: list[tuple[str, nn.Parameter]]) -> str
     digest = hashlib.sha256(config.encode())
     for (name, parameter), parts in zip(frozen, zip(*shares, strict=True), strict=True):
         digest.update(f"{name} {full_shape(parameter)} {parameter.dtype} {sum(parts) % 2**64}".encode())
+    return digest.hexdigest()[:16]
+
+
+def folder_fingerprint(folder: str | Path) -> str:
+    """A short hash of the names and bytes of the weights and settings in an adapter's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(values: Iterable[Any]) -> str:
+    """A short hash of values as JSON; of what JSON does not know only the type counts."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, default=lambda each: type(each).__name__).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
@@ -179,15 +166,6 @@ def checksum(part: Tensor, start: int) -> int:
 def write_json(path: Path, value: Any) -> None:
     """Write so that a reader sees the old file or the new one, never a part; a link at ``path`` is replaced."""
     write_text(path, _as_text(value))
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 only and hand its result, or its error, to every rank."""
-    result: T | None = None
-    with agreement("the work that only it does"):
-        if rank() == 0:
-            result = action()
-    return cast(T, from_main(result))
 
 
 def _as_text(value: Any) -> str:
@@ -223,11 +201,21 @@ def _require_same(folder: Path, experiment: dict[str, Any]) -> None:
         ) from error
     if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
         raise CheckpointError(f"{path} holds no settings; restore it, or start with --overwrite")
-    for section, settings in experiment.items():
+    changed = changed_setting(before, experiment)
+    if changed is not None:
+        name, old, new = changed
+        raise CheckpointError(
+            f"{folder} was started with {name}={old!r}, now {name}={new!r}; resume with the same settings"
+        )
+
+
+def changed_setting(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that is another now, with both values, but for those of how long a run is and who watches
+    it."""
+    for section, settings in now.items():
         for key, value in settings.items():
             name, old = f"{section}.{key}", before.get(section, {}).get(key)
             free = name.startswith(FREE_TO_CHANGE) and name not in NEVER_FREE
             if old != value and not free:
-                raise CheckpointError(
-                    f"{folder} was started with {name}={old!r}, now {name}={value!r}; resume with the same settings"
-                )
+                return name, old, value
+    return None

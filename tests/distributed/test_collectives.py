@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_toolkit.checkpoints import on_main
 from rlhf_toolkit.distributed import collectives
 from rlhf_toolkit.distributed.collectives import (
     agreement,
@@ -18,6 +17,7 @@ from rlhf_toolkit.distributed.collectives import (
     barrier,
     from_main,
     largest,
+    on_main,
     raise_together,
     rank,
     world_size,

@@ -1,7 +1,7 @@
 """Two machines on one: network namespaces joined by a cable, each with a folder of its own at the same path.
 
-What stands under ``Hosts.DISK`` on one of them is not there on the other, so nothing can rest on a shared disk. Needs no
-root, only a kernel that lets users make namespaces; ``reason_against`` says where it does not.
+What stands under ``Hosts.DISK`` on one of them is not there on the other, so nothing can rest on a shared disk. Needs
+no root, only a kernel that lets users make namespaces; ``reason_against`` says where it does not.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class Hosts:
 
     def _enter(self, host: int) -> list[str]:
         target = _sleeper(self.holders[host])
-        return ["nsenter", "--preserve-credentials", "--user", "--net", "--mount", f"--wd={ROOT}", f"--target={target}", "--"]
+        where = [f"--wd={ROOT}", f"--target={target}"]
+        return ["nsenter", "--preserve-credentials", "--user", "--net", "--mount", *where, "--"]
 
     def _on(self, host: int, script: str) -> None:
         command = [*self._enter(host), "sh", "-c", script]

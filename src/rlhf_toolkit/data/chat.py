@@ -107,8 +107,8 @@ def render(
     except TemplateFailed as error:
         raise DataError(
             f"row {index}: {template_name(tokenizer)} rejects messages of roles "
-            f"{shortened([message['role'] for message in messages])}: {printable(str(error), longest=400)}; change them "
-            "or drop data.system_prompt"
+            f"{shortened([message['role'] for message in messages])}: {printable(str(error), longest=400)}; change "
+            "them or drop data.system_prompt"
         ) from error
 
 

@@ -4,9 +4,9 @@ are."""
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from rlhf_toolkit.errors import RLHFError, described
 
 T = TypeVar("T")
+CHUNK = 2**24
+"""Elements of a tensor that travel at a time: 64 MiB."""
 
 
 def world_size() -> int:
@@ -41,11 +43,49 @@ def from_main(value: T) -> T:
     return all_gather(value)[0]
 
 
+def flats_on_main(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rank 0: for each rank its ``tensors``, flat and one after another, in float32 on the CPU. Other ranks: nothing.
+
+    Ranks may bring different numbers of elements, which travel ``CHUNK`` at a time. A collective.
+    """
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+    if world_size() == 1:
+        return [flat.cpu()]
+    lengths = all_gather(len(flat))
+    found = [torch.empty(length) for length in lengths] if rank() == 0 else []
+    for begin in range(0, max(lengths), CHUNK):
+        width = min(CHUNK, max(lengths) - begin)
+        chunk = torch.zeros(width, device=_device())
+        mine = flat[begin : begin + width]
+        chunk[: len(mine)] = mine
+        everyone = [torch.empty_like(chunk) for _ in lengths] if rank() == 0 else None
+        dist.gather(chunk, everyone, dst=0)
+        for whole, part in zip(found, everyone or [], strict=True):
+            place = whole[begin : begin + width]
+            place.copy_(part[: len(place)])
+    return found
+
+
+def broadcast(value: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
+    """Rank 0's ``value``, in float32, on every rank; the others give None and know its ``shape``. A collective."""
+    if world_size() == 1:
+        assert value is not None, "rank 0 has the value"
+        return value.float()
+    tensor = torch.empty(tuple(shape), device=_device()) if value is None else value.float().to(_device()).contiguous()
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def _device() -> str:
+    """Where tensors lie that the process group moves."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def largest(value: int) -> int:
     """The largest ``value`` of any rank; cheap enough to be asked before every forward pass."""
     if world_size() == 1:
         return value
-    votes = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    votes = torch.tensor([value], device=_device())
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return int(votes.item())
 
@@ -74,6 +114,15 @@ def agreement(phase: str) -> Iterator[None]:
     except Exception as caught:  # handed on below, on every rank
         error = caught
     raise_together(phase, error)
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 only and hand its result, or its error, to every rank."""
+    result: T | None = None
+    with agreement("the work that only it does"):
+        if rank() == 0:
+            result = action()
+    return cast(T, from_main(result))
 
 
 def raise_together(phase: str, error: Exception | None) -> None:

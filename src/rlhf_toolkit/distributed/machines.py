@@ -60,6 +60,6 @@ def meeting(environment: MutableMapping[str, str] = os.environ) -> Iterator[None
             f"process {environment.get('RANK')} of {environment.get('WORLD_SIZE')} did not meet the others by "
             f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')} over "
             f"{GLOO_INTERFACE}={environment.get(GLOO_INTERFACE)} ({described(error)}); give every machine the same "
-            f"--main_process_ip and port and a --machine_rank of its own, let them reach one another on all ports, or set "
-            f"{GLOO_INTERFACE} to the interface between them"
+            f"--main_process_ip and port and a --machine_rank of its own, let them reach one another on all ports, or "
+            f"set {GLOO_INTERFACE} to the interface between them"
         ) from error

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from rlhf_toolkit.data.layout import TokenLayout
+from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
@@ -228,19 +230,18 @@ class SharedBase(PeftModel):
             save_file(head, head_file(save_directory, role))
 
     def load_trained(self, folder: str | os.PathLike[str]) -> None:
-        """Load every trained role that ``save_pretrained`` wrote to ``folder``. Trainability stays as it is."""
+        """Load every trained role that ``save_pretrained`` wrote to ``folder``, which only rank 0 reads. Trainability
+        stays as it is. A collective, before there is an engine."""
         for role in (role for role in self.trained_roles if role in self.peft_config):
-            self.load_role(role, Path(folder) / role)
+            self._set_role(role, on_main(partial(_adapter_weights, role, Path(folder) / role)), folder)
         for role in self._trained_heads():
-            self.load_head(role, head_file(folder, role))
+            self._set_head(role, on_main(partial(_head_weights, role, head_file(folder, role))), folder)
 
     def load_role(self, role: str, folder: str | os.PathLike[str]) -> None:
         """Load a plain PEFT adapter folder as ``role``; all of its tensors must find their place."""
-        if not Path(folder).is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder; it should hold the {role} adapter that save_pretrained writes"
-            )
-        weights = load_peft_weights(str(folder), device="cpu")
+        self._set_role(role, _adapter_weights(role, folder), folder)
+
+    def _set_role(self, role: str, weights: dict[str, torch.Tensor], folder: str | os.PathLike[str]) -> None:
         mine = [p for name, p in self.named_parameters() if f".{role}." in name]
         with whole(mine, write=True):
             _require_same_shapes(
@@ -252,11 +253,10 @@ class SharedBase(PeftModel):
 
     def load_head(self, role: str, path: str | os.PathLike[str]) -> None:
         """Load a scalar head's weight and bias from a safetensors file."""
-        if not Path(path).is_file():
-            raise CheckpointError(
-                f"there is no file {path}; it should hold the {role} head that save_pretrained writes"
-            )
-        head, weights = self.scalar_heads[role], load_file(path)
+        self._set_head(role, _head_weights(role, path), path)
+
+    def _set_head(self, role: str, weights: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+        head = self.scalar_heads[role]
         with whole(head.parameters(), write=True):
             _require_same_shapes(head.state_dict(), weights, f"{path} does not fit the {role} head")
             head.load_state_dict(weights)
@@ -275,6 +275,20 @@ class SharedBase(PeftModel):
 def head_file(folder: str | os.PathLike[str], role: str) -> Path:
     """Where the head of ``role`` lies in the folder that holds a folder for each role."""
     return Path(folder) / role / f"{role}_head.safetensors"
+
+
+def _adapter_weights(role: str, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; it should hold the {role} adapter that save_pretrained writes"
+        )
+    return load_peft_weights(str(folder), device="cpu")  # type: ignore[no-any-return]
+
+
+def _head_weights(role: str, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no file {path}; it should hold the {role} head that save_pretrained writes")
+    return load_file(path)
 
 
 def refuse_architecture(base: PreTrainedModel) -> None:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.data.layout import TokenLayout
+from rlhf_toolkit.distributed.collectives import agreement, rank
+from rlhf_toolkit.distributed.moments import restore_weights
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.models.attention import trunk_inputs
 from rlhf_toolkit.models.renamed import recompute_layers
@@ -94,12 +96,21 @@ class WholeModel(PreTrainedModel):
         self.causal_lm.save_pretrained(Path(save_directory) / POLICY, state_dict=weights, **kwargs)
 
     def load_trained(self, folder: str | os.PathLike[str]) -> None:
-        """Load what ``save_pretrained`` wrote to ``folder``. Without ZeRO: DeepSpeed loads its own checkpoints."""
-        place = Path(folder) / POLICY
+        """Load what ``save_pretrained`` wrote to ``folder``, which only rank 0 reads. A collective, before there is an
+        engine."""
+        weights = {}
+        with agreement("reading the model"):
+            if rank() == 0:
+                weights = self._read(Path(folder) / POLICY)
+        prefix = "causal_lm."
+        mine = [(name, p) for name, p in self.named_parameters() if name.startswith(prefix)]
+        restore_weights(mine, lambda name: weights[name.removeprefix(prefix)])
+
+    def _read(self, place: Path) -> dict[str, torch.Tensor]:
         if not place.is_dir():
             raise CheckpointError(f"{place} is not a folder; it should hold the model that save_pretrained writes")
         saved = type(self.causal_lm).from_pretrained(place, config=self.causal_lm.config, dtype=torch.float32)
-        self.causal_lm.load_state_dict(saved.state_dict())
+        return saved.state_dict()  # type: ignore[no-any-return]
 
 
 def refuse_unreached(base: PreTrainedModel) -> None:

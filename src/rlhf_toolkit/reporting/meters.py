@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,8 +23,13 @@ class Meter:
     CPU wait, metric after metric, while it could be ahead with the next micro-batch.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Number, Number]] = {}
+    def __init__(self, sums: Mapping[str, tuple[Number, Number]] = MappingProxyType({})) -> None:
+        self._sums = dict(sums)
+
+    @property
+    def sums(self) -> Mapping[str, tuple[Number, Number]]:
+        """Sums and counts so far, which what is added later does not change. Nothing is read from a device."""
+        return dict(self._sums)
 
     def add(self, name: str, total: Number, count: Number) -> None:
         """Add ``total``, a sum over ``count`` things; both float or a tensor of one element. Sums are in float64."""
@@ -38,11 +44,31 @@ class Meter:
     def take(self) -> dict[str, tuple[float, float]]:
         """This rank's sums and counts, in one transfer; the meter is empty afterwards."""
         sums, self._sums = self._sums, {}
-        numbers = [number for pair in sums.values() for number in pair]
-        tensors = [number for number in numbers if isinstance(number, Tensor)]  # which lie on one device
-        read = iter(torch.stack(tensors).tolist() if tensors else [])
-        floats = [next(read) if isinstance(number, Tensor) else number for number in numbers]
-        return dict(zip(sums, zip(floats[::2], floats[1::2], strict=True), strict=True))
+        return plain(sums)
+
+
+def plain(sums: Mapping[str, tuple[Number, Number]]) -> dict[str, tuple[float, float]]:
+    """A meter's sums and counts as floats, read from their device in one transfer."""
+    numbers = [number for pair in sums.values() for number in pair]
+    tensors = [number for number in numbers if isinstance(number, Tensor)]  # which lie on one device
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    floats = [next(read) if isinstance(number, Tensor) else number for number in numbers]
+    return dict(zip(sums, zip(floats[::2], floats[1::2], strict=True), strict=True))
+
+
+def shared_out(
+    meters: Sequence[Mapping[str, Sequence[float]]], *, rank: int, ranks: int
+) -> dict[str, tuple[float, float]]:
+    """Of the sums of all ranks of a run that wrote a checkpoint those of ``rank`` of the ``ranks`` that go on: the very
+    same where there are as many, otherwise all of them on rank 0."""
+    if len(meters) == ranks:
+        return {name: (float(total), float(count)) for name, (total, count) in meters[rank].items()}
+    found: dict[str, tuple[float, float]] = {}
+    for meter in meters if rank == 0 else ():
+        for name, (total, count) in meter.items():
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + total, before[1] + count)
+    return found
 
 
 def _wide(number: Number) -> Number:

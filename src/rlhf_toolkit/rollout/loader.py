@@ -106,24 +106,44 @@ class RolloutLoader:
     ) -> None:
         self.maker, self.schedule, self.model = maker, schedule, model
         self.steps_done, self.over_mini_batch = steps_done, over_mini_batch
+        self._number: int | None = None  # of the rollout that ``newest`` is
 
     def __len__(self) -> int:
         """Optimizer steps in the run."""
         return self.schedule.rollouts * self.schedule.updates_per_rollout
 
     def __iter__(self) -> Iterator[MiniBatch]:
-        for rollout in range(self.schedule.rollout_of(self.steps_done()), self.schedule.rollouts):
-            self.newest = self.maker.collect(self.model(), rollout)
-            tokens = self.newest.tokens
-            for epoch in range(self.schedule.epochs):
-                plan = self.maker.scored_sampler.cutting.plan(tokens, rollout, epoch=epoch)
-                for number, shares in enumerate(plan.batches):
-                    columns = {}
-                    if self.over_mini_batch.anything:
-                        everyone = [row for share in shares for rows in share for row in rows]
-                        stream = (rollout, epoch, number)
-                        columns = self.over_mini_batch.columns(self.newest.experience, everyone, stream)
-                    yield share_of_mini_batch(tokens, shares, rank(), fresh=epoch == number == 0, columns=columns)
+        step = self.steps_done()
+        for rollout in range(self.schedule.rollout_of(step), self.schedule.rollouts):
+            if self._number != rollout:
+                self.newest, self._number = self.maker.collect(self.model(), rollout), rollout
+            yield from self._mini_batches(rollout, step - rollout * self.schedule.updates_per_rollout)
+
+    def _mini_batches(self, rollout: int, done: int) -> Iterator[MiniBatch]:
+        """Those of the newest rollout, of all epochs, but the first ``done``."""
+        tokens = self.newest.tokens
+        for epoch in range(self.schedule.epochs):
+            plan = self.maker.scored_sampler.cutting.plan(tokens, rollout, epoch=epoch)
+            for number, shares in enumerate(plan.batches):
+                if epoch * self.schedule.mini_batches + number < done:
+                    continue
+                columns = {}
+                if self.over_mini_batch.anything:
+                    everyone = [row for share in shares for rows in share for row in rows]
+                    stream = (rollout, epoch, number)
+                    columns = self.over_mini_batch.columns(self.newest.experience, everyone, stream)
+                yield share_of_mini_batch(tokens, shares, rank(), fresh=epoch == number == 0, columns=columns)
+
+    def under_way(self, step: int) -> Collected | None:
+        """The rollout that optimizer step number ``step`` is made on, where it has been collected and its experience
+        does not wait for that very step."""
+        if self._number != self.schedule.rollout_of(step):
+            return None
+        return None if self.newest.deferred is not None else self.newest
+
+    def go_on_with(self, collected: Collected, rollout: int) -> None:
+        """Take ``collected`` for rollout number ``rollout``, which is then not collected again."""
+        self.newest, self._number = collected, rollout
 
 
 def share_of_mini_batch(

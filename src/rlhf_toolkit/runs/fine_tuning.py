@@ -11,14 +11,14 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_toolkit.checkpoints import on_main
+from rlhf_toolkit.checkpoints import fingerprint, folder_fingerprint
 from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
 from rlhf_toolkit.data.items import Cut, Item, Row
 from rlhf_toolkit.data.layout import packed_layout, padded_layout
 from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
-from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.models.loading import adapter_config, generation_eos_of, load_base, load_tokenizer
@@ -112,6 +112,15 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
     def load_model(self, config: PretrainedConfig) -> SharedBase | WholeModel:
         """Adapters on a frozen base, or the whole model."""
         return load_trained_model(self.experiment, config, self.topology)
+
+    def identity(self, data: TrainingItems, model: SharedBase | WholeModel) -> dict[str, str]:
+        """Also of the examples, and of the reference where the objective has one."""
+        examples = ([item.margin, *([row.token_ids, row.trained] for row in item.rows)] for item in data.items)
+        found = {**super().identity(data, model), "examples": fingerprint(examples)}
+        start = self.experiment.model.policy_adapter
+        if start is not None and isinstance(self.experiment, DPOExperiment):
+            found["reference"] = on_main(lambda: folder_fingerprint(start))
+        return found
 
     def rounds(self, data: TrainingItems) -> int:
         """The optimizer steps of the run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_toolkit.checkpoints import on_main
+from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.attention import packing_obstacle
 from rlhf_toolkit.models.shared_base import SharedBase

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, TrainerCallback
 
-from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.checkpoints import base_fingerprint, fingerprint, folder_fingerprint
+from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
-from rlhf_toolkit.rollout.dealing import LastMeans
+from rlhf_toolkit.rollout.model_rewards import TextReward
 from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.runs.assembly import Setup, make_ppo_trainer
 from rlhf_toolkit.runs.run import Run
@@ -110,26 +111,28 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         """It also says what runs where."""
         return StartCheck(trainer, self.topology)
 
-    def restore(self, trainer: PPOTrainer, manifest: dict[str, Any]) -> None:
-        """The KL's coefficient, and what is expected of prompts."""
-        maker = trainer.maker
-        maker.kl_control.coefficient = manifest.get("kl_coefficient", maker.kl_control.coefficient)
-        maker.scored_sampler.expected = LastMeans(manifest.get("expected_lengths"))
-        maker.source.mean_scores = LastMeans(manifest.get("mean_scores"))
-
-    def state(self, trainer: PPOTrainer) -> dict[str, Any]:
-        """The KL's coefficient, and what is expected of prompts."""
-        maker = trainer.maker
+    def identity(self, data: Setup, model: SharedBase) -> dict[str, str]:
+        """Also of the prompts, as rows and as tokens, and of the frozen adapters."""
+        prompts, settings = data.task.prompts, self.experiment
+        adapters = {"reference": settings.model.policy_adapter, "reward_adapter": settings.reward.adapter}
         return {
-            "kl_coefficient": maker.kl_control.coefficient,
-            "expected_lengths": maker.scored_sampler.expected.state,
-            "mean_scores": maker.source.mean_scores.state,
+            **super().identity(data, model),
+            "rows": fingerprint([each.index, each.messages or each.text, each.columns] for each in prompts),
+            "tokens": fingerprint(each.token_ids for each in prompts),
+            **on_main(lambda: {name: folder_fingerprint(path) for name, path in adapters.items() if path is not None}),
         }
 
     def alarms(self, notify: Notify) -> Sequence[TrainerCallback]:
         """Those of the section alarms."""
         alarms = self.experiment.alarms
         return [Alarms(alarms.limits, stop=alarms.stop, notify=notify)]
+
+    def identity_of_rewards(self, trainer: PPOTrainer) -> dict[str, str]:
+        """Of the reward model that has a base of its own."""
+        rewards = trainer.maker.scored_sampler.model_rewards
+        models = [reward.model.model for reward in rewards if isinstance(reward, TextReward)]
+        weights = [each for model in models for each in model.named_parameters()]
+        return {"reward_model": base_fingerprint("", weights)} if weights else {}
 
     def samples(self, trainer: PPOTrainer, kind: str) -> Sequence[Record]:
         """The first responses of the newest rollout or evaluation."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rlhf_toolkit.checkpoints import on_main
-from rlhf_toolkit.distributed.collectives import all_gather
+from rlhf_toolkit.checkpoint_files import Checkpoint
+from rlhf_toolkit.distributed.collectives import all_gather, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.models.precision import resolved_dtype
@@ -31,7 +31,7 @@ class Run(Generic[E, T]):
     experiment: E
     topology: Topology
     trainer: T
-    checkpoint: Path | None
+    checkpoint: Checkpoint | None
     mirror: WandbMirror | None
     progress: Progress
 
@@ -42,10 +42,15 @@ class Run(Generic[E, T]):
 
     def fit(self) -> None:
         """Train to the end, from the checkpoint if there is one."""
+        writer = self.trainer.writer
         try:
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            self.trainer.train()
+            if writer is not None:
+                writer.finish()
         finally:
             self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
+            if writer is not None:
+                writer.close()  # what is being written is a sound checkpoint, whatever ends the run
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from transformers import PretrainedConfig, TrainerCallback
 
-from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
-from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.checkpoint_files import understood
+from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder, require_identity
+from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
-from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog
+from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, versions
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds
 from rlhf_toolkit.runs.run import Run, with_dtype
@@ -28,6 +29,7 @@ from rlhf_toolkit.runs.weights import fingerprint_of
 from rlhf_toolkit.settings.configs import RunConfig
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.saving import CheckpointWriter
 
 E = TypeVar("E", bound=Experiment | FineTuning)
 D = TypeVar("D")
@@ -73,11 +75,13 @@ class Kind(ABC, Generic[E, D, M, T]):
     def engine_check(self, trainer: T) -> TrainerCallback:
         """What looks at the engine before the first step."""
 
-    def restore(self, trainer: T, manifest: dict[str, Any]) -> None:
-        """Take from a checkpoint's ``manifest`` what ``state`` put there; it is empty where a run begins."""
+    def identity(self, data: D, model: M) -> dict[str, str]:
+        """Fingerprints of what a checkpoint's numbers mean only together with, by a name in ``checkpoints.CHANGED``. A
+        collective."""
+        return {"base": fingerprint_of(model)}
 
-    def state(self, trainer: T) -> dict[str, Any]:
-        """What only the trainer's collaborators know, for the manifest of a checkpoint."""
+    def identity_of_rewards(self, trainer: T) -> dict[str, str]:
+        """The same of what the trainer has loaded."""
         return {}
 
     def alarms(self, notify: Notify) -> Sequence[TrainerCallback]:
@@ -104,10 +108,11 @@ def prepare_run(
     if checkpoint is None:
         on_main(lambda: claim_run_folder(folder, settings))
     model = parts.load_model(config)
-    here: dict[str, Any] = {"world_size": topology.world_size, "zero_stage": topology.launch.zero_stage}
-    fingerprint = fingerprint_of(model)
-    manifest = read_manifest(checkpoint, fingerprint=fingerprint, **here) if checkpoint else {}
-    mirror = start_wandb(experiment.run, settings, topology, manifest.get("wandb_id"), axis=parts.axis)
+    identity = parts.identity(data, model)
+    if checkpoint is not None:
+        require_identity(checkpoint, settings, identity)
+        with understood(checkpoint.folder):
+            model.load_trained(checkpoint.folder)
     progress = Progress(
         num_rollouts=parts.rounds(data),
         updates_per_rollout=parts.updates_per_round,
@@ -115,13 +120,21 @@ def prepare_run(
         unit=parts.axis,
     )
     trainer = parts.make_trainer(data, model, progress)
-    parts.restore(trainer, manifest)
-
-    def state() -> dict[str, Any]:
-        """What a checkpoint's manifest holds beside its step."""
-        run_id = None if mirror is None else mirror.run_id
-        return {**parts.state(trainer), "wandb_id": run_id, "base": fingerprint, **here}
-
+    identity |= parts.identity_of_rewards(trainer)
+    if checkpoint is not None:
+        require_identity(checkpoint, settings, identity)
+    run_id = None if checkpoint is None else checkpoint.state["wandb_id"]
+    mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
+    about = {
+        "settings": settings,
+        "identity": identity,
+        "versions": versions(),
+        "ranks": topology.world_size,
+        "zero_stage": topology.launch.zero_stage,
+        "device": topology.device.type,
+        "wandb_id": None if mirror is None else mirror.run_id,
+    }
+    trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     log = RunLog(
         folder,
         updates_per_rollout=parts.updates_per_round,
@@ -131,7 +144,7 @@ def prepare_run(
     )
     evaluation = EvaluationAtBothEnds(cast(Evaluating, trainer))
     alarms = parts.alarms(notifier(progress, mirror))
-    for callback in (parts.engine_check(trainer), *alarms, log, evaluation, ManifestWriter(state)):
+    for callback in (parts.engine_check(trainer), *alarms, log, evaluation):
         trainer.add_callback(callback)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
 

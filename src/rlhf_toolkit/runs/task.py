@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from rlhf_toolkit.checkpoints import on_main
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
 from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
-from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer

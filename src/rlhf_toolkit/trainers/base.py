@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,17 +13,35 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from rlhf_toolkit.distributed.collectives import all_gather, world_size
+from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, Checkpoint, Contents, load_tensors, understood
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, world_size
 from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.distributed.moments import moments_on_main, restore_moments, weights_on_main
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
-from rlhf_toolkit.reporting.meters import Meter, combined
+from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
+from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
+from rlhf_toolkit.trainers.saving import CheckpointWriter
 
 B = TypeVar("B", bound=Mapping[str, Tensor])
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run had come to after its last whole optimizer step, but for what only an optimizer step changes.
+
+    ``progress`` is JSON, ``sums`` are the meter's, ``experience`` the columns of a rollout that has updates to come.
+    """
+
+    step: int
+    progress: Mapping[str, Any]
+    sums: Mapping[str, tuple[Number, Number]]
+    experience: Mapping[str, Tensor]
 
 
 class RoleTrainer(Trainer):
@@ -48,6 +68,10 @@ class RoleTrainer(Trainer):
         self.learning_rates = learning_rates
         self.meter = Meter()
         self.not_finite = LeftOutUpdates(kind, Path(str(self.args.output_dir)), most_in_a_row=most_left_out)
+        self.writer: CheckpointWriter | None = None
+        self.resumed: Checkpoint | None = None
+        self._settled: Settled | None = None
+        self._about: Mapping[str, Any] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW over the named groups, in the order of ``parameter_groups``."""
@@ -120,6 +144,115 @@ class RoleTrainer(Trainer):
                 f"{broken[0]} is {logs[broken[0]]} at step {self.state.global_step}: {weights}; {WAYS_OUT}"
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Without DeepSpeed: Trainer's own way with several adapters would leave only the first one trainable."""
-        self.model.load_trained(resume_from_checkpoint)
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def keep_checkpoints(self, writer: CheckpointWriter, about: Mapping[str, Any], resumed: Checkpoint | None) -> None:
+        """Write checkpoints by ``writer``; ``about`` is what of a checkpoint's state only the run knows. Go on from
+        ``resumed``, whose weights the model has already."""
+        self.writer, self._about, self.resumed = writer, about, resumed
+
+    def write_checkpoint(self) -> None:
+        """Write the state after the last whole optimizer step to ``checkpoint-<global_step>``, unless that has been
+        done. A collective; at any moment at which no optimizer step is half done, between micro-batches too.
+
+        Returns when the run may go on; the writing does, too. Raises CheckpointError on all ranks.
+        """
+        optimizer, schedule = self.optimizer, self.lr_scheduler
+        assert self.writer and optimizer and schedule, "keep_checkpoints and the start of training come before"
+        step = self.state.global_step
+        if self.writer.last == step:
+            return
+        settled = self._settled
+        if settled is None or settled.step != step:
+            settled = self._settled = self._settle()
+        weights = weights_on_main(self._saved())
+        moments, steps = moments_on_main(self.model_wrapped, optimizer, self._trained())
+        state = {
+            **self._about,
+            "progress": settled.progress,
+            "meters": all_gather(plain(settled.sums)),
+            "adamw_steps": steps,
+            "schedule": schedule.state_dict(),
+            "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        }
+        tensors = {OPTIMIZER: moments, **({EXPERIENCE: settled.experience} if settled.experience else {})}
+        self.writer.write(Contents(step, state, tensors), partial(self._write_roles, weights))
+
+    def progress(self) -> dict[str, Any]:
+        """What else has changed since the run began, as JSON that later changes do not reach."""
+        return {}
+
+    def restore_progress(self, progress: dict[str, Any], experience: dict[str, Tensor]) -> None:
+        """Take over what ``progress`` and ``experience`` gave."""
+
+    def experience(self) -> dict[str, Tensor]:
+        """The columns of a rollout that the next update is made on."""
+        return {}
+
+    def next_batch(self, batches: Iterator[T]) -> T | None:
+        """The next of ``batches``; None at the end. What the global generators give from here on follows from the
+        seed, the step and the rank."""
+        if self.writer is not None:
+            self.writer.look()
+        torch.manual_seed(derive_seed(self.args.seed, "step", self.state.global_step, rank()))
+        self._settled = self._settle()
+        batch = next(batches, None)
+        self._settled = self._settle()
+        return batch
+
+    def _settle(self) -> Settled:
+        return Settled(self.state.global_step, self.progress(), self.meter.sums, self.experience())
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def _saved(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that a checkpoint's role folders hold: of a whole model its frozen tables, too."""
+        return list(self.model.named_parameters()) if isinstance(self.model, WholeModel) else self._trained()
+
+    def _write_roles(self, weights: dict[str, Tensor], folder: Path) -> None:
+        buffers = dict(self.model.named_buffers()) if isinstance(self.model, WholeModel) else {}
+        self.model.save_pretrained(folder, state_dict={**buffers, **weights})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own way holds pickles, and under DeepSpeed the shards of so many ranks."""
+        self.write_checkpoint()
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """The number of steps that have been made is the checkpoint's."""
+        first = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, None, trial)
+        if self.resumed is None:
+            return first
+        self.state.global_step = self.resumed.step
+        self.state.epoch = self.resumed.step / num_update_steps_per_epoch
+        return self.resumed.step // num_update_steps_per_epoch, 0
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Once the engine is there, its optimizer and the schedule go on where the checkpoint was written."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.resumed is not None:
+            self._take_over(self.resumed)
+        return prepared
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        """All of ``checkpoint`` but the weights. Only rank 0 reads its files."""
+        folder, state = checkpoint.folder, checkpoint.state
+        optimizer, schedule = self.optimizer, self.lr_scheduler
+        assert optimizer is not None and schedule is not None, "both are there once training is prepared"
+        with agreement("reading the checkpoint"):
+            moments = load_tensors(folder, OPTIMIZER) if rank() == 0 else {}
+        experience = on_main(lambda: load_tensors(folder, EXPERIENCE))
+        with understood(folder):
+            restore_moments(self.model_wrapped, optimizer, self._trained(), state["adamw_steps"], moments.__getitem__)
+            schedule.load_state_dict(state["schedule"])
+            for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+                group["lr"] = rate
+            self.meter = Meter(shared_out(state["meters"], rank=rank(), ranks=world_size()))
+            self.restore_progress(state["progress"], experience)

@@ -70,7 +70,7 @@ class FineTuner(RoleTrainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, list[Batch]]], None]:
         """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
-        parts = next(epoch_iterator, None)
+        parts = self.next_batch(epoch_iterator)
         return ([] if parts is None else [{"parts": parts}]), None
 
     def training_step(  # type: ignore[override]

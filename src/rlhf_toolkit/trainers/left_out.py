@@ -15,8 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rlhf_toolkit.checkpoints import on_main
-from rlhf_toolkit.distributed.collectives import all_gather, rank
+from rlhf_toolkit.distributed.collectives import all_gather, on_main, rank
 from rlhf_toolkit.distributed.zero3 import element_count, whole
 from rlhf_toolkit.errors import NotFiniteError, described
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights

@@ -36,9 +36,10 @@ from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
 from rlhf_toolkit.reporting.metrics import spread
+from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.rollout.deferred import UpdatePolicyRecord
 from rlhf_toolkit.rollout.evaluated import HeldOutResponses, Passing, held_out_responses
-from rlhf_toolkit.rollout.experience import ExperienceMaker
+from rlhf_toolkit.rollout.experience import Collected, ExperienceMaker
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader, Schedule
 from rlhf_toolkit.rollout.sampled import Sample, as_samples
 from rlhf_toolkit.trainers.base import RoleTrainer
@@ -112,8 +113,35 @@ class PPOTrainer(RoleTrainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[MiniBatch], None]:
         """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
-        mini_batch = next(epoch_iterator, None)
+        mini_batch = self.next_batch(epoch_iterator)
         return ([] if mini_batch is None else [mini_batch]), None
+
+    def progress(self) -> dict[str, Any]:
+        """The KL's coefficient, what is expected of prompts, and the rollout that the next update is made on."""
+        maker, current = self.maker, self.rollouts.under_way(self.state.global_step)
+        return {
+            "kl_coefficient": maker.kl_control.coefficient,
+            "expected_lengths": dict(maker.scored_sampler.expected.state),
+            "mean_scores": dict(maker.source.mean_scores.state),
+            "stopped": self._stopped,
+            "rollout": None if current is None else {"metrics": dict(current.metrics), "samples": current.samples},
+        }
+
+    def experience(self) -> dict[str, Tensor]:
+        """The columns of the rollout that the next update is made on; none before it is there."""
+        current = self.rollouts.under_way(self.state.global_step)
+        return {} if current is None else current.experience.columns()
+
+    def restore_progress(self, progress: dict[str, Any], experience: dict[str, Tensor]) -> None:
+        """Also the rollout, where the checkpoint has one: it is not sampled again."""
+        maker = self.maker
+        maker.kl_control.coefficient = float(progress["kl_coefficient"])
+        maker.scored_sampler.expected = LastMeans(progress["expected_lengths"])
+        maker.source.mean_scores = LastMeans(progress["mean_scores"])
+        self._stopped = bool(progress["stopped"])
+        if progress["rollout"] is not None:
+            collected = Collected(Experience.of(experience), **progress["rollout"])
+            self.rollouts.go_on_with(collected, self.schedule.rollout_of(self.state.global_step))
 
     def training_step(self, model: nn.Module, inputs: MiniBatch, num_items_in_batch: object = None) -> Tensor:
         """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
