@@ -31,6 +31,9 @@ BY_LOOP = "agrees_with_a_plain_loop_with_poison_outside"
 FORMULA = "loss_and_gradient_are_the_formula_written_out"
 NOTHING_OUTSIDE = "nothing_outside_the_mask_reaches_loss_or_gradient"
 TERMS_WRITTEN_OUT = "loss_and_gradients_are_the_formula_written_out"
+LEFT_OUT = "tests/trainers/test_left_out_updates.py"
+REPETITION = "tests/algorithms/test_repetition.py"
+SETS_OF_RUNS = "it_is_what_sets_of_runs_say_whatever_is_masked_and_however_large_ids_are"
 HOLE = "a_hole_is_as_if_it_were_not_there"
 
 
@@ -568,13 +571,14 @@ OF_TRAINER = [
     *within("trainers/ppo_loss.py:PolicyLoss.__call__", TERMS,
         ("a loss of one's own: mask dropped", "a_loss_of_ones_own_is_masked_like_the_others",
          "torch.where(mask, loss, 0.0)", "loss")),
+    *within("trainers/ppo_loss.py:PPOLoss.reduction", TERMS,
+        ("reduction: by the micro-batch's own tokens",
+         "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
+         "tokens=int(part[\"token_count\"])", "tokens=int(part[\"response_mask\"].sum())")),
     *within("trainers/ppo.py", TERMS,
         ("reduction: over what is not trained on",
          "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
-         "            mask=batch.response_mask,\n", "            mask=batch.token_mask,\n"),
-        ("reduction: by the micro-batch's own tokens",
-         "a_micro_batch_is_divided_by_the_counts_of_its_mini_batch_and_only_over_what_is_trained",
-         "tokens=int(part[\"token_count\"])", "tokens=int(part[\"response_mask\"].sum())"),
+         "self.loss.reduction(part, batch.response_mask)", "self.loss.reduction(part, batch.token_mask)"),
         ("the update's own old log-probs: not constants", "old_log_probs_that_the_update_makes_itself_are_constants",
          "now, checks, collected = outputs.policy_logprobs.detach(),",
          "now, checks, collected = outputs.policy_logprobs,"),
@@ -624,6 +628,52 @@ OF_RANKS = [
         ("window: hooks stay off after an exception", "hooks_go_back_on_after_an_exception[error]",
          "    finally:\n", "    except ():\n        pass\n    else:\n")),
 ]
+OF_NUMBERS = [
+    *within("distributed/engine.py", LEFT_OUT,
+        ("not finite: an infinite loss with finite gradients is taken",
+         "a_loss_that_is_not_finite_leaves_no_gradient_though_its_own_is_finite[infinite last]",
+         "1 + 0 * loss.detach()", "1 + 0 * torch.zeros_like(loss)"),
+        ("not finite: gradients are left to the optimizer",
+         "a_gradient_that_is_not_finite_or_whose_norm_is_not_is_dropped[nan]",
+         "        parameter.grad = None\n", "        parameter.grad = parameter.grad\n"),
+        ("not finite: any gradient goes on", "a_gradient_that_is_not_finite_or_whose_norm_is_not_is_dropped[inf]",
+         "get_total_norm(gradients).isfinite()", "get_total_norm(gradients).isreal()")),
+    *within("trainers/base.py:RoleTrainer.make_update", LEFT_OUT,
+        ("left out: what it metered stays", "an_update_that_is_left_out_meters_nothing",
+         "ours, self.meter = self.meter, before", "ours, before = self.meter, before"),
+        ("left out: a good update does not end the row", "only_updates_in_a_row_count_towards_the_end",
+         "        self.not_finite.made()\n", "")),
+    *within("trainers/left_out.py:LeftOutUpdates.left_out", LEFT_OUT,
+        ("left out: one fewer in a row ends the run", "only_updates_in_a_row_count_towards_the_end",
+         "self._in_a_row > self.most_in_a_row", "self._in_a_row >= self.most_in_a_row"),
+        ("left out: broken weights go on", "a_weight_that_is_not_finite_ends_the_run_at_once",
+         "broken is not None or ", "")),
+    *within("trainers/kept_batches.py:KeptBatch.within", "tests/runs/test_left_out.py",
+        ("kept batches: sound micro-batches first",
+         "no_more_than_a_few_batches_are_kept_and_none_beyond_its_size",
+         "key=lambda i: math.isfinite(self.losses[i])", "key=lambda i: not math.isfinite(self.losses[i])")),
+    *within("rollout/shaping.py:Shaping.advantages", SHAPING,
+        ("spoiled responses: their updates are made",
+         "a_spoiled_response_is_a_dropped_one_that_spoils_its_own_row_alone[grpo]",
+         "advantages.masked_fill(sampled.spoiled[:, None], torch.nan), returns", "advantages, returns"),
+        ("spoiled responses: they whiten", "a_spoiled_response_is_a_dropped_one_that_spoils_its_own_row_alone[gae]",
+         "trained & ~sampled.spoiled[:, None]", "trained")),
+    *within("algorithms/repetition.py:repeated_share", REPETITION,
+        ("repetition: runs of what was not written", SETS_OF_RUNS, ".unfold(1, WINDOW, 1).all(2)",
+         ".unfold(1, WINDOW, 1).any(2)"),
+        ("repetition: runs of two tokens", SETS_OF_RUNS, "_numbered(pairs[:, :-2], pairs[:, 2:])", "pairs[:, 2:]"),
+        ("repetition: of all rows together", "rows_do_not_see_one_another", "(row * 2**31 + runs)",
+         "(0 * row + runs)")),
+    *within("reporting/alarms.py", "tests/reporting/test_alarms.py",
+        ("alarms: sides swapped", "an_alarm_is_told_once_a_crossing_and_noted_in_every_record",
+         "value > limit if self.upper else value < limit", "value < limit if self.upper else value > limit"),
+        ("alarms: told again and again", "an_alarm_is_told_once_a_crossing_and_noted_in_every_record",
+         "if name not in self._beyond]", "]"),
+        ("alarms: told once a run", "an_alarm_is_told_once_a_crossing_and_noted_in_every_record",
+         "(self._beyond - measured) | set(found)", "self._beyond | set(found)"),
+        ("alarms: a stop without a checkpoint", "a_stop_asks_for_a_checkpoint_first",
+         "control.should_save = control.should_training_stop = True", "control.should_training_stop = True")),
+]
 # fmt: on
 
 MUTATIONS: list[Mutation] = [
@@ -638,6 +688,7 @@ MUTATIONS: list[Mutation] = [
     *OF_TRAINER,
     *OF_EVALUATION,
     *OF_RANKS,
+    *OF_NUMBERS,
 ]
 
 

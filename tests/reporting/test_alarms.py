@@ -87,7 +87,7 @@ def test_a_stop_asks_for_a_checkpoint_first() -> None:
 def test_a_run_says_its_alarm_once_and_ends_with_a_checkpoint_where_asked(
     tmp_path: Path, recipe: RecipeProcesses, stop: bool
 ) -> None:
-    changes = {"alarms.length_above": 0.5, "alarms.stop": stop, "run.evaluate_every": 1}
+    changes: dict[str, Any] = {"alarms.length_above": 0.5, "alarms.stop": stop, "run.evaluate_every": 1}
     changes |= {"data.evaluation": str(tmp_path / "heldout.jsonl")}
     finished = recipe.run(
         "--config", str(write_experiment(tmp_path / "run.yaml", merged(write_task(tmp_path), changes)))

@@ -89,6 +89,21 @@ def test_a_dropped_response_is_not_trained_on_and_does_not_whiten() -> None:
     assert experience.advantages[experience.response_mask].mean().abs().item() < 1e-6
 
 
+@pytest.mark.parametrize("estimator", [gae, grpo])
+def test_a_spoiled_response_is_a_dropped_one_that_spoils_its_own_row_alone(estimator: Any) -> None:
+    options: dict[str, Any] = {"estimator": estimator, "kept": KEPT, "groups": torch.tensor([0, 0, 0, 0])}
+    options["whiten_advantages"] = True
+    _, sampled, outputs, _, maker = shaped(**options)
+    raw = sampled.raw_scores.clone()
+    raw[2] = torch.nan
+    dropped, spoiled = (
+        finished_by(maker, each, outputs).experience for each in (sampled, replace(sampled, raw_scores=raw))
+    )
+    assert dropped.response_mask.any(1).tolist() == KEPT.tolist() and spoiled.response_mask.any(1).all()
+    assert torch.equal(dropped.advantages[KEPT], spoiled.advantages[KEPT])
+    assert spoiled.advantages[2].isnan().all() and spoiled.advantages[KEPT].isfinite().all()
+
+
 def test_scores_are_whitened_over_those_that_are_there() -> None:
     _, sampled, *_ = shaped(kept=KEPT)
     found = ScoreShaping(whiten=True)(sampled, budget=4)

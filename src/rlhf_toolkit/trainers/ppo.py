@@ -163,7 +163,10 @@ class PPOTrainer(RoleTrainer):
         self._completed, self._left_out = None, total is None
         if self._policy_record:
             self.rollouts.newest.metrics |= self.maker.policy_metrics(**self._policy_record.take())
-        self.decide_whether_to_go_on()
+        if self._left_out:
+            self._kl_sums, self._stopped = torch.zeros(2), False  # it says nothing about the KL
+        else:
+            self.decide_whether_to_go_on()
         names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
         for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
             self.meter.add(names[name], group["lr"], 1)
@@ -272,8 +275,7 @@ class PPOTrainer(RoleTrainer):
         if self.loss.kl_stop is not None:
             total, tokens = torch.stack(all_gather(self._kl_sums.cpu())).sum(0).tolist()
             self._kl_sums = torch.zeros_like(self._kl_sums)
-            # Of an update that was left out the KL says nothing.
-            self._stopped = not self._left_out and total / max(tokens, 1) > self.loss.kl_stop
+            self._stopped = total / max(tokens, 1) > self.loss.kl_stop
 
     def _watch_kl(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         """Add up a micro-batch's KL of the policy at the rollout to the policy now, and its tokens."""
