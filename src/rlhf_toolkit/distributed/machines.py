@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import psutil
 
-from rlhf_toolkit.errors import TopologyError, described
+from rlhf_toolkit.distributed.collectives import all_gather
+from rlhf_toolkit.errors import TopologyError, described, shortened
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -63,3 +65,17 @@ def meeting(environment: MutableMapping[str, str] = os.environ) -> Iterator[None
             f"--main_process_ip and port and a --machine_rank of its own, let them reach one another on all ports, or "
             f"set {GLOO_INTERFACE} to the interface between them"
         ) from error
+
+
+def require_same(what: str, mine: Mapping[str, Any]) -> None:
+    """Raise TopologyError, on all ranks, where ``mine`` is not the same on all of them: machines without a shared disk
+    read files of their own. ``what`` is said of the keys. A collective."""
+    found = all_gather(dict(mine))
+    for other, theirs in enumerate(found):
+        for name in sorted({*found[0], *theirs}):
+            if found[0].get(name) != theirs.get(name):
+                raise TopologyError(
+                    f"{what} {name} is {shortened(found[0].get(name), 80)} on rank 0 and "
+                    f"{shortened(theirs.get(name), 80)} on rank {other}; give every machine the same files at the same "
+                    "paths and start all with the same command"
+                )

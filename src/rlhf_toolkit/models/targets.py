@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 
 from peft import LoraConfig
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.errors import ModelError, nearest, shortened
 
 ALL_LINEAR = "all-linear"
 SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same product in their own words
@@ -44,6 +45,31 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
     if not config.target_modules:
         raise ModelError(f"{type(base).__name__} has no plain linear layer to adapt; load it without quantisation")
     return config
+
+
+def refuse_unknown(base: PreTrainedModel, setting: str, names: str | Sequence[str]) -> None:
+    """Raise ModelError where one of ``names``, of ``model.target_modules`` or ``exclude_modules``, is that of no layer:
+    PEFT would pass over it. A text is a regular expression of whole names, as PEFT has it, or ``all-linear``."""
+    if isinstance(names, str) and names.lower() == ALL_LINEAR:
+        return
+    layers = [name for name, _ in base.named_modules()]
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            found = any(
+                re.fullmatch(name, layer) if isinstance(names, str) else f".{layer}".endswith(f".{name}")
+                for layer in layers
+            )
+        except re.error as error:
+            raise ModelError(
+                f"{setting}={shortened(name)} is no regular expression ({error}); give {ALL_LINEAR} or a list of name "
+                "endings"
+            ) from error
+        if not name or not found:
+            endings = sorted({layer.rpartition(".")[2] for layer, module in base.named_modules() if _is_plain(module)})
+            raise ModelError(
+                f"{setting} names {shortened(name)}, which no layer of {type(base).__name__} is called"
+                f"{nearest(name[:100], endings)}; its linear layers end with {', '.join(endings[:20])}"
+            )
 
 
 def refuse_settings(role: str, config: LoraConfig) -> None:

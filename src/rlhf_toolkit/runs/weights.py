@@ -10,6 +10,7 @@ from rlhf_toolkit.checkpoints import base_fingerprint
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import load_base, lora_config
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.targets import refuse_unknown
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.settings.configs import ModelConfig
 
@@ -26,6 +27,8 @@ def load_adapted_base(
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
     )
+    for setting in ("target_modules", "exclude_modules"):
+        refuse_unknown(base, f"model.{setting}", getattr(model, setting))
     adapter = lora_config(
         rank=model.lora_rank,
         alpha=model.lora_alpha,

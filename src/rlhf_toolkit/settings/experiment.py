@@ -25,6 +25,9 @@ from rlhf_toolkit.settings.configs import (
     UpdateConfig,
 )
 
+MOST_UPDATES = 2**53
+"""Of a run: a float counts no further, and a schedule is one."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -127,8 +130,13 @@ class FineTuning:
         return False
 
     def steps(self, items: int) -> int:
-        """Optimizer steps for so many training items."""
-        return max(1, round(self.job.epochs * items / self.job.batch_size))
+        """Optimizer steps for so many training items. Raises ConfigError where nobody could count them."""
+        steps = self.job.epochs * items / self.job.batch_size
+        if steps > MOST_UPDATES:
+            raise ConfigError(
+                f"{self.JOB}.epochs={self.job.epochs} of {items} rows is more than {MOST_UPDATES:.0e} updates; choose less"
+            )
+        return max(1, round(steps))
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as they would stand in YAML, to be written down: secrets are masked."""
@@ -275,7 +283,25 @@ def overlong_buffer(experiment: Experiment) -> None:
         )
 
 
-RULES = (required_settings, sizes_of_batches, value_warmup, kl_horizon, kl_stop, overlong_buffer)
+def number_of_updates(experiment: Experiment) -> None:
+    """All updates of the run can be counted."""
+    updates = experiment.ppo.num_rollouts * experiment.updates_per_rollout
+    if updates > MOST_UPDATES:
+        raise ConfigError(
+            f"ppo.num_rollouts={experiment.ppo.num_rollouts} with ppo.num_ppo_epochs={experiment.ppo.num_ppo_epochs} "
+            f"and ppo.mini_batches={experiment.ppo.mini_batches} is more than {MOST_UPDATES:.0e} updates; choose less"
+        )
+
+
+RULES = (
+    required_settings,
+    sizes_of_batches,
+    value_warmup,
+    kl_horizon,
+    kl_stop,
+    overlong_buffer,
+    number_of_updates,
+)
 """In the order in which they are looked at."""
 
 
