@@ -25,6 +25,7 @@ STEP_OF = {"rollout": 2, "scoring": 2, "update": 3, "evaluation": 3, "write": 4,
 """When a phase is struck: at optimizer steps that are done; where it writes, in the checkpoint of that step."""
 MOMENT_OF = {"rollout": 3, "write": 2}
 GO_ON = re.compile(r"^.*--resume.*$", flags=re.MULTILINE)
+TOLD_OF_A_RANK = re.compile(r"^--- traceback of rank \d+ ---\nTraceback \(most recent call last\)", flags=re.MULTILINE)
 NOTHING_TO_RESUME = re.compile(r"no complete checkpoint|holds no run|no checkpoint")
 
 
@@ -158,7 +159,7 @@ def ending(cell: Cell, finished: Finished, took: float) -> tuple[str, list[str]]
     told = [
         line for line in GO_ON.findall(finished.output) if "python" in line or "launch" in line or "recipes" in line
     ]
-    if "Traceback (most recent call last)" in finished.output and not cell.real_launcher:
+    if has_bare_traceback(finished.output) and not cell.real_launcher:
         faults.append("a bare traceback")
     if not told:
         faults.append("no line says how to go on")
@@ -184,6 +185,11 @@ def _is_running(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def has_bare_traceback(output: str) -> bool:
+    """Whether a stack is shown that is not what another rank is said to have failed with."""
+    return "Traceback (most recent call last)" in TOLD_OF_A_RANK.sub("", output)
 
 
 def last_line(output: str) -> str:

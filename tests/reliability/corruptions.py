@@ -254,9 +254,7 @@ def judge_all(options: argparse.Namespace, folder: Path) -> list[tuple[Case, Ver
     try:
         world = World(folder / "world", processes)
         world.make()
-        cases = [
-            case for case in cases_of(world) if options.door in (None, case.door) and (options.only or "") in str(case)
-        ]
+        cases = [case for case in cases_of(world) if case.door in options.doors and (options.only or "") in str(case)]
         cases = cases[options.part :: options.every]
         sound = sound_results(world, sorted({case.door for case in cases}))
         found = []
@@ -282,7 +280,7 @@ def print_table(found: Sequence[tuple[Case, Verdict]]) -> None:
 def main() -> int:
     """All corruptions; the number of those that were not met as they must be."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--door", choices=tuple(DOORS))
+    parser.add_argument("--doors", nargs="+", choices=tuple(DOORS), default=tuple(DOORS))
     parser.add_argument("--only", help="cases whose line holds this text")
     parser.add_argument("--every", type=int, default=1, help="only one case of so many")
     parser.add_argument("--part", type=int, default=0, help="the first of them")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.reliability.cells import last_line
+from tests.reliability.cells import has_bare_traceback, last_line
 from tests.reliability.damage import CANARY
 from tests.reliability.kinds import differences
 from tests.reliability.strike import RESUMED, Strike, watch_code
@@ -132,7 +132,7 @@ def judge(door: Door, world: World, sound: Any, *, previous: bool = False, hashe
         if hashed and _resumed_step(world) == 4:
             return Verdict("ACCEPTED", "a file whose hash is another")
         return _of_success(world, finished, door, sound, previous=previous)
-    if "Traceback (most recent call last)" in finished.output or not ONE_LINE.search(finished.output):
+    if has_bare_traceback(finished.output) or not ONE_LINE.search(finished.output):
         return Verdict("TRACEBACK", f"status {finished.status}: {last_line(finished.output)}")
     return Verdict("STOPPED, BUT NOT BY ITS PREVIOUS CHECKPOINT" if previous else "refused", last_line(finished.output))
 

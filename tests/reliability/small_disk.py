@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.reliability.cells import SECONDS_TO_END, Bench, last_line
+from tests.reliability.cells import SECONDS_TO_END, Bench, has_bare_traceback, last_line
 from tests.reliability.kinds import KINDS, differences
 from tests.reliability.strike import STRUCK, Strike
 from tests.support.forked import Processes
@@ -64,7 +64,7 @@ def judge(filling: Filling, bench: Bench, disk: Path) -> list[str]:
         faults.append(f"it hung: {took:.0f} s")
     if finished.status == 0:
         faults.append("it ended as if all were well")
-    if "Traceback (most recent call last)" in finished.output:
+    if has_bare_traceback(finished.output):
         faults.append("a bare traceback")
     if "No space left on device" not in finished.output or "--resume" not in finished.output:
         faults.append(f"no line names the full disk and the way on: {last_line(finished.output)}")
@@ -76,16 +76,18 @@ def judge(filling: Filling, bench: Bench, disk: Path) -> list[str]:
     return faults + differences(bench.straight, run_folder, bench.kind.axis)[:3]
 
 
-def inside(disk: Path, fillings: Sequence[Filling]) -> int:
+def inside(disk: Path, fillings: Sequence[Filling], keep: Path | None) -> int:
     """Every filling, in the namespace that has ``disk``; the number of those that failed."""
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        processes = Processes(Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        processes = Processes(folder)
         benches: dict[str, Bench] = {}
         try:
             for filling in fillings:
                 if filling.kind not in benches:
-                    benches[filling.kind] = Bench(KINDS[filling.kind], Path(folder, filling.kind), processes)
+                    benches[filling.kind] = Bench(KINDS[filling.kind], folder / filling.kind, processes)
                     benches[filling.kind].start(benches[filling.kind].straight).succeeded()
                 faults = judge(filling, benches[filling.kind], disk)
                 failed += bool(faults)
@@ -109,12 +111,13 @@ def main() -> int:
     """All fillings; the number of those that failed, at most 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inside", type=Path, help="where the small disk is mounted")
+    parser.add_argument("--keep", type=Path, help="a new folder for what the runs print")
     parser.add_argument("--kinds", nargs="+", choices=("PPO", "SFT"), default=("PPO", "SFT"))
     parser.add_argument("--phases", nargs="+", default=("write", "update", "evaluation"))
     options = parser.parse_args()
     if options.inside:
         chosen = [f for f in FILLINGS if f.kind in options.kinds and f.phase in options.phases]
-        return min(inside(options.inside, chosen), 1)
+        return min(inside(options.inside, chosen, options.keep), 1)
     finished = in_namespace(sys.argv[1:])
     print(finished.stdout, end="")
     return finished.returncode
