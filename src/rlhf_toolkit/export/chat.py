@@ -140,7 +140,8 @@ class Chat:
             yield
         except Exception as error:
             raise ModelError(
-                f"{contestant.label} cannot answer ({described(error)}); check its config.json and generation_config.json"
+                f"{contestant.label} cannot answer ({described(error)}); check its config.json and "
+                "generation_config.json"
             ) from error
 
     def _text(self, tokens: Tensor) -> str:
