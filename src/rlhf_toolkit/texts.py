@@ -85,7 +85,7 @@ def _pieces(value: Any, room: int, depth: int) -> list[str]:
 
 
 def _inside(value: Any, room: int, depth: int) -> list[str]:
-    opening, closing = {list: "[]", tuple: "()", dict: "{}"}.get(type(value), "{}")
+    opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
     if not value:
         return [repr(value)]
     if depth >= DEEPEST:

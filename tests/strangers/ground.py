@@ -69,7 +69,7 @@ def enter(ground: Ground) -> None:
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         if event in STARTS:
-            noticed.append(f"executed: {event} {values!r:.200}")
+            noticed.append(f"executed: {event} {values[:2]!r:.200}")
         elif (event == "open" and _writes(values)) or event in CHANGES:
             place = values[1 if event in ("os.symlink", "os.link", "os.rename") else 0]
             if isinstance(place, (str, bytes, os.PathLike)) and not os.path.realpath(os.fsdecode(place)).startswith(

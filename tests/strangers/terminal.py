@@ -12,6 +12,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
+from transformers.utils import logging
+
 from rlhf_toolkit import errors
 from rlhf_toolkit.data.chat import messages_of
 from rlhf_toolkit.data.instructions import tokenise_examples
@@ -144,6 +147,7 @@ def evaluated(text: str) -> None:
 
 def chat(text: str) -> None:
     folders.copied("base")
+    logging.disable_progress_bar()  # as the command does
     talk = load_chat("base", [], sys.stdout, dtype=None, trust_remote_code=False, max_new_tokens=2)
     talk.contestants[0].label = text
     talk.run([f"/{text}", f"/temperature {text}", "w1"])
@@ -156,9 +160,10 @@ def streamed(text: str) -> None:
 
 
 def previewed(text: str) -> None:
+    text = text.encode(errors="replace").decode()
     words = [*WORDS, *text.split()]
     tokenizer = tiny_tokenizer(words=words, chat_template=None)
-    rows = [{"prompt": f"w1 {text}", "response": f"w2 {text}"}]
+    rows = Dataset.from_list([{"prompt": f"w1 {text}", "response": f"w2 {text}"}])
     found = tokenise_examples(rows, tokenizer, max_tokens=50, system_prompt=None, chat_template=False, stop_ids=(1,))
     print(preview(found, tokenizer, 1))
 
@@ -168,8 +173,9 @@ def a_role(text: str) -> None:
 
 
 def a_column(text: str) -> None:
+    rows = Dataset.from_list([{text.encode(errors="replace").decode(): "x"}])
     tokenise_prompts(
-        [{text: "x"}], tiny_tokenizer(), column="prompt", chat_template=False, system_prompt=None, max_prompt_tokens=9
+        rows, tiny_tokenizer(), column="prompt", chat_template=False, system_prompt=None, max_prompt_tokens=9
     )
 
 

@@ -105,10 +105,10 @@ def render(
     try:
         return rendered(tokenizer, stated, add_generation_prompt=add_generation_prompt)
     except TemplateFailed as error:
+        roles = shortened([message["role"] for message in messages])
         raise DataError(
-            f"row {index}: {template_name(tokenizer)} rejects messages of roles "
-            f"{shortened([message['role'] for message in messages])}: {printable(str(error), longest=400)}; change "
-            "them or drop data.system_prompt"
+            f"row {index}: {template_name(tokenizer)} rejects messages of roles {roles}: "
+            f"{printable(str(error), longest=400)}; change them or drop data.system_prompt"
         ) from error
 
 

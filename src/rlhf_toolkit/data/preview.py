@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_toolkit.data.instructions import Example, ExampleSet
 from rlhf_toolkit.data.preferences import Pair, PairSet
 from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.texts import printable
 
 
 def preview(rows: ExampleSet | PairSet, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
@@ -64,5 +65,5 @@ def pair_lines(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 def _line(kind: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, trained: bool) -> str:
     """Tokens of one ``kind`` as a line. Characters that would not print are escaped; others, of any language, stay."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    escaped = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text.replace("\\", "\\\\"))
+    escaped = printable(text.replace("\\", "\\\\"))
     return f"  {kind:<8} {len(ids):>5} {'>' if trained else '|'} {escaped}"

@@ -31,9 +31,9 @@ MOST_RANK, MOST_ALPHA = 2**14, 1e6
 MOST_NAMES, LONGEST = 100_000, 20_000
 """Names in a list, and characters of a pattern."""
 MOST_KEYS = 1024
-WILDCARD, MOST_STEPS = 60, 60**4
+WILDCARD, MOST_STEPS = 60, 2 * 60**4
 """What a repetition multiplies the steps of a match by, about the length of a layer's name, and the most steps that a
-pattern may come to: four wildcards one after another."""
+pattern may come to: four wildcards one after another, and as much in other alternatives."""
 OWN_PATHS = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "peft_type", *PATTERNS)
 
 
