@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_toolkit.rewards.calls import LARGEST, Batch, Fault, Outcome, checked, is_async, outcome_of
+from rlhf_toolkit.rewards.calls import (
+    LARGEST,
+    Asked,
+    Batch,
+    Fault,
+    Outcome,
+    asked,
+    checked,
+    from_json,
+    is_async,
+    outcome_of,
+    to_json,
+)
 from tests.support import misbehaving
 from tests.support.offenders import for_each
 
@@ -209,13 +221,64 @@ def test_a_function_that_takes_no_columns() -> None:
     assert fault.way_out == "columns and kwargs arrive by name, so let it take **columns"
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_not_an_error_of_the_reward(raised: type[BaseException]) -> None:
+def raising(raised: type[BaseException]) -> Callable[..., list[float]]:
     def function(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
         raise raised
 
-    with pytest.raises(raised):
-        called(function)
+    return function
+
+
+def test_an_interrupt_is_not_an_error_of_the_reward() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        called(raising(KeyboardInterrupt))
+
+
+@pytest.mark.parametrize("raised", [SystemExit, GeneratorExit, asyncio.CancelledError])
+def test_an_exit_is_an_error_of_the_reward_and_not_of_the_run(raised: type[BaseException]) -> None:
+    assert fault_of(called(raising(raised))).what.startswith(f"raised {raised.__name__}")
+
+
+# ---- what columns may be called --------------------------------------------------------------------------------------
+
+
+def test_what_a_function_asks_for() -> None:
+    def options(p: list[str], r: list[str], label: list[int], *, scale: float = 1.0, **columns: Any) -> list[float]:
+        return []
+
+    def tokens(prompts: list[str], responses: list[str], /, tokens: Any = None) -> list[float]:
+        return []
+
+    assert asked(options) == Asked(False, frozenset({"scale"}), frozenset({"p", "r"}))
+    assert asked(tokens) == Asked(True, frozenset(), frozenset())
+    assert asked(lambda *texts, **columns: []) == Asked() == asked(print.__call__)
+
+
+# ---- what a worker sends ---------------------------------------------------------------------------------------------
+
+
+def test_an_outcome_comes_back_as_it_went() -> None:
+    outcome: Outcome = [0.1, [1e-30, 2.0], Fault("gave x", "repair it"), -LARGEST]
+    assert from_json(to_json(outcome), [1, 2, 1, 1]) == outcome
+    try:
+        raise LookupError("nobody")
+    except LookupError as error:
+        fault = Fault("raised", "repair it", again=True, cause=error)
+    found = from_json(to_json(fault), [1])
+    assert isinstance(found, Fault) and (found.what, found.way_out, found.again) == ("raised", "repair it", True)
+    assert "LookupError: nobody" in str(found.cause)
+
+
+@for_each(
+    "sent",
+    [
+        *(b"", b"\x80\x04N.", b"null", b"[]", b"{}", b'{"scores": 3}', b'{"scores": [NaN]}', b'{"scores": [1e999]}'),
+        *(b'{"scores": [1, 2]}', b'{"scores": [[1, 2]]}', b'{"scores": [{"what": 1}]}', b'{"fault": 3}', b"[" * 9**5),
+        *(b'{"scores": ["1"]}', b'{"fault": {"what": "x"}}', b"\xff\xfe", b'{"scores": [null]}'),
+    ],
+)
+def test_whatever_a_worker_sends_is_a_number_or_a_fault(sent: bytes) -> None:
+    found = from_json(sent, [1])
+    assert isinstance(found, Fault) or isinstance(found[0], Fault)
 
 
 def test_what_it_returns_may_raise_when_it_is_read() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 
 from rlhf_toolkit.errors import ConfigError, RewardError
 from rlhf_toolkit.rewards.compose import Rewards
-from rlhf_toolkit.rewards.pool import environment_of_workers
+from rlhf_toolkit.rewards.confinement import environment_of_workers
 from rlhf_toolkit.rewards.specification import RewardSpec
 from tests.support.rewards import MISBEHAVING, batch_of, is_gone, rewards_of, wait_until
 
@@ -216,15 +218,57 @@ def test_columns_that_a_worker_cannot_read() -> None:
 def test_a_worker_imports_what_the_function_imports_and_knows_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch" in sys.modules  # here
     names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"]
-    for name in (*names, "REWARD_KEY"):
+    names += ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OMP_TOKEN", "https_proxy", "REWARD_KEY", "LC_X"]
+    for name in names:
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:password@host")
+    names.append("HF_ENDPOINT")
     before = dict(os.environ)
-    with rewards_of(of("has_torch"), of("rank_variables")) as rewards:
-        prompts, responses, tokens = batch_of(["r"] * 7)
-        prompts = [type(p)(p.index, name, (1,), {}) for p, name in zip(prompts, [*names, "REWARD_KEY"], strict=True)]
+    with rewards_of(of("has_torch"), of("rank_variables", environment=["REWARD_KEY"])) as rewards:
+        prompts, responses, tokens = batch_of(["r"] * len(names))
+        prompts = [type(p)(p.index, name, (1,), {}) for p, name in zip(prompts, names, strict=True)]
         scores = rewards.collect(prompts, responses, tokens)
-    assert scores.parts == {"has_torch": [0] * 7, "rank_variables": [0] * 6 + [1]}
+    seen = [name for name, is_set in zip(names, scores.parts["rank_variables"], strict=True) if is_set]
+    assert seen == ["REWARD_KEY", "LC_X"] and set(scores.parts["has_torch"]) == {0}
     assert dict(os.environ) == before and environment_of_workers().items() <= before.items()
+
+
+def test_a_variable_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"environment names NOT_SET_HERE, which is not set"):
+        with rewards_of(of("quick", environment=["NOT_SET_HERE"])):
+            pass
+
+
+def namespaces_work() -> bool:
+    """Asked of a child, by other means than ours."""
+    return shutil.which("unshare") is not None and subprocess.run(["unshare", "-rn", "true"]).returncode == 0
+
+
+def test_a_worker_without_network_reaches_nobody(tmp_path: Path) -> None:
+    """While another, with one, does; the server listens on this machine."""
+    file = tmp_path / "asks.py"
+    file.write_text(
+        "import os, socket\n"
+        "def reaches(prompts, responses, port, **columns):\n"
+        "    try:\n"
+        "        socket.create_connection(('127.0.0.1', port[0]), timeout=5).close()\n"
+        "    except OSError:\n"
+        "        return [0.0]\n"
+        "    return [1.0]\n"
+        "def user(prompts, responses, **columns):\n"
+        "    return [os.geteuid()]\n"
+    )
+    entries = [of("reaches", network=network, name=f"n{network}") for network in (True, False)]
+    entries += [of("user", network=False)]
+    entries = [{**entry, "function": f"{file}:{entry['function'].rpartition(':')[2]}"} for entry in entries]
+    if not namespaces_work():
+        with pytest.raises(ConfigError, match=r"network=false cannot be kept"):
+            with rewards_of(entries[1]):
+                pass
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server, rewards_of(*entries) as rewards:
+        scores = rewards.collect(*batch_of(["a"], port=server.getsockname()[1]))
+    assert scores.parts == {"nTrue": [1.0], "nFalse": [0.0], "user": [os.geteuid()]}
 
 
 def test_what_a_worker_has_started_goes_with_it(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
         ({**F, "workers": 1.5}, "reward.functions[2].workers=1.5 is not a whole number of 0 or more"),
         ({**F, "workers": True}, "reward.functions[2].workers=True is not a whole number of 0 or more"),
         ({**F, "workers": 1, "batch_size": 0}, "reward.functions[2].batch_size=0 is not a whole number of 1 or more"),
-        ({**F, "timeout": 0}, "reward.functions[2].timeout=0 must be above 0; leave it out for no limit"),
+        ({**F, "timeout": 0}, "reward.functions[2].timeout=0 must be above 0; give some seconds, or leave it out"),
         ({**F, "timeout": "soon"}, "reward.functions[2].timeout='soon' is not a finite number"),
         ({**F, "on_failure": "scroe"}, "reward.functions[2].on_failure='scroe' is not known; did you mean score?"),
         ({**F, "on_failure": 1}, "reward.functions[2].on_failure=1 is not known; known are error, score, drop, skip"),

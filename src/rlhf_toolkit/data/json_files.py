@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from rlhf_toolkit.errors import DataError, shortened
 
 DEEPEST = 100
 """Lists and objects inside one another in a row."""
+MOST_KEYS = 2000
+"""Names of columns in a file, and of fields in a column: ``datasets`` takes time quadratic in their number."""
 LONGEST_LINE = 2**28
 """Bytes of a row. A longer one is a file without line ends, and would be read into memory as a whole."""
 AHEAD = 2**26
@@ -41,16 +43,16 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
             beginning = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
         if beginning.startswith(b"["):
             return _fault_of_whole(path)
-    fault = None
+    fault, names = None, Names()
     for number, line in _lines(path, max_rows):
-        fault = _fault_of_object(line)
+        fault = _fault_of_object(line, names)
         if fault is not None and not (fatal_only and fault.startswith(SURVIVED) and line.startswith("{")):
             fault = f"line {number}: {fault}"
             break
         fault = None
     if fault is not None and is_json:
         with suppress(UnicodeDecodeError):  # one object, written over several lines
-            if _fault_of_object(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()) is None:
+            if _fault_of_object(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(), Names()) is None:
                 return None
     return fault
 
@@ -90,7 +92,23 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         raise DataError(f"cannot read {path}: line {number} is not UTF-8; save the file as UTF-8") from error
 
 
-def _fault_of_object(text: str) -> str | None:
+class Names:
+    """Counts the names of columns and of the fields in them, over all rows of a file."""
+
+    def __init__(self) -> None:
+        self._known: set[str | tuple[str, str]] = set()
+
+    def fault(self, row: Mapping[str, Any]) -> str | None:
+        """What is wrong where there are too many of them, this row's included."""
+        self._known.update(row)
+        for name, value in row.items():
+            for part in (value,) if isinstance(value, dict) else value if isinstance(value, list) else ():
+                if isinstance(part, dict):
+                    self._known.update((name, inner) for inner in part)
+        return None if len(self._known) <= MOST_KEYS else f"more than {MOST_KEYS} names of columns and their fields"
+
+
+def _fault_of_object(text: str, names: Names) -> str | None:
     """What is wrong with a text that has to be one object; None where it is one."""
     try:
         value = json.loads(text)
@@ -100,7 +118,7 @@ def _fault_of_object(text: str) -> str | None:
         return _beyond(error)
     if not isinstance(value, dict):
         return f"{shortened(value)} is not {OBJECT}"
-    return _unusable(text, value)
+    return names.fault(value) or _unusable(text, value)
 
 
 def _beyond(error: Exception) -> str:
@@ -144,9 +162,11 @@ def _fault_of_whole(path: Path) -> str | None:
         return f"line {error.lineno}: {error.msg}"
     except (ValueError, RecursionError) as error:
         return f"line 1: {_beyond(error)}"
-    kind = str if value and isinstance(value[0], str) else dict
+    kind, names = str if value and isinstance(value[0], str) else dict, Names()
     for index, item in enumerate(value):
         if not isinstance(item, kind):
             return f"line 1: item {index} of the list, {shortened(item)}, is not {OBJECT}"
+        if isinstance(item, dict) and (fault := names.fault(item)):
+            return f"line 1: item {index} of the list: {fault}"
     fault = _unusable(text, value)
     return f"line 1: {fault}" if fault else None

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_toolkit.data.chat import Message, is_message_list, render, user_message
 from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
+from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
@@ -156,13 +157,21 @@ class _File:
             if what is not None:
                 way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
                 raise DataError(f"cannot read {self.path} (split {self.split}): {what}{way_out}")
-        elif kind == "csv" and not streaming:
+            return
+        try:
+            what = csv_fault(self.path) if kind == "csv" else parquet_fault(self.path)
+        except Exception as error:  # whatever pyarrow raises
+            raise self.fault(error) from error
+        if what is not None:
+            raise DataError(f"cannot read {self.path} (split {self.split}): {what}")
+        if kind == "csv" and not streaming:
             _check_utf8(self.path)
 
     def load(self, **options: Any) -> Any:
         """What ``datasets.load_dataset`` makes of the file."""
         files = {self.split.partition("[")[0]: glob.escape(str(self.path))}
-        return datasets.load_dataset(FORMATS[self.path.suffix.lower()], data_files=files, split=self.split, **options)
+        kind = FORMATS[self.path.suffix.lower()]
+        return stored(datasets.load_dataset(kind, data_files=files, split=self.split, **options))
 
     def load_whole(self) -> datasets.Dataset:
         """Rows in memory, through a cache that is thrown away.
@@ -172,6 +181,7 @@ class _File:
         with tempfile.TemporaryDirectory() as cache:
             try:
                 rows: datasets.Dataset = self.load(cache_dir=cache, keep_in_memory=True)
+                check_values(rows)
             except Exception as error:  # whatever datasets, pyarrow or pandas raise
                 raise self.fault(error) from error
         return rows
@@ -197,21 +207,27 @@ class _HubDataset:
     split: str
 
     def check(self, max_rows: int | None = None, *, streaming: bool = False) -> None:
-        """Raise DataError where a file of JSON in a local folder is empty or not sound."""
+        """Raise DataError where a local folder leads out of itself, or a file in it is empty or not sound."""
         folder = Path(self.source.partition(":")[0])
-        for path in sorted(folder.rglob("*.json*")) if folder.is_dir() else ():
-            if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
+        if not folder.is_dir():
+            return
+        what = folder_fault(folder)
+        if what is not None:
+            raise DataError(f"cannot load dataset {shortened(self.source)}: {what}")
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in FORMATS and path.is_file():
                 _File(path, self.split).check(max_rows, streaming=streaming)
 
     def load(self, **options: Any) -> Any:
         """What ``datasets.load_dataset`` makes of the name."""
         name, _, configuration = self.source.partition(":")
-        return datasets.load_dataset(name, configuration or None, split=self.split, **options)
+        return stored(datasets.load_dataset(name, configuration or None, split=self.split, **options))
 
     def load_whole(self) -> datasets.Dataset:
         """Rows from the cache of ``datasets``."""
         try:
             rows: datasets.Dataset = self.load()
+            check_values(rows)
         except Exception as error:  # network, hub, cache and dataset fail in many ways
             raise self.fault(error) from error
         return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -67,13 +68,23 @@ Outcome = Fault | list[Score | Fault]
 """What comes of one call: a fault of the call as a whole, or for each response its score or its own fault."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a function's parameters say: whether it gets token ids, under the name ``tokens``, and the names that no
+    column may have. These are ``options``, its parameters with a default, and ``texts``, its first two."""
+
+    tokens: bool = False
+    options: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
+
+
 class Source(Protocol):
     """Where the scores of one reward come from."""
 
     early: bool
     """Whether calls run elsewhere, so that they can start while responses are still being decoded."""
-    takes_tokens: bool
-    """Whether token ids are passed under the name ``tokens``, which no column may then have."""
+    asks: Asked
+    """What the parameters of its function say."""
 
     def start(self, batch: Batch) -> Future[Outcome]:
         """Make a call. The future never raises for what the reward did."""
@@ -91,7 +102,7 @@ class InProcess:
     early = False
 
     def __init__(self, function: Callable[..., Any], kwargs: Mapping[str, Any], timeout: float | None = None) -> None:
-        self.takes_tokens = takes_tokens(function)
+        self.asks = asked(function)
         self._function, self._kwargs, self._timeout = function, kwargs, timeout
 
     def start(self, batch: Batch) -> Future[Outcome]:
@@ -104,12 +115,15 @@ class InProcess:
         """Do nothing: there is no process or thread to end."""
 
 
-def takes_tokens(function: Callable[..., Any]) -> bool:
-    """Whether ``function`` names a parameter ``tokens``; ``**columns`` alone does not ask for them."""
+def asked(function: Callable[..., Any]) -> Asked:
+    """What ``function`` asks for. ``**columns`` alone does not ask for tokens."""
     try:
-        return "tokens" in inspect.signature(function).parameters
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some built-in functions have no signature
-        return False
+        return Asked()
+    first = [each.name for each in parameters[:2] if each.kind is each.POSITIONAL_OR_KEYWORD]
+    options = {each.name for each in parameters if each.default is not each.empty} - {"tokens"}
+    return Asked("tokens" in [each.name for each in parameters], frozenset(options), frozenset(first))
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -123,9 +137,9 @@ def outcome_of(
     """Call ``function`` with texts, columns and ``kwargs``, await what is to be awaited, and check what it returns.
 
     ``timeout`` (seconds) cancels what is awaited; nothing can interrupt a function that is not ``async`` from within
-    its own process. Only what is no ``Exception``, such as KeyboardInterrupt, is raised.
+    its own process. Only what says that somebody wants the whole run to stop, as KeyboardInterrupt does, is raised.
     """
-    tokens = {"tokens": [list(each) for each in batch.tokens]} if takes_tokens(function) else {}
+    tokens = {"tokens": [list(each) for each in batch.tokens]} if asked(function).tokens else {}
     try:
         scores = function(list(batch.prompts), list(batch.responses), **batch.columns, **tokens, **kwargs)
         if inspect.isawaitable(scores):
@@ -133,19 +147,63 @@ def outcome_of(
         return checked(scores, [len(each) for each in batch.tokens])
     except _TimeUpError:
         return too_slow(timeout)
-    except Exception as error:  # a reward may raise whatever it likes
+    except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError) as error:  # whatever a reward likes to raise
         way_out = "repair the function (see its traceback)"
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             way_out = "columns and kwargs arrive by name, so let it take **columns"
         return Fault(f"raised {described(error)}", way_out, again=True, cause=error)
 
 
-def with_text(outcome: Outcome) -> Outcome:
-    """``outcome`` as it can go to another process: exceptions become the text of their tracebacks."""
-    if isinstance(outcome, list) or outcome.cause is None:
-        return outcome
-    text = "".join(traceback.format_exception(outcome.cause))
-    return Fault(outcome.what, outcome.way_out, outcome.again, WorkerTraceback(text))
+# ---- outcomes on their way from a worker -----------------------------------------------------------------------------
+
+LONGEST_TRACEBACK = 20_000
+"""Characters of a traceback's end that a worker sends."""
+LONGEST_FAULT = 2_000
+"""Characters of each of a fault's two texts."""
+
+
+def most_bytes(counts: Sequence[int]) -> int:
+    """So long may an answer for responses of ``counts`` tokens be, from a worker or a server: a number takes up to 25
+    characters and its comma, and there is room for texts."""
+    return 2**20 + 64 * sum(counts) + 16 * LONGEST_FAULT * len(counts)
+
+
+def to_json(outcome: Outcome) -> bytes:
+    """``outcome`` as the text of JSON, which ``from_json`` reads; an exception is the text of its traceback."""
+    if isinstance(outcome, Fault):
+        return json.dumps({"fault": _fault_as_dict(outcome)}).encode()
+    return json.dumps({"scores": [_fault_as_dict(x) if isinstance(x, Fault) else x for x in outcome]}).encode()
+
+
+def from_json(text: bytes, counts: Sequence[int]) -> Outcome:
+    """What ``to_json`` was given. A worker may have been taken over by a response that it ran: whatever it sends is
+    read as numbers and texts alone, and checked like the answer of a server."""
+    try:
+        content = json.loads(text)
+        if "fault" in content:
+            return _fault_of(content["fault"])
+        given = content["scores"]
+        numbers = checked([0.0 if isinstance(each, dict) else each for each in given], counts)
+        if isinstance(numbers, Fault):
+            return numbers
+        return [_fault_of(x) if isinstance(x, dict) else number for x, number in zip(given, numbers, strict=True)]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return Fault("answered what is no outcome", "see what the function writes to its process", cause=error)
+
+
+def _fault_as_dict(fault: Fault) -> dict[str, Any]:
+    cause = None if fault.cause is None else "".join(traceback.format_exception(fault.cause))[-LONGEST_TRACEBACK:]
+    what, way_out = fault.what[:LONGEST_FAULT], fault.way_out[:LONGEST_FAULT]
+    return {"what": what, "way_out": way_out, "again": fault.again, "cause": cause}
+
+
+def _fault_of(content: Mapping[str, Any]) -> Fault:
+    what, way_out = (" ".join(str(content[key])[:LONGEST_FAULT].split()) for key in ("what", "way_out"))
+    cause = content["cause"]
+    return Fault(what, way_out, content["again"] is True, None if cause is None else WorkerTraceback(str(cause)))
+
+
+# ---- what a reward returned ------------------------------------------------------------------------------------------
 
 
 def too_slow(timeout: float | None) -> Fault:

@@ -59,7 +59,18 @@ class _Reward:
                 raise ConfigError(
                     f"{self.spec.setting}.kwargs.{name} is also a column of the dataset; rename one of the two"
                 )
-        if self.source.takes_tokens and "tokens" in prompt.columns:
+            if name in self.source.asks.options:
+                raise ConfigError(
+                    f"{self.spec.setting}: the dataset has a column {shortened(name)}, and {self.spec.name} an option "
+                    "of that name, a parameter with a default; columns go to parameters without one: rename the "
+                    "column, or drop the default"
+                )
+            if name in self.source.asks.texts:
+                raise ConfigError(
+                    f"{self.spec.setting}: the dataset has a column {shortened(name)}, which {self.spec.name} calls "
+                    "the texts of prompts or responses; rename one of the two"
+                )
+        if self.source.asks.tokens and "tokens" in prompt.columns:
             raise ConfigError(
                 f"{self.spec.setting}: the parameter tokens gets the response's token ids, but the dataset has a "
                 "column tokens; rename one of the two"

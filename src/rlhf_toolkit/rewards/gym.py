@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +17,8 @@ from rlhf_toolkit.rewards.texts import each, last_tagged, optional_library
 
 BY_EQUALITY = frozenset({"game_of_life_halting"})
 """Datasets whose scorer (of 0.1.25) takes any text for right: it compares ``bool`` of two texts."""
+LARGEST_SIEVE = {"count_primes": 10**6}
+"""Datasets that list all numbers up to their setting ``max_n`` when they are built."""
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
 
@@ -25,7 +29,6 @@ def reasoning_gym(
     *,
     entry: Sequence[str],
     dataset: Sequence[str],
-    config: Sequence[str] | None = None,
     answer_tags: bool = False,
     exact: bool = False,
     **columns: Any,
@@ -49,7 +52,8 @@ def reasoning_gym(
     (``reasoning-gym``), else ConfigError. Source: Stojanovski et al. 2025, "Reasoning Gym".
     """
     optional_library("reasoning_gym", "reasoning_gym")
-    configs = ["{}"] * len(responses) if config is None else each(config, responses, "config", "reasoning_gym")
+    given = columns.get("config", ["{}"] * len(responses))  # no parameter: a column never binds to one with a default
+    configs = each(given, responses, "config", "reasoning_gym")
     rows = zip(
         responses,
         each(entry, responses, "entry", "reasoning_gym"),
@@ -72,10 +76,12 @@ def _score(answer: str | None, entry: dict[str, Any], name: str, config: str) ->
     if name in BY_EQUALITY or not may_be_scored(answer, name):
         return float(answer == entry["answer"])
     try:
-        return float(scorer.score_answer(answer, entry))
+        with redirect_stdout(None):  # some scorers print the answer as it is
+            score = float(scorer.score_answer(answer, entry))
     except Exception as error:  # several scorers raise on an answer of another form, which is a wrong answer
         _check_scorable(scorer, entry, name, error)
         return 0.0
+    return max(-1.0, min(score, 1.0)) if math.isfinite(score) else 0.0
 
 
 def _check_scorable(scorer: Any, entry: dict[str, Any], name: str, cause: Exception) -> None:
@@ -84,7 +90,8 @@ def _check_scorable(scorer: Any, entry: dict[str, Any], name: str, cause: Except
     if isinstance(own, str) and not may_be_scored(own, name):
         return
     try:
-        scorer.score_answer(own, entry)
+        with redirect_stdout(None):
+            scorer.score_answer(own, entry)
     except Exception as error:
         raise DataError(
             f"the scorer of reasoning-gym's {name} raised {described(cause)} and cannot score the entry "
@@ -103,6 +110,13 @@ def _dataset(name: str, config: str) -> Any:
         raise DataError(f"reasoning-gym has no dataset {name!r}{nearest(name, factory.DATASETS)}")
     try:
         settings = json.loads(config)
+        if "size" in settings:
+            settings["size"] = 1  # its items are not built, though some datasets would
+        if not settings.get("max_n", 0) <= LARGEST_SIEVE.get(name, math.inf):
+            raise DataError(
+                f"column config holds max_n={shortened(settings['max_n'])}, beyond {name}'s {LARGEST_SIEVE[name]}; "
+                "lower it"
+            )
         for key, value in settings.items():
             if key.endswith(("file", "path")) and not (isinstance(value, str) and is_plain_name(value)):
                 raise DataError(

@@ -28,6 +28,8 @@ SYMPY_SCORERS = frozenset(
 )
 NAN_PASSES = frozenset({"complex_arithmetic", "number_sorting"})
 """Scorers that compare in a way that NaN always wins."""
+LARGEST_COUNT = 100
+"""Disks, pegs, and pieces along an edge."""
 LARGEST_POWER = 1000
 LARGEST_EXPONENTIAL = 3
 """Decimal digits of what exp, erf and the like are asked for: exp of a number with four digits is no answer."""
@@ -49,8 +51,10 @@ _ARITHMETIC = (
 _CHARACTERS = re.compile(r"[0-9A-Za-z+\-*/(),. \t\n]+")
 _WORDS = re.compile(r"[0-9A-Za-z_.,\- \t\r\n]*")
 _LONG_NUMERAL = re.compile(r"[0-9.]{101}|[0-9.][eE][+-]?[0-9]{3}")
-_HUGE = re.compile(r"(?<![0-9A-Za-z_.])[0-9_.]+[eE][+-]?[0-9_]{4}")
-"""``1e9999999``, which Fraction and sympy write out; not the hexadecimal ``0x1e9999999``."""
+_HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]+")
+_HUGE = re.compile(r"(?<![\d_.])[\d_.]+[eE][+-]?[\d_]{4}")
+"""``1e9999999``, which Fraction and sympy write out, with the digits of any script, as Python reads them."""
+_FRACTION = re.compile(r"[+-]?[0-9.]{1,400}([eE][+-]?[0-9]{1,3}|/[0-9]{1,400})?")
 _NOT_FINITE = re.compile(r"nan|inf", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z]|[a-z]+")
 
@@ -60,11 +64,27 @@ _VARIABLE = re.compile(r"[A-Za-z]|[a-z]+")
 def may_be_scored(answer: str, dataset: str) -> bool:
     """Whether the scorer of ``dataset`` may get ``answer``: where it evaluates answers this one keeps the grammar, no
     number in it has an exponent of four digits, and where NaN would pass for right there is none."""
-    if _HUGE.search(answer) or (dataset in NAN_PASSES and _NOT_FINITE.search(answer)):
+    if has_huge_number(answer) or (dataset in NAN_PASSES and _NOT_FINITE.search(answer)):
         return False
     if dataset in LITERAL_SCORERS:
         return is_text_or_literal(answer)
     return dataset not in SYMPY_SCORERS or is_arithmetic(answer)
+
+
+def _check_counts(metadata: Any, dataset: str) -> None:
+    for key in COUNTS.get(dataset, ()):
+        value = metadata.get(key) if isinstance(metadata, Mapping) else None
+        most = LONGEST_TEXT if key == "solution_length" else LARGEST_COUNT
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise DataError(
+                f"column entry holds metadata.{key}={shortened(value)}, but reasoning-gym's {dataset} needs a whole "
+                f"number from 0 to {most}; write the column with entry_text of rlhf_toolkit.rewards.gym"
+            )
+
+
+def has_huge_number(text: str) -> bool:
+    """Whether a number in ``text`` has an exponent of four digits; the hexadecimal ``0x1e9999`` has none."""
+    return _HUGE.search(_HEXADECIMAL.sub(" ", text)) is not None
 
 
 def check_entry(entry: Mapping[str, Any], dataset: str) -> None:
@@ -72,7 +92,9 @@ def check_entry(entry: Mapping[str, Any], dataset: str) -> None:
 
     Fields that no scorer evaluates may hold any text.
     """
-    for path, (keeps, grammar) in EVALUATED_FIELDS.get(dataset, {}).items():
+    _check_counts(entry.get("metadata"), dataset)
+    read = EVALUATED_FIELDS.get(dataset) or WRITTEN_OUT.get(dataset) or {}
+    for path, (keeps, grammar) in read.items():
         value: Any = entry
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -105,6 +127,11 @@ def is_text_or_literal(answer: str) -> bool:
     except (TypeError, *UNPARSED):
         return False
     return True
+
+
+def _is_number(text: str) -> bool:
+    """Whether ``text`` is a number, or a fraction of two, that is quickly written out."""
+    return _FRACTION.fullmatch(text.strip()) is not None and not has_huge_number(text)
 
 
 def is_number_list(text: str) -> bool:
@@ -251,3 +278,7 @@ EVALUATED_FIELDS: dict[str, Fields] = {
     "simple_integration": _INTEGRAL,
 }
 """Dataset -> the fields of its entries that its scorer evaluates."""
+WRITTEN_OUT: dict[str, Fields] = {"coin_flip": {("answer",): (_is_number, "a number")}}
+"""Dataset -> the fields of which its scorer makes an exact fraction."""
+COUNTS = {"rubiks_cube": ("cube_size",), "tower_of_hanoi": ("num_disks", "num_pegs", "solution_length")}
+"""Dataset -> the keys of an entry's metadata that say how much its scorer builds."""

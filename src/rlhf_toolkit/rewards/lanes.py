@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol
 
-from rlhf_toolkit.rewards.calls import Batch, Outcome
+from rlhf_toolkit.rewards.calls import Asked, Batch, Outcome
 
 JOIN_SECONDS = 5.0
 """How long ``close`` waits for threads whose calls it has cut off."""
@@ -39,7 +39,7 @@ class Lanes:
     early = True
 
     def __init__(self, callers: Sequence[Caller]) -> None:
-        self.takes_tokens = False
+        self.asks = Asked()
         self._jobs: queue.SimpleQueue[tuple[Batch, Future[Outcome]] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=_serve, args=(self._jobs, each), daemon=True) for each in callers]
         self._close = weakref.finalize(self, _close, os.getpid(), self._jobs, tuple(callers), self._threads)

@@ -2,8 +2,8 @@
 
 A process is not made by ``multiprocessing``, on which process pools are built: that imports the main script again in
 each child, and with it torch and all of a recipe. A worker is a fresh Python that imports the user's function and
-little else, leads a session of its own, so that what it has started can be killed with it, and does not see the
-variables that tell a rank who it is.
+little else, leads a session of its own, so that what it has started can be killed with it, and sees of the
+environment and of the network what ``confinement`` leaves it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from rlhf_toolkit.errors import ConfigError, described
-from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, too_slow
+from rlhf_toolkit.rewards.calls import Asked, Batch, Fault, Outcome, from_json, most_bytes, too_slow
+from rlhf_toolkit.rewards.confinement import environment_of_workers
 from rlhf_toolkit.rewards.lanes import JOIN_SECONDS, Lanes, deadline
 from rlhf_toolkit.rewards.specification import RewardSpec
 
@@ -31,31 +33,32 @@ BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); descriptor = int(sys.argv[2]); del sys.argv[1:]; "
     "from rlhf_toolkit.rewards.worker import serve; serve(descriptor)"
 )
-OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-OF_LAUNCHERS = ("GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
-"""Beginnings of the names that torchrun and accelerate set; a function that imports either must not join the run."""
 
 
 def worker_pool(spec: RewardSpec) -> Lanes:
     """``spec.workers`` processes that have loaded ``spec.function``. ConfigError where it cannot be loaded."""
+    for name in spec.environment:
+        if name not in os.environ:
+            raise ConfigError(f"{spec.setting}.environment names {name}, which is not set; set it, or take it away")
     callers = [PoolCaller(spec) for _ in range(spec.workers)]
     lanes = Lanes(callers)
     try:
-        lanes.takes_tokens = all([caller.ready.result() for caller in callers])  # they agree
+        asks = [caller.ready.result() for caller in callers]  # they agree
     except BaseException:
         lanes.close()
         raise
+    lanes.asks = asks[0]
     return lanes
 
 
 class PoolCaller:
     """Keeps one worker process for one thread of ``Lanes``: starts it, calls it, replaces it when it is gone.
 
-    ``ready`` is whether the function takes tokens, or the ConfigError with which the first start failed.
+    ``ready`` is what the function asks for, or the ConfigError with which the first start failed.
     """
 
     def __init__(self, spec: RewardSpec) -> None:
-        self.ready: Future[bool] = Future()
+        self.ready: Future[Asked] = Future()
         self._spec = spec
         self._worker: WorkerProcess | None = None
         self._fault: Fault | None = None
@@ -73,19 +76,19 @@ class PoolCaller:
             if self._closed or is_good:
                 return
             try:
-                self._worker = worker = WorkerProcess()
+                self._worker = worker = WorkerProcess(self._spec.environment)
             except (OSError, RuntimeError) as error:  # too many processes or threads, or no memory for one
                 self._settle(ConfigError(f"{self._spec.setting}.workers: {described(error)}; use fewer workers"))
                 return
         self._settle(worker.load(self._spec))
 
-    def _settle(self, answer: bool | ConfigError) -> None:
-        if isinstance(answer, bool):
+    def _settle(self, answer: Asked | ConfigError) -> None:
+        if isinstance(answer, Asked):
             self._fault = None
         else:
             self._fault = Fault(f"could not be started again: {answer}", "repair its file", again=True)
         if not self.ready.done():
-            if isinstance(answer, bool):
+            if isinstance(answer, Asked):
                 self.ready.set_result(answer)
             else:
                 self.ready.set_exception(answer)
@@ -98,10 +101,10 @@ class PoolCaller:
             way_out = "give the dataset columns of plain values"
             return Fault(f"got columns that cannot be sent to a worker: {described(error)}", way_out, cause=error)
         for _ in range(self._spec.retries):
-            outcome = self._once(payload)
+            outcome = self._once(payload, batch)
             if isinstance(outcome, list) or not outcome.again or self._closed:
                 return outcome
-        return self._once(payload)
+        return self._once(payload, batch)
 
     def close(self) -> None:
         """Kill the worker, in the middle of a call if need be."""
@@ -112,11 +115,11 @@ class PoolCaller:
             worker.kill()
             worker.join(JOIN_SECONDS)
 
-    def _once(self, payload: bytes) -> Outcome:
+    def _once(self, payload: bytes, batch: Batch) -> Outcome:
         self._ensure()
         if self._fault is not None or self._worker is None:
             return self._fault or Fault("was closed", "call it before close()")
-        return self._worker.call(payload, self._spec.timeout)
+        return self._worker.call(payload, [len(each) for each in batch.tokens], self._spec.timeout)
 
 
 class WorkerProcess:
@@ -125,7 +128,7 @@ class WorkerProcess:
     The kernel ends it when the thread that created it ends, so that nothing of it outlives a killed parent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, named: Sequence[str] = ()) -> None:
         self._socket, theirs = socket.socketpair()
         with theirs:
             folders = json.dumps([folder for folder in sys.path if isinstance(folder, str)])
@@ -133,7 +136,7 @@ class WorkerProcess:
                 [sys.executable, "-u", "-c", BOOT, folders, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=environment_of_workers(),
+                env=environment_of_workers(named),
                 start_new_session=True,
             )
         self._connection = Connection(os.dup(self._socket.fileno()))
@@ -150,19 +153,23 @@ class WorkerProcess:
         except ChildProcessError:  # the watcher has been quicker
             return False
 
-    def load(self, spec: RewardSpec) -> bool | ConfigError:
-        """Have it load the function: whether that takes tokens, or why it could not be loaded."""
-        request = pickle.dumps((spec.function, f"{spec.setting}.function", dict(spec.kwargs)))
-        answer = self._exchange(request, START_SECONDS)
+    def load(self, spec: RewardSpec) -> Asked | ConfigError:
+        """Have it load the function: what that asks for, or why it could not be loaded."""
+        request = pickle.dumps((spec.function, f"{spec.setting}.function", dict(spec.kwargs), spec.network))
+        answer = self._exchange(request, START_SECONDS, most_bytes([]))
         if isinstance(answer, Fault):
             way_out = "see what it printed, and try to import the file with python"
             return ConfigError(f"{spec.setting}.function={spec.function!r}: its worker {answer.what}; {way_out}")
-        return pickle.loads(answer)  # type: ignore[no-any-return]
+        content = json.loads(answer)
+        if "error" in content:
+            return ConfigError(content["error"])
+        return Asked(content["tokens"], frozenset(content["options"]), frozenset(content["texts"]))
 
-    def call(self, payload: bytes, timeout: float | None) -> Outcome:
-        """Send a pickled batch and wait for its outcome, ``timeout`` seconds at most; then the process is killed."""
-        answer = self._exchange(payload, timeout)
-        return answer if isinstance(answer, Fault) else pickle.loads(answer)
+    def call(self, payload: bytes, counts: Sequence[int], timeout: float | None) -> Outcome:
+        """Send a pickled batch, whose responses have ``counts`` tokens, and wait for its outcome, ``timeout`` seconds
+        at most; then the process is killed."""
+        answer = self._exchange(payload, timeout, most_bytes(counts))
+        return answer if isinstance(answer, Fault) else from_json(answer, counts)
 
     def kill(self) -> None:
         """End the process now; ``_watch`` does the rest."""
@@ -172,14 +179,15 @@ class WorkerProcess:
         """Wait until it has ended and all that it started with it."""
         self._watcher.join(seconds)
 
-    def _exchange(self, payload: bytes, timeout: float | None) -> bytes | Fault:
-        """An answer to ``payload``, or how the process came to its end. The limit counts sending and reading, too."""
+    def _exchange(self, payload: bytes, timeout: float | None, most: int) -> bytes | Fault:
+        """An answer to ``payload`` of at most ``most`` bytes, or how the process came to its end. The time limit counts
+        sending and reading, too."""
         answer = None
         with deadline(timeout, self.kill) as expired:
             try:
                 self._connection.send_bytes(payload)
-                answer = self._connection.recv_bytes()
-            except (EOFError, OSError):  # the watcher shuts the socket when the process ends
+                answer = self._connection.recv_bytes(most)
+            except (EOFError, OSError):  # the watcher shuts the socket when the process ends; or the answer is too long
                 self.kill()  # it may have closed the socket and live on
         if answer is None or expired.is_set():
             self.join()
@@ -196,13 +204,6 @@ class WorkerProcess:
         self._process.wait()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-
-
-def environment_of_workers() -> dict[str, str]:
-    """The environment without what launchers tell a rank."""
-    return {
-        name: value for name, value in os.environ.items() if name not in OF_A_RANK and not name.startswith(OF_LAUNCHERS)
-    }
 
 
 def crashed(returncode: int) -> Fault:

@@ -16,6 +16,10 @@ _NEITHER = "has no function; give function: path/to/file.py:name, or url: http:/
 REQUESTS = 4
 """Requests at a time of a remote reward that does not say ``workers``."""
 
+REQUEST_SECONDS = 60.0
+"""The time limit of a request of a remote reward that does not say ``timeout``: without one a server that never
+answers would hold up the run."""
+
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -24,7 +28,8 @@ class RewardSpec:
     Either ``function`` (``path/to/file.py:name`` or ``package.module:name``) or ``url`` is set. ``workers`` are
     processes on each rank, or requests at a time on each rank for a ``url``; with 0 the function is called in the
     rank's own process with the whole batch, otherwise with ``batch_size`` responses. ``timeout`` is in seconds, None
-    for no limit. ``on_failure`` is one of ``values.POLICIES``. See docs/rewards.md.
+    for no limit. ``on_failure`` is one of ``values.POLICIES``. ``environment`` names variables that workers get beside
+    those of ``confinement``, ``network`` is whether they have one. See docs/rewards.md.
     """
 
     setting: str
@@ -39,6 +44,8 @@ class RewardSpec:
     on_failure: str = "error"
     failure_score: float = 0.0
     retries: int = 0
+    environment: tuple[str, ...] = ()
+    network: bool = True
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any], number: int) -> RewardSpec:
@@ -62,6 +69,7 @@ class RewardSpec:
         _check_effects(setting, given)
         if "url" in given:
             given.setdefault("workers", REQUESTS)
+            given.setdefault("timeout", REQUEST_SECONDS)
             name = re.sub(r"[^\w.-]", "_", urlsplit(given["url"]).hostname or "")
         else:
             name = given["function"].rpartition(":")[2]
@@ -76,5 +84,8 @@ def _check_effects(setting: str, given: Mapping[str, Any]) -> None:
     for key in ("batch_size", "retries"):
         if key in given and not elsewhere:
             raise ConfigError(f"{setting}.{key} has no effect in the rank's own process; set {setting}.workers, too")
+    for key in ("environment", "network"):
+        if key in given and not (given.get("workers", 0) and "function" in given):
+            raise ConfigError(f"{setting}.{key} has no effect without worker processes; set {setting}.workers, too")
     if "failure_score" in given and given.get("on_failure") != "score":
         raise ConfigError(f"{setting}.failure_score has no effect; set {setting}.on_failure: score, too")

@@ -49,7 +49,8 @@ def web_address(setting: str, value: Any) -> str:
         good = text.isascii() and text.isprintable() and " " not in text
         good = good and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         good = good and parts.username is None and parts.password is None and not parts.fragment
-    except ValueError:  # a port that is no number, a bracket that is not closed
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, a bracket that is not closed, a host such as a..b
         good = False
     if not good:
         raise ConfigError(f"{setting}={text!r} is no address; write http://host:port/path or https://...")
@@ -85,7 +86,7 @@ def time_limit(setting: str, value: Any) -> float | None:
         return None
     seconds = finite_number(setting, value)
     if seconds <= 0:
-        raise ConfigError(f"{setting}={shortened(value)} must be above 0; leave it out for no limit")
+        raise ConfigError(f"{setting}={shortened(value)} must be above 0; give some seconds, or leave it out")
     return seconds
 
 
@@ -108,6 +109,21 @@ def policy(setting: str, value: Any) -> str:
     return str(value)
 
 
+def variable_names(setting: str, value: Any) -> tuple[str, ...]:
+    """Names of variables of the environment."""
+    names = value if isinstance(value, list) else []
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
+        raise ConfigError(f"{setting}={shortened(value)} is no list of variables; write [NAME, ANOTHER]")
+    return tuple(names)
+
+
+def yes_or_no(setting: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{setting}={shortened(value)} is neither true nor false; give one of them")
+    return value
+
+
 READERS: dict[str, Callable[[str, Any], Any]] = {
     "name": metric_part,
     "function": function_place,
@@ -120,4 +136,6 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "on_failure": policy,
     "failure_score": finite_number,
     "retries": whole_number(0),
+    "environment": variable_names,
+    "network": yes_or_no,
 }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import pickle
 import signal
 import sys
-import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rlhf_toolkit.errors import ConfigError, described
 from rlhf_toolkit.plugins import load_function
-from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, WorkerTraceback, outcome_of, takes_tokens, with_text
+from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, asked, outcome_of, to_json
+from rlhf_toolkit.rewards.confinement import leave_network
 
 PR_SET_PDEATHSIG = 1
 
@@ -21,26 +22,40 @@ PR_SET_PDEATHSIG = 1
 def serve(descriptor: int) -> None:
     """Answer what arrives on the socket ``descriptor`` until the other side closes it.
 
-    First come ``(function, setting, kwargs)``; the answer is whether the function takes tokens, or the ConfigError
-    that loading it raised. Then come batches, each answered by its Outcome.
+    First come ``(function, setting, kwargs, network)``; the answer is what the function asks for, or why it could not
+    be loaded. Then come batches, each answered by its Outcome. What arrives is pickled, by the rank from its own data;
+    what is answered is JSON, since a response may have taken this process over.
     """
     os.set_inheritable(descriptor, False)
     if sys.platform == "linux":  # the kernel kills this process when the thread that started it ends, however it ends
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(descriptor)
-    spec, setting, kwargs = pickle.loads(connection.recv_bytes())
+    spec, setting, kwargs, network = pickle.loads(connection.recv_bytes())
     try:
+        if not network:
+            _leave_network(setting)
         function = load_function(spec, setting)
     except ConfigError as error:
-        connection.send_bytes(pickle.dumps(error))
+        connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
-    connection.send_bytes(pickle.dumps(takes_tokens(function)))
+    asks = asked(function)
+    described_asks = {"tokens": asks.tokens, "options": sorted(asks.options), "texts": sorted(asks.texts)}
+    connection.send_bytes(json.dumps(described_asks).encode())
     while True:
         try:
             payload = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(pickle.dumps(outcome_in_worker(function, payload, kwargs)))
+        connection.send_bytes(to_json(outcome_in_worker(function, payload, kwargs)))
+
+
+def _leave_network(setting: str) -> None:
+    """ConfigError where the network cannot be left; ``setting`` is that of the function."""
+    try:
+        leave_network()
+    except OSError as error:
+        place = setting.removesuffix(".function")
+        raise ConfigError(f"{place}.network=false cannot be kept: {described(error)}; take it away") from error
 
 
 def outcome_in_worker(function: Any, payload: bytes, kwargs: dict[str, Any]) -> Outcome:
@@ -50,9 +65,8 @@ def outcome_in_worker(function: Any, payload: bytes, kwargs: dict[str, Any]) -> 
         batch: Batch = pickle.loads(payload)
     except Exception as error:  # a column's type may be defined where no worker finds it
         way_out = "give the dataset columns of plain values"
-        return with_text(Fault(f"got columns that a worker cannot read: {described(error)}", way_out, cause=error))
+        return Fault(f"got columns that a worker cannot read: {described(error)}", way_out, cause=error)
     try:
-        return with_text(outcome_of(function, batch, kwargs))
-    except BaseException as error:  # SystemExit, or whatever else is no Exception
-        cause = WorkerTraceback("".join(traceback.format_exception(error)))
-        return Fault(f"raised {described(error)}", "repair the function (see its traceback)", again=True, cause=cause)
+        return outcome_of(function, batch, kwargs)
+    except KeyboardInterrupt as error:  # its own: a terminal's goes to the rank alone
+        return Fault(f"raised {described(error)}", "repair the function (see its traceback)", again=True, cause=error)
