@@ -147,7 +147,9 @@ def _report(case: Case, found: Outcome, seed: int) -> None:
         return
     told = {name: value for name, value in case.changes.items() if base(case.kind).get(name) != value}
     rows = json.dumps(case.rows)[:600] if case.shape == "rows" else ""
-    words = f"--- case {case.number} of seed {seed}, {case.kind}, {case.shape}: {found.how}\n    {_short(told)}\n    {rows}"
+    words = (
+        f"--- case {case.number} of seed {seed}, {case.kind}, {case.shape}: {found.how}\n    {_short(told)}\n    {rows}"
+    )
     print(f"{words}\n{found.text[-1800:]}", flush=True)
 
 

@@ -48,6 +48,7 @@ def own_advantage(rewards, mask, **offered):
 NOT_A_FUNCTION = 3
 '''
 
+
 def write_fixtures(folder: Path) -> Path:
     """Write everything below ``folder`` and return it."""
     model = tiny_llama(
