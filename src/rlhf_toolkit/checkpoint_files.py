@@ -5,6 +5,7 @@
         state.json                      everything that is no tensor
         optimizer.safetensors           AdamW's moments of every trained parameter, whole
         experience.safetensors          the rollout whose updates are under way, if there is one
+        plugins.safetensors             tensors of the user's plugins, if there are any
         policy/, value/, reward/        adapters and heads as a finished run has them
 
 It is written under a temporary name, synced, read again and compared, and only then renamed. Nothing in it is a pickle,
@@ -35,7 +36,7 @@ from rlhf_toolkit.files import is_plain_name, write_text
 FORMAT = 2
 """Of the checkpoints that this version writes and reads. Those of format 1 were DeepSpeed's and Trainer's own."""
 MANIFEST, STATE = "manifest.json", "state.json"
-OPTIMIZER, EXPERIENCE = "optimizer.safetensors", "experience.safetensors"
+OPTIMIZER, EXPERIENCE, PLUGINS = "optimizer.safetensors", "experience.safetensors", "plugins.safetensors"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 LARGEST_JSON = 2**28
 """Bytes of a JSON file that is still read: the means of some millions of prompts."""

@@ -22,6 +22,9 @@ from typing import Any
 
 from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
 
+with_state: dict[str, Any] = {}
+"""By what their settings say, the objects that this process has loaded and that bring their own state."""
+
 
 def find(name: str, known: Mapping[str, Callable[..., Any]], setting: str) -> Callable[..., Any]:
     """The function ``known`` by that name, or the one that ``path/to/file.py:name`` or ``package.module:name`` names.
@@ -85,6 +88,8 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
     imports inside its functions do not find them, and neighbours stay in ``sys.modules`` under their plain names: two
     files whose neighbours are both called ``helpers`` share the first. Raises ConfigError, which names ``setting``,
     where nothing callable can be loaded.
+
+    An object with ``state_dict()`` and ``load_state_dict(state)`` has its state in checkpoints: see ``with_state``.
     """
     place, colon, name = spec.rpartition(":")
     if not (colon and place and name):
@@ -99,7 +104,10 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
             f"{setting}={spec!r}: importing {place} raised {described(error)}{_where(error)}; "
             "repair it, or give path/to/file.py:name"
         ) from error
-    return _callable(module, name, spec, setting)
+    found = _callable(module, name, spec, setting)
+    if callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None)):
+        with_state[spec] = found
+    return found
 
 
 def _callable(module: ModuleType, name: str, spec: str, setting: str) -> Callable[..., Any]:

@@ -225,7 +225,7 @@ def _never_fits(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, int | float):
         if isinstance(value, float):
             return True  # NaN and infinity
-        return abs(value) > 10**300 and (float in kinds or int not in kinds) or not {int, float} & set(kinds)
+        return (abs(value) > 10**300 and (float in kinds or int not in kinds)) or not {int, float} & set(kinds)
     if isinstance(value, str):
         return str not in kinds
     if isinstance(value, list):

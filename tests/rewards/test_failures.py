@@ -262,9 +262,8 @@ def test_a_worker_without_network_reaches_nobody(tmp_path: Path) -> None:
     entries += [of("user", network=False)]
     entries = [{**entry, "function": f"{file}:{entry['function'].rpartition(':')[2]}"} for entry in entries]
     if not namespaces_work():
-        with pytest.raises(ConfigError, match=r"network=false cannot be kept"):
-            with rewards_of(entries[1]):
-                pass
+        with pytest.raises(ConfigError, match=r"network=false cannot be kept"), rewards_of(entries[1]):
+            pass
         return
     with socket.create_server(("127.0.0.1", 0)) as server, rewards_of(*entries) as rewards:
         scores = rewards.collect(*batch_of(["a"], port=server.getsockname()[1]))

@@ -187,6 +187,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "seed": 0,
         "save_every": 0,
         "keep_checkpoints": 2,
+        "keep_best": False,
         "evaluate_every": 0,
         "evaluation_samples": 0,
         "samples": 4,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -131,6 +132,31 @@ def read_records(folder: Path, kind: str, axis: str = "rollout") -> list[Record]
     lines = path.read_text().splitlines() if path.exists() else []
     records = [record for record in map(json.loads, lines) if record["kind"] == kind]
     return [*{record[axis]: record for record in records}.values()]
+
+
+def history(folder: Path, *, axis: str, until: int) -> list[tuple[Record, list[Record]]]:
+    """The records up to rollout or step ``until``, each with its samples; of two of the same the later one."""
+    records, samples = _lines(folder / "log.jsonl"), _lines(folder / "samples.jsonl")
+    newest = {(each["kind"], each[axis]): each for each in records if each[axis] <= until}
+    of = {place: list[Record]() for place in newest}
+    for sample in samples:
+        if (place := (sample["kind"], sample[axis])) in of:
+            of[place].append(sample)
+    return [(record, of[place]) for place, record in newest.items()]
+
+
+def mend_logs(folder: Path) -> None:
+    """Cut off the line that a run was killed in the middle of, so that the next one begins a line of its own."""
+    for name in ("log.jsonl", "samples.jsonl"):
+        path = folder / name
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            if content and not content.endswith(b"\n"):
+                os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _lines(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:

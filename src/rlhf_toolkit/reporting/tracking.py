@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class WandbMirror:
                 stacklevel=2,
             )
             self.run = wandb.init(mode="offline", settings=_settings(wandb), **options)
+            mode = "offline"
+        self.offline = mode == "offline"
         self.run.define_metric(axis)
         self.run.define_metric("*", step_metric=axis)
 
@@ -73,6 +76,12 @@ class WandbMirror:
     def alert(self, title: str, text: str) -> None:
         """Raise an alert, which W&B sends on as the project's owner has asked; offline it waits for ``wandb sync``."""
         self.run.alert(title=title, text=text, level="WARN")
+
+    def catch_up(self, history: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
+        """Log once more what a resumed run has logged before, as ``(record, samples)``. Only offline: there each start
+        makes a piece of its own, and what W&B is sent last takes the place of earlier pieces of the run."""
+        for record, samples in history if self.offline else ():
+            self(record, samples)
 
     def finish(self) -> None:
         """Send what is left and close the run."""

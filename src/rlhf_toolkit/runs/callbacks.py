@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from rlhf_toolkit.distributed.topology import Topology, check_engine
 from rlhf_toolkit.trainers.base import RoleTrainer
 
+SCORE, LOSS = "eval/score/mean", "eval/loss"
+
 
 class EngineCheck(TrainerCallback):
     """Looks at the engine once it exists."""
@@ -49,3 +51,17 @@ class EvaluationAtBothEnds(TrainerCallback):
         just_done = args.eval_strategy != "no" and state.global_step % state.eval_steps == 0
         if self.trainer.held_out and not just_done:
             self.trainer.evaluate()
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the checkpoint of the best evaluation: of the highest mean score, or of the lowest loss where there is no
+    score."""
+
+    def __init__(self, trainer: RoleTrainer) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every rank has the same metrics. A collective."""
+        metrics = kwargs["metrics"]
+        if state.global_step > 0:  # before the first update the model is what the run began with
+            self.trainer.keep_if_best(metrics[SCORE] if SCORE in metrics else -metrics[LOSS])

@@ -21,9 +21,9 @@ from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
-from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, versions
+from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, history, mend_logs, versions
 from rlhf_toolkit.reporting.tracking import WandbMirror
-from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds
+from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
 from rlhf_toolkit.runs.run import Run, with_dtype
 from rlhf_toolkit.runs.weights import fingerprint_of
 from rlhf_toolkit.settings.configs import RunConfig
@@ -105,8 +105,7 @@ def prepare_run(
     with agreement("loading"):
         config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     data = parts.load_data(config)
-    if checkpoint is None:
-        on_main(lambda: claim_run_folder(folder, settings))
+    on_main(lambda: claim_run_folder(folder, settings) if checkpoint is None else mend_logs(folder))
     model = parts.load_model(config)
     identity = parts.identity(data, model)
     if checkpoint is not None:
@@ -123,16 +122,15 @@ def prepare_run(
     identity |= parts.identity_of_rewards(trainer)
     if checkpoint is not None:
         require_identity(checkpoint, settings, identity)
-    run_id = None if checkpoint is None else checkpoint.state["wandb_id"]
+    run_id = None if checkpoint is None else checkpoint.state.get("wandb_id")
     mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
+    if mirror is not None and checkpoint is not None:
+        mirror.catch_up(history(folder, axis=parts.axis, until=checkpoint.step // parts.updates_per_round))
     about = {
         "settings": settings,
         "identity": identity,
-        "versions": versions(),
-        "ranks": topology.world_size,
-        "zero_stage": topology.launch.zero_stage,
-        "device": topology.device.type,
-        "wandb_id": None if mirror is None else mirror.run_id,
+        "wandb_id": run_id if mirror is None else mirror.run_id,
+        **described_here(topology),
     }
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     log = RunLog(
@@ -143,8 +141,9 @@ def prepare_run(
         axis=parts.axis,
     )
     evaluation = EvaluationAtBothEnds(cast(Evaluating, trainer))
+    keepers = [KeepBest(trainer)] if experiment.run.keep_best else []
     alarms = parts.alarms(notifier(progress, mirror))
-    for callback in (parts.engine_check(trainer), *alarms, log, evaluation):
+    for callback in (parts.engine_check(trainer), *alarms, log, evaluation, *keepers):
         trainer.add_callback(callback)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
 
@@ -159,6 +158,16 @@ def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
             mirror.alert(title, text)
 
     return notify
+
+
+def described_here(topology: Topology) -> dict[str, Any]:
+    """Where a checkpoint was written, for those who look into it: nothing of this has to be the same again."""
+    return {
+        "versions": versions(),
+        "ranks": topology.world_size,
+        "zero_stage": topology.launch.zero_stage,
+        "device": topology.device.type,
+    }
 
 
 def start_wandb(

@@ -379,6 +379,7 @@ class RunConfig(Section):
     seed: int = knob(0, "every random stream derives from it")
     save_every: int = knob(0, "rollouts between checkpoints; 0: only the final adapters", NOT_NEGATIVE)
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ABOVE_0)
+    keep_best: bool = knob(False, "also write and keep the checkpoint of the best evaluation")
     evaluate_every: int = knob(0, "rollouts between evaluations; 0: only those at start and end", NOT_NEGATIVE)
     evaluation_samples: int = knob(
         0, "responses sampled to each held-out prompt in an evaluation, beside the greedy one", NOT_NEGATIVE

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, Checkpoint, Contents, load_tensors, understood
+from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkpoint, Contents, load_tensors, understood
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, world_size
 from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.distributed.moments import moments_on_main, restore_moments, weights_on_main
@@ -25,6 +25,7 @@ from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
+from rlhf_toolkit.trainers.plugin_state import States, plugin_states, put_together, restore_plugins, taken_apart
 from rlhf_toolkit.trainers.saving import CheckpointWriter
 
 B = TypeVar("B", bound=Mapping[str, Tensor])
@@ -42,6 +43,7 @@ class Settled:
     progress: Mapping[str, Any]
     sums: Mapping[str, tuple[Number, Number]]
     experience: Mapping[str, Tensor]
+    plugins: States
 
 
 class RoleTrainer(Trainer):
@@ -70,6 +72,7 @@ class RoleTrainer(Trainer):
         self.not_finite = LeftOutUpdates(kind, Path(str(self.args.output_dir)), most_in_a_row=most_left_out)
         self.writer: CheckpointWriter | None = None
         self.resumed: Checkpoint | None = None
+        self.best: tuple[int, float] | None = None
         self._settled: Settled | None = None
         self._about: Mapping[str, Any] = {}
 
@@ -167,16 +170,28 @@ class RoleTrainer(Trainer):
             settled = self._settled = self._settle()
         weights = weights_on_main(self._saved())
         moments, steps = moments_on_main(self.model_wrapped, optimizer, self._trained())
+        plugins, of_plugins = taken_apart(all_gather(settled.plugins))
         state = {
             **self._about,
+            "best": self.best,
+            "plugins": plugins,
             "progress": settled.progress,
             "meters": all_gather(plain(settled.sums)),
             "adamw_steps": steps,
             "schedule": schedule.state_dict(),
             "learning_rates": [group["lr"] for group in optimizer.param_groups],
         }
-        tensors = {OPTIMIZER: moments, **({EXPERIENCE: settled.experience} if settled.experience else {})}
-        self.writer.write(Contents(step, state, tensors), partial(self._write_roles, weights))
+        tensors = {OPTIMIZER: moments, EXPERIENCE: settled.experience, PLUGINS: of_plugins}
+        contents = Contents(step, state, {file: each for file, each in tensors.items() if each})
+        best = None if self.best is None else self.best[0]
+        self.writer.write(contents, partial(self._write_roles, weights), best=best)
+
+    def keep_if_best(self, value: float) -> None:
+        """Note an evaluation of the state after the last step: where ``value``, which is the better the larger it is,
+        is the best so far, its checkpoint is written and stays. A collective."""
+        if self.best is None or value > self.best[1]:
+            self.best = (self.state.global_step, value)
+            self.write_checkpoint()
 
     def progress(self) -> dict[str, Any]:
         """What else has changed since the run began, as JSON that later changes do not reach."""
@@ -201,7 +216,7 @@ class RoleTrainer(Trainer):
         return batch
 
     def _settle(self) -> Settled:
-        return Settled(self.state.global_step, self.progress(), self.meter.sums, self.experience())
+        return Settled(self.state.global_step, self.progress(), self.meter.sums, self.experience(), plugin_states())
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -248,11 +263,13 @@ class RoleTrainer(Trainer):
         assert optimizer is not None and schedule is not None, "both are there once training is prepared"
         with agreement("reading the checkpoint"):
             moments = load_tensors(folder, OPTIMIZER) if rank() == 0 else {}
-        experience = on_main(lambda: load_tensors(folder, EXPERIENCE))
+        experience, of_plugins = on_main(lambda: [load_tensors(folder, file) for file in (EXPERIENCE, PLUGINS)])
         with understood(folder):
             restore_moments(self.model_wrapped, optimizer, self._trained(), state["adamw_steps"], moments.__getitem__)
             schedule.load_state_dict(state["schedule"])
             for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
                 group["lr"] = rate
             self.meter = Meter(shared_out(state["meters"], rank=rank(), ranks=world_size()))
+            self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
+            restore_plugins(put_together(state["plugins"], of_plugins, rank=rank(), ranks=world_size()))
             self.restore_progress(state["progress"], experience)
