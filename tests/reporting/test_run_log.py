@@ -17,6 +17,8 @@ from rlhf_toolkit.reporting.run_log import (
     PACKAGES,
     Progress,
     RunLog,
+    history,
+    mend_logs,
     read_records,
     versions,
     write_fine_tuning_summary,
@@ -53,6 +55,29 @@ def lines(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
 def test_a_record_has_its_rollout_and_our_names_only(tmp_path: Path) -> None:
     say(log_of(tmp_path), 8, train__loss=0.5, critic__score__mean=0.25, epoch=1.0, grad_norm=3.0)
     assert lines(tmp_path) == [{"kind": "train", "rollout": 2, "train/loss": 0.5, "critic/score/mean": 0.25}]
+
+
+def test_what_a_resumed_run_has_logged_before(tmp_path: Path) -> None:
+    """Up to its checkpoint; of a rollout that was logged twice the later record; with the samples of each."""
+    log = log_of(tmp_path)
+    for step, loss in ((4, 0.1), (8, 0.2), (8, 0.3), (12, 0.4)):
+        say(log, step, train__loss=loss)
+    say(log, 8, eval__score__mean=0.7)
+    found = history(tmp_path, axis="rollout", until=2)
+    assert [(r["kind"], r["rollout"], r.get("train/loss")) for r, _ in found] == [
+        ("train", 1, 0.1),
+        ("train", 2, 0.3),
+        ("eval", 2, None),
+    ]
+    assert [sample["response"] for sample in found[2][1]] == ["s", "t"]
+    assert history(tmp_path / "nothing", axis="rollout", until=2) == []
+
+
+def test_a_line_that_a_run_was_killed_in_is_cut_off(tmp_path: Path) -> None:
+    for text, expected in (("a\nb\n", "a\nb\n"), ('a\n{"ki', "a\n"), ("{", ""), ("", "")):
+        (tmp_path / "log.jsonl").write_text(text)
+        mend_logs(tmp_path)
+        assert (tmp_path / "log.jsonl").read_text() == expected
 
 
 def test_the_axis_of_a_supervised_run_is_its_steps(tmp_path: Path) -> None:

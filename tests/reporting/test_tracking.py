@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,19 @@ def test_a_record_is_logged_without_its_kind_and_with_a_table_of_samples(monkeyp
     ]
     mirror.finish()
     assert wandb.finished == 1
+
+
+@pytest.mark.parametrize(("mode", "reachable"), [("offline", True), ("online", False), ("online", True)])
+def test_only_offline_a_resumed_run_tells_its_history_again(
+    mode: str, reachable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Wandb(None if reachable else OSError("no network"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mirror = mirror_of(wandb, monkeypatch, mode=mode, run_id="old")
+    mirror.catch_up([({"kind": "train", "rollout": number, "train/loss": 0.5}, []) for number in (1, 2)])
+    offline = [] if mode == "online" and reachable else [1, 2]
+    assert [values["rollout"] for values in wandb.logged] == offline
 
 
 @pytest.mark.parametrize("own", [True, False])
