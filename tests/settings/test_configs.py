@@ -1008,3 +1008,21 @@ def test_plain_settings_come_back_equal_from_json() -> None:
     assert json.loads(json.dumps(built.as_dict())) == built.as_dict()
     with pytest.raises(ConfigError, match=r"reward\.functions\[0\]\.kwargs\.a=\(1, 2\) is a tuple"):
         RewardConfig(functions=[{"function": "f.py:f", "kwargs": {"a": (1, 2)}}])
+
+
+@pytest.mark.parametrize("kind", [SFTExperiment, RewardExperiment, DPOExperiment])
+@pytest.mark.parametrize(("section", "told"), [("run", "unknown setting run.quiet"), ("JOB", "unknown section 'JOB'")])
+def test_what_a_supervised_run_does_not_know_is_named(kind: type[FineTuning], section: str, told: str) -> None:
+    """Its class has constants beside its sections."""
+    with pytest.raises(ConfigError) as caught:
+        experiment_from_dict({"model": {"name": "m"}, "data": {"train": "d"}, section: {"quiet": 1}}, kind)
+    assert str(caught.value).startswith(told)
+
+
+def test_more_updates_than_can_be_counted_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^ppo\.num_rollouts=1000000000 with .* more than 9e\+15 updates"):
+        experiment_from_dict(merged_with(ppo={"num_rollouts": 10**9, "num_ppo_epochs": 10**9}))
+    with pytest.raises(ConfigError, match=r"^sft\.epochs=1e\+300 of 10 rows is more than 9e\+15 updates"):
+        SFTExperiment(
+            model=ModelConfig(name="m"), data=DatasetConfig(train="d"), sft=SFTConfig(epochs=1e300)
+        ).steps(10)
