@@ -104,6 +104,8 @@ def play_all(numbers: range, seed: int, *, processes: int = 1, seconds: float = 
                 if about is None:
                     table.add(case, found)
                     _report(case, found, seed)
+                    if (done := sum(table.counts.values())) % 100 == 0:
+                        print(f"... {done} cases", flush=True)
                     if found.how == RAN and (knob := _drawn_knob(case, seed)):
                         again.append((case.without(knob), knob, found.left))
                 elif found.how in GOOD:

@@ -1009,3 +1009,23 @@ def test_plain_settings_come_back_equal_from_json() -> None:
     assert json.loads(json.dumps(built.as_dict())) == built.as_dict()
     with pytest.raises(ConfigError, match=r"reward\.functions\[0\]\.kwargs\.a=\(1, 2\) is a tuple"):
         RewardConfig(functions=[{"function": "f.py:f", "kwargs": {"a": (1, 2)}}])
+
+
+@pytest.mark.parametrize("kind", [SFTExperiment, RewardExperiment, DPOExperiment])
+@pytest.mark.parametrize(("section", "told"), [("run", "unknown setting run.quiet"), ("JOB", "unknown section 'JOB'")])
+def test_what_a_supervised_run_does_not_know_is_named(kind: Any, section: str, told: str) -> None:
+    """Its class has constants beside its sections."""
+    with pytest.raises(ConfigError) as caught:
+        experiment_from_dict({"model": {"name": "m"}, "data": {"train": "d"}, section: {"quiet": 1}}, kind)
+    assert str(caught.value).startswith(told)
+
+
+def test_numbers_that_no_run_could_hold_are_refused() -> None:
+    told = error_of("ppo", num_rollouts=10**9, num_ppo_epochs=10**9)
+    assert told.startswith(
+        "ppo.num_rollouts=1000000000 with ppo.num_ppo_epochs=1000000000 and ppo.mini_batches=1 is more"
+    )
+    with pytest.raises(ConfigError, match=r"^sft\.epochs=1e\+30 of 10 rows is more than 9e\+15 updates"):
+        supervised(sft={"epochs": 1e30}).steps(10)
+    assert error_of("reward", clip=1e39).startswith("reward.clip=1e+39 is beyond float32")
+    assert experiment(reward={"clip": 3.4e38}).reward.clip == 3.4e38

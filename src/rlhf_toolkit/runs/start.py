@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, TrainerCallback
 from rlhf_toolkit.checkpoint_files import understood
 from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder, require_identity
 from rlhf_toolkit.distributed.collectives import agreement, on_main
+from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -99,8 +100,9 @@ def prepare_run(
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     experiment = with_dtype(experiment, topology)
-    parts = kind(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
+    require_same("the setting", flat(settings))
+    parts = kind(experiment, topology)
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     with agreement("loading"):
         config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
@@ -108,6 +110,7 @@ def prepare_run(
     on_main(lambda: claim_run_folder(folder, settings) if checkpoint is None else mend_logs(folder))
     model = parts.load_model(config)
     identity = parts.identity(data, model)
+    require_same("the fingerprint of", identity)
     if checkpoint is not None:
         require_identity(checkpoint, settings, identity)
         with understood(checkpoint.folder):
@@ -160,6 +163,7 @@ def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
     return notify
 
 
+<<<<<<< HEAD
 def described_here(topology: Topology) -> dict[str, Any]:
     """Where a checkpoint was written, for those who look into it: nothing of this has to be the same again."""
     return {
@@ -168,6 +172,11 @@ def described_here(topology: Topology) -> dict[str, Any]:
         "zero_stage": topology.launch.zero_stage,
         "device": topology.device.type,
     }
+=======
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names."""
+    return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
+>>>>>>> hosts
 
 
 def start_wandb(

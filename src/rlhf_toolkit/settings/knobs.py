@@ -22,6 +22,9 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 SPOKEN = ".system_prompt"
 
+LARGEST_FLOAT = 3.4028234663852886e38
+"""Of float32."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -126,10 +129,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _require_sane(name: str, value: Any) -> None:
-    """Raise ConfigError for a whole number that no counter holds, and for a name with characters that do not print: it
+    """Raise ConfigError for a number that no counter or no float32 holds, and for a name with characters that do not print: it
     becomes a path, a label or a line. Only ``SPOKEN`` is read by a model, and may have line breaks."""
     if isinstance(value, int) and value.bit_length() > COUNTER_BITS:
         raise ConfigError(f"{name}={shortened(value)} is beyond 64 bits; give a smaller number")
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
+        raise ConfigError(f"{name}={value} is beyond float32, in which a run computes; give a smaller number")
     if isinstance(value, str):
         odd = SURROGATE.search(value) if name.endswith(SPOKEN) else UNPRINTED.search(value)
         if odd is not None:

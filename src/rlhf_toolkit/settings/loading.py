@@ -70,7 +70,8 @@ def experiment_from_dict(
 
     Raises ConfigError for values that cannot work and for an unknown name, with the nearest known one.
     """
-    kinds = get_type_hints(kind)
+    known = {section.name for section in fields(kind)}  # type: ignore[arg-type]
+    kinds = {name: hint for name, hint in get_type_hints(kind).items() if name in known}  # no constants of the class
     sections = {}
     for name, section in values.items():
         if name not in kinds:
