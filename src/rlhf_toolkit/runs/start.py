@@ -163,7 +163,6 @@ def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
     return notify
 
 
-<<<<<<< HEAD
 def described_here(topology: Topology) -> dict[str, Any]:
     """Where a checkpoint was written, for those who look into it: nothing of this has to be the same again."""
     return {
@@ -172,11 +171,11 @@ def described_here(topology: Topology) -> dict[str, Any]:
         "zero_stage": topology.launch.zero_stage,
         "device": topology.device.type,
     }
-=======
+
+
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by their dotted names."""
     return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
->>>>>>> hosts
 
 
 def start_wandb(
