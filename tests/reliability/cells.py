@@ -82,7 +82,7 @@ class Bench:
         self.start(self.straight).succeeded()
         notes = self.folder / "half_notes"
         notes.mkdir()
-        self.start(self.half, before=Cell(self.kind.name, "update", "SIGKILL", "0").strike(notes).code())
+        self.start(self.half, before=Strike("renamed", int(signal.SIGKILL), "0", str(notes), step=2).code())
         assert newest_checkpoint(self.half) == 2, "the half run was to have its first checkpoint"
 
     def start(self, run_folder: Path, *more: str, before: str = "") -> Finished:

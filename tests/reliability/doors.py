@@ -64,7 +64,7 @@ class World:
             at = {"run.output_dir": str(self.work / name), **changes}
             write_experiment(self.work / f"{name}.yaml", merged(task, at))
         self.run(PPO, "--config", str(self.work / "done.yaml")).succeeded()
-        strike = Strike("rollout", 9, "0", str(self.notes), step=4)
+        strike = Strike("renamed", 9, "0", str(self.notes), step=4)
         self.run(PPO, "--config", str(self.work / "half.yaml"), before=strike.code())
         other = merged(task, {"model.name": str(self.work / "other_model"), "run.output_dir": str(self.work / "other")})
         torch.manual_seed(5)
