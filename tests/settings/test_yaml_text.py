@@ -29,7 +29,8 @@ def test_an_alias_that_does_not_multiply_is_taken() -> None:
 
 
 BAD = {
-    "a: &a [1,1]\n" + "\n".join(f"b{i}: &a [*a,*a,*a]" for i in range(12)): "aliases stand for more than",
+    "a: &a0 [1,1]\n"
+    + "\n".join(f"b{i}: &a{i + 1} [*a{i},*a{i},*a{i}]" for i in range(12)): "aliases stand for more than",
     "a: &a [*a]": "within the value",
     "a: 1\na: 2": "'a' stands twice at line 1",
     "[" * 200 + "]" * 200: "nested deeper",
