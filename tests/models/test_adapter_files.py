@@ -23,19 +23,8 @@ EVERYDAY = (
     r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))",
 )
 SLOW = (
-    "(a+)+X",
-    "(a|a)*X",
-    "(.*)*X",
-    "(x+x+)+y",
-    "((a))*",
-    "(?=a)",
-    "(?P<n>a)",
-    r"(a)\1",
-    ".*" * 5,
-    "(",
-    "a{1,2}{3}",
-    "[z-a]",
-    "a" * 20_001,
+    *("(a+)+X", "(a|a)*X", "(.*)*X", "(x+x+)+y", "((a))*", "(?=a)", "(?P<n>a)", r"(a)\1", ".*" * 5, "(", "a{1,2}{3}"),
+    *("[z-a]", "a" * 20_001),
 )
 
 
@@ -46,33 +35,14 @@ def test_patterns_of_everyday_are_taken(pattern: str) -> None:
 
 @for_each("pattern", SLOW)
 def test_what_might_take_long_is_refused(pattern: str) -> None:
-    with pytest.raises(ModelError, match="^x has target_modules with the pattern"):
+    with pytest.raises(ModelError, match=r"^x has target_modules with the pattern"):
         steps("x", "target_modules", pattern)
 
 
 def test_whatever_is_taken_is_matched_in_no_time() -> None:
     chance, taken, slowest = random.Random(5), 0, 0.0
-    pieces = [
-        "a",
-        ".",
-        r"\w",
-        "[a-z_.0-9]",
-        "*",
-        "+",
-        "?",
-        "{1,9}",
-        "{0,60}",
-        "(",
-        "(?:",
-        ")",
-        "|",
-        "q",
-        "_",
-        r"\.",
-        "$",
-        ".*",
-        ".*?",
-    ]
+    pieces = ["a", ".", r"\w", "[a-z_.0-9]", "*", "+", "?", "{1,9}", "{0,60}", "(", "(?:", ")", "|", "q", "_", r"\."]
+    pieces += ["$", ".*", ".*?"]
     for _ in range(20_000):
         pattern = "".join(chance.choices(pieces, k=chance.randrange(1, 14))) + chance.choice(["", "X"])
         try:
