@@ -19,6 +19,9 @@ from rlhf_toolkit.texts import LINES, printable, quoted
 DISK_FULL = "No space left on device"
 """What the operating system says, in the text of OSError as in that of safetensors' error."""
 
+OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What PyTorch's errors say where they have no class of their own: those of its CPU allocator, and of cuBLAS."""
+
 
 MOST_READ = 10_000
 """Characters of a foreign exception that are looked at."""
@@ -64,6 +67,21 @@ class TrainingPathError(RLHFError):
 
 class NotFiniteError(RLHFError):
     """A model gave NaN or infinity, in a rollout or in a training step."""
+
+
+class OutOfMemoryError(RLHFError):
+    """Memory ran out in an update or while sampling, also after what can be made smaller was made smaller."""
+
+
+class StallError(RLHFError):
+    """A rank has not moved for longer than ``run.stall_minutes``."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed, on a card or in the machine's memory."""
+    if isinstance(error, MemoryError | OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager

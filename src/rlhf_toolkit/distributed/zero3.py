@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.distributed.collectives import largest, raise_together, rank, world_size
 
-AVAILABLE = ZeroParamStatus.AVAILABLE
+AVAILABLE, GONE = ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE
 RESTS, GOES_ON, FAILED = range(3)
 """What a rank votes before a forward pass of a sharded model."""
 Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
@@ -84,7 +84,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     Ranks may run different numbers of forward passes inside. Hooks come off before the gather and go back on exactly
     once, also after an exception. Without ZeRO-3 this does nothing. Memory: one full copy of the model on each rank.
     """
-    offload = _parameter_offload(model)
+    offload = parameter_offload_of(model)
     if offload is None:
         yield
         return
@@ -161,7 +161,7 @@ def streamed(model: nn.Module) -> Iterator[InStep]:
     ZeRO's hooks stay on. A pass that does not begin at the engine's root must be announced to ZeRO's coordinator, which
     counts modules from there.
     """
-    offload = _parameter_offload(model)
+    offload = parameter_offload_of(model)
     yield InStep(lambda: None if offload is None else offload.get_param_coordinator().reset_step())
 
 
@@ -177,7 +177,7 @@ def offloads_optimizer(model: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the engine runs ZeRO-3, so that a forward pass has to fetch parameters."""
-    return _parameter_offload(model) is not None
+    return parameter_offload_of(model) is not None
 
 
 def is_here(parameter: nn.Parameter) -> bool:
@@ -185,7 +185,8 @@ def is_here(parameter: nn.Parameter) -> bool:
     return not is_partitioned(parameter) or parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
 
 
-def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
+def parameter_offload_of(model: nn.Module) -> DeepSpeedZeRoOffload | None:
+    """What fetches the parameters of an engine that runs ZeRO-3; None of any other model."""
     if not isinstance(model, DeepSpeedEngine) or model.zero_optimization_stage() != 3:
         return None
     return model.optimizer.parameter_offload
