@@ -20,6 +20,7 @@ from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.runtime.zero import parameter_offload
 from torch import nn
 
+from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import (
     Failure,
     RankFailedError,
@@ -33,6 +34,7 @@ from rlhf_toolkit.distributed.zero3 import AVAILABLE, GONE, parameter_offload_of
 from rlhf_toolkit.errors import OutOfMemoryError
 
 T = TypeVar("T")
+FAILED = 1000  # in a vote, above every signal's number
 PLAIN = (int, bool, list, dict, tuple, deque)  # what DeepSpeed keeps about where a pass is; the rest are streams, locks
 COLLECTIVES = (
     "all_reduce",
@@ -68,8 +70,8 @@ class Done:
 
 
 class Issued:
-    """The collectives that DeepSpeed has issued on this rank since ``begin``. ``leave_out`` of them, the first ones, can
-    be left out when they come again."""
+    """The collectives that DeepSpeed has issued on this rank since ``begin``. The first ``leave_out`` of them can be
+    left out when they come again."""
 
     def __init__(self) -> None:
         self.leave_out, self._inside = 0, False
@@ -238,11 +240,14 @@ def drop_gradients(model: nn.Module) -> None:
         optimizer.all_grad_tensors[group] = None
 
 
-def together(model: nn.Module, run: Callable[[], T], idle: Callable[[], object], phase: str) -> T:
+def together(
+    model: nn.Module, run: Callable[[], T], idle: Callable[[], object], phase: str, *, may_stop: bool = True
+) -> T:
     """Run ``run``, whose collectives are the same on all ranks; what it raises on any rank, all raise.
 
     ``idle`` is a pass with the same collectives over as little as possible. After a failure the engine stands where it
-    stood before, without the gradients of any micro-batch. A collective.
+    stood before, without the gradients of any micro-batch. So it does after a pass that ``may_stop`` where a rank was
+    asked to stop: all raise StopAskedError. A collective.
     """
     issued.begin()
     with repeatable():
@@ -256,10 +261,11 @@ def together(model: nn.Module, run: Callable[[], T], idle: Callable[[], object],
             error = caught if failure.kind is not OutOfMemoryError else OutOfMemoryError(failure.message)
         if failure is not None:  # not above: there the traceback would keep the memory of the pass
             _lead_out(place, idle, failure)
-    if largest(int(failure is not None)):
+    most = largest(FAILED if failure is not None else stopping.asked() if may_stop else 0)
+    if most:
         place.put_back()
         place.settle()
-        raise_together(phase, error)
+        raise_together(phase, error if most == FAILED else stopping.request(most))
     return result
 
 

@@ -7,12 +7,13 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from rlhf_toolkit.errors import OutOfMemoryError, RLHFError, described, is_out_of_memory
+from rlhf_toolkit.distributed import stopping
+from rlhf_toolkit.errors import OutOfMemoryError, RLHFError, StopAskedError, described, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class _Pass:
     """What it has failed with, while it leads the others out."""
     made: list[list[Any]] | None = None
     """What ``all_gather`` has given, inside ``repeatable``."""
-    again: deque[list[Any]] = deque()
+    again: ClassVar[deque[list[Any]]] = deque()
     """What it is to give once more, without asking anybody."""
 
 
@@ -101,6 +102,13 @@ def largest(value: int) -> int:
     return int(votes.item())
 
 
+def stop_together() -> None:
+    """Raise StopAskedError, on all ranks, where one was asked to stop. A collective, cheap enough for every update."""
+    number = largest(stopping.asked())
+    if number:
+        raise stopping.request(number)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is True on any rank."""
     return bool(largest(int(flag)))
@@ -130,16 +138,26 @@ def agreement(phase: str) -> Iterator[None]:
 def raise_together(phase: str, error: Exception | None) -> None:
     """Raise this rank's ``error``; without one, what another rank failed with in ``phase``. A collective.
 
-    Where some ranks ran out of memory and others failed in another way, all raise the latter: nobody tries again.
+    A rank that was asked to stop fails with that. Where ranks fail in several ways, all raise the one that leaves least
+    to do: nobody tries again or writes a checkpoint while others end.
     """
+    if error is None and stopping.asked():
+        error = stopping.request()
     mine = None if error is None else failure_of(error)
     failures = {number: found[0] for number, found in enumerate(all_gather([mine])) if found[0] is not None}
-    chosen = min(failures, key=lambda number: (failures[number].kind is OutOfMemoryError, number), default=None)
+    chosen = min(failures, key=lambda number: (_order(failures[number]), number), default=None)
     if chosen is None:
         return
-    if mine is not None and (mine.kind is OutOfMemoryError) == (failures[chosen].kind is OutOfMemoryError):
-        raise OutOfMemoryError(mine.message) if mine.kind is OutOfMemoryError else error  # type: ignore[misc]
-    raise told_by(chosen, phase, failures[chosen])
+    first = failures[chosen]
+    if first.kind is StopAskedError:
+        raise StopAskedError(first.message)
+    if error is None or mine is None or _order(mine) > _order(first):
+        raise told_by(chosen, phase, first)
+    raise OutOfMemoryError(mine.message) if mine.kind is OutOfMemoryError else error
+
+
+def _order(failure: Failure) -> int:
+    return {StopAskedError: 1, OutOfMemoryError: 2}.get(failure.kind, 0)
 
 
 def told_by(number: int, phase: str, failure: Failure) -> RLHFError:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, any_rank, world_size
 from rlhf_toolkit.distributed.topology import free_memory
 from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, offloads_optimizer, streamed, zero_stage
@@ -91,7 +92,7 @@ class Sampler:
         (``decoding.decode``, ``turns.decode_with_turns``). Called inside ``opened``; what one rank fails with, all
         raise."""
         alone, environment = isinstance(self._pace, Alone), self.environment
-        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self.on_tokens}
+        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self._count}
         if self.placement is not None:
             options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
         if environment is None:
@@ -123,6 +124,11 @@ class Sampler:
                     for row, tokens in enumerate(tokens_of(rollout)):
                         on_finished(row, tokens)
         return copied(rollout)
+
+    def _count(self, tokens: int) -> None:
+        """After each step: what is raised here all ranks raise."""
+        stopping.check()
+        self.on_tokens(tokens)
 
 
 def copied(rollout: Rollout) -> Rollout:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, TrainerCallback
 from rlhf_toolkit.checkpoints import ManifestWriter, claim_run_folder, on_main, open_run_folder, read_manifest
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, start
+from rlhf_toolkit.distributed.watch import begin_watching
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
@@ -94,6 +95,7 @@ def prepare_run(
 ) -> A:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
+    begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
     experiment = with_dtype(experiment, topology)
     parts = kind(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer
 
+from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import all_gather, world_size
 from rlhf_toolkit.distributed.engine import step
 from rlhf_toolkit.errors import NotFiniteError
@@ -138,6 +139,18 @@ class RoleTrainer(Trainer):
             raise NotFiniteError(
                 f"{broken[0]} is {logs[broken[0]]} at step {self.state.global_step}: {weights}; {WAYS_OUT}"
             )
+
+    def write_checkpoint(self) -> None:
+        """Write the state after the last whole optimizer step. A collective, at any moment at which no optimizer step
+        is half done; nothing stops it but a second signal."""
+        with stopping.held():
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own, to its end also where the run was asked to stop."""
+        with stopping.held():
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Without DeepSpeed: Trainer's own way with several adapters would leave only the first one trainable."""

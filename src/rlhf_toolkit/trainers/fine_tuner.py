@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_toolkit.data.items import Batch, Cut, Item, ItemLoader, batch_of, counts_of
 from rlhf_toolkit.data.layout import Layout
 from rlhf_toolkit.distributed.attempt import together
-from rlhf_toolkit.distributed.collectives import agreement, all_gather, largest, rank, world_size
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, largest, rank, stop_together, world_size
 from rlhf_toolkit.distributed.zero3 import gathered, whole
 from rlhf_toolkit.errors import OutOfMemoryError
 from rlhf_toolkit.models.heads import ScalarHead
@@ -73,7 +73,9 @@ class FineTuner(RoleTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, list[Batch]]], None]:
-        """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
+        """The next mini-batch. It carries its own global counts, so Trainer need not count items. Here a run stops that
+        was asked to."""
+        stop_together()
         parts = next(epoch_iterator, None)
         return ([] if parts is None else [{"parts": parts}]), None
 

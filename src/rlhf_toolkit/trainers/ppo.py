@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rlhf_toolkit.algorithms.kl import approximate_kl
 from rlhf_toolkit.algorithms.masking import masked_sum
 from rlhf_toolkit.distributed.attempt import together
-from rlhf_toolkit.distributed.collectives import all_gather, largest, rank, world_size
+from rlhf_toolkit.distributed.collectives import all_gather, largest, rank, stop_together, world_size
 from rlhf_toolkit.errors import OutOfMemoryError, located
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -112,7 +112,9 @@ class PPOTrainer(RoleTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[MiniBatch], None]:
-        """The next mini-batch. It carries its own global counts, so Trainer need not count items."""
+        """The next mini-batch. It carries its own global counts, so Trainer need not count items. Here a run stops that
+        was asked to."""
+        stop_together()
         mini_batch = next(epoch_iterator, None)
         return ([] if mini_batch is None else [mini_batch]), None
 
