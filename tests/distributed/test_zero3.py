@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from rlhf_toolkit.distributed import collectives, zero3
+from rlhf_toolkit.distributed.streaming import InStep, streamed
 from rlhf_toolkit.distributed.zero3 import (
-    InStep,
     element_count,
     full_shape,
     gathered,
@@ -22,7 +22,6 @@ from rlhf_toolkit.distributed.zero3 import (
     is_partitioned,
     is_sharded,
     offloads_optimizer,
-    streamed,
     whole,
     zero_stage,
 )

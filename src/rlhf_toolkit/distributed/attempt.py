@@ -240,6 +240,28 @@ def drop_gradients(model: nn.Module) -> None:
         optimizer.all_grad_tensors[group] = None
 
 
+class Attempt:
+    """A pass of this rank that may fail: begun when it is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        issued.begin()
+        self.place = Place(model)
+
+    def lead_out(self, idle: Callable[[], object], failure: Failure) -> None:
+        """After a failure: go through the rest of the collectives that the other ranks wait in, by ``idle``."""
+        self.place.put_back()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        issued.leave_out = len(issued.told)
+        try:
+            with leading_out(failure):
+                idle()
+        except RankFailedError:
+            pass  # at an exchange within the pass, which all ranks leave there
+        finally:
+            issued.leave_out = 0
+
+
 def together(
     model: nn.Module, run: Callable[[], T], idle: Callable[[], object], phase: str, *, may_stop: bool = True
 ) -> T:
@@ -249,9 +271,8 @@ def together(
     stood before, without the gradients of any micro-batch. So it does after a pass that ``may_stop`` where a rank was
     asked to stop: all raise StopAskedError. A collective.
     """
-    issued.begin()
     with repeatable():
-        place, error, failure = Place(model), None, None
+        attempt, error, failure = Attempt(model), None, None
         try:
             result = run()
         except RankFailedError:
@@ -260,25 +281,10 @@ def together(
             failure = failure_of(caught)
             error = caught if failure.kind is not OutOfMemoryError else OutOfMemoryError(failure.message)
         if failure is not None:  # not above: there the traceback would keep the memory of the pass
-            _lead_out(place, idle, failure)
+            attempt.lead_out(idle, failure)
     most = largest(FAILED if failure is not None else stopping.asked() if may_stop else 0)
     if most:
-        place.put_back()
-        place.settle()
+        attempt.place.put_back()
+        attempt.place.settle()
         raise_together(phase, error if most == FAILED else stopping.request(most))
     return result
-
-
-def _lead_out(place: Place, idle: Callable[[], object], failure: Failure) -> None:
-    """Go through the rest of the collectives that the other ranks wait in."""
-    place.put_back()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    issued.leave_out = len(issued.told)
-    try:
-        with leading_out(failure):
-            idle()
-    except RankFailedError:
-        pass  # at an exchange within the pass, which all ranks leave there
-    finally:
-        issued.leave_out = 0
