@@ -17,7 +17,7 @@ WAITING = ("wait", "synchronize")
 FOR_REWARDS = "concurrent/futures/_base.py"
 """Where a rank waits for a worker or a server, which have time limits of their own."""
 PHASES = {
-    "_save_checkpoint": "saving",
+    "on_save": "saving",
     "write_checkpoint": "saving",
     "save_model": "saving",
     "evaluate": "the evaluation",

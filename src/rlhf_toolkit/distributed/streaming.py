@@ -59,6 +59,19 @@ class InStep:
         self._vote(GOES_ON)
         if not from_root:
             self._new_pass()
+        with self._passing(idle):
+            yield
+
+    def until_others_finish(self, idle: Callable[[], object]) -> None:
+        """Run ``idle`` as the partner of the other ranks' passes, for as long as any of them has work."""
+        while self._vote(RESTS) == GOES_ON:
+            self._new_pass()
+            with self._passing(idle):
+                idle()
+
+    @contextmanager
+    def _passing(self, idle: Callable[[], object] | None) -> Iterator[None]:
+        """Within a pass, and out of it again where ``idle`` leads the others to its end."""
         self._in_pass = True
         if self._engine is None or idle is None:
             yield
@@ -74,14 +87,6 @@ class InStep:
                     attempt.lead_out(idle, failure)
                     self._in_pass = False
         self._in_pass = False
-
-    def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Run ``idle`` as the partner of the other ranks' passes, for as long as any of them has work."""
-        while self._vote(RESTS) == GOES_ON:
-            self._new_pass()
-            self._in_pass = True
-            idle()
-            self._in_pass = False
 
     def _vote(self, mine: int) -> int:
         most = largest(mine)

@@ -147,11 +147,6 @@ class RoleTrainer(Trainer):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's own, to its end also where the run was asked to stop."""
-        with stopping.held():
-            super()._save_checkpoint(model, trial)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Without DeepSpeed: Trainer's own way with several adapters would leave only the first one trainable."""
         self.model.load_trained(resume_from_checkpoint)

@@ -49,6 +49,9 @@ from rlhf_toolkit.trainers.ppo_loss import LossTerms, PPOLoss
 from rlhf_toolkit.types import Experience, Prompt
 
 
+ROLLOUT_RETRIES = "perf/rollout_retries"
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What ``PPOTrainer.evaluate`` asks for: a greedy response to each of ``prompts``, and ``samples`` random ones;
@@ -356,12 +359,19 @@ class PPOTrainer(RoleTrainer):
             logs = {
                 GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
                 **self.not_finite.take(),
+                **self._rollout_retries(),
                 **collected.metrics,
                 **{f"timing_s/{phase}": time for phase, time in seconds.items()},
                 "perf/throughput": collected.metrics["perf/total_num_tokens"] / seconds["step"] / world_size(),
                 "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
             }
         super().log(logs, start_time)
+
+    def _rollout_retries(self) -> dict[str, float]:
+        """The metric since the last record: nothing where no rollout was sampled again."""
+        sampler = self.maker.scored_sampler.sampler
+        count, sampler.retries = sampler.retries, 0
+        return {ROLLOUT_RETRIES: float(count)} if count else {}
 
     def _meter_micro_batch(self, terms: LossTerms, mask: Tensor, *, first: bool) -> None:
         """Quantities of tokens by the tokens they are of. Shares add up to one value for each mini-batch, which each
