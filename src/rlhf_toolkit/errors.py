@@ -19,6 +19,9 @@ from rlhf_toolkit.texts import LINES, printable, quoted
 DISK_FULL = "No space left on device"
 """What the operating system says, in the text of OSError as in that of safetensors' error."""
 
+OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What PyTorch's errors say where they have no class of their own: those of its CPU allocator, and of cuBLAS."""
+
 
 MOST_READ = 10_000
 """Characters of a foreign exception that are looked at."""
@@ -66,6 +69,27 @@ class NotFiniteError(RLHFError):
     """A model gave NaN or infinity, in a rollout or in a training step."""
 
 
+class OutOfMemoryError(RLHFError):
+    """Memory ran out in an update or while sampling, also after what can be made smaller was made smaller."""
+
+
+class StallError(RLHFError):
+    """A rank has not moved for longer than ``run.stall_minutes``."""
+
+
+class StopAskedError(RLHFError):
+    """A signal has asked the run to stop, and it has. The process ends with 128 and the signal's number."""
+
+    status = 128 + 15
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed, on a card or in the machine's memory."""
+    if isinstance(error, MemoryError | OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextmanager
 def located(place: str) -> Iterator[None]:
     """A NotFiniteError from inside also says where the run was, such as ``rollout 3``."""
@@ -98,6 +122,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 at_a_good_end: list[Callable[[], None]] = []
 """What ``reported`` calls where a script has come to its end."""
+at_a_failure: list[Callable[[str], str]] = []
+"""What ``reported`` tells a script's last line before it ends with it; gives the line that is said."""
+
+
+class _Script:
+    runs = False
+
+
+def in_script() -> bool:
+    """Whether this process belongs to a script: what runs in a library's user leaves its signals alone."""
+    return _Script.runs
 
 
 @contextmanager
@@ -105,28 +140,49 @@ def reported() -> Iterator[None]:
     """For scripts: an RLHFError ends the process with status 1 and its message, one line, instead of a stack.
 
     What a reward raised follows in full, since that is the user's code; so does, on rank 0, what another rank raised.
-    A disk that is full ends it in the same way, whoever wrote. Anything else passes.
+    A disk that is full ends it in the same way, whoever wrote, and so does another rank's end. A run that was stopped
+    ends with 128 and the signal's number. Anything else passes.
     """
+    _Script.runs = True
     try:
         yield
         for step in at_a_good_end:
             step()
+    except StopAskedError as error:
+        _end(str(error) if os.environ.get("RANK", "0") == "0" else "", status=error.status)
     except RLHFError as error:
         more = getattr(error, "__notes__", [])  # by ``collectives.agreement``: the traceback of another rank
         if isinstance(error, RewardError) and error.__cause__ is not None:
             more = ["".join(traceback.format_exception(error.__cause__)).rstrip()]
         elif os.environ.get("RANK", "0") != "0":
             more = []
-        _end(f"{type(error).__name__}: {error}", *more)
+        _end(_told(f"{type(error).__name__}: {error}"), *more)
     except Exception as error:
-        if DISK_FULL not in str(error):
-            raise
-        _end(f"{described(error)}; make room on that disk, then continue with --resume")
+        line = described(error)
+        if DISK_FULL in str(error):
+            _end(_told(f"{line}; make room on that disk, then continue with --resume"))
+        said = _told(line)
+        if said != line:  # it is only what another rank's end has caused here
+            _end(said)
+        raise
 
 
-def _end(line: str, *more: str) -> NoReturn:
+def _told(line: str) -> str:
+    for step in at_a_failure:
+        line = step(line)
+    return line
+
+
+def say_at_once(line: str, *more: str) -> None:
+    """Write lines to the terminal, which ranks share, in one piece and under this rank's name."""
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"\n[rank {rank}] "  # not at the end of rank 0's progress bar
     shown = [printable(text, LINES) for text in (line, *more)]
-    sys.stderr.write("\n".join([prefix + shown[0], *shown[1:], ""]))  # at once: ranks share the terminal
-    sys.exit(1)
+    sys.stderr.write("\n".join([prefix + shown[0], *shown[1:], ""]))
+    sys.stderr.flush()
+
+
+def _end(line: str, *more: str, status: int = 1) -> NoReturn:
+    if line:
+        say_at_once(line, *more)
+    sys.exit(status)

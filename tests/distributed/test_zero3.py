@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_toolkit.distributed import collectives, zero3
+from rlhf_toolkit.distributed import collectives, streaming, zero3
+from rlhf_toolkit.distributed.streaming import InStep, streamed
 from rlhf_toolkit.distributed.zero3 import (
-    InStep,
     element_count,
     full_shape,
     gathered,
@@ -22,7 +22,6 @@ from rlhf_toolkit.distributed.zero3 import (
     is_partitioned,
     is_sharded,
     offloads_optimizer,
-    streamed,
     whole,
     zero_stage,
 )
@@ -45,7 +44,7 @@ class Hooked:
             offload.forward_hooks.append(layer.register_forward_pre_hook(self.note(f"fetch {number}")))
             offload.forward_hooks.append(layer.register_forward_hook(self.note(f"release {number}")))
             offload.backward_hooks.append(layer.register_forward_hook(self.note(f"backward {number}")))
-        monkeypatch.setattr(zero3, "_parameter_offload", lambda model: offload)
+        monkeypatch.setattr(zero3, "parameter_offload_of", lambda model: offload)
 
     def note(self, name: str) -> Callable[..., None]:
         return lambda *_: self.calls.append(name)
@@ -113,7 +112,7 @@ class Threads:
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.mine, self.values = count, threading.local(), [None] * count
         self.barrier = threading.Barrier(count, timeout=10)
-        monkeypatch.setattr(zero3, "largest", lambda value: max(self.all_gather(value)))
+        monkeypatch.setattr(streaming, "largest", lambda value: max(self.all_gather(value)))
         monkeypatch.setattr(collectives, "all_gather", self.all_gather)
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -168,7 +167,7 @@ def test_streamed_passes_are_announced_to_zeros_coordinator(monkeypatch: pytest.
     announced: list[str] = []
     coordinator = SimpleNamespace(reset_step=lambda: announced.append("reset"))
     offload = SimpleNamespace(get_param_coordinator=lambda: coordinator)
-    monkeypatch.setattr(zero3, "_parameter_offload", lambda model: offload)
+    monkeypatch.setattr(streaming, "parameter_offload_of", lambda model: offload)
     with streamed(nn.Linear(1, 1)) as pace:
         assert announced == []
         for number in (1, 2):
@@ -210,17 +209,17 @@ def test_a_failure_within_a_pass_is_raised_at_once(monkeypatch: pytest.MonkeyPat
         votes.append(mine)
         return mine
 
-    monkeypatch.setattr(zero3, "largest", vote)
-    monkeypatch.setattr(zero3, "raise_together", lambda *_: pytest.fail("a collective"))
+    monkeypatch.setattr(streaming, "largest", vote)
+    monkeypatch.setattr(streaming, "raise_together", lambda *_: pytest.fail("a collective"))
     pace = InStep(lambda: None)
     with pytest.raises(MemoryError), pace.together(), pace.forward_pass():
         raise MemoryError("in a layer")
-    assert votes == [zero3.GOES_ON]
+    assert votes == [streaming.GOES_ON]
 
     def idle() -> None:
         raise MemoryError("in a layer")
 
     company = InStep(lambda: None)
-    monkeypatch.setattr(zero3, "largest", lambda mine: zero3.GOES_ON)
+    monkeypatch.setattr(streaming, "largest", lambda mine: streaming.GOES_ON)
     with pytest.raises(MemoryError), company.together():
         company.until_others_finish(idle)

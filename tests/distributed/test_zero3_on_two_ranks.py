@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf_toolkit.distributed.collectives import all_gather
-from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.distributed.engine import backward, step
+from rlhf_toolkit.distributed.streaming import streamed
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import (
     element_count,
@@ -24,7 +25,6 @@ from rlhf_toolkit.distributed.zero3 import (
     offloads_optimizer,
     own_part,
     share_parameters,
-    streamed,
     whole,
     zero_stage,
 )
@@ -120,6 +120,7 @@ class Ranks:
         batches = [tokens_of(10 * number + i) for i in range(4)]
         for place, tokens in enumerate(batches[2 * self.me : 2 * self.me + 2]):
             backward(self.engine, loss_of(self.engine, tokens), last=place == 1)
+        step(self.engine)
         torch.stack([loss_of(self.plain, tokens) for tokens in batches]).sum().backward()
         self.plain_optimizer.step()
         self.plain_optimizer.zero_grad()

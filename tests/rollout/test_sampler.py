@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_toolkit.distributed.zero3 import InStep
+from rlhf_toolkit.distributed.streaming import InStep
 from rlhf_toolkit.errors import ConfigError, NotFiniteError
 from rlhf_toolkit.models.decoding_weights import EXACT, MERGED
 from rlhf_toolkit.models.inference import bare, inference
@@ -212,7 +212,7 @@ def test_measuring_is_a_pass_that_other_ranks_hear_of() -> None:
 
     class Noted(Alone):
         @contextmanager
-        def forward_pass(self) -> Iterator[None]:  # type: ignore[override]
+        def forward_pass(self, idle: Any = None) -> Iterator[None]:  # type: ignore[override]
             passes.append("pass")
             yield
 

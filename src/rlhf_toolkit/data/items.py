@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,10 @@ class Cut:
     padded: bool
     ranks: int
 
+    def halved(self) -> Cut:
+        """The same with half as many tokens in a micro-batch: results do not depend on it."""
+        return replace(self, tokens=max(1, self.tokens // 2))
+
     def among_ranks(self, chosen: Sequence[int], items: Sequence[Item]) -> list[list[list[int]]]:
         """Cut the items ``chosen`` for each rank: ``[rank][micro-batch]`` to item numbers."""
         lengths = [items[i].lengths for i in chosen]
@@ -79,10 +83,14 @@ class ItemLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for step in range(self.steps_done(), self.steps):
-            chosen = self.schedule.indices(step)
-            counts = counts_of([self.items[i] for i in chosen])
-            mine = self.cut.among_ranks(chosen, self.items)[self.rank]
-            yield [batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id) for part in mine]
+            yield self.parts(step)
+
+    def parts(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of step number ``step``."""
+        chosen = self.schedule.indices(step)
+        counts = counts_of([self.items[i] for i in chosen])
+        mine = self.cut.among_ranks(chosen, self.items)[self.rank]
+        return [batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id) for part in mine]
 
 
 def counts_of(items: Sequence[Item]) -> dict[str, int]:

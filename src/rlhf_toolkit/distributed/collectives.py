@@ -4,18 +4,43 @@ are."""
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from rlhf_toolkit.errors import RLHFError, described
+from rlhf_toolkit.distributed import stopping
+from rlhf_toolkit.errors import OutOfMemoryError, RLHFError, StopAskedError, described, is_out_of_memory
 
 T = TypeVar("T")
 CHUNK = 2**24
 """Elements of a tensor that travel at a time: 64 MiB."""
+
+
+class Failure(NamedTuple):
+    """What a rank failed with, as the others can be told: a class that they know, message and traceback."""
+
+    kind: type[RLHFError]
+    message: str
+    trace: str
+
+
+class RankFailedError(Exception):
+    """Ends what this rank does in a pass that another rank has failed in, which tells what has happened."""
+
+
+class _Pass:
+    """What this rank exchanges in a pass that all ranks run in step."""
+
+    failed: Failure | None = None
+    """What it has failed with, while it leads the others out."""
+    made: list[list[Any]] | None = None
+    """What ``all_gather`` has given, inside ``repeatable``."""
+    again: ClassVar[deque[list[Any]]] = deque()
+    """What it is to give once more, without asking anybody."""
 
 
 def world_size() -> int:
@@ -30,12 +55,39 @@ def rank() -> int:
 
 def all_gather(value: T) -> list[T]:
     """Every rank's ``value`` in rank order, on every rank. Any picklable object; tensors come back on their own
-    device."""
+    device. Raises RankFailedError, on all ranks, where one of them comes here only to lead the others out of a pass."""
     if world_size() == 1:
         return [value]
+    if _Pass.again:
+        return _Pass.again.popleft()
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, _Pass.failed or value)
+    if any(isinstance(found, Failure) for found in values):
+        raise RankFailedError
+    if _Pass.made is not None:
+        _Pass.made.append(values)
     return values
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """A pass whose exchanges ``leading_out`` may have to repeat."""
+    _Pass.made = []
+    try:
+        yield
+    finally:
+        _Pass.made = None
+
+
+@contextmanager
+def leading_out(failure: Failure) -> Iterator[None]:
+    """Inside, the exchanges of ``repeatable`` so far give once more what they gave. Whoever exchanges anything after
+    them with this rank leaves its pass with RankFailedError."""
+    _Pass.failed, _Pass.again = failure, deque(_Pass.made or ())
+    try:
+        yield
+    finally:
+        _Pass.failed, _Pass.again = None, deque()
 
 
 def from_main(value: T) -> T:
@@ -90,6 +142,13 @@ def largest(value: int) -> int:
     return int(votes.item())
 
 
+def stop_together() -> None:
+    """Raise StopAskedError, on all ranks, where one was asked to stop. A collective, cheap enough for every update."""
+    number = largest(stopping.asked())
+    if number:
+        raise stopping.request(number)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is True on any rank."""
     return bool(largest(int(flag)))
@@ -126,19 +185,40 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def raise_together(phase: str, error: Exception | None) -> None:
-    """Raise this rank's ``error``; without one, what another rank failed with in ``phase``. A collective."""
-    failures = all_gather(None if error is None else _failure(error))
-    if error is not None:
-        raise error
-    for other, failure in enumerate(failures):
-        if failure is not None:
-            kind, message, trace = failure
-            told = kind(f"rank {other} failed in {phase}: {message}")
-            told.add_note(f"--- traceback of rank {other} ---\n{trace.rstrip()}")
-            raise told
+    """Raise this rank's ``error``; without one, what another rank failed with in ``phase``. A collective.
+
+    A rank that was asked to stop fails with that. Where ranks fail in several ways, all raise the one that leaves least
+    to do: nobody tries again or writes a checkpoint while others end.
+    """
+    if error is None and stopping.asked():
+        error = stopping.request()
+    mine = None if error is None else failure_of(error)
+    failures = {number: found[0] for number, found in enumerate(all_gather([mine])) if found[0] is not None}
+    chosen = min(failures, key=lambda number: (_order(failures[number]), number), default=None)
+    if chosen is None:
+        return
+    first = failures[chosen]
+    if first.kind is StopAskedError:
+        raise StopAskedError(first.message)
+    if error is None or mine is None or _order(mine) > _order(first):
+        raise told_by(chosen, phase, first)
+    raise OutOfMemoryError(mine.message) if mine.kind is OutOfMemoryError else error
 
 
-def _failure(error: Exception) -> tuple[type[RLHFError], str, str]:
-    """Class, message and traceback for the other ranks. A class that is not ours might not be known there."""
+def _order(failure: Failure) -> int:
+    return {StopAskedError: 1, OutOfMemoryError: 2}.get(failure.kind, 0)
+
+
+def told_by(number: int, phase: str, failure: Failure) -> RLHFError:
+    """The error of this rank about what rank ``number`` failed with."""
+    told = failure.kind(f"rank {number} failed in {phase}: {failure.message}")
+    told.add_note(f"--- traceback of rank {number} ---\n{failure.trace.rstrip()}")
+    return told
+
+
+def failure_of(error: Exception) -> Failure:
+    """What other ranks are told of ``error``. A class that is not ours might not be known there."""
     trace = "".join(traceback.format_exception(error))
-    return (type(error), str(error), trace) if isinstance(error, RLHFError) else (RLHFError, described(error), trace)
+    if isinstance(error, RLHFError):
+        return Failure(type(error), str(error), trace)
+    return Failure(OutOfMemoryError if is_out_of_memory(error) else RLHFError, described(error), trace)

@@ -1,5 +1,6 @@
-"""The only place that calls backward. DeepSpeed's engine is told here which micro-batch ends an optimizer step, and an
-update whose numbers are not finite ends here, on all ranks together, before the optimizer has moved anything."""
+"""The only place that calls backward and DeepSpeed's step. The engine is told here which micro-batch is the last of an
+optimizer step, and an update whose numbers are not finite ends here, on all ranks together, before the optimizer has
+moved anything."""
 
 from __future__ import annotations
 
@@ -10,15 +11,11 @@ from torch import nn
 from rlhf_toolkit.distributed.collectives import world_size
 
 
-def backward(model: nn.Module, loss: torch.Tensor, *, last: bool) -> bool:
+def backward(model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
     """Accumulate the gradient of ``loss``, this rank's share of a sum over all ranks and micro-batches.
 
-    DeepSpeed divides gradients by the number of ranks; multiplying the loss first makes the result the plain sum. With
-    ``last`` the engine also clips, steps the optimizer and clears the gradients; without DeepSpeed that is left to
-    Trainer.
-
-    Returns whether the update goes on: with ``last`` False where a loss or the norm of the gradient is not finite on
-    any rank. Then the gradients are gone, and neither a parameter nor a moment of the optimizer has changed.
+    DeepSpeed divides gradients by the number of ranks; multiplying the loss first makes the result the plain sum.
+    ``last``: the optimizer steps next (``step``).
     """
     # The factor is 1, or NaN where the loss is not finite: an infinite loss may have finite gradients, and the norm,
     # which is of all ranks, then tells the others. Nothing is read back, and no collective is added.
@@ -26,9 +23,17 @@ def backward(model: nn.Module, loss: torch.Tensor, *, last: bool) -> bool:
     if isinstance(model, DeepSpeedEngine):
         model.set_gradient_accumulation_boundary(last)
         model.backward(loss * (world_size() * sound), scale_wrt_gas=False)
-        return _stepped(model) if last else True
-    (loss * sound).backward()
-    return _finite_or_dropped(model) if last else True
+    else:
+        (loss * sound).backward()
+
+
+def step(model: nn.Module) -> bool:
+    """Have the engine clip, step the optimizer and clear the gradients; without DeepSpeed that is left to Trainer.
+
+    Returns whether the update goes on: False where a loss or the norm of the gradient is not finite on any rank. Then
+    the gradients are gone, and neither a parameter nor a moment of the optimizer has changed.
+    """
+    return _stepped(model) if isinstance(model, DeepSpeedEngine) else _finite_or_dropped(model)
 
 
 def _stepped(engine: DeepSpeedEngine) -> bool:

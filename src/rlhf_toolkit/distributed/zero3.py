@@ -19,11 +19,9 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from rlhf_toolkit.distributed.collectives import largest, raise_together, rank, world_size
+from rlhf_toolkit.distributed.collectives import rank, world_size
 
-AVAILABLE = ZeroParamStatus.AVAILABLE
-RESTS, GOES_ON, FAILED = range(3)
-"""What a rank votes before a forward pass of a sharded model."""
+AVAILABLE, GONE = ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE
 Hook = tuple[MutableMapping[int, Callable[..., Any]], int, Callable[..., Any]]
 """A module's hooks of one kind, a number in it, and the hook of that number."""
 
@@ -84,7 +82,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     Ranks may run different numbers of forward passes inside. Hooks come off before the gather and go back on exactly
     once, also after an exception. Without ZeRO-3 this does nothing. Memory: one full copy of the model on each rank.
     """
-    offload = _parameter_offload(model)
+    offload = parameter_offload_of(model)
     if offload is None:
         yield
         return
@@ -99,72 +97,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
             own[number] = hook
 
 
-class InStep:
-    """All ranks run equally many forward passes through the sharded model: each pass is a collective of every layer.
-
-    Ranks with work run theirs inside ``forward_pass``; a rank without calls ``until_others_finish`` once: it goes on
-    with ``idle`` passes as long as any rank has work. So the end is a decision of all, and so is an end before its
-    time: what one rank raises inside ``together``, all raise.
-    """
-
-    def __init__(self, new_pass: Callable[[], None]) -> None:
-        self._new_pass, self._in_pass = new_pass, False
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Work with forward passes in it. A failure between two passes is voted; what fails within one, as memory does,
-        is raised at once: the others wait in the middle of a layer, where only the end of this process reaches them."""
-        error: Exception | None = None
-        try:
-            yield
-        except _OtherRankFailedError:
-            pass
-        except Exception as caught:
-            if self._in_pass:
-                raise
-            error = caught
-            largest(FAILED)
-        raise_together("sampling", error)
-
-    @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Around a forward pass of a rank that has work: its vote makes every other rank run one too."""
-        self._vote(GOES_ON)
-        self._new_pass()
-        self._in_pass = True
-        yield
-        self._in_pass = False
-
-    def until_others_finish(self, idle: Callable[[], object]) -> None:
-        """Run ``idle`` as the partner of the other ranks' passes, for as long as any of them has work."""
-        while self._vote(RESTS) == GOES_ON:
-            self._new_pass()
-            self._in_pass = True
-            idle()
-            self._in_pass = False
-
-    def _vote(self, mine: int) -> int:
-        most = largest(mine)
-        if most == FAILED:
-            raise _OtherRankFailedError
-        return most
-
-
-class _OtherRankFailedError(Exception):
-    """Ends this rank's passes. The rank that failed tells what has happened."""
-
-
-@contextmanager
-def streamed(model: nn.Module) -> Iterator[InStep]:
-    """For decoding through the sharded model, layer by layer, where the gathered base does not fit.
-
-    ZeRO's hooks stay on. A pass that does not begin at the engine's root must be announced to ZeRO's coordinator, which
-    counts modules from there.
-    """
-    offload = _parameter_offload(model)
-    yield InStep(lambda: None if offload is None else offload.get_param_coordinator().reset_step())
-
-
 def zero_stage(model: nn.Module) -> int:
     """The stage that the engine runs; 0 where it is none."""
     return int(model.zero_optimization_stage()) if isinstance(model, DeepSpeedEngine) else 0
@@ -177,7 +109,7 @@ def offloads_optimizer(model: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the engine runs ZeRO-3, so that a forward pass has to fetch parameters."""
-    return _parameter_offload(model) is not None
+    return parameter_offload_of(model) is not None
 
 
 def is_here(parameter: nn.Parameter) -> bool:
@@ -185,7 +117,8 @@ def is_here(parameter: nn.Parameter) -> bool:
     return not is_partitioned(parameter) or parameter.ds_status is AVAILABLE  # type: ignore[attr-defined]
 
 
-def _parameter_offload(model: nn.Module) -> DeepSpeedZeRoOffload | None:
+def parameter_offload_of(model: nn.Module) -> DeepSpeedZeRoOffload | None:
+    """What fetches the parameters of an engine that runs ZeRO-3; None of any other model."""
     if not isinstance(model, DeepSpeedEngine) or model.zero_optimization_stage() != 3:
         return None
     return model.optimizer.parameter_offload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_toolkit.data.layout import Layout, packed_layout, padded_layout
 from rlhf_toolkit.data.packing import Rows, mini_batches, packed_micro_batches, padded_micro_batches
@@ -43,6 +43,10 @@ class Cutting:
     role_tokens: int
     packing: bool = False
     seed: int = 0
+
+    def halved(self) -> Cutting:
+        """The same with half as many tokens in a forward pass: results do not depend on it."""
+        return replace(self, role_tokens=max(1, self.role_tokens // 2))
 
     @property
     def layout(self) -> Layout:

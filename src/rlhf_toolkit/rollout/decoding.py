@@ -52,11 +52,12 @@ class Sampling:
 class Pace(Protocol):
     """Whether a rank may run forward passes as it likes (``Alone``) or must run as many as all others (streaming)."""
 
-    def together(self) -> AbstractContextManager[object]:
+    def together(self, phase: str = "sampling") -> AbstractContextManager[object]:
         """The context in which all passes of a batch run."""
 
-    def forward_pass(self) -> AbstractContextManager[object]:
-        """The context in which a rank that has work runs one forward pass."""
+    def forward_pass(self, idle: Callable[[], object] | None = None) -> AbstractContextManager[object]:
+        """The context in which a rank that has work runs one forward pass; ``idle`` is one like it over next to
+        nothing, in case that it fails."""
 
     def until_others_finish(self, idle: Callable[[], object]) -> None:
         """Run ``idle`` as often as other ranks need a partner. Called once, when this rank has no more work."""
@@ -65,11 +66,11 @@ class Pace(Protocol):
 class Alone:
     """The pace in the window, where a forward pass needs no other rank: nothing is done around any of them."""
 
-    def together(self) -> AbstractContextManager[object]:
+    def together(self, phase: str = "sampling") -> AbstractContextManager[object]:
         """A context that does nothing: no other rank has to hear of a failure."""
         return nullcontext()
 
-    def forward_pass(self) -> AbstractContextManager[object]:
+    def forward_pass(self, idle: Callable[[], object] | None = None) -> AbstractContextManager[object]:
         """A context that does nothing: the pass waits for no other rank."""
         return nullcontext()
 
@@ -205,7 +206,7 @@ class InFlight:
         cache: DynamicCache | SlotCache,
         *last: torch.Tensor,
     ) -> torch.Tensor:
-        with self.pace.forward_pass():
+        with self.pace.forward_pass(self.idle):
             return self.model.next_token_logits(ids, mask, positions, cache, *last)
 
     def _new_cache(self) -> DynamicCache:

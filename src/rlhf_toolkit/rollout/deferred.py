@@ -27,7 +27,11 @@ class DeferredExperience:
         sampled: the rollout of all ranks.
         outputs: what the role pass said: the reference's numbers, or nothing.
         finish: makes the experience.
+
+    ``whole`` is the experience once it is complete.
     """
+
+    whole: Experience | None = None
 
     def __init__(
         self, sampled: Sampled, outputs: RoleOutputs, finish: Callable[[Sampled, RoleOutputs], Experience]
@@ -44,9 +48,12 @@ class DeferredExperience:
         """
         if self._open is None:
             raise RuntimeError("the rollout's experience is complete already")
-        (sampled, said_before, finish), self._open = self._open, None
+        sampled, said_before, finish = self._open
         mine = outputs.each(lambda column: column.detach().cpu())
-        return finish(sampled, said_before.and_of(gathered_outputs([(list(rows), mine)])))
+        everyone = said_before.and_of(gathered_outputs([(list(rows), mine)]))  # it is open still where this fails
+        self._open = None
+        self.whole = finish(sampled, everyone)
+        return self.whole
 
 
 class UpdatePolicyRecord:

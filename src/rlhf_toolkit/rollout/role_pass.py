@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from rlhf_toolkit.data.layout import Layout
 from rlhf_toolkit.data.packing import Rows
-from rlhf_toolkit.distributed.collectives import all_gather, rank
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, rank
+from rlhf_toolkit.distributed.streaming import in_step
 from rlhf_toolkit.errors import NotFiniteError, shortened
 from rlhf_toolkit.models.finite import WAYS_OUT, first_not_finite
 from rlhf_toolkit.models.role_outputs import RoleOutputs
@@ -18,6 +22,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout.cutting import Plan
 from rlhf_toolkit.rollout.sampled import Sampled
 
+PHASE = "the role pass"
 ROLES = (POLICY, VALUE, REFERENCE)
 """The roles from whose numbers an experience is made."""
 
@@ -69,25 +74,41 @@ class Needs:
 
 
 def run_role_pass(
-    shared: SharedBase, sampled: Sampled, plan: Plan, layout: Layout, *, temperature: float, roles: Sequence[str]
+    shared: SharedBase,
+    sampled: Sampled,
+    plan: Plan,
+    layout: Layout,
+    *,
+    temperature: float,
+    roles: Sequence[str],
 ) -> RoleOutputs:
     """What ``roles`` say about the rollout, in rows (B, R), the same on every rank, each of which runs its share of
-    ``plan``. A collective. Without roles no pass runs.
+    ``plan``. A collective. Without roles no pass runs. What one rank fails with, all raise.
 
     Raises NotFiniteError, on all ranks, where a role says NaN or infinity.
     """
     if not roles:
         return RoleOutputs()
 
+    pace = in_step()  # while streaming every pass is a collective, in the window none is
+    one = torch.ones(1, dtype=torch.long)
+
+    def forward(sequences: Tensor, starts: Tensor, lengths: Tensor, asked: Sequence[str]) -> RoleOutputs:
+        laid_out = layout(sequences, starts, lengths).to(next(shared.parameters()).device)
+        found: RoleOutputs = shared(laid_out, roles=asked, temperature=temperature)
+        return found
+
     def say(rows: Rows, asked: Sequence[str]) -> RoleOutputs:
         lengths, width = sampled.response_lengths[rows], sampled.rollout_logprobs.shape[1]
-        laid_out = layout(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths)
-        laid_out, outputs = laid_out.to(next(shared.parameters()).device), RoleOutputs()
-        for together in separate_passes(asked):
-            outputs |= shared(laid_out, roles=together, temperature=temperature)
+        outputs = RoleOutputs()
+        for group in separate_passes(asked):
+            idle = partial(forward, sampled.sequences[:1, :2], one, one, group)
+            with nullcontext() if pace is None else pace.forward_pass(idle, from_root=True):
+                outputs |= forward(sampled.sequences[rows], sampled.prompt_lengths[rows], lengths, group)
         return outputs.each(torch.Tensor.cpu).as_rows(lengths, width)
 
-    mine = [(rows, say(rows, roles)) for part in plan.of_rank(rank()) for rows in part]
+    with agreement(PHASE) if pace is None else pace.together(PHASE):
+        mine = [(rows, say(rows, roles)) for part in plan.of_rank(rank()) for rows in part]
     outputs = gathered_outputs(mine)
     if (fault := outputs.not_finite()) is not None:
         role, row = fault

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from rlhf_toolkit.distributed.collectives import agreement, any_rank, world_size
+from rlhf_toolkit.distributed import stopping
+from rlhf_toolkit.distributed.collectives import agreement, any_rank, rank, world_size
+from rlhf_toolkit.distributed.streaming import streamed
 from rlhf_toolkit.distributed.topology import free_memory
-from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, offloads_optimizer, streamed, zero_stage
+from rlhf_toolkit.distributed.zero3 import gathered, is_sharded, offloads_optimizer, zero_stage
+from rlhf_toolkit.errors import OutOfMemoryError
 from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
 from rlhf_toolkit.models.inference import bare, inference
 from rlhf_toolkit.models.roles import POLICY
@@ -24,6 +27,7 @@ from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, place
 from rlhf_toolkit.rollout.decoding import Alone, Pace, Sampling, decode
 from rlhf_toolkit.rollout.sizes import Estimate, RolloutSize, model_size, needs_of, sharding
 from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 
@@ -33,6 +37,8 @@ class Sampler:
 
     placement: Placement | None = None
     estimate: Estimate | None = None
+    retries = 0
+    """How often memory has run out while sampling."""
 
     def __init__(
         self,
@@ -89,9 +95,46 @@ class Sampler:
     ) -> Rollout:
         """Sample one response for each row of ``batch``, of several turns where there is an environment
         (``decoding.decode``, ``turns.decode_with_turns``). Called inside ``opened``; what one rank fails with, all
-        raise."""
+        raise. Where memory runs out on one, all sample again with half the slots: responses do not depend on them."""
+        told = set[int]()
+
+        def tell_once(row: int, tokens: list[int]) -> None:
+            """A row that has ended ends with the same tokens when it is sampled again."""
+            if row not in told:
+                told.add(row)
+                on_finished(row, tokens)
+
+        while True:
+            try:
+                return self._attempt(shared, batch, sampling, stream=stream, expected=expected, on_finished=tell_once)
+            except OutOfMemoryError as error:
+                if self.placement is None or self.placement.slots == 1:
+                    raise
+                said = str(error)
+            self._use_fewer_slots(self.placement, said)
+
+    def _use_fewer_slots(self, placement: Placement, said: str) -> None:
+        """From now on, on all ranks."""
+        slots, tokens = placement.slots // 2, max(1, placement.prefill_tokens // 2)
+        self.placement = replace(placement, slots=slots, prefill_tokens=tokens)
+        self.retries += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if rank() == 0:
+            say(f"a rollout is sampled again with {slots} slot(s): {said}")
+
+    def _attempt(
+        self,
+        shared: SharedBase,
+        batch: PromptBatch,
+        sampling: Sampling,
+        *,
+        stream: Sequence[int | str],
+        expected: Callable[[Prompt], float],
+        on_finished: Callable[[int, list[int]], None],
+    ) -> Rollout:
         alone, environment = isinstance(self._pace, Alone), self.environment
-        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self.on_tokens}
+        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self._count}
         if self.placement is not None:
             options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
         if environment is None:
@@ -123,6 +166,11 @@ class Sampler:
                     for row, tokens in enumerate(tokens_of(rollout)):
                         on_finished(row, tokens)
         return copied(rollout)
+
+    def _count(self, tokens: int) -> None:
+        """After each step: what is raised here all ranks raise."""
+        stopping.check()
+        self.on_tokens(tokens)
 
 
 def copied(rollout: Rollout) -> Rollout:

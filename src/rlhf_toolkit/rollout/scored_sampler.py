@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, rank
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -99,7 +100,7 @@ class ScoredSampler:
             )
         tokens = tokens_of(rollout)
         texts = self._texts(tokens)
-        with self.clock.phase("reward"), agreement("the reward"):
+        with self.clock.phase("reward"), agreement("the reward"), stopping.interruptible():
             scores = self.scorer.collect(batch.prompts, texts, tokens)
         mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
         sampled = gather_rollout(mine, shares, pad_id=sampling.pad_id)

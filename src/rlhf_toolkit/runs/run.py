@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rlhf_toolkit.checkpoint_files import Checkpoint
+from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import all_gather, on_main
 from rlhf_toolkit.distributed.topology import Topology
-from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.distributed.watch import training_begins
+from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
@@ -41,13 +44,20 @@ class Run(Generic[E, T]):
         return Path(self.experiment.run.output_dir)
 
     def fit(self) -> None:
-        """Train to the end, from the checkpoint if there is one."""
+        """Train to the end, from the checkpoint if there is one.
+
+        Raises StopAskedError where a signal has stopped it, after a checkpoint, with the command that goes on.
+        """
         writer = self.trainer.writer
         try:
+            training_begins()
             self.trainer.train()
             if writer is not None:
                 writer.finish()
+        except StopAskedError as stop:
+            raise stopped(self.trainer, self.checkpoint, str(stop)) from None
         finally:
+            stopping.hold()  # what follows is an end, whole or broken, and not long
             self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
             if writer is not None:
                 writer.close()  # what is being written is a sound checkpoint, whatever ends the run

@@ -389,6 +389,11 @@ class RunConfig(Section):
         3, "updates in a row that are left out where a number is NaN or infinite; one more ends the run", NOT_NEGATIVE
     )
     timeout_minutes: int = knob(120, "how long a rank waits for the others, for a slow reward too, then ends", ABOVE_0)
+    stall_minutes: float = knob(
+        30.0,
+        "a rank that stands still for so long while others wait ends the run, which says where; 0: none does",
+        NOT_NEGATIVE,
+    )
     wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
     wandb_project: str = knob("rlhf_toolkit", "W&B project")
     name: str | None = knob(None, "run name in W&B; none: the output folder's name")

@@ -129,8 +129,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _require_sane(name: str, value: Any) -> None:
-    """Raise ConfigError for a number that no counter or no float32 holds, and for a name with characters that do not print: it
-    becomes a path, a label or a line. Only ``SPOKEN`` is read by a model, and may have line breaks."""
+    """Raise ConfigError for a number that no counter or no float32 holds, and for a name with characters that do not
+    print: it becomes a path, a label or a line. Only ``SPOKEN`` is read by a model, and may have line breaks."""
     if isinstance(value, int) and value.bit_length() > COUNTER_BITS:
         raise ConfigError(f"{name}={shortened(value)} is beyond 64 bits; give a smaller number")
     if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:

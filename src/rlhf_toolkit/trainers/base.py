@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer
 
 from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkpoint, Contents, load_tensors, understood
-from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, world_size
-from rlhf_toolkit.distributed.engine import backward
+from rlhf_toolkit.distributed import stopping
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, stop_together, world_size
+from rlhf_toolkit.distributed.engine import step
 from rlhf_toolkit.distributed.moments import moments_on_main, restore_moments, weights_on_main
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
@@ -23,6 +25,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
 from rlhf_toolkit.seeding import derive_seed
+from rlhf_toolkit.trainers.attempts import accumulate
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
 from rlhf_toolkit.trainers.plugin_state import States, plugin_states, put_together, restore_plugins, taken_apart
@@ -30,6 +33,7 @@ from rlhf_toolkit.trainers.saving import CheckpointWriter
 
 B = TypeVar("B", bound=Mapping[str, Tensor])
 T = TypeVar("T")
+UPDATE_RETRIES = "perf/update_retries"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ class RoleTrainer(Trainer):
         self.best: tuple[int, float] | None = None
         self._settled: Settled | None = None
         self._about: Mapping[str, Any] = {}
+        self.update_retries, self._logged_retries = 0, 0
+
+    def note_retry(self, smaller: str, said: str) -> None:
+        """Count an update that is made again after ``said``, in ``smaller`` parts, and say so on rank 0."""
+        self.update_retries += 1
+        if self.args.process_index == 0:
+            tqdm.write(f"update {self.state.global_step + 1} is made again with {smaller}: {said}")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW over the named groups, in the order of ``parameter_groups``."""
@@ -97,23 +108,29 @@ class RoleTrainer(Trainer):
             return {name: self._prepare_input(value) for name, value in data.items()}
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else data
 
-    def make_update(self, model: nn.Module, parts: Sequence[B], loss_of: Callable[[B, bool], Tensor]) -> Tensor | None:
+    def make_update(
+        self,
+        model: nn.Module,
+        parts: Sequence[B],
+        loss_of: Callable[[B, bool], Tensor],
+        least: Callable[[B], B],
+    ) -> Tensor | None:
         """Forward and backward of every micro-batch, by ``loss_of(part, first)``; this rank's share of the mini-batch's
-        loss. A collective.
+        loss. ``least(part)`` is as little of a micro-batch as its loss can be had of. A collective.
 
         None where a number is not finite on any rank. Then nothing has changed, what the micro-batches have metered is
-        forgotten, and the batch is kept. Raises NotFiniteError, on all ranks, where the run cannot go on.
+        forgotten, and the batch is kept. Raises NotFiniteError, on all ranks, where the run cannot go on, and what a
+        micro-batch has failed with on any rank; then, too, nothing has changed.
         """
         before, self.meter = self.meter, Meter()
-        losses, goes_on = list[Tensor](), True
-        for number, part in enumerate(parts):
-            loss = loss_of(part, number == 0)
-            goes_on = backward(model, loss, last=number == len(parts) - 1)
-            losses.append(loss.detach())
-        ours, self.meter = self.meter, before
-        if not goes_on:
-            step = self.state.global_step + 1
-            self.not_finite.left_out(self.model, self.kept_parts(parts), losses, step=step, details=self.kept_details())
+        try:
+            losses = accumulate(model, parts, loss_of, least)
+        finally:
+            ours, self.meter = self.meter, before
+        if not step(model):
+            number = self.state.global_step + 1
+            kept = self.kept_parts(parts)
+            self.not_finite.left_out(self.model, kept, losses, step=number, details=self.kept_details())
             return None
         self.not_finite.made()
         total = torch.stack(losses).sum()
@@ -133,6 +150,9 @@ class RoleTrainer(Trainer):
         """Add the means over all ranks of what was metered since the last record. Every rank comes here at the same
         step."""
         logs.update(combined(all_gather(self.meter.take())))
+        if LOSS in logs and self.update_retries > self._logged_retries:
+            logs[UPDATE_RETRIES] = float(self.update_retries - self._logged_retries)
+            self._logged_retries = self.update_retries
         self._refuse_not_finite(logs)
         # What an update that was left out has spoiled is no number of JSON.
         written = {name: v for name, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -158,8 +178,13 @@ class RoleTrainer(Trainer):
         """Write the state after the last whole optimizer step to ``checkpoint-<global_step>``, unless that has been
         done. A collective; at any moment at which no optimizer step is half done, between micro-batches too.
 
-        Returns when the run may go on; the writing does, too. Raises CheckpointError on all ranks.
+        Returns when the run may go on; the writing does, too. Nothing stops it but a second signal. Raises
+        CheckpointError on all ranks.
         """
+        with stopping.held():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         optimizer, schedule = self.optimizer, self.lr_scheduler
         assert self.writer and optimizer and schedule, "keep_checkpoints and the start of training come before"
         step = self.state.global_step
@@ -205,8 +230,9 @@ class RoleTrainer(Trainer):
         return {}
 
     def next_batch(self, batches: Iterator[T]) -> T | None:
-        """The next of ``batches``; None at the end. What the global generators give from here on follows from the
-        seed, the step and the rank."""
+        """The next of ``batches``; None at the end. Here a run stops that was asked to. What the global generators give
+        from here on follows from the seed, the step and the rank."""
+        stop_together()
         if self.writer is not None:
             self.writer.look()
         torch.manual_seed(derive_seed(self.args.seed, "step", self.state.global_step, rank()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.data.items import Batch, Cut, Item, ItemLoader, batch_of, counts_of
 from rlhf_toolkit.data.layout import Layout
-from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
+from rlhf_toolkit.distributed.attempt import together
+from rlhf_toolkit.distributed.collectives import agreement, all_gather, largest, rank, world_size
 from rlhf_toolkit.distributed.zero3 import gathered, whole
+from rlhf_toolkit.errors import OutOfMemoryError
 from rlhf_toolkit.models.heads import ScalarHead
 from rlhf_toolkit.models.inference import inference
 from rlhf_toolkit.models.role_outputs import RoleOutputs
@@ -56,7 +59,7 @@ class FineTuner(RoleTrainer):
 
     def get_train_dataloader(self) -> ItemLoader:  # type: ignore[override]
         """The loader of mini-batches; it is not prepared by accelerate, on purpose."""
-        return ItemLoader(
+        self._loader = ItemLoader(
             self.items,
             self.cut,
             steps=self.steps,
@@ -65,6 +68,7 @@ class FineTuner(RoleTrainer):
             pad_id=self.pad_id,
             steps_done=lambda: self.state.global_step,
         )
+        return self._loader
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -79,11 +83,31 @@ class FineTuner(RoleTrainer):
         """Forward and backward of every micro-batch; returns the mini-batch's loss as this rank's share times the
         ranks."""
         model.train()
-        total = self.make_update(model, inputs["parts"], lambda part, first: self.compute_loss(model, part))
+        total = self._update(model, inputs["parts"])
         self._left_out = total is None
         for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
             self.meter.add(f"{self.objective.prefix}/lr/{name}", group["lr"], 1)
         return torch.zeros((), device=self.args.device) if total is None else total * world_size()
+
+    def _update(self, model: nn.Module, parts: list[Batch]) -> Tensor | None:
+        """``make_update`` of the micro-batches. Where memory runs out on a rank, all try again with smaller ones, as
+        long as one holds several items."""
+        while True:
+            try:
+                return self.make_update(model, parts, lambda part, first: self.compute_loss(model, part), self._least)
+            except OutOfMemoryError as error:
+                if largest(max(len(part["margins"]) for part in parts)) <= 1:
+                    raise
+                said = str(error)
+            before = len(parts)
+            while len(parts) == before:
+                self.cut = self._loader.cut = self.cut.halved()
+                parts = self._loader.parts(self.state.global_step)
+            self.note_retry(f"micro-batches of at most {self.cut.tokens} tokens a role", said)
+
+    def _least(self, part: Batch) -> Batch:
+        """As little as a micro-batch can hold: what a rank runs that has run out of memory, as the others' partner."""
+        return batch_of([], {name: int(part[name]) for name in ("token_count", "items")}, pad_id=self.pad_id)
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
@@ -106,7 +130,12 @@ class FineTuner(RoleTrainer):
         mine = self.cut.among_ranks(range(len(items)), items)[rank()]
         with self._reading() as model:
             for part in mine:
-                self._terms(model, batch_of([items[i] for i in part], counts, pad_id=self.pad_id), prefix, meter)
+                batch = batch_of([items[i] for i in part], counts, pad_id=self.pad_id)
+                run, idle = (partial(self._terms, model, each, prefix, meter) for each in (batch, self._least(batch)))
+                if isinstance(self.model, WholeModel):
+                    together(self.model_wrapped, run, idle, "the evaluation")
+                else:
+                    run()
         return combined(all_gather(meter.take()))
 
     def normalise_rewards(self) -> tuple[float, float]:
@@ -115,7 +144,7 @@ class FineTuner(RoleTrainer):
         scores: list[float] = []
         counts = counts_of(self.items)
         mine = self.cut.among_ranks(range(len(self.items)), self.items)[rank()]
-        with gathered(self.model_wrapped), inference(self.model_wrapped) as shared:
+        with gathered(self.model_wrapped), inference(self.model_wrapped) as shared, agreement("the last pass"):
             for part in mine:
                 batch = batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id)
                 found = self._forward(shared, batch, (REWARD,)).reward_scores
@@ -135,7 +164,8 @@ class FineTuner(RoleTrainer):
         run equally many passes."""
         whole_model = isinstance(self.model, WholeModel)
         window = nullcontext() if whole_model else gathered(self.model_wrapped)
-        with window, inference(self.model_wrapped) as bare:
+        agreeing = nullcontext() if whole_model else agreement("the evaluation")
+        with window, inference(self.model_wrapped) as bare, agreeing:
             yield self.model_wrapped if whole_model else bare
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

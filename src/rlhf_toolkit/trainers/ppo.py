@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.kl import approximate_kl
 from rlhf_toolkit.algorithms.masking import masked_sum
-from rlhf_toolkit.distributed.collectives import all_gather, world_size
-from rlhf_toolkit.errors import located
+from rlhf_toolkit.distributed.attempt import together
+from rlhf_toolkit.distributed.collectives import all_gather, largest, rank, world_size
+from rlhf_toolkit.errors import OutOfMemoryError, located
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
@@ -47,6 +48,8 @@ from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.ppo_loss import LossTerms, PPOLoss
 from rlhf_toolkit.types import Experience, Prompt
+
+ROLLOUT_RETRIES = "perf/rollout_retries"
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,8 @@ class PPOTrainer(RoleTrainer):
         nothing = torch.zeros((), device=self.args.device)
         if self._left_out:
             return nothing
-        micro = cut(inputs)  # on the CPU: choosing rows by a mask would wait for a GPU, column after column
         with self.maker.scored_sampler.clock.phase("update_actor"):
-            total = self.make_update(model, micro, lambda part, first: self.micro_batch_loss(model, part, first=first))
+            total = self._update(model, inputs)
         self._completed, self._left_out = None, total is None
         if self._policy_record:
             self.rollouts.newest.metrics |= self.maker.policy_metrics(**self._policy_record.take())
@@ -171,6 +173,71 @@ class PPOTrainer(RoleTrainer):
         for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
             self.meter.add(names[name], group["lr"], 1)
         return nothing if total is None else total * world_size()
+
+    def _update(self, model: nn.Module, inputs: MiniBatch) -> Tensor | None:
+        """``make_update`` of the mini-batch. Where memory runs out on a rank, all try again with smaller micro-batches,
+        as long as one holds several rows."""
+        kl_sums = self._kl_sums
+        if self.update_retries:
+            inputs = self._cut_again(inputs)  # it may have been cut before the budget was halved
+        while True:
+            try:
+                return self._attempt(model, inputs)
+            except OutOfMemoryError as error:
+                if largest(int(inputs["micro_batch"].bincount().max())) == 1:
+                    raise
+                said = str(error)
+            self._kl_sums, self._policy_record = kl_sums, UpdatePolicyRecord()
+            inputs = self._cut_smaller(inputs)
+            self.note_retry(
+                f"micro-batches of at most {self.maker.scored_sampler.cutting.role_tokens} tokens a role", said
+            )
+
+    def _cut_smaller(self, inputs: MiniBatch) -> MiniBatch:
+        """The mini-batch in more micro-batches, by the largest budget that cuts it so, which holds from now on."""
+        scored_sampler, before = self.maker.scored_sampler, int(inputs["micro_batch"].max())
+        while int(inputs["micro_batch"].max()) == before:
+            scored_sampler.cutting = scored_sampler.cutting.halved()
+            inputs = self._cut_again(inputs)
+        return inputs
+
+    def _attempt(self, model: nn.Module, inputs: MiniBatch) -> Tensor | None:
+        deferred = self.rollouts.newest.deferred
+        micro = cut(inputs)  # on the CPU: choosing rows by a mask would wait for a GPU, column after column
+        if deferred is not None and (len(micro) > 1 or deferred.whole is not None):
+            inputs = self._experience_before_update(model, inputs, micro)
+            micro = cut(inputs)
+        return self.make_update(
+            model, micro, lambda part, first: self.micro_batch_loss(model, part, first=first), least
+        )
+
+    def _cut_again(self, inputs: MiniBatch) -> MiniBatch:
+        """The mini-batch in the micro-batches of the present budget. A collective. Every rank keeps its rows: how they
+        are dealt does not depend on the budget."""
+        everyone = [row for rows in all_gather(inputs["row"].tolist()) for row in rows]
+        cutting = self.maker.scored_sampler.cutting
+        mine = cutting.among_ranks(everyone, self.rollouts.newest.tokens)[rank()]
+        number = {row: i for i, rows in enumerate(mine) for row in rows}
+        return {**inputs, "micro_batch": torch.tensor([number[row] for row in inputs["row"].tolist()])}
+
+    def _experience_before_update(self, model: nn.Module, inputs: MiniBatch, micro: Sequence[MiniBatch]) -> MiniBatch:
+        """The mini-batch with the experience that its one forward pass was to complete, and cannot. A collective."""
+        collected = self.rollouts.newest
+        deferred, said = collected.deferred, list[RoleOutputs]()
+        assert deferred is not None
+        if deferred.whole is None:
+            for part in micro:
+
+                def passed(part: MiniBatch = part) -> RoleOutputs:
+                    with torch.no_grad():
+                        return self.role_outputs(model, part)
+
+                said.append(together(model, passed, lambda part=part: passed(least(part)), "the role pass"))  # type: ignore[misc]
+            rows = [row for part in micro for row in part["row"].tolist()]
+            deferred.complete(rows, RoleOutputs({name: torch.cat([each[name] for each in said]) for name in said[0]}))
+        assert deferred.whole is not None
+        collected.tokens, collected.deferred = deferred.whole, None
+        return {**inputs, **deferred.whole.rows(inputs["row"])}
 
     def micro_batch_loss(self, model: nn.Module, part: MiniBatch, *, first: bool = False) -> Tensor:
         """A micro-batch's share of the mini-batch's loss; what it says about itself is metered. ``first``: the first of
@@ -195,7 +262,7 @@ class PPOTrainer(RoleTrainer):
         deferred = self.rollouts.newest.deferred
         if deferred is None:
             return Experience.of(self._prepare_input(Experience.of(part).columns()))
-        self._completed = deferred.complete(part["row"].tolist(), outputs)
+        self._completed = deferred.whole or deferred.complete(part["row"].tolist(), outputs)
         return Experience.of(self._prepare_input(self._completed.rows(part["row"])))
 
     def kept_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> list[Part]:
@@ -319,12 +386,19 @@ class PPOTrainer(RoleTrainer):
             logs = {
                 GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
                 **self.not_finite.take(),
+                **self._rollout_retries(),
                 **collected.metrics,
                 **{f"timing_s/{phase}": time for phase, time in seconds.items()},
                 "perf/throughput": collected.metrics["perf/total_num_tokens"] / seconds["step"] / world_size(),
                 "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
             }
         super().log(logs, start_time)
+
+    def _rollout_retries(self) -> dict[str, float]:
+        """The metric since the last record: nothing where no rollout was sampled again."""
+        sampler = self.maker.scored_sampler.sampler
+        count, sampler.retries = sampler.retries, 0
+        return {ROLLOUT_RETRIES: float(count)} if count else {}
 
     def _meter_micro_batch(self, terms: LossTerms, mask: Tensor, *, first: bool) -> None:
         """Quantities of tokens by the tokens they are of. Shares add up to one value for each mini-batch, which each
@@ -360,6 +434,14 @@ def sampled_metrics(found: HeldOutResponses, passing: Passing | None, prefix: st
 
 COLUMNS = (*(field.name for field in fields(Experience)), "row", "selected")
 COUNTS = ("token_count", "sequence_count", "fresh")
+
+
+def least(part: MiniBatch) -> MiniBatch:
+    """One row of a micro-batch with one token of its prompt and one of its response: what a rank runs that has run out
+    of memory, as the partner of the others."""
+    small = {name: column[:1, :1] if column.ndim == 2 else column[:1] for name, column in part.items() if column.ndim}
+    one = torch.ones(1, dtype=part["prompt_lengths"].dtype)
+    return {**part, **small, "sequences": part["sequences"][:1, :2], "prompt_lengths": one, "response_lengths": one}
 
 
 def cut(mini_batch: MiniBatch) -> list[MiniBatch]:

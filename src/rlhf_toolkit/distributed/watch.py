@@ -1,0 +1,251 @@
+"""A thread of each rank that hears what the main thread cannot: signals, failures of other ranks, and ranks that stall.
+
+The main thread of a rank spends its time in computations and collectives, where it runs no handler and from which only
+an answer of the other ranks brings it back. The thread reads signals from a pipe, and has a connection of its own to
+the store through which the ranks have found one another. There it leaves what this rank has to say and reads, every
+``POLL`` seconds, what the others say.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import threading
+import time
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from rlhf_toolkit.distributed import stopping
+from rlhf_toolkit.distributed.collectives import barrier, rank, world_size
+from rlhf_toolkit.distributed.main_thread import MainThread
+from rlhf_toolkit.errors import (
+    DISK_FULL,
+    RLHFError,
+    StallError,
+    at_a_failure,
+    at_a_good_end,
+    in_script,
+    say_at_once,
+    shortened,
+)
+
+POLL = 0.5
+GRACE = 10.0
+"""Seconds in which a rank may end by itself, with its own message, after another has failed."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP, AT_ONCE, FAILURE, STALL = "stop", "at_once", "failure", "stall"
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say on a rank whose partner has ended."""
+
+
+class Watch:
+    """The thread. ``stall_seconds`` is how long a rank may stand still; 0: for ever.
+
+    Until ``training`` is set there is nothing that a stop could save, and a signal ends the run where it is.
+    """
+
+    def __init__(self, *, stall_seconds: float) -> None:
+        self.stall_seconds, self.training = stall_seconds, False
+        self._rank, self._ranks, self._store = rank(), world_size(), _own_store()
+        self._main, self._beats = MainThread(), dict[int, tuple[Any, float]]()
+        self._read, self._write = os.pipe()
+        self._closed, self._heard = threading.Event(), 0.0
+        self._before: dict[int, Any] = {}
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def begin(self) -> None:
+        """Take the signals and start. Only in the main thread. A collective."""
+        os.set_blocking(self._write, False)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, lambda *_: stopping.interrupt())
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        at_a_failure.append(self.told)
+        self._thread.start()
+        barrier()
+
+    def close(self) -> None:
+        """Stop looking and give the signals back."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        at_a_failure.remove(self.told)
+        os.write(self._write, b"\0")
+        self._thread.join(5 * POLL)
+
+    def told(self, line: str) -> str:
+        """Tell the other ranks that this one ends with ``line``, and give the line that it should end with: where it
+        failed only because another rank had ended, what that one said."""
+        if any(words in line for words in LOST_PEER) and self._ranks > 1:
+            with suppress(Exception):
+                deadline = time.monotonic() + 3.0
+                while not (found := self._get(FAILURE)) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                return self._after(found) if found else SILENT_END
+        with suppress(Exception):
+            self._say(FAILURE, json.dumps([self._rank, line]))
+        return line
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            ready, _, _ = select.select([self._read], [], [], POLL)
+            if ready:
+                for number in os.read(self._read, 256):
+                    if number in SIGNALS:
+                        self._signalled(number)
+            if self._closed.is_set():
+                return
+            try:
+                self._look()
+            except RuntimeError:  # the store is gone, and with it whoever held it
+                self._store = None
+
+    def _signalled(self, number: int) -> None:
+        """A first signal asks all ranks to stop, another one ends them."""
+        first = stopping.requested() == 0
+        at_once = stopping.ask(number)
+        with suppress(RuntimeError):
+            self._say(STOP, str(number))
+            if at_once:
+                self._say(AT_ONCE, str(number))
+        if at_once:
+            self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
+        if first:
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self.training:
+            if self._rank:
+                time.sleep(POLL)
+            self._end(f"stopped by {name} {NOTHING_YET}", 128 + number, every_rank=False)
+        if self._rank == 0:
+            say_at_once(f"\n{name}: the run writes a checkpoint and stops; a second signal stops it at once")
+
+    def _look(self) -> None:
+        position = self._main.look()
+        if self._store is None:
+            return
+        if number := self._get(AT_ONCE):
+            self._end(f"stopped at once by a second {signal.Signals(int(number)).name}", 128 + int(number))
+        if (number := self._get(STOP)) and stopping.requested() == 0:
+            stopping.ask(int(number))
+            signal.pthread_kill(threading.main_thread().ident or 0, int(number))  # it may wait for a reward
+            self._stop(int(number))
+        if failure := self._get(FAILURE):
+            self._heard = self._heard or time.monotonic()
+            if time.monotonic() - self._heard > GRACE:
+                self._end(self._after(failure), 1)
+        if self.stall_seconds:
+            self._watch_for_stalls(position)
+
+    def _watch_for_stalls(self, position: Any) -> None:
+        """Say where this rank is; end the run with the name of one that stands still and waits for nobody."""
+        assert self._store is not None
+        stalls = position.seconds > self.stall_seconds
+        said = [int(time.monotonic()), round(position.seconds, 1), position.waits, position.phase, position.place]
+        self._store.set(f"beat{self._rank}", json.dumps([*said, position.stack if stalls else ""]))
+        if not (verdict := self._get(STALL)):
+            verdict = self._verdict()
+            if verdict:
+                self._say(STALL, verdict)
+                verdict = self._get(STALL)
+        if verdict:
+            self._end(f"{StallError.__name__}: {verdict}", 1)
+
+    def _verdict(self) -> str:
+        """What is wrong with a rank, or nothing."""
+        waiting = 0
+        for number in range(self._ranks):
+            found = self._get(f"beat{number}")
+            if not found:
+                continue
+            beat, now = json.loads(found), time.monotonic()
+            ticks, since = self._beats.get(number, (None, now))
+            if ticks != beat[0]:
+                self._beats[number] = (beat[0], now)
+            elif now - since > self.stall_seconds:
+                return (
+                    f"rank {number} has given no sign for {now - since:.0f} s, in {beat[3]}, {beat[4]}: its process is "
+                    f"stopped or its machine is gone; {WAY_OUT}"
+                )
+            _, seconds, waits, phase, place, stack = beat
+            if seconds > self.stall_seconds:
+                if not waits:
+                    return f"rank {number} has not moved for {seconds:.0f} s, in {phase}, {place}; {WAY_OUT}\n{stack}"
+                waiting += 1
+        if waiting == self._ranks:
+            return f"all ranks have waited for one another for {self.stall_seconds:.0f} s; {WAY_OUT}"
+        return ""
+
+    def _end(self, line: str, status: int, *, every_rank: bool = True) -> NoReturn:
+        """End this process here and now: its main thread may never come back."""
+        if every_rank or self._rank == 0:
+            say_at_once(line)
+        os._exit(status)
+
+    def _after(self, failure: str) -> str:
+        number, line = json.loads(failure)
+        more = "" if DISK_FULL in line or "--resume" in line else "; continue with --resume"
+        return f"{RLHFError.__name__}: rank {number} failed: {shortened(line, 1000)[1:-1]}{more}"
+
+    def _get(self, key: str) -> str:
+        if self._store is None or not self._store.check([key]):
+            return ""
+        return str(self._store.get(key).decode())
+
+    def _say(self, key: str, value: str) -> None:
+        """Leave ``value`` under ``key``, unless somebody was first."""
+        if self._store is not None and not self._store.check([key]):
+            self._store.compare_set(key, "", value)
+
+
+WAY_OUT = "it was ended there; continue with --resume, or raise run.stall_minutes where it needs so long"
+SILENT_END = (
+    "RLHFError: another rank has ended without a word, as one does that is killed; its machine's log may say why; "
+    "continue with --resume"
+)
+NOTHING_YET = "before the first update: there is nothing to save; start it again, a new run with --overwrite"
+
+
+def _own_store() -> Store | None:
+    """A connection of this thread's own: one that is shared would wait while the main thread waits in it."""
+    if world_size() == 1:
+        return None
+    return PrefixStore("watch", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+
+
+class _Now:
+    watch: Watch | None = None
+
+
+def begin_watching(*, stall_seconds: float) -> None:
+    """Watch this process, where it is a script's, from now to ``end_watching``. A collective."""
+    end_watching()
+    stopping.forget()
+    if in_script():
+        _Now.watch = Watch(stall_seconds=stall_seconds)
+        _Now.watch.begin()
+        atexit.register(end_watching)  # before the process group goes, which holds the store
+        at_a_good_end.insert(0, end_watching)
+
+
+def training_begins() -> None:
+    """From here on a stop is one with a checkpoint."""
+    if _Now.watch is not None:
+        _Now.watch.training = True
+
+
+def end_watching() -> None:
+    """Give the signals back."""
+    if _Now.watch is not None:
+        _Now.watch.close()
+        _Now.watch = None
