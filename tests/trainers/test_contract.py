@@ -14,6 +14,7 @@ EXPECTED = {
     "create_optimizer": ["self", "model"],
     "_prepare_input": ["self", "data"],
     "log": ["self", "logs", "start_time"],
+    "save_model": ["self", "output_dir", "_internal_call"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_init_training_state": [
         "self",
@@ -34,8 +35,6 @@ UNTOUCHED = (
     "_inner_training_loop",
     "_run_epoch",
     "create_scheduler",
-    "_save",
-    "save_model",
 )
 
 

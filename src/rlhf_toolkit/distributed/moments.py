@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.distributed.collectives import all_gather, broadcast, flats_on_main, rank
 from rlhf_toolkit.distributed.zero3 import element_count, full_shape, is_partitioned, own_part, whole
+from rlhf_toolkit.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
@@ -71,6 +72,21 @@ def moments_on_main(
     steps = {name: count for each in everyone for name, count in each.items()}
     shapes = {f"{moment}.{name}": full_shape(p) for moment in MOMENTS for name, p in parameters if name in steps}
     return _whole_on_main(parts, shapes), steps
+
+
+def require_moments(parameters: Named, steps: Mapping[str, float], moments: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a moment is missing or of another shape: to be asked by rank 0, before the others
+    wait for what it reads."""
+    known = {name: full_shape(parameter) for name, parameter in parameters}
+    stranger = next((name for name in steps if name not in known), None)
+    if stranger is not None:
+        raise CheckpointError(f"the checkpoint's optimizer knows {stranger}, which is not trained here")
+    for moment in MOMENTS:
+        for name in steps:
+            found = moments.get(f"{moment}.{name}")
+            if found is None or tuple(found.shape) != known[name]:
+                there = None if found is None else tuple(found.shape)
+                raise CheckpointError(f"the checkpoint's {moment} of {name} has shape {there}, expected {known[name]}")
 
 
 def restore_moments(

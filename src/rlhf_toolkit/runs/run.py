@@ -76,7 +76,7 @@ def read_command(kind: type[E], description: str | None) -> Command[E]:
     """The command line of every recipe: the experiment's YAML file, overrides, and what to do with an earlier run."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="the experiment's YAML file")
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last complete checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest sound checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"

@@ -18,7 +18,7 @@ from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkp
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, stop_together, world_size
 from rlhf_toolkit.distributed.engine import step
-from rlhf_toolkit.distributed.moments import moments_on_main, restore_moments, weights_on_main
+from rlhf_toolkit.distributed.moments import moments_on_main, require_moments, restore_moments, weights_on_main
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -255,6 +255,16 @@ class RoleTrainer(Trainer):
         buffers = dict(self.model.named_buffers()) if isinstance(self.model, WholeModel) else {}
         self.model.save_pretrained(folder, state_dict={**buffers, **weights})
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write roles and tokenizer to the run folder, or to ``output_dir``. A collective. Trainer's own way adds its
+        arguments as a pickle."""
+        weights, folder = weights_on_main(self._saved()), Path(output_dir or str(self.args.output_dir))
+        with agreement("the writing of the model"):
+            if rank() == 0:
+                self._write_roles(weights, folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own way holds pickles, and under DeepSpeed the shards of so many ranks."""
         self.write_checkpoint()
@@ -287,8 +297,10 @@ class RoleTrainer(Trainer):
         folder, state = checkpoint.folder, checkpoint.state
         optimizer, schedule = self.optimizer, self.lr_scheduler
         assert optimizer is not None and schedule is not None, "both are there once training is prepared"
-        with agreement("reading the checkpoint"):
+        with understood(folder), agreement("reading the checkpoint"):
             moments = load_tensors(folder, OPTIMIZER) if rank() == 0 else {}
+            if rank() == 0:
+                require_moments(self._trained(), state["adamw_steps"], moments)
         experience, of_plugins = on_main(lambda: [load_tensors(folder, file) for file in (EXPERIENCE, PLUGINS)])
         with understood(folder):
             restore_moments(self.model_wrapped, optimizer, self._trained(), state["adamw_steps"], moments.__getitem__)
@@ -297,5 +309,6 @@ class RoleTrainer(Trainer):
                 group["lr"] = rate
             self.meter = Meter(shared_out(state["meters"], rank=rank(), ranks=world_size()))
             self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
-            restore_plugins(put_together(state["plugins"], of_plugins, rank=rank(), ranks=world_size()))
+            with agreement("restoring plugins"):
+                restore_plugins(put_together(state["plugins"], of_plugins, rank=rank(), ranks=world_size()))
             self.restore_progress(state["progress"], experience)
