@@ -25,7 +25,7 @@ from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.kept_batches import MOST_BYTES_OF_WEIGHTS, MOST_KEPT, KeptBatch, Part
 
 LOSS, GRADIENT_NORM = "train/loss", "train/grad_norm"
-SKIPPED = "train/not_finite_updates"
+UPDATES_LEFT_OUT = "train/not_finite_updates"
 
 
 class LeftOutUpdates:
@@ -81,7 +81,7 @@ class LeftOutUpdates:
     def take(self) -> dict[str, float]:
         """The metric since the last call: nothing where no update was left out."""
         count, self._unreported = self._unreported, 0
-        return {SKIPPED: float(count)} if count else {}
+        return {UPDATES_LEFT_OUT: float(count)} if count else {}
 
     def _keep(self, model: SharedBase | WholeModel, batch: KeptBatch) -> str:
         """Write the batch on rank 0; what became of it, in words. What it needs no run may fail of, such as room."""
