@@ -19,7 +19,8 @@ from tests.cuda_rules.subjects import TERMS, a_gpu, ppo_trainer
 class Case(NamedTuple):
     """Settings; into how many micro-batches they cut; and upper bounds, which may only fall. ``copies`` to the GPU are
     each micro-batch's columns and layout and, once, the sum that ``kl_stop`` decides by; ``reads`` of numbers are that
-    decision, what transformers asks of padded rows, and what the rollout needs of its only update."""
+    decision, whether the gradient is finite, what transformers asks of padded rows, and what the rollout needs of
+    its only update."""
 
     changes: dict[str, Any]
     micro_batches: int
@@ -30,13 +31,13 @@ class Case(NamedTuple):
 TWICE: dict[str, Any] = {"ppo.num_ppo_epochs": 2, "update.micro_batch_tokens": 32}
 PADDED = {"update.packing": "off", "model.gradient_checkpointing": True}
 CASES = {
-    "packed": Case(TWICE, 3, copies=3 * 23 + 1, reads=1),
-    "padded, checkpointed": Case(TWICE | PADDED, 3, copies=3 * 16 + 1, reads=3 * 1 + 1),
+    "packed": Case(TWICE, 3, copies=3 * 23 + 1, reads=1 + 1),
+    "padded, checkpointed": Case(TWICE | PADDED, 3, copies=3 * 16 + 1, reads=3 * 1 + 1 + 1),
     "giving the old log-probs": Case(
-        {"ppo.kl_in": "loss", "update.micro_batch_tokens": 32}, 3, copies=3 * 22 + 1, reads=3 * 6 + 1
+        {"ppo.kl_in": "loss", "update.micro_batch_tokens": 32}, 3, copies=3 * 22 + 1, reads=3 * 6 + 1 + 1
     ),
     "giving the rewards": Case(
-        {"model.value_on": "policy_trunk", "update.micro_batch_tokens": 512}, 1, copies=24, reads=4 + 1
+        {"model.value_on": "policy_trunk", "update.micro_batch_tokens": 512}, 1, copies=24, reads=4 + 1 + 1
     ),
 }
 

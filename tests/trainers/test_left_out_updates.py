@@ -16,7 +16,7 @@ from rlhf_toolkit.distributed.engine import backward, step
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.reporting.meters import Meter, combined
 from rlhf_toolkit.trainers.base import RoleTrainer
-from rlhf_toolkit.trainers.left_out import SKIPPED, LeftOutUpdates
+from rlhf_toolkit.trainers.left_out import UPDATES_LEFT_OUT, LeftOutUpdates
 
 LOSSES = {
     "sound": [1.0, 2.0],
@@ -96,7 +96,7 @@ def test_an_update_that_is_left_out_meters_nothing() -> None:
     counted = Counted()
     metered = updates([1.0, math.nan, 3.0, math.inf], counted)
     assert metered["metered"] == 2.0 and math.isfinite(metered["train/loss"]) and counted.steps == [2, 4]
-    assert counted.take() == {SKIPPED: 2.0} and counted.take() == {}
+    assert counted.take() == {UPDATES_LEFT_OUT: 2.0} and counted.take() == {}
 
 
 def test_only_updates_in_a_row_count_towards_the_end() -> None:
