@@ -213,7 +213,12 @@ def _tokenised(case: Case) -> str:
         raise DataError("no table holds it") from error
     tokenise: Callable[..., Any]
     if "prompts" in case.shape:
-        options = {"column": "prompt", "chat_template": True, "system_prompt": None, "max_prompt_tokens": 512}
+        options: dict[str, Any] = {
+            "column": "prompt",
+            "chat_template": True,
+            "system_prompt": None,
+            "max_prompt_tokens": 512,
+        }
         tokenise = tokenise_prompts
     else:
         options, tokenise = (

@@ -40,7 +40,8 @@ def math(
 
     The answer is the content of the last ``\boxed{}``; one that is never closed, or is not ``math_texts.is_small``,
     such as ``9^{9^9}`` or a formula of many hundred characters, scores 0.0. Without a box it is the last small
-    expression in the last ``MATH_TAIL`` characters that math-verify finds (``final answer is``, ``answer:``, ``$...$``, a number), or nothing with ``require_box``.
+    expression in the last ``MATH_TAIL`` characters that math-verify finds (``final answer is``, ``answer:``, ``$...$``,
+    a number), or nothing with ``require_box``.
 
     What counts as equal is math-verify's: values, not their form (``3+4`` equals 7), 6 decimals for floats, a
     percentage equals its number and its fraction, units and thousands separators are dropped, ``x = 5`` equals 5, sets
@@ -51,8 +52,8 @@ def math(
     and replaces any alarm that is running there; in another thread its limit is left out, because it would raise. A
     signal also waits for a single long operation in C. So let it run in workers, whose limit ends the process.
 
-    Column ``answer``: text with or without a box or ``$``, or a number. DataError where it is not small or math-verify cannot
-    read it.
+    Column ``answer``: text with or without a box or ``$``, or a number. DataError where it is not small or math-verify
+    cannot read it.
     Needs the tasks extra (``math-verify``), else ConfigError.
     """
     library = optional_library("math_verify", "math")
