@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_toolkit.rewards.lanes import Lanes
-from rlhf_toolkit.rewards.specification import REQUESTS, RewardSpec
+from rlhf_toolkit.rewards.specification import REQUEST_SECONDS, REQUESTS, RewardSpec
 from rlhf_toolkit.rewards.values import POLICIES
 from tests.support.rewards import batch_of, prompts_for, rewards_of, tokens_for
 
@@ -30,8 +30,11 @@ def test_every_key_is_in_the_table_with_its_default() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \|(?: (.*?))? \| ", PAGE, flags=re.MULTILINE))
     spec = RewardSpec.parse({"function": "f.py:f"}, 0)
     for each in fields(RewardSpec):
-        if each.name not in ("setting", "name", "function", "url", "workers"):
-            assert table[each.name] == str(getattr(spec, each.name)).replace("None", "none"), each.name
+        default = getattr(spec, each.name)
+        if each.name not in ("setting", "name", "function", "url", "workers", "timeout"):
+            text = {"()": "[]", "True": "true"}.get(str(default), str(default))
+            assert table[each.name] == text, each.name
+    assert table["timeout"] == f"none; {REQUEST_SECONDS:g} with `url`"
     assert table["workers"] == f"{spec.workers}; {REQUESTS} with `url`"
     assert set(table) == {each.name for each in fields(RewardSpec)} - {"setting"}
     assert tuple(re.findall(r"^\| `(\w+)` \| (?!what)[^|]* \|$", PAGE, flags=re.MULTILINE)) == POLICIES

@@ -234,9 +234,9 @@ def test_a_worker_imports_what_the_function_imports_and_knows_no_rank(monkeypatc
 
 
 def test_a_variable_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"environment names NOT_SET_HERE, which is not set"):
-        with rewards_of(of("quick", environment=["NOT_SET_HERE"])):
-            pass
+    entry = of("quick", environment=["NOT_SET_HERE"])
+    with pytest.raises(ConfigError, match=r"environment names NOT_SET_HERE, which is not set"), rewards_of(entry):
+        pass
 
 
 def namespaces_work() -> bool:

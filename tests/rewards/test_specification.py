@@ -23,7 +23,7 @@ def parsed(text: str) -> RewardSpec:
 def test_what_is_not_said() -> None:
     assert RewardSpec.parse(F, 0) == RewardSpec("reward.functions[0]", "score", "my/reward.py:score")
     assert RewardSpec.parse(U, 1) == RewardSpec(
-        "reward.functions[1]", "judge.example", url="http://judge.example:8000/score?kind=a", workers=4
+        "reward.functions[1]", "judge.example", url="http://judge.example:8000/score?kind=a", workers=4, timeout=60.0
     )
     bare = RewardSpec.parse(F, 0)
     assert (bare.weight, bare.kwargs, bare.workers, bare.batch_size, bare.timeout) == (1.0, {}, 0, 1, None)

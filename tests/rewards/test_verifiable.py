@@ -15,7 +15,7 @@ import pytest
 from rlhf_toolkit.errors import ConfigError, DataError
 from rlhf_toolkit.plugins import load_function
 from rlhf_toolkit.rewards import texts
-from rlhf_toolkit.rewards.calls import Batch, Fault
+from rlhf_toolkit.rewards.calls import Batch
 from rlhf_toolkit.rewards.countdown import LONGEST_EXPRESSION, parsed
 from rlhf_toolkit.rewards.pool import worker_pool
 from rlhf_toolkit.rewards.specification import RewardSpec
@@ -321,8 +321,8 @@ def test_a_worker_need_not_load_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_math_runs_in_workers_and_the_limit_holds() -> None:
-    """The fourth box would take hours; without ``time_limit`` only the end of the process stops it."""
+def test_math_runs_in_workers() -> None:
+    """The fourth box would take hours, and is wrong before anybody computes it."""
     functions = {
         "function": "rlhf_toolkit.rewards.verifiable:math",
         "kwargs": {"time_limit": None},
@@ -335,5 +335,4 @@ def test_math_runs_in_workers_and_the_limit_holds() -> None:
         outcomes = [pool.start(batch).result(timeout=200) for batch in batches]
     finally:
         pool.close()
-    assert [outcome for i, outcome in enumerate(outcomes) if i != 3] == [[1.0], [0.0], [1.0], [1.0]]
-    assert isinstance(outcomes[3], Fault) and "20" in outcomes[3].what
+    assert outcomes == [[1.0], [0.0], [1.0], [0.0], [1.0]]

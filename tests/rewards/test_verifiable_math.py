@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf_toolkit.errors import ConfigError, DataError
-from rlhf_toolkit.rewards.verifiable import LONGEST_BOX, math
+from rlhf_toolkit.rewards.math_texts import LONGEST_FORMULA, is_small, without_large
+from rlhf_toolkit.rewards.verifiable import math
 from tests.support.offenders import for_each
 
 EQUAL = [
@@ -113,8 +114,8 @@ def test_a_box_can_be_required() -> None:
 
 
 def test_long_boxes_are_wrong() -> None:
-    assert one(rf"\boxed{{{'7'.rjust(LONGEST_BOX)}}}", "7") == 1
-    assert one(rf"\boxed{{{'1+' * LONGEST_BOX}6}}", "7") == 0
+    assert one(rf"\boxed{{{'7'.rjust(LONGEST_FORMULA)}}}", "7") == 1
+    assert one(rf"\boxed{{{'1+' * LONGEST_FORMULA}6}}", "7") == 0
 
 
 @pytest.mark.parametrize(
@@ -149,3 +150,64 @@ def test_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
     with pytest.raises(ConfigError, match=r"pip install 'rlhf_toolkit\[tasks\]'"):
         one("7", "7")
+
+
+# ---- what could grow is looked at before it is computed --------------------------------------------------------------
+
+SMALL = (
+    *(r"\frac{1}{2}", "x^2+3x+1", r"\frac{x^{10}}{3}", "2^{100}", "(x+1)^2", r"\sqrt{2}", "5!", "n!", r"e^{i\pi}"),
+    *(
+        r"(-\infty, 3]",
+        r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+        "10^{-5}",
+        "3.5e-5",
+        "e^{-x^2}",
+        r"90^\circ",
+        "x^{1/2}",
+    ),
+    *(
+        "2^{n+1}",
+        r"\left(\frac{3}{4}\right)^{10}",
+        "1,000,000",
+        r"\{1,2,3\}",
+        r"x^{\frac{1}{2}}",
+        "(x^2+1)^3",
+        "5! = 120",
+    ),
+)
+LARGE = (
+    *(
+        "9^{9^{9^{9}}}",
+        "9^{9^9}",
+        "9^9^9",
+        "9**9**9",
+        "(9^9)^{999}",
+        "((9^9)^9)^9^9",
+        "2^{99999999}",
+        "2^{10 ^ 10}",
+        "9^(9^9)",
+    ),
+    *("99999999!", "9!!", "(9!)!", "9! !", r"\binom{9}{3}", r"\sum_{i=1}^{9} i", r"\int x", "1e9999999", "9" * 101),
+    *("(x+1)^{9999}", "(x+y)^{21}", "{" * 13 + "x" + "}" * 13, "1+" * 90 + "1", "x" * 401, "9^{99*99}", "9^{-99999}"),
+    *(r"\left(9^9\right)^{99}", "9\t^\n{9\t^\n9}", "9^{{9^{9}}}"),
+)
+
+
+def test_small_and_large_formulas() -> None:
+    assert [text for text in SMALL if not is_small(text)] == []
+    assert [text for text in LARGE if is_small(text)] == []
+
+
+def test_large_formulas_are_wrong_at_once() -> None:
+    """Each takes more than a minute, or all memory, where sympy computes it; here without math-verify's time limit."""
+    begun = time.monotonic()
+    texts = [form.format(text) for text in LARGE[:12] for form in (r"\boxed{{{}}}", "it is ${}$", "answer: {}")]
+    assert [text for text in texts if one(text, "3", time_limit=None)] == []
+    assert time.monotonic() - begun < 20
+    with pytest.raises(DataError, match="math cannot read answer='9"):
+        one("3", "9^{9^9}")
+
+
+def test_a_small_formula_beside_a_large_one_still_counts() -> None:
+    assert without_large(r"first $9^{9^9}$ and 9**9**9 then $7$ and 8!") == "first   and  then $7$ and 8!"
+    assert one(r"first $9^{9^{9}}$, but the final answer is $7$", "7") == 1

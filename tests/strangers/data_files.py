@@ -316,8 +316,8 @@ def folder_cases() -> Iterator[Case]:
     ):
         for key in ("data_files", "path"):
             files = place if key == "data_files" else f"\n  - split: train\n    path: {place}"
-            readme = f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n"
-            yield Case(f"README {key} {place}", (("d/README.md", readme.encode()), ("d/a.jsonl", good)), "d")
+            card = f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n"
+            yield Case(f"README {key} {place}", (("d/README.md", card.encode()), ("d/a.jsonl", good)), "d")
     script = b"import os\nos.system('{COMMAND}')\n"
     yield Case("a script", (("d/d.py", script), ("d/a.jsonl", good)), "d")
     yield Case("only a script", (("d/d.py", script),), "d", refuse=True)
@@ -332,9 +332,9 @@ def folder_cases() -> Iterator[Case]:
     metadata = jsonl([{"file_name": "../../outside/victim", "prompt": "x"}])
     for kind in ("png", "wav", "mp4", "pdf"):
         yield Case(f"folder of {kind}", (("d/metadata.jsonl", metadata), (f"d/a.{kind}", b"x")), "d")
-    for name, content in (("null", b"null\n"), ("deep", LINES["deep lists"])):
-        yield Case(f"folder with {name}", (("d/train.jsonl", content),), "d", refuse=True)
-        yield Case(f"folder with {name} below", (("d/data/train-0.json", content),), "d", refuse=True)
+    for what, content in (("null", b"null\n"), ("deep", LINES["deep lists"])):
+        yield Case(f"folder with {what}", (("d/train.jsonl", content),), "d", refuse=True)
+        yield Case(f"folder with {what} below", (("d/data/train-0.json", content),), "d", refuse=True)
     for kind in ("zip", "tar"):
         yield Case(f"folder with {kind}", ((f"d/train.{kind}", archive(kind)),), "d")
     yield Case("folder with a pickle", (("d/train.pkl", LINES["a pickle"]),), "d", refuse=True)

@@ -71,10 +71,7 @@ SAID: dict[str, bytes | Talk] = {
     "a header now and then": endless(b"A: b\r\n", b"HTTP/1.1 200 OK\r\n", 0.3),
     "small chunks for ever": endless(b"1\r\n \r\n", CHUNKED),
     "length 10^18": answer(GOOD, f"Content-Length: {10**18}\r\n", length=False),
-    "length 10^18 and silence": lambda connection: (
-        connection.sendall(answer(b"", f"Content-Length: {10**18}\r\n", length=False)),
-        time.sleep(60),
-    )[1],
+    "length 10^18 and silence": endless(b"", answer(b"", f"Content-Length: {10**18}\r\n", length=False), 60),
     "length beyond 64 bits": answer(GOOD, "Content-Length: " + "9" * 40 + "\r\n", length=False),
     "length of many digits": answer(GOOD, "Content-Length: " + "9" * 5000 + "\r\n", length=False),
     "a negative length": answer(GOOD, "Content-Length: -5\r\n", length=False),

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_toolkit.rewards import pool
 from rlhf_toolkit.rewards.compose import Rewards
@@ -13,7 +14,7 @@ from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.types import Prompt
 from tests.strangers import frame, ground, payloads
 
-COUNT, LIMIT = 160, 20.0
+COUNT, LIMIT = 250, 20.0
 HEAVY = ("rlhf_toolkit.rewards.compose", "numpy", "torch")
 HEAD = """
 import asyncio, itertools, math, os, pickle, sys, threading, time
@@ -282,7 +283,7 @@ def run(case: Case) -> str:
     path.write_text(
         HEAD.replace("VALUE", case.value).replace("COMMAND", payloads.COMMAND.replace("..", str(path.parents[1])))
     )
-    entry = {"function": f"{path}:score", "name": "r", "on_failure": case.policy}
+    entry: dict[str, Any] = {"function": f"{path}:score", "name": "r", "on_failure": case.policy}
     if case.workers:
         entry |= {"workers": 1, "timeout": 3}
     rewards = Rewards([RewardSpec.parse(entry, 0)], warn=lambda line: _lines.append(line))

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from rlhf_toolkit.errors import DataError, shortened
-from rlhf_toolkit.rewards.texts import each, last_tagged
+from rlhf_toolkit.rewards.texts import LARGEST_NUMBER, each, fraction, last_tagged
 
 LONGEST_EXPRESSION = 256
 """Characters. It bounds the work: without powers a value has at most as many digits as its text."""
@@ -50,12 +50,12 @@ def countdown(
 
 
 def _score(response: str, numbers: Any, target: Any, format_score: float, use_all: bool) -> float:
-    if isinstance(numbers, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
+    listed = isinstance(numbers, Sequence) and not isinstance(numbers, (str, bytes))
+    if not listed or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
         raise DataError(f"countdown got numbers={shortened(numbers)}; give a list of positive integers")
-    try:
-        have, goal = Counter(numbers), Fraction(str(target))
-    except (ValueError, ZeroDivisionError) as error:
-        raise DataError(f"countdown got target={shortened(target)}; give a number") from error
+    have, goal = Counter(numbers), fraction(target)
+    if goal is None:
+        raise DataError(f"countdown got target={shortened(target)}; give a number of at most {LARGEST_NUMBER} digits")
     expression = parsed(last_tagged(response, "answer") or "")
     if expression is None:
         return 0.0

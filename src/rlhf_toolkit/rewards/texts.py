@@ -15,6 +15,8 @@ LARGEST_NUMBER = 100
 """Digits and signs of a number; what is longer is no answer, and squaring it is no work we want."""
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
+_FRACTION = re.compile(r"[+-]?([0-9]+/[0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,2})?)")
+
 
 def optional_library(name: str, reward: str) -> ModuleType:
     """The module ``name``, which only the tasks extra installs. ConfigError, with the way out, where it is missing."""
@@ -58,6 +60,22 @@ def number(text: str) -> Fraction | None:
     counts as a minus; None for anything else and for what is longer than ``LARGEST_NUMBER``."""
     plain = text.strip().replace(",", "").replace("\u2212", "-").removesuffix(".")
     return Fraction(plain) if len(plain) <= LARGEST_NUMBER and _NUMBER.fullmatch(plain) else None
+
+
+def fraction(value: Any) -> Fraction | None:
+    """A number of a dataset, or its text, exactly: also ``1/3`` and ``1e-05``. None for anything else, for what is
+    longer than ``LARGEST_NUMBER``, and for an exponent of three digits, which would take for ever to write out."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    if isinstance(value, int) and value.bit_length() > 4 * LARGEST_NUMBER:
+        return None
+    text = str(value).strip()
+    if len(text) > LARGEST_NUMBER or not _FRACTION.fullmatch(text):
+        return None
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        return None
 
 
 def each(column: Sequence[Any], responses: Sequence[str], name: str, reward: str) -> Sequence[Any]:

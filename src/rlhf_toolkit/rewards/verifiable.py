@@ -16,14 +16,13 @@ from typing import Any
 from rlhf_toolkit.errors import DataError, shortened
 from rlhf_toolkit.rewards.countdown import countdown
 from rlhf_toolkit.rewards.gym import reasoning_gym
+from rlhf_toolkit.rewards.math_texts import is_small, without_large
 from rlhf_toolkit.rewards.texts import each, last_boxed, number, optional_library
 
 __all__ = ["countdown", "gsm8k", "math", "reasoning_gym", "think_answer_format"]
 
 # ---- math ------------------------------------------------------------------------------------------------------------
 
-LONGEST_BOX = 1000
-"""Characters of a boxed answer; a longer one scores 0."""
 MATH_TAIL = 2000
 """Characters at the end of a response in which an answer outside a box is looked for: the search is quadratic."""
 
@@ -39,9 +38,10 @@ def math(
 ) -> list[float]:
     r"""1.0 where the answer of a response equals column ``answer`` by math-verify, else 0.0.
 
-    The answer is the content of the last ``\boxed{}``; one that is never closed, or is longer than ``LONGEST_BOX``
-    characters, scores 0.0. Without a box it is the last expression in the last ``MATH_TAIL`` characters that
-    math-verify finds (``final answer is``, ``answer:``, ``$...$``, a number), or nothing with ``require_box``.
+    The answer is the content of the last ``\boxed{}``; one that is never closed, or is not ``math_texts.is_small``,
+    such as ``9^{9^9}`` or a formula of many hundred characters, scores 0.0. Without a box it is the last small
+    expression in the last ``MATH_TAIL`` characters that math-verify finds (``final answer is``, ``answer:``, ``$...$``,
+    a number), or nothing with ``require_box``.
 
     What counts as equal is math-verify's: values, not their form (``3+4`` equals 7), 6 decimals for floats, a
     percentage equals its number and its fraction, units and thousands separators are dropped, ``x = 5`` equals 5, sets
@@ -52,7 +52,8 @@ def math(
     and replaces any alarm that is running there; in another thread its limit is left out, because it would raise. A
     signal also waits for a single long operation in C. So let it run in workers, whose limit ends the process.
 
-    Column ``answer``: text with or without a box or ``$``, or a number. DataError where math-verify cannot read it.
+    Column ``answer``: text with or without a box or ``$``, or a number. DataError where it is not small or math-verify
+    cannot read it.
     Needs the tasks extra (``math-verify``), else ConfigError.
     """
     library = optional_library("math_verify", "math")
@@ -72,17 +73,17 @@ def _math_score(library: Any, response: str, gold: Any, require_box: bool, secon
         raise DataError(f"math cannot read answer={shortened(gold)}; give LaTeX or a number")
     box = last_boxed(response)
     if box is not None:
-        found = _boxed(library, box, seconds) if len(box) <= LONGEST_BOX else []
+        found = _boxed(library, box, seconds)
     elif require_box or r"\boxed{" in response:
         found = []
     else:
-        found = library.parse(response[-MATH_TAIL:], parsing_timeout=seconds)
+        found = library.parse(without_large(response[-MATH_TAIL:]), parsing_timeout=seconds)
     return float(bool(found) and library.verify(truth, found, timeout_seconds=seconds))
 
 
 def _boxed(library: Any, text: str, seconds: int | None) -> list[Any]:
     """What math-verify reads in a box of ``text``; empty where it reads nothing."""
-    if not text:
+    if not text or not is_small(text):
         return []
     latex = library.LatexExtractionConfig(boxed_match_priority=0)
     found: list[Any] = library.parse(rf"\boxed{{{text}}}", extraction_config=[latex], parsing_timeout=seconds)
