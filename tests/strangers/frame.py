@@ -40,7 +40,10 @@ REFUSED, RIGHTLY, BARE, WRONGLY, HUNG = (
 )
 ENDINGS = (REFUSED, RIGHTLY, BARE, WRONGLY, HUNG)
 HARMS = ("executed", "written", "fetched")
-DOORS = ("yaml", "adapters", "bases", "run_folders", "templates", "terminal", "secrets")
+DOORS = (
+    *("yaml", "adapters", "bases", "run_folders", "templates", "terminal", "secrets"),
+    *("data_files", "gym_answers", "reward_returns", "http"),
+)
 DEFAULT_COUNT, DEFAULT_LIMIT = 100, 20.0
 MEMORY = 3 * 2**30
 """What a case may take beyond what its parent has."""
