@@ -130,7 +130,7 @@ def inspect(options: Options) -> None:
     from rlhf_toolkit.runs.inspection import inspect_batch
 
     found = inspect_batch(options.batch, weights=options.weights, trust_code=options.trust_remote_code)
-    print("\n".join(found.lines()))
+    say("\n".join(found.lines()))
 
 
 def show_data(options: Options) -> None:

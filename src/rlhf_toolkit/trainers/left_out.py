@@ -21,6 +21,7 @@ from rlhf_toolkit.errors import NotFiniteError, described
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.kept_batches import MOST_BYTES_OF_WEIGHTS, MOST_KEPT, KeptBatch, Part
 
 LOSS, GRADIENT_NORM = "train/loss", "train/grad_norm"
@@ -75,7 +76,7 @@ class LeftOutUpdates:
             weights = broken or f"all weights that lie here are finite, {self._in_a_row} updates in a row were left out"
             raise NotFiniteError(f"{why} at step {step}: {weights}; {kept}; {WAYS_OUT}")
         if rank() == 0:
-            print(f"step {step} was left out: {why}; {kept}", file=sys.stderr, flush=True)
+            say(f"step {step} was left out: {why}; {kept}", sys.stderr)
 
     def take(self) -> dict[str, float]:
         """The metric since the last call: nothing where no update was left out."""
