@@ -104,9 +104,24 @@ def test_files_and_functions_stay_small_and_finished(path: Path) -> None:
             assert length <= 60, f"{node.name} has {length} lines"
 
 
+def unescaped(source: str) -> list[str]:
+    """Calls that write to a terminal what has not gone through ``texts``: of print, and of tqdm's write."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
+    bare = [call for call in calls if ast.unparse(call.func) == "print"]
+    above_bars = [call for call in calls if re.fullmatch(r"tqdm\.write|.*\bbar\.write", ast.unparse(call.func))]
+    bare += [call for call in above_bars if not ast.unparse(call.args[0]).startswith("printable(")]
+    return [ast.unparse(call) for call in bare]
+
+
+@BY_FILE
+def test_whatever_reaches_a_terminal_goes_through_one_function(path: Path) -> None:
+    assert part_of(path) == "texts" or unescaped(path.read_text()) == []
+
+
 def test_these_rules_can_fail() -> None:
     source = "import deepspeed\nfrom torch import distributed\ndef f():\n    import torch.distributed as d"
     source += "\nfrom transformers.integrations.deepspeed import x\nfrom .errors import y"
+    assert len(unescaped("print(x)\ntqdm.write(x)\nself.bar.write(f'{x}')\ntqdm.write(printable(x))\nprint()")) == 3
     names = ["deepspeed", "torch.distributed", "torch.distributed", "transformers.integrations.deepspeed.x"]
     assert sorted(foreign(source)) == names and ".errors.y" in imports(source)
     assert OUR_CONFIG.search("PPOConfig | None") and not OUR_CONFIG.search("LoraConfig")

@@ -21,6 +21,7 @@ from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, write_text
+from rlhf_toolkit.texts import printable, say
 
 RUN_FILE = "run.json"
 CHANGED = {
@@ -73,7 +74,7 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
         _require_same(folder, experiment)
         found, passed_over = newest_sound(folder)
         for line in passed_over:
-            print(f"passed over: {line}", flush=True)
+            say(f"passed over: {printable(line)}")
         remove_leftovers(folder)
         return found
     if holds_run and not overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 
@@ -60,7 +61,7 @@ class Door:
 
 
 def test_the_frame_sees_whatever_a_stranger_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frame.importlib, "import_module", lambda name: Door)
+    monkeypatch.setattr(importlib, "import_module", lambda name: Door)
     results = {result.case.strip("'"): result for result in frame.try_door("door", 0)}
     assert {case: result.ending for case, result in results.items()} == {
         "refused": frame.REFUSED,
@@ -90,5 +91,5 @@ def test_a_sound_folder_is_taken() -> None:
         chosen = [case for case in module.cases(0, 300) if case.name.endswith(": nothing")]
         spy = type("Spy", (), {"cases": staticmethod(lambda seed, count, c=chosen: c), "run": staticmethod(module.run)})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(frame.importlib, "import_module", lambda name, s=spy: s)
+            patch.setattr(importlib, "import_module", lambda name, s=spy: s)
             assert {result.ending for result in frame.try_door(door, 0)} == {frame.RIGHTLY}

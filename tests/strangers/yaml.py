@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 from rlhf_toolkit.checkpoints import claim_run_folder
 from rlhf_toolkit.settings.experiment import Experiment
@@ -265,6 +266,13 @@ SCALARS = (
 
 def cases(seed: int, count: int) -> Iterator[Case]:
     chance = random.Random(f"yaml {seed}")
+    fixed = list(fixed_cases())
+    yield from fixed if count > len(fixed) else chance.sample(fixed, count * 2 // 3)
+    for number in range(count - min(len(fixed), count * 2 // 3)):
+        yield mutated(chance, number)
+
+
+def fixed_cases() -> Iterator[Case]:
     for name, text in BOMBS.items():
         yield Case(name, text.encode(), refuse=True)
     for name, text in REFUSED.items():
@@ -274,9 +282,6 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         yield Case(name, content, refuse=True)
     for name, overrides in OVERRIDES.items():
         yield Case(f"override: {name}", GOOD.encode(), tuple(overrides), refuse=True)
-    fixed = len(BOMBS) + len(REFUSED) + len(BYTES) + len(OVERRIDES)
-    for number in range(max(0, count - fixed)):
-        yield mutated(chance, number)
 
 
 def mutated(chance: random.Random, number: int) -> Case:
@@ -284,8 +289,7 @@ def mutated(chance: random.Random, number: int) -> Case:
     kind, text = chance.choice(["value", "value", "value", "override", "bytes", "lines", "cut"]), GOOD
     if kind in ("value", "override"):
         section = chance.choice(["model", "data", "reward", "rollout", "ppo", "update", "run"])
-        hints = Experiment.__dataclass_fields__[section].default_factory  # type: ignore[misc]
-        key = chance.choice(list(hints.__dataclass_fields__))  # type: ignore[attr-defined]
+        key = chance.choice([setting.name for setting in fields(get_type_hints(Experiment)[section])])
         value = chance.choice(SCALARS)
         if kind == "override":
             return Case(f"{number}: {section}.{key}={value}", text.encode(), (f"{section}.{key}={value}",))

@@ -61,6 +61,8 @@ def rendered(
             return _renderer(tokenizer).asked(request, last=True)
 
 
+MOST_CHILDREN = 3
+"""Of this process at a time: a run has one tokenizer, and one more for a reward model."""
 _lock = threading.Lock()
 _renderers: dict[int, _Renderer] = {}
 
@@ -73,6 +75,8 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> _Renderer:
         found.close()
         found = None
     if found is None:
+        for oldest in list(_renderers)[: max(0, len(_renderers) - MOST_CHILDREN + 1)]:
+            _renderers.pop(oldest).close()
         found = _Renderer.started(tokenizer, wanted)
         _renderers[key] = found
         weakref.finalize(tokenizer, _forget, key, found)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_toolkit.files import appended, write_text
+from rlhf_toolkit.texts import printable
 
 Record = dict[str, Any]
 Sink = Callable[[Record, list[Record]], None]
@@ -116,7 +117,7 @@ class Progress(TrainerCallback):
             self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
             shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items() if name in logs)
             if not self.bar.disable and "timing_s/step" in logs:
-                self.bar.write(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s")
+                self.bar.write(printable(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

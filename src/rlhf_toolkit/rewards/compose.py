@@ -15,6 +15,7 @@ from rlhf_toolkit.rewards.http import remote
 from rlhf_toolkit.rewards.pool import worker_pool
 from rlhf_toolkit.rewards.scores import Scores
 from rlhf_toolkit.rewards.specification import RewardSpec
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.types import Prompt
 
 WARNINGS = 5
@@ -145,7 +146,7 @@ class Rewards:
                     "name"
                 )
             settings[spec.name] = spec.setting
-        self._warn = warn if warn is not None else lambda line: print(line, file=sys.stderr, flush=True)
+        self._warn = warn if warn is not None else lambda line: say(line, sys.stderr)
         self._rows: dict[int, _Row] = {}
         self._rewards: list[_Reward] = []
         try:

@@ -30,6 +30,7 @@ from rlhf_toolkit.runs.run import Run, with_dtype
 from rlhf_toolkit.runs.weights import fingerprint_of
 from rlhf_toolkit.settings.configs import RunConfig
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
+from rlhf_toolkit.texts import printable
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.saving import CheckpointWriter
 
@@ -158,7 +159,7 @@ def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
 
     def notify(title: str, text: str) -> None:
         if not progress.bar.disable:
-            progress.bar.write(f"{title}: {text}", file=sys.stderr)
+            progress.bar.write(printable(f"{title}: {text}"), file=sys.stderr)
         if mirror is not None:
             mirror.alert(title, text)
 

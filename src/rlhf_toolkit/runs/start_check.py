@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from rlhf_toolkit.distributed.topology import Topology, check_engine
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.rollout.role_pass import Needs
+from rlhf_toolkit.texts import LINES, printable
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 
@@ -24,7 +25,7 @@ class StartCheck(TrainerCallback):
         check_engine(self.topology, self.trainer.model_wrapped)
         placement = self.trainer.maker.scored_sampler.sampler.place(self.trainer.model_wrapped)
         if self.topology.is_main:
-            tqdm.write(f"{self.description()}\n{placement.description()}")  # above the progress bar
+            tqdm.write(printable(f"{self.description()}\n{placement.description()}", LINES))  # above the progress bar
 
     def description(self) -> str:
         """One line: processes, sharding, sizes and cuts."""

@@ -25,6 +25,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
 from rlhf_toolkit.seeding import derive_seed
+from rlhf_toolkit.texts import printable
 from rlhf_toolkit.trainers.attempts import accumulate
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
@@ -85,7 +86,7 @@ class RoleTrainer(Trainer):
         """Count an update that is made again after ``said``, in ``smaller`` parts, and say so on rank 0."""
         self.update_retries += 1
         if self.args.process_index == 0:
-            tqdm.write(f"update {self.state.global_step + 1} is made again with {smaller}: {said}")
+            tqdm.write(printable(f"update {self.state.global_step + 1} is made again with {smaller}: {said}"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW over the named groups, in the order of ``parameter_groups``."""
