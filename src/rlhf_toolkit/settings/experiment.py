@@ -134,8 +134,8 @@ class FineTuning:
         steps = self.job.epochs * items / self.job.batch_size
         if steps > MOST_UPDATES:
             raise ConfigError(
-                f"{self.JOB}.epochs={self.job.epochs} of {items} rows is more than {MOST_UPDATES:.0e} updates; "
-                "choose less"
+                f"{self.JOB}.epochs={self.job.epochs} of {items} rows is more than {MOST_UPDATES:.0e} updates; choose "
+                "less"
             )
         return max(1, round(steps))
 
@@ -290,8 +290,7 @@ def number_of_updates(experiment: Experiment) -> None:
     if updates > MOST_UPDATES:
         raise ConfigError(
             f"ppo.num_rollouts={experiment.ppo.num_rollouts} with ppo.num_ppo_epochs={experiment.ppo.num_ppo_epochs} "
-            f"and ppo.mini_batches={experiment.ppo.mini_batches} is more than {MOST_UPDATES:.0e} updates; "
-            "choose less"
+            f"and ppo.mini_batches={experiment.ppo.mini_batches} is more than {MOST_UPDATES:.0e} updates; choose less"
         )
 
 
