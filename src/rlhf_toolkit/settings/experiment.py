@@ -109,6 +109,7 @@ class FineTuning:
                 f"update.micro_batch_tokens={self.update.micro_batch_tokens} cannot hold one row of {longest} tokens "
                 f"(data.max_tokens); set it to {longest} or more"
             )
+        held_out(self)
 
     ADAPTER_LR: ClassVar[float] = 1e-4
     JOB: ClassVar[str]  # the section with epochs and batch size
@@ -284,6 +285,15 @@ def overlong_buffer(experiment: Experiment) -> None:
         )
 
 
+def held_out(experiment: Experiment | FineTuning) -> None:
+    """An evaluation needs held-out rows."""
+    if experiment.run.evaluate_every and not experiment.data.evaluation:
+        raise ConfigError(
+            f"run.evaluate_every={experiment.run.evaluate_every} has nothing to evaluate; name held-out rows in "
+            "data.evaluation, or set it to 0"
+        )
+
+
 def number_of_updates(experiment: Experiment) -> None:
     """All updates of the run can be counted."""
     updates = experiment.ppo.num_rollouts * experiment.updates_per_rollout
@@ -301,6 +311,7 @@ RULES = (
     kl_horizon,
     kl_stop,
     overlong_buffer,
+    held_out,
     number_of_updates,
 )
 """In the order in which they are looked at."""
