@@ -35,7 +35,7 @@ def find(name: str, known: Mapping[str, Callable[..., Any]], setting: str) -> Ca
         return known[name]
     if ":" not in name:
         raise ConfigError(
-            f"{setting}={name!r}{nearest(name, known)}; known are {', '.join(known)}, or give path/to/file.py:name"
+            f"{setting}={shortened(name)}{nearest(name[:100], known)}; known are {', '.join(known)}, or give path/to/file.py:name"
         )
     return load_function(name, setting)
 
@@ -93,15 +93,19 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
     """
     place, colon, name = spec.rpartition(":")
     if not (colon and place and name):
-        raise ConfigError(f"{setting}={spec!r} names no function; write path/to/file.py:name or package.module:name")
+        raise ConfigError(
+            f"{setting}={shortened(spec)} names no function; write path/to/file.py:name or package.module:name"
+        )
     path = Path(place)
     if path.suffix == ".py" and not path.is_file():
-        raise ConfigError(f"{setting}={spec!r}: there is no file {path} (looked in {Path.cwd()}); check the path")
+        raise ConfigError(
+            f"{setting}={shortened(spec)}: there is no file {shortened(place)[1:-1]} (looked in {Path.cwd()}); check the path"
+        )
     try:
         module = _module_of(path) if path.suffix == ".py" else importlib.import_module(place)
     except Exception as error:  # importing runs code
         raise ConfigError(
-            f"{setting}={spec!r}: importing {place} raised {described(error)}{_where(error)}; "
+            f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised {described(error)}{_where(error)}; "
             "repair it, or give path/to/file.py:name"
         ) from error
     found = _callable(module, name, spec, setting)
@@ -115,11 +119,11 @@ def _callable(module: ModuleType, name: str, spec: str, setting: str) -> Callabl
         known = [key for key in dir(module) if callable(getattr(module, key)) and not key.startswith("_")]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'no functions'}"
-        raise ConfigError(f"{setting}={spec!r}: {name} is not defined there; {hint}")
+        raise ConfigError(f"{setting}={shortened(spec)}: {name} is not defined there; {hint}")
     function: Callable[..., Any] = getattr(module, name)
     if not callable(function):
         raise ConfigError(
-            f"{setting}={spec!r}: {name} is {shortened(function)} ({type(function).__name__}), "
+            f"{setting}={shortened(spec)}: {name} is {shortened(function)} ({type(function).__name__}), "
             "which cannot be called; name a function"
         )
     return function

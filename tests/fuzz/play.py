@@ -125,7 +125,8 @@ def play(case: Case, fixtures: Path, folder: Path) -> Outcome:
     except Exception:
         return Outcome(BARE, traceback.format_exc())
     done, wanted = run.trainer.state.global_step, run.trainer.state.max_steps
-    if done < min(UPDATES, wanted) or done == 0:
+    stopped = getattr(getattr(experiment, "alarms", None), "stop", False)
+    if done == 0 or (done < min(UPDATES, wanted) and not stopped):
         return Outcome(NO_UPDATE, f"{done} of {wanted} updates")
     return Outcome(RAN, f"{time.perf_counter() - began:.2f} s", left(folder))
 

@@ -24,7 +24,7 @@ TEXTS = (
 )
 SOUND = ("w1", "w1 w2 w3", "w27 w0", "w5 w6", "w2 w9 w4", "w8", "w11 w12")
 ROLES = ("user", "assistant", "system", "tool", "", "User", None, 7, "\U0001f600")
-ODD = (None, 0, -1, 1.5, True, [], {}, [[]], {"role": "user"}, 2**70, float("nan"), "2024-01-01")
+ODD: tuple[Any, ...] = (None, 0, -1, 1.5, True, [], {}, [[]], {"role": "user"}, 2**70, float("nan"), "2024-01-01")
 
 
 def sound(kind: str, number: int) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """``python -m tests.fuzz.settings --count 3000 --seed 0``: settings files and rows, legal, at the border and wrong.
 
-Each makes two updates on a tiny model, or ends with an RLHFError of one line. A bare traceback, a run that does not end,
-a wrong setting that is accepted, and a setting that changes nothing wherever it is set, are failures.
+Each makes two updates on a tiny model, or ends with an RLHFError of one line. A bare traceback, a run that does not
+end, a wrong setting that is accepted, and a setting that changes nothing wherever it is set, are failures.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -31,6 +32,10 @@ LEAST_TRIES = 12
 ONE_IN = 3
 """Of that many runs one is repeated without one of its settings."""
 WITHOUT_TRACE = {
+    "model.lora_dropout": "it has one legal value",
+    "reward.model_weight": "there is no reward model",
+    "alarms.stop": "two updates may cause no alarm",
+    "run.most_not_finite": "all numbers are finite",
     "model.trust_remote_code": "the model is local and brings no code",
     "run.timeout_minutes": "nobody is late",
     "run.wandb_project": "W&B is off",
@@ -83,6 +88,8 @@ def play_all(numbers: range, seed: int, *, processes: int = 1, seconds: float = 
         place = Path(name)
         (place / "fixtures").mkdir()
         fixtures = write_fixtures(place / "fixtures")
+        gc.collect()
+        gc.freeze()  # or every child would go through what this process has imported
         again: list[tuple[Case, str, str]] = []  # a case without a setting, the setting, and what the whole case left
         running: dict[int, tuple[Case, Path, float, tuple[str, str] | None]] = {}
         while waiting or running or again:

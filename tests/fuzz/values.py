@@ -37,15 +37,18 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "model.trust_remote_code": (False, True),
     "model.lora_rank": (1, 2, 4, 7, 64),
     "model.lora_alpha": (1, 8, 10**6),
+    "model.lora_dropout": (0.0,),
     "model.rslora": (True,),
     "model.target_modules": ("all-linear", ["q_proj"], ["q_proj", "down_proj"]),
     "model.exclude_modules": ([], ["k_proj"], ["v_proj", "o_proj"]),
     "model.policy_adapter": (None, "HERE/adapter"),
+    "model.value_adapter": (None, "HERE/reward_adapter"),
     "model.value_on": ("adapter", "policy_trunk"),
     "model.value_head_std": (0.0, 0.1, 1),
     "model.gradient_checkpointing": (True,),
     "data.evaluation": (None, "ROWS"),
     "data.train_split": ("train", "train[:4]", "other"),
+    "data.evaluation_split": ("train", "train[:2]"),
     "data.streaming": (False, True),
     "data.max_rows": (1, 3, 4, 10**9),
     "data.chat_template": (False, True),
@@ -63,9 +66,12 @@ LEGAL: dict[str, tuple[Any, ...]] = {
         [{"function": "HERE/plugins.py:now_and_then", "on_failure": "score", "failure_score": -1.0}],
     ),
     "reward.adapter": (None, "HERE/reward_adapter"),
+    "reward.adapter_weight": (1.0, 0.5),
     "reward.model": (None,),
+    "reward.model_weight": (1.0,),
     "reward.missing_eos_penalty": (0.0, 0.5),
     "reward.overlong_buffer": (0, 1, 2),
+    "reward.overlong_penalty": (0.5, 1.0),
     "reward.clip": (None, 0.5),
     "reward.scale": (1.0, 0.0, -2.0),
     "reward.whiten": (True,),
@@ -146,9 +152,18 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "run.evaluate_every": (0, 1),
     "run.evaluation_samples": (0, 1, 2),
     "run.samples": (0, 1, 10**9),
+    "run.most_not_finite": (0, 3),
     "run.timeout_minutes": (1, 120),
     "run.name": (None, "a name"),
     "run.wandb_project": ("rlhf_toolkit",),
+    "alarms.kl_above": (None, 1e-6, 200.0),
+    "alarms.entropy_below": (None, 0.0, 10.0),
+    "alarms.entropy_above": (None, 0.1),
+    "alarms.length_below": (None, 10.0),
+    "alarms.length_above": (None, 0.5),
+    "alarms.repetition_above": (None, 0.01),
+    "alarms.cut_above": (None, 0.01),
+    "alarms.stop": (False, True),
 }
 """What a tiny run can be told. HERE is the folder of ``task.Task``, ROWS a file of held-out rows."""
 
@@ -225,7 +240,7 @@ def _never_fits(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, int | float):
         if isinstance(value, float):
             return True  # NaN and infinity
-        return (abs(value) > 10**300 and (float in kinds or int not in kinds)) or not {int, float} & set(kinds)
+        return abs(value) > 10**300 or not {int, float} & set(kinds)
     if isinstance(value, str):
         return str not in kinds
     if isinstance(value, list):

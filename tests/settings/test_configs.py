@@ -1029,3 +1029,13 @@ def test_numbers_that_no_run_could_hold_are_refused() -> None:
         supervised(sft={"epochs": 1e30}).steps(10)
     assert error_of("reward", clip=1e39).startswith("reward.clip=1e+39 is beyond float32")
     assert experiment(reward={"clip": 3.4e38}).reward.clip == 3.4e38
+
+
+@pytest.mark.parametrize("evaluation", [{}, {"evaluation": ""}])
+def test_an_evaluation_needs_held_out_rows(evaluation: dict[str, Any]) -> None:
+    told = "run.evaluate_every=2 has nothing to evaluate; name held-out rows in data.evaluation, or set it to 0"
+    assert error_in({"run": {"evaluate_every": 2}, "data": {"train": "t.jsonl", **evaluation}}) == told
+    with pytest.raises(ConfigError) as caught:
+        supervised(run={"evaluate_every": 2}, data=evaluation)
+    assert line_of(caught) == told
+    assert experiment(run={"evaluate_every": 2}, data={"train": "t.jsonl", "evaluation": "e"}).run.evaluate_every == 2

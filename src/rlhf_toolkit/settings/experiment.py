@@ -109,6 +109,7 @@ class FineTuning:
                 f"update.micro_batch_tokens={self.update.micro_batch_tokens} cannot hold one row of {longest} tokens "
                 f"(data.max_tokens); set it to {longest} or more"
             )
+        held_out(self)
 
     ADAPTER_LR: ClassVar[float] = 1e-4
     JOB: ClassVar[str]  # the section with epochs and batch size
@@ -134,8 +135,8 @@ class FineTuning:
         steps = self.job.epochs * items / self.job.batch_size
         if steps > MOST_UPDATES:
             raise ConfigError(
-                f"{self.JOB}.epochs={self.job.epochs} of {items} rows is more than {MOST_UPDATES:.0e} updates; "
-                "choose less"
+                f"{self.JOB}.epochs={self.job.epochs} of {items} rows is more than {MOST_UPDATES:.0e} updates; choose "
+                "less"
             )
         return max(1, round(steps))
 
@@ -284,14 +285,22 @@ def overlong_buffer(experiment: Experiment) -> None:
         )
 
 
+def held_out(experiment: Experiment | FineTuning) -> None:
+    """An evaluation needs held-out rows."""
+    if experiment.run.evaluate_every and not experiment.data.evaluation:
+        raise ConfigError(
+            f"run.evaluate_every={experiment.run.evaluate_every} has nothing to evaluate; name held-out rows in "
+            "data.evaluation, or set it to 0"
+        )
+
+
 def number_of_updates(experiment: Experiment) -> None:
     """All updates of the run can be counted."""
     updates = experiment.ppo.num_rollouts * experiment.updates_per_rollout
     if updates > MOST_UPDATES:
         raise ConfigError(
             f"ppo.num_rollouts={experiment.ppo.num_rollouts} with ppo.num_ppo_epochs={experiment.ppo.num_ppo_epochs} "
-            f"and ppo.mini_batches={experiment.ppo.mini_batches} is more than {MOST_UPDATES:.0e} updates; "
-            "choose less"
+            f"and ppo.mini_batches={experiment.ppo.mini_batches} is more than {MOST_UPDATES:.0e} updates; choose less"
         )
 
 
@@ -302,6 +311,7 @@ RULES = (
     kl_horizon,
     kl_stop,
     overlong_buffer,
+    held_out,
     number_of_updates,
 )
 """In the order in which they are looked at."""
