@@ -20,7 +20,7 @@ from rlhf_toolkit.checkpoint_files import Checkpoint, newest_sound, remove_lefto
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described, shortened
-from rlhf_toolkit.files import WANDB_LOGS, link_outside, write_text
+from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file, write_text
 from rlhf_toolkit.texts import printable, say
 
 RUN_FILE = "run.json"
@@ -70,6 +70,11 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
             raise CheckpointError(
                 f"{link} is a link to something outside of run.output_dir={folder}, which a run would write to; put "
                 "what it leads to in its place, or remove it"
+            )
+        odd = special_file(folder)
+        if odd is not None:
+            raise CheckpointError(
+                f"{odd} is neither a file nor a folder; whoever reads it may wait for ever; remove it"
             )
         _require_same(folder, experiment)
         found, passed_over = newest_sound(folder)

@@ -134,7 +134,10 @@ def judge(door: Door, world: World, sound: Any, *, previous: bool = False, hashe
         return _of_success(world, finished, door, sound, previous=previous)
     if has_bare_traceback(finished.output) or not ONE_LINE.search(finished.output):
         return Verdict("TRACEBACK", f"status {finished.status}: {last_line(finished.output)}")
-    return Verdict("STOPPED, BUT NOT BY ITS PREVIOUS CHECKPOINT" if previous else "refused", last_line(finished.output))
+    by_hand = "is a link" in finished.output or "neither a file nor a folder" in finished.output
+    if previous and not by_hand:  # a person put it there, no fault of a disk: to stop is right
+        return Verdict("STOPPED, BUT NOT BY ITS PREVIOUS CHECKPOINT", last_line(finished.output))
+    return Verdict("refused", last_line(finished.output))
 
 
 def _of_success(world: World, finished: Finished, door: Door, sound: Any, *, previous: bool) -> Verdict:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.reporting import run_log
 from rlhf_toolkit.reporting.run_log import (
     PACKAGES,
@@ -74,7 +75,8 @@ def test_what_a_resumed_run_has_logged_before(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_run_was_killed_in_is_cut_off(tmp_path: Path) -> None:
-    for text, expected in (("a\nb\n", "a\nb\n"), ('a\n{"ki', "a\n"), ("{", ""), ("", "")):
+    a, b = (json.dumps({"kind": "eval", "rollout": number}) for number in (0, 1))
+    for text, expected in ((f"{a}\n{b}\n", f"{a}\n{b}\n"), (f'{a}\n{{"ki', f"{a}\n"), ("{", ""), ("", "")):
         (tmp_path / "log.jsonl").write_text(text)
         mend_logs(tmp_path)
         assert (tmp_path / "log.jsonl").read_text() == expected
@@ -272,3 +274,30 @@ def test_a_rollout_has_one_line_and_an_evaluation_none(progress: Progress) -> No
 def test_the_bar_is_closed_at_the_end(progress: Progress) -> None:
     progress.on_train_end(ARGUMENTS, TrainerState(), TrainerControl())
     assert progress.bar.closed and progress.bar.options["total"] == 5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "train", "rollout": 2, "train/lo',
+        "[" * 100_000,
+        '{"kind": "train", "rollout": ' + "9" * 5_000 + "}",
+        "[1]",
+        "null",
+        '{"kind": 3, "rollout": 1}',
+        '{"kind": "train"}',
+    ],
+    ids=["cut", "deep", "huge", "a list", "null", "no kind", "no rollout"],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    """Before a run goes on, whose summary would read it in the end."""
+    say(log_of(tmp_path), 4, train__loss=0.5)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(line + "\n")
+    for reader in (mend_logs, lambda folder: read_records(folder, "train")):
+        with pytest.raises(CheckpointError, match=r"log\.jsonl cannot be read at line 2 .*; restore that file, or"):
+            reader(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match="is no file"):
+        mend_logs(tmp_path)

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.files import appended, write_text
 from rlhf_toolkit.texts import printable
 
@@ -128,10 +129,8 @@ class Progress(TrainerCallback):
 
 def read_records(folder: Path, kind: str, axis: str = "rollout") -> list[Record]:
     """The records of one kind in ``log.jsonl``, a later one of the same rollout (after a resume) replacing the
-    earlier."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    earlier. Raises CheckpointError where a line of that file is no record."""
+    records = [record for record in _lines(folder / "log.jsonl") if record["kind"] == kind]
     return [*{record[axis]: record for record in records}.values()]
 
 
@@ -147,17 +146,39 @@ def history(folder: Path, *, axis: str, until: int) -> list[tuple[Record, list[R
 
 
 def mend_logs(folder: Path) -> None:
-    """Cut off the line that a run was killed in the middle of, so that the next one begins a line of its own."""
+    """Cut off the line that a run was killed in the middle of, so that the next one begins a line of its own.
+
+    Raises CheckpointError where what is left is not all records: the summary at the end of the run would need them.
+    """
     for name in ("log.jsonl", "samples.jsonl"):
         path = folder / name
         if path.is_file() and not path.is_symlink():
             content = path.read_bytes()
             if content and not content.endswith(b"\n"):
                 os.truncate(path, content.rfind(b"\n") + 1)
+        _lines(path)
 
 
 def _lines(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records in a file of JSON lines, which may be missing. Raises CheckpointError for anything else in it."""
+    if not path.exists() and not path.is_symlink():
+        return []
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; put the file itself there, or remove it")
+    records = list[Record]()
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            place = record.get("rollout", record.get("step")) if isinstance(record, dict) else None
+            if not isinstance(place, int) or not isinstance(record.get("kind"), str):
+                raise ValueError("it is no record of a run")
+            records.append(record)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read at line {len(records) + 1} ({described(error)}); restore that file, or remove that "
+            "line"
+        ) from error
+    return records
 
 
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
