@@ -92,3 +92,87 @@ def test_where_memory_runs_out_on_one_rank_all_try_again_with_less(
     assert sum(record.get("perf/update_retries", 0) for record in records) == 2
     said = [line for line in finished.output.splitlines() if "is made again" in line or "is sampled again" in line]
     assert len(said) == 3 and all("out of memory" in line for line in said), "rank 0 says each once"
+
+
+def last_lines(finished: Finished) -> list[str]:
+    """The line with which each rank has ended, rank 0's first, without the name of the other."""
+    found = re.findall(r"^(\[rank 1\] )?(\w*Error: .*|stopped .*)$", finished.output, flags=re.M)
+    return [line for _, line in sorted(found)]
+
+
+def assert_both_told(finished: Finished, phase: str, runs: Runs) -> None:
+    """Rank 1 has failed with an error of its own, and rank 0 with what that was, long before a timeout."""
+    assert finished.status not in (0, -9), finished.output[-3000:]
+    own = [line for line in finished.output.splitlines() if line == "LookupError: nobody knows"]
+    told = f"RLHFError: rank 1 failed in {phase}: LookupError: nobody knows"
+    assert own and last_lines(finished).count(told) == 1, finished.output[-3000:]
+    assert "Connection closed by peer" not in finished.output
+
+
+@pytest.mark.parametrize(
+    ("where", "phase", "changes"),
+    [
+        ("update", "the update", {}),
+        ("backward", "the update", {}),
+        ("sampling", "the first pass", {"rollout.mode": "stream"}),
+        ("roles", "the role pass", {"rollout.mode": "stream"}),
+        ("roles", "the role pass", {}),
+    ],
+    ids=["update", "backward", "streamed sampling", "streamed role pass", "role pass"],
+)
+def test_an_error_in_the_middle_of_a_layer_reaches_the_other_rank(
+    runs: Runs, where: str, phase: str, changes: dict[str, Any]
+) -> None:
+    name = f"{where} {len(changes)}"
+    assert_both_told(runs.start(name, fault(1, where, 0, "raise"), **changes), phase, runs)
+
+
+def test_an_error_where_nobody_agrees_reaches_the_other_rank_as_well(runs: Runs) -> None:
+    """While the model is built, one rank fails and the other waits in a collective of ZeRO's."""
+    finished = runs.start("built", fault(1, "build", 0, "raise"))
+    assert finished.status not in (0, -9), finished.output[-3000:]
+    assert "RLHFError: rank 1 failed: LookupError: nobody knows; continue with --resume" in last_lines(finished)
+
+
+@pytest.mark.parametrize(("rank", "where", "number"), [(1, "update", 2), (0, "sampling", 9)])
+def test_a_signal_on_one_rank_stops_both_with_a_checkpoint(runs: Runs, rank: int, where: str, number: int) -> None:
+    """From which the run goes on to the bits of the one that was not stopped."""
+    name = f"stopped in {where}"
+    finished = runs.start(name, fault(rank, where, number, "term"))
+    assert finished.status == 128 + 15, finished.output[-3000:]
+    lines = last_lines(finished)
+    assert len(lines) == 1, "rank 0 alone says it"
+    done = re.fullmatch(
+        r"stopped by SIGTERM after update (\d), with a checkpoint; continue with (.*) --resume", lines[0]
+    )
+    assert done is not None and 0 < int(done[1]) < 4 and f"--config {runs.folder}" in done[2].replace("'", ""), lines
+    assert not (runs.folder / name / "policy").exists()
+    runs.start(name, resume=True).succeeded()
+    runs.assert_same(name, "straight", rtol=0, atol=0)
+
+
+def test_a_signal_before_the_first_update_has_nothing_to_save(runs: Runs) -> None:
+    finished = runs.start("early", fault(1, "sampling", 1, "term"))
+    assert finished.status == 128 + 15, finished.output[-3000:]
+    assert re.match(
+        r"stopped by SIGTERM before the first update: there is nothing to save; .* --overwrite$",
+        last_lines(finished)[0],
+    )
+    assert not list((runs.folder / "early").glob("checkpoint-*"))
+
+
+def test_a_rank_that_stalls_is_named_with_its_place_and_ends_the_run(runs: Runs) -> None:
+    began = time.monotonic()
+    finished = runs.start("stalled", fault(1, "update", 1, "stall"), **{"run.stall_minutes": 0.05})
+    assert finished.status not in (0, -9) and time.monotonic() - began < 60
+    lines = last_lines(finished)
+    assert len(lines) == 2 and len(set(lines)) == 1, finished.output[-3000:]
+    assert re.match(
+        r"StallError: rank 1 has not moved for \d+ s, in the update, _states \(models/shared_base", lines[0]
+    ), lines
+    assert 'tests/support/faulty.py", line' in finished.output and "time.sleep(1000)" in finished.output, "its stack"
+
+
+def test_a_rank_that_is_killed_is_no_riddle_to_the_other(runs: Runs) -> None:
+    finished = runs.start("killed", fault(1, "update", 1, "die"))
+    assert [line for line in last_lines(finished) if "another rank has ended without a word" in line], finished.output

@@ -1,7 +1,7 @@
 """A recipe with faults planted into it: ``faulty.py RECIPE --config X.yaml``; ``faults.json`` beside the YAML says which.
 
 Each fault is a dict: ``rank``; ``where``, the pass in whose second layer it happens (``update``, ``backward``,
-``sampling``, ``roles``); ``number``, which of these passes on that rank, from 0; ``deed``, a name in ``DEEDS``.
+``sampling``, ``roles``), or ``build``, where the model is made; ``number``, which of these passes on that rank, from 0; ``deed``, a name in ``DEEDS``.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Plant:
 
         def init(model: SharedBase, *arguments: Any, **options: Any) -> None:
             build(model, *arguments, **options)
+            self.deeds.get(("build", 0), lambda: None)()
             layers = [module for name, module in model.named_modules() if name.endswith(".layers.1")]
             layers[0].register_forward_pre_hook(self._before)
             layers[0].register_forward_hook(self._after)

@@ -109,6 +109,8 @@ def run_role_pass(
 
     with agreement(PHASE) if pace is None else pace.together(PHASE):
         mine = [(rows, say(rows, roles)) for part in plan.of_rank(rank()) for rows in part]
+        if pace is not None:
+            pace.until_others_finish(lambda: None)  # ranks run equally many: they only hear of a failure in the last
     outputs = gathered_outputs(mine)
     if (fault := outputs.not_finite()) is not None:
         role, row = fault

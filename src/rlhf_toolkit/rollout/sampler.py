@@ -60,7 +60,7 @@ class Sampler:
         if self.placement is None:
             shared = bare(model)
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
-            with streamed(model) as pace, inference(model):
+            with streamed(model) as pace, inference(model), pace.together("the first pass"):
                 column = measured_column(shared, pace)
             on_cpu = next(shared.parameters()).device.type == "cpu"
             size = model_size(shared, column, on_cpu=on_cpu)
@@ -192,8 +192,14 @@ def bare_tensors(pace: Pace) -> AbstractContextManager[object]:
 
 def measured_column(shared: SharedBase, pace: Pace) -> int:
     """Bytes of keys and values of one token, from one token that every rank decodes: exact for every architecture."""
-    cache = DynamicCache(config=shared.causal_lm.config)
     one = torch.ones(1, 1, dtype=torch.long, device=next(shared.parameters()).device)
-    with pace.forward_pass():
+
+    def decode_one() -> DynamicCache:
+        cache = DynamicCache(config=shared.causal_lm.config)
         shared.next_token_logits(one, one, one - 1, cache)
+        return cache
+
+    with pace.forward_pass(decode_one):
+        cache = decode_one()
+    pace.until_others_finish(decode_one)
     return column_bytes(cache)
