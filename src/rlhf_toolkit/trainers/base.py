@@ -18,7 +18,7 @@ from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkp
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, stop_together, world_size
 from rlhf_toolkit.distributed.engine import step
-from rlhf_toolkit.distributed.moments import moments_on_main, require_moments, restore_moments, weights_on_main
+from rlhf_toolkit.distributed.moments import Named, moments_on_main, require_moments, restore_moments, weights_on_main
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -194,8 +194,9 @@ class RoleTrainer(Trainer):
         settled = self._settled
         if settled is None or settled.step != step:
             settled = self._settled = self._settle()
-        weights = weights_on_main(self._saved())
-        moments, steps = moments_on_main(self.model_wrapped, optimizer, self._trained())
+        trained = self._trained()
+        weights = weights_on_main(self._saved(trained))
+        moments, steps = moments_on_main(self.model_wrapped, optimizer, trained)
         plugins, of_plugins = taken_apart(all_gather(settled.plugins))
         state = {
             **self._about,
@@ -248,9 +249,9 @@ class RoleTrainer(Trainer):
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
-    def _saved(self) -> list[tuple[str, nn.Parameter]]:
+    def _saved(self, trained: Named) -> Named:
         """The parameters that a checkpoint's role folders hold: of a whole model its frozen tables, too."""
-        return list(self.model.named_parameters()) if isinstance(self.model, WholeModel) else self._trained()
+        return list(self.model.named_parameters()) if isinstance(self.model, WholeModel) else trained
 
     def _write_roles(self, weights: dict[str, Tensor], folder: Path) -> None:
         buffers = dict(self.model.named_buffers()) if isinstance(self.model, WholeModel) else {}
@@ -259,7 +260,7 @@ class RoleTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write roles and tokenizer to the run folder, or to ``output_dir``. A collective. Trainer's own way adds its
         arguments as a pickle."""
-        weights, folder = weights_on_main(self._saved()), Path(output_dir or str(self.args.output_dir))
+        weights, folder = weights_on_main(self._saved(self._trained())), Path(output_dir or str(self.args.output_dir))
         with agreement("the writing of the model"):
             if rank() == 0:
                 self._write_roles(weights, folder)
