@@ -84,7 +84,8 @@ def updates(numbers: list[float], counted: Counted) -> dict[str, float]:
         return loss_of(layer, part["number"].item())
 
     for number in numbers:
-        total = RoleTrainer.make_update(trainer, layer, [{"number": torch.tensor(number)}], micro_batch)
+        part = {"number": torch.tensor(number)}
+        total = RoleTrainer.make_update(trainer, layer, [part], micro_batch, lambda part: part)
         assert (total is None) == (not math.isfinite(number))
         trainer.state.global_step += 1
     return combined([trainer.meter.take()])
