@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_toolkit.data.prompts import PromptSchedule, PromptSet, load_rows, tokenise_prompts
@@ -451,3 +452,25 @@ def test_more_prompts_for_a_rollout_than_there_are() -> None:
         "rollout.prompts_per_rollout=6 is more than the 5 prompts there are, so that every rollout would repeat some; "
         "set it to 5 or less, or add prompts"
     )
+
+
+# ---- what a file of strangers may ask for ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_column_that_fetches_is_read_as_it_is_stored(nested: bool, streaming: bool, tmp_path: Path) -> None:
+    """The images are files that are none: opening one would raise."""
+    (tmp_path / "x.png").write_text("no image")
+    cell = {"bytes": None, "path": str(tmp_path / "x.png")}
+    image: Any = datasets.List(datasets.Image()) if nested else datasets.Image()
+    stored = [[cell]] * 2 if nested else [cell] * 2
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": image})
+    plain = datasets.Dataset.from_dict({"prompt": ["a", "b"], "image": stored})
+    table = plain.data.table.select(["prompt", "image"]).cast(features.arrow_schema)
+    metadata = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    rows = load_rows(str(tmp_path / "a.parquet"), "train", streaming=streaming)
+    assert [row["image"] for row in rows] == stored
+    with pytest.raises(Exception, match="cannot identify image"):  # what datasets does by itself
+        list(datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True))

@@ -213,7 +213,9 @@ def test_a_broken_csv_and_a_broken_parquet(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt,label\na,1\nb,2,3\n")
     assert "Expected 2 fields in line 3, saw 3; repair the file" in refused(f"{tmp_path}/x.csv")
     (tmp_path / "x.parquet").write_text("not parquet")
-    assert refused(f"{tmp_path}/x.parquet").startswith(f"cannot read {tmp_path}/x.parquet (split train): ArrowInvalid")
+    assert refused(f"{tmp_path}/x.parquet").startswith(
+        f"cannot read {tmp_path}/x.parquet (split train): it does not begin as"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

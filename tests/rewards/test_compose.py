@@ -310,3 +310,18 @@ def test_lines_go_to_stderr_by_default(capfd: pytest.CaptureFixture[str]) -> Non
     with closing(Rewards([spec])) as rewards:
         rewards.collect(*batch_of(["none", "b"]))
     assert capfd.readouterr().err.startswith("reward act: 1 of 1 calls failed and were scored as -0.5; the first: ")
+
+
+# ---- names of columns ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "column"), [("gsm8k", "flexible"), ("countdown", "format_score"), ("math", "time_limit")]
+)
+def test_a_column_never_sets_an_option(function: str, column: str, workers: int) -> None:
+    entry = {"function": f"rlhf_toolkit.rewards.verifiable:{function}", "workers": workers}
+    given = {"answer": "3", "numbers": [3], "target": 3, column: 1}
+    said = rf"the dataset has a column '{column}', and {function} an option of that name"
+    with rewards_of(entry) as rewards, pytest.raises(ConfigError, match=said):
+        rewards.collect(*batch_of(["a"], **given))

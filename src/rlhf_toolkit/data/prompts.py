@@ -163,7 +163,7 @@ class _File:
         except Exception as error:  # whatever pyarrow raises
             raise self.fault(error) from error
         if what is not None:
-            raise DataError(f"cannot read {self.path} (split {self.split}): {what}")
+            raise DataError(f"cannot read {self.path} (split {self.split}): {what}; repair the file or name another")
         if kind == "csv" and not streaming:
             _check_utf8(self.path)
 

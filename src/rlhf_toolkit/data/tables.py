@@ -141,7 +141,7 @@ def csv_fault(path: Path) -> str | None:
     with path.open("rb") as file:
         beginning = file.read(2**20)
     if is_archive(beginning):
-        return "it is an archive; unpack it"
+        return "it is an archive, which has to be unpacked"
     if beginning.partition(b"\n")[0].count(b",") >= MOST_COLUMNS:
         return f"it has more than {MOST_COLUMNS} columns"
     return None
