@@ -112,7 +112,10 @@ def hostile_pickle(file: str) -> Change:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (here().filled("{COMMAND}"),)
 
-    return lambda folder: (folder / file).write_bytes(pickle.dumps(Payload())) and None
+    def change(folder: Path) -> None:
+        (folder / file).write_bytes(pickle.dumps(Payload()))
+
+    return change
 
 
 def tensors(file: str, of: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Change:
