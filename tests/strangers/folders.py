@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -38,6 +39,7 @@ class Case:
 def sound() -> Path:
     """A folder with ``base`` and ``adapter``. Nobody writes to it."""
     folder = Path(tempfile.mkdtemp(prefix="strangers-sound-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children end without it
     write_base(folder / "base", shard="20KB", chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")
     write_adapter(folder / "adapter", folder / "base")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import functools
 import json
 import random
@@ -48,7 +49,9 @@ EVENT = {
 @functools.cache
 def sound() -> Path:
     """A run folder as a run leaves it."""
-    folder = Path(tempfile.mkdtemp(prefix="strangers-run-")) / "run"
+    outer = tempfile.mkdtemp(prefix="strangers-run-")
+    atexit.register(shutil.rmtree, outer, ignore_errors=True)  # children end without it
+    folder = Path(outer) / "run"
     shutil.copytree(folders.sound() / "adapter", folder / "policy")
     settings = {
         "model": {"name": "some/model", "dtype": "float32"},
