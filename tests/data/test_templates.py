@@ -72,9 +72,9 @@ def test_a_child_holds_nothing_open_and_ends_with_its_parent() -> None:
     if parent == 0:
         tokenizer = word_tokenizer()
         rendered(tokenizer, ask("a"), add_generation_prompt=True)
-        child = templates._renderers[id(tokenizer)].child
-        links = sorted(int(each) for each in os.listdir(f"/proc/{child}/fd") if int(each) < 1000)
-        os.write(writing, f"{child} {links}".encode())
+        process = templates._renderers[id(tokenizer)].child
+        numbers = sorted(int(each) for each in os.listdir(f"/proc/{process}/fd") if int(each) < 1000)
+        os.write(writing, f"{process} {numbers}".encode())
         signal.pause()
     child, _, links = os.read(reading, 1000).decode().partition(" ")
     os.close(reading)

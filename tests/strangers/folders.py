@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -38,6 +39,7 @@ class Case:
 def sound() -> Path:
     """A folder with ``base`` and ``adapter``. Nobody writes to it."""
     folder = Path(tempfile.mkdtemp(prefix="strangers-sound-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children end without it
     write_base(folder / "base", shard="20KB", chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")
     write_adapter(folder / "adapter", folder / "base")
     return folder
@@ -112,7 +114,10 @@ def hostile_pickle(file: str) -> Change:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (here().filled("{COMMAND}"),)
 
-    return lambda folder: (folder / file).write_bytes(pickle.dumps(Payload())) and None
+    def change(folder: Path) -> None:
+        (folder / file).write_bytes(pickle.dumps(Payload()))
+
+    return change
 
 
 def tensors(file: str, of: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Change:

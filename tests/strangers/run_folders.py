@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import functools
 import json
 import random
@@ -48,7 +49,9 @@ EVENT = {
 @functools.cache
 def sound() -> Path:
     """A run folder as a run leaves it."""
-    folder = Path(tempfile.mkdtemp(prefix="strangers-run-")) / "run"
+    outer = tempfile.mkdtemp(prefix="strangers-run-")
+    atexit.register(shutil.rmtree, outer, ignore_errors=True)  # children end without it
+    folder = Path(outer) / "run"
     shutil.copytree(folders.sound() / "adapter", folder / "policy")
     settings = {
         "model": {"name": "some/model", "dtype": "float32"},
@@ -106,7 +109,10 @@ def line(file: str, content: Any) -> Change:
 
 
 def adapter_named(name: str) -> Change:
-    return lambda folder: (folder / "policy").rename(folder / name) and None
+    def change(folder: Path) -> None:
+        (folder / "policy").rename(folder / name)
+
+    return change
 
 
 def star(folder: Path) -> None:
@@ -245,7 +251,7 @@ class Uploads:
         pass
 
     def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], commit_message: str) -> None:
-        from huggingface_hub.utils import filter_repo_objects
+        from huggingface_hub.utils._paths import filter_repo_objects
 
         files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
         self.sent = list(filter_repo_objects(files, allow_patterns=allow_patterns))

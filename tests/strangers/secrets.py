@@ -134,7 +134,7 @@ def made(chance: random.Random, form: str) -> Iterator[str]:
 def planted(place: str, key: str, secret: str, chance: random.Random) -> dict[str, Any]:
     reward = "reward.py:score"
     functions = [{"function": reward, "name": "a"}]
-    return {
+    by_place: dict[str, dict[str, Any]] = {
         "kwargs": {"reward": {"function": reward, "kwargs": {key: secret}}},
         "nested": {"reward": {"function": reward, "kwargs": {"client": {key: {"value": secret}}}}},
         "listed": {"reward": {"function": reward, "kwargs": {"clients": [{key: secret}, {key: [secret]}]}}},
@@ -151,7 +151,8 @@ def planted(place: str, key: str, secret: str, chance: random.Random) -> dict[st
         "in an address": {"reward": {"functions": [{"url": "http://127.0.0.1:9/x?api_key=${STRANGERS_SECRET}"}]}},
         "advantage": {"ppo": {"advantage": "a.py:b", "advantage_kwargs": {key: secret}}},
         "train": {"data": {"train": f"https://{secret}@h/x.jsonl"}},
-    }[place]
+    }
+    return by_place[place]
 
 
 def run(case: Case) -> str:
@@ -197,7 +198,7 @@ def used(case: Case, settings: dict[str, Any]) -> str:
         load_experiment("x.yaml")
     if case.use == "override":
         parse_overrides([f"reward.kwargs={{password: '{case.secret}"])
-    experiment = load_experiment("x.yaml")
+    experiment: Experiment = load_experiment("x.yaml")
     if case.use == "error":
         return wrong(case, settings, experiment)
     said = repr(experiment.as_dict())

@@ -191,8 +191,8 @@ def _serve(tokenizer: PreTrainedTokenizerBase, request: int, result: int) -> NoR
 def _leave_everything(request: int, result: int) -> None:
     """Keep two pipes and nothing else: no socket of a process group, no signal handler, no memory without end."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+        signal.signal(each, signal.SIG_IGN if each == signal.SIGINT else signal.SIG_DFL)
     kept = os.dup2(os.dup(request), 1000), os.dup2(os.dup(result), 1001)
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):

@@ -174,10 +174,11 @@ def load_chat(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
-        model = cast(Any, model).to(device)
+        model, found = loaded
+        model = model.to(device)
     except Exception as error:  # its files may hold anything
         raise ModelError(f"{base} does not load as a causal language model ({described(error)}); check it") from error
     require_all_weights(base, found)

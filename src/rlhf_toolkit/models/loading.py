@@ -85,7 +85,7 @@ def load_base(
     kind = ROLE_ATTENTION if ours else attention
     try:
         with loading_weights(name, topology, dtype):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
@@ -101,6 +101,7 @@ def load_base(
         raise ModelError(
             f"{config.model_type} does not run with model.attention={attention} ({described(cause)}); set it to eager"
         ) from cause
+    model, found = loaded
     require_all_weights(name, found)
     return cast(PreTrainedModel, model)
 
