@@ -100,15 +100,16 @@ def play_all(numbers: range, seed: int, *, processes: int = 1, seconds: float = 
                     case, knob, left = again.pop()
                     about: tuple[str, str] | None = (knob, left)
                 else:
-                    case, about = make(seed, waiting.pop()), None
+                    case = make(seed, waiting.pop())
+                    about = None
                 folder = Path(tempfile.mkdtemp(dir=place))
                 running[start(case, fixtures, folder)] = (case, folder, time.monotonic(), about)
             for child, (case, folder, began, about) in list(running.items()):
-                status = _ended(child, time.monotonic() - began > seconds)
-                if status == "":
+                ended = _ended(child, time.monotonic() - began > seconds)
+                if ended == "":
                     continue
                 del running[child]
-                found = outcome(case, folder, None if status == HUNG else int(status))
+                found = outcome(case, folder, None if ended == HUNG else int(ended))
                 shutil.rmtree(folder, ignore_errors=True)
                 if about is None:
                     table.add(case, found)
