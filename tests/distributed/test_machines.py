@@ -12,6 +12,7 @@ import pytest
 from rlhf_toolkit.distributed import machines as module
 from rlhf_toolkit.distributed.machines import GLOO_INTERFACE, interface_towards, meeting, name_interface, require_same
 from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.distributed.watch import silent_end
 from rlhf_toolkit.errors import TopologyError
 from tests.support.launch import run_worker
 
@@ -47,6 +48,12 @@ def test_ranks_that_do_not_meet_say_what_to_check() -> None:
     assert "\n" not in str(caught.value) and "connectFullMesh" in str(caught.value)
     with pytest.raises(RuntimeError, match="as it is"), meeting({}):
         raise RuntimeError("as it is")
+
+
+def test_a_rank_that_ended_without_a_word_is_named_by_its_address() -> None:
+    gloo = "RuntimeError: [/pytorch/pair.cc:537] Read error [10.13.0.2]:62625: Connection reset by peer. This is"
+    assert silent_end(gloo).startswith("RLHFError: another rank, at 10.13.0.2, has ended without a word")
+    assert silent_end("remote process exited").startswith("RLHFError: another rank has ended without a word")
 
 
 def compared(topology: Topology, values: list[dict[str, Any]]) -> str:

@@ -113,9 +113,9 @@ def play(case: Case, fixtures: Path, folder: Path) -> Outcome:
     began = time.perf_counter()
     try:
         experiment = load_experiment(folder / "settings.yaml", {}, KINDS[case.kind])
-        by_rollouts = isinstance(experiment, Experiment)
-        run: Any = prepare(experiment) if by_rollouts else prepare_fine_tuning(experiment)
-        run.trainer.add_callback(_Stop(experiment.updates_per_rollout if by_rollouts else 1))
+        updates_per_rollout = experiment.updates_per_rollout if isinstance(experiment, Experiment) else 1
+        run: Any = prepare(experiment) if isinstance(experiment, Experiment) else prepare_fine_tuning(experiment)
+        run.trainer.add_callback(_Stop(updates_per_rollout))
         with suppress(_EnoughError):
             run.train()
     except RLHFError as error:

@@ -38,8 +38,10 @@ WITHOUT_TRACE = {
     "run.most_not_finite": "all numbers are finite",
     "model.trust_remote_code": "the model is local and brings no code",
     "run.timeout_minutes": "nobody is late",
+    "run.stall_minutes": "nobody stands still",
     "run.wandb_project": "W&B is off",
     "run.name": "W&B is off",
+    "run.keep_best": "two updates leave no more checkpoints than are kept",
     "run.keep_checkpoints": "two updates leave two checkpoints",
     "rollout.slots": "results do not depend on it",
     "rollout.max_turns": "without an environment",
@@ -98,15 +100,16 @@ def play_all(numbers: range, seed: int, *, processes: int = 1, seconds: float = 
                     case, knob, left = again.pop()
                     about: tuple[str, str] | None = (knob, left)
                 else:
-                    case, about = make(seed, waiting.pop()), None
+                    case = make(seed, waiting.pop())
+                    about = None
                 folder = Path(tempfile.mkdtemp(dir=place))
                 running[start(case, fixtures, folder)] = (case, folder, time.monotonic(), about)
             for child, (case, folder, began, about) in list(running.items()):
-                status = _ended(child, time.monotonic() - began > seconds)
-                if status == "":
+                ended = _ended(child, time.monotonic() - began > seconds)
+                if ended == "":
                     continue
                 del running[child]
-                found = outcome(case, folder, None if status == HUNG else int(status))
+                found = outcome(case, folder, None if ended == HUNG else int(ended))
                 shutil.rmtree(folder, ignore_errors=True)
                 if about is None:
                     table.add(case, found)

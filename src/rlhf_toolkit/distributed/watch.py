@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import select
 import signal
 import threading
@@ -89,7 +90,7 @@ class Watch:
                 deadline = time.monotonic() + 3.0
                 while not (found := self._get(FAILURE)) and time.monotonic() < deadline:
                     time.sleep(0.1)
-                return self._after(found) if found else SILENT_END
+                return self._after(found) if found else silent_end(line)
         with suppress(Exception):
             self._say(FAILURE, json.dumps([self._rank, line]))
         return line
@@ -209,11 +210,18 @@ class Watch:
 
 
 WAY_OUT = "it was ended there; continue with --resume, or raise run.stall_minutes where it needs so long"
-SILENT_END = (
-    "RLHFError: another rank has ended without a word, as one does that is killed; its machine's log may say why; "
-    "continue with --resume"
-)
 NOTHING_YET = "before the first update: there is nothing to save; start it again, a new run with --overwrite"
+
+
+def silent_end(line: str) -> str:
+    """What is said where another rank has ended and left no word. ``line`` is what this rank failed with: gloo names
+    the address of the other, which on several machines is the machine's."""
+    found = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", line)
+    place = f", at {found[1]}," if found else ""
+    return (
+        f"RLHFError: another rank{place} has ended without a word, as one does that is killed; its machine's log may say "
+        "why; continue with --resume"
+    )
 
 
 def _own_store() -> Store | None:
