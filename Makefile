@@ -19,7 +19,7 @@ endif
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install demo demo-check pipeline test test-thorough mutations lint check format bench bench-smoke clean
+.PHONY: help install demo demo-check pipeline test test-thorough mutations reliability lint check format bench bench-smoke clean
 
 help:
 	@echo "make demo    watch SmolLM2-135M learn by PPO (about 5 minutes on 2 CPU cores); results in $(RUN); ARGS=\"run.seed=1\" changes settings"
@@ -28,6 +28,7 @@ help:
 	@echo "make test    the tests, two ranks under real ZeRO-3 among them"
 	@echo "make test-thorough  those that take minutes: every mutation of the arithmetic, a rehearsal of the GPU exam"
 	@echo "make mutations  the first of these alone"
+	@echo "make reliability  every phase of a run struck by every signal, spoiled files, a full disk, a soak (an hour and more)"
 	@echo "make check   formatting, lint and types (make lint), then all tests"
 	@echo "make format  format the code"
 	@echo "make bench   measure everything docs/performance.md quotes (about half an hour); see bench/README.md"
@@ -63,6 +64,12 @@ test-thorough: install
 
 mutations: install
 	$(BIN)/python -m pytest tests/test_mutations.py
+
+reliability: install
+	$(BIN)/python -m tests.reliability.kill_matrix
+	$(BIN)/python -m tests.reliability.corruptions --every 3
+	$(BIN)/python -m tests.reliability.small_disk
+	$(BIN)/python -m tests.reliability.soak
 
 lint: install
 	$(BIN)/ruff format --check .

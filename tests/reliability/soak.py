@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.reliability.cells import last_line, survivors
 from tests.reliability.kinds import KINDS, Task, differences
-from tests.reliability.strike import BY_ONE_RANK, STRUCK, Strike
+from tests.reliability.strike import STRUCK, Strike
 from tests.support.forked import Processes
 from tests.support.processes import Finished
 
@@ -128,7 +128,7 @@ class Soak:
         """Some updates from where the run stands, in a phase, by a signal, at a rank; all drawn."""
         phase, number = self.random.choice(PHASES), self.random.choice(SIGNALS)
         step = self.last_step() + self.random.randint(FEWEST, MOST)
-        moment = 1 if phase in BY_ONE_RANK else self.random.randint(1, 2)
+        moment = self.random.randint(1, 2) if phase == "rollout" else 1  # elsewhere one pass may be all there is
         return Strike(phase, int(number), self.random.choice("01"), str(notes), step=step, moment=moment)
 
     def last_step(self) -> int:

@@ -301,3 +301,11 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(CheckpointError, match="is no file"):
         mend_logs(tmp_path)
+
+
+def test_an_evaluation_that_the_log_lacks(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    assert log.lacks_evaluation(0)
+    say(log, 8, eval__score__mean=0.1)
+    say(log, 12, train__loss=0.1)
+    assert [log.lacks_evaluation(step) for step in (4, 8, 12)] == [True, False, True]

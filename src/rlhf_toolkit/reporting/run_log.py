@@ -77,6 +77,11 @@ class RunLog(TrainerCallback):
         for sink in self.sinks:
             sink(record, samples)
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether ``log.jsonl`` has no evaluation of after ``step`` optimizer steps. Raises CheckpointError."""
+        place = step // self.updates_per_rollout
+        return all(record[self.axis] != place for record in read_records(self.folder, "eval", self.axis))
+
 
 class Progress(TrainerCallback):
     """A bar that counts rollouts and, while one is being sampled, its tokens and their rate. Rank 0 shows it."""

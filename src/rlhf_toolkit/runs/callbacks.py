@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
@@ -36,14 +36,19 @@ class Evaluating(Protocol):
 
 
 class EvaluationAtBothEnds(TrainerCallback):
-    """Evaluates on held-out prompts before the first update and after the last."""
+    """Evaluates on held-out prompts before the first update and after the last, and where a signal has left one out.
 
-    def __init__(self, trainer: Evaluating) -> None:
-        self.trainer = trainer
+    ``lacks`` says, the same on every rank, whether the log has no evaluation of after so many optimizer steps.
+    """
+
+    def __init__(self, trainer: Evaluating, lacks: Callable[[int], bool] = lambda step: False) -> None:
+        self.trainer, self.lacks = trainer, lacks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Not when a run is resumed: that has been done."""
-        if self.trainer.held_out and state.global_step == 0:
+        """When a run is resumed, only what was due as it stopped and has not come to its end."""
+        step = state.global_step
+        due = step == 0 or (args.eval_strategy != "no" and step % args.eval_steps == 0 and self.lacks(step))
+        if self.trainer.held_out and due:
             self.trainer.evaluate()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -146,7 +146,9 @@ def prepare_run(
         sinks=() if mirror is None else (mirror,),
         axis=parts.axis,
     )
-    evaluation = EvaluationAtBothEnds(cast(Evaluating, trainer))
+    evaluation = EvaluationAtBothEnds(
+        cast(Evaluating, trainer), lambda step: on_main(lambda: log.lacks_evaluation(step))
+    )
     keepers = [KeepBest(trainer)] if experiment.run.keep_best else []
     alarms = parts.alarms(notifier(progress, mirror))
     for callback in (parts.engine_check(trainer), *alarms, log, evaluation, *keepers):
