@@ -4,6 +4,8 @@ that stalls. Nothing waits for a collective's timeout, and what goes on goes on 
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
