@@ -454,7 +454,7 @@ OF_ROLLOUT = [
          "epoch=epoch", "epoch=0"),
         ("mini-batches: every rollout cut like the first", "no_two_epochs_are_cut_alike",
          "rollout=rollout", "rollout=0")),
-    *within("rollout/loader.py:RolloutLoader.__iter__", CUTTING,
+    *within("rollout/loader.py:RolloutLoader._mini_batches", CUTTING,
         ("mini-batches: the loader asks for the first epoch", "no_two_epochs_are_cut_alike",
          "epoch=epoch", "epoch=0")),
     *within("rollout/sampled.py", SHAPING,
