@@ -116,8 +116,8 @@ def play_all(numbers: range, seed: int, *, processes: int = 1, seconds: float = 
                     _report(case, found, seed)
                     if (done := sum(table.counts.values())) % 100 == 0:
                         print(f"... {done} cases", flush=True)
-                    if found.how == RAN and (knob := _drawn_knob(case, seed)):
-                        again.append((case.without(knob), knob, found.left))
+                    if found.how == RAN and (drawn := _drawn_knob(case, seed)):
+                        again.append((case.without(drawn), drawn, found.left))
                 elif found.how in GOOD:
                     table.tried[about[0]] += 1
                     table.differed[about[0]] += found.left != about[1]

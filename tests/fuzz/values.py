@@ -172,7 +172,19 @@ LEGAL: dict[str, tuple[Any, ...]] = {
 LEFT_ALONE = ("model.name", "data.train", "data.prompt_column", "run.output_dir", "run.wandb")
 """Set by the case itself: files, and what would reach a network."""
 
-MISTAKEN_FOR = ({}, {"a": 1}, ["x", 1], [[]], "nonsense \U0001f600", -1, 0, 10**400, True, float("nan"), float("inf"))
+MISTAKEN_FOR: tuple[Any, ...] = (
+    {},
+    {"a": 1},
+    ["x", 1],
+    [[]],
+    "nonsense \U0001f600",
+    -1,
+    0,
+    10**400,
+    True,
+    float("nan"),
+    float("inf"),
+)
 BORDERS: dict[type, tuple[Any, ...]] = {
     int: (0, 1, -1, 2**31, 2**63, 10**30, -(10**30)),
     float: (0, 1, -1, SMALLEST, -SMALLEST, 1e-45, 1e-30, 1e30, LARGEST, -LARGEST, "1e-4", 10**400),
