@@ -35,7 +35,8 @@ def find(name: str, known: Mapping[str, Callable[..., Any]], setting: str) -> Ca
         return known[name]
     if ":" not in name:
         raise ConfigError(
-            f"{setting}={shortened(name)}{nearest(name[:100], known)}; known are {', '.join(known)}, or give path/to/file.py:name"
+            f"{setting}={shortened(name)}{nearest(name[:100], known)}; known are {', '.join(known)}, or give "
+            "path/to/file.py:name"
         )
     return load_function(name, setting)
 
@@ -99,14 +100,15 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
     path = Path(place)
     if path.suffix == ".py" and not path.is_file():
         raise ConfigError(
-            f"{setting}={shortened(spec)}: there is no file {shortened(place)[1:-1]} (looked in {Path.cwd()}); check the path"
+            f"{setting}={shortened(spec)}: there is no file {shortened(place)[1:-1]} (looked in {Path.cwd()}); "
+            "check the path"
         )
     try:
         module = _module_of(path) if path.suffix == ".py" else importlib.import_module(place)
     except Exception as error:  # importing runs code
         raise ConfigError(
-            f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised {described(error)}{_where(error)}; "
-            "repair it, or give path/to/file.py:name"
+            f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised {described(error)}{_where(error)}; repair "
+            "it, or give path/to/file.py:name"
         ) from error
     found = _callable(module, name, spec, setting)
     if callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None)):

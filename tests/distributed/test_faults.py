@@ -48,7 +48,7 @@ class Runs:
         """The lines of a run's log."""
         return [json.loads(line) for line in (self.folder / name / "log.jsonl").read_text().splitlines()]
 
-    def assert_same(self, name: str, other: str, **tolerance: float) -> None:
+    def assert_same(self, name: str, other: str, **tolerance: Any) -> None:
         """Both runs have trained the same."""
         ours, theirs = self.trained(name), self.trained(other)
         assert ours and ours.keys() == theirs.keys()
@@ -165,7 +165,7 @@ def test_a_signal_before_the_first_update_has_nothing_to_save(runs: Runs) -> Non
 
 def test_a_rank_that_stalls_is_named_with_its_place_and_ends_the_run(runs: Runs) -> None:
     began = time.monotonic()
-    finished = runs.start("stalled", fault(1, "update", 1, "stall"), **{"run.stall_minutes": 0.05})
+    finished = runs.start("stalled", fault(1, "update", 1, "stall"), **cast(Any, {"run.stall_minutes": 0.05}))
     assert finished.status not in (0, -9) and time.monotonic() - began < 60
     lines = last_lines(finished)
     assert len(lines) == 2 and len(set(lines)) == 1, finished.output[-3000:]

@@ -14,6 +14,7 @@ from rlhf_toolkit.algorithms.evaluation import majority_at_k, pass_at_k
 from rlhf_toolkit.errors import DataError, shortened
 from rlhf_toolkit.models.roles import POLICY, REFERENCE
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.reporting.metrics import spread
 from rlhf_toolkit.rollout.dealing import in_turn, rollout_rows
 from rlhf_toolkit.rollout.sampled import Sampled
 from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
@@ -139,3 +140,35 @@ def rows_by_prompt(sampled: Sampled) -> list[list[int]]:
 def powers_of_two(largest: int) -> list[int]:
     """1, 2, 4, ... up to ``largest``, and ``largest``."""
     return sorted({*(1 << i for i in range(largest.bit_length())), largest})
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What ``PPOTrainer.evaluate`` asks for: a greedy response to each of ``prompts``, and ``samples`` random ones;
+    ``passing`` says which of these pass."""
+
+    prompts: Sequence[Prompt] = ()
+    samples: int = 0
+    passing: Passing | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def greedy_metrics(found: HeldOutResponses, prefix: str) -> dict[str, float]:
+    """What an evaluation logs of greedy answers."""
+    sampled = found.sampled
+    assert found.kl is not None, "evaluation asks for the KL of greedy answers"
+    return {
+        **spread(f"{prefix}/score", found.scores[sampled.kept]),
+        f"{prefix}/ref_kl": found.kl.mean().item(),
+        f"{prefix}/response_length": sampled.response_lengths.float().mean().item(),
+        f"{prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
+    }
+
+
+def sampled_metrics(found: HeldOutResponses, passing: Passing | None, prefix: str) -> dict[str, float]:
+    """The spread of the scores of sampled answers, and pass@k and maj@k where the experiment says what passes."""
+    values = {} if passing is None else passing.values(found.sampled, found.scores)
+    means = {f"{prefix}/{name}": sum(of_prompts) / len(of_prompts) for name, of_prompts in values.items()}
+    return {**spread(f"{prefix}/sampled_score", found.scores[found.sampled.kept]), **means}

@@ -14,6 +14,7 @@ from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.cutting import Cutting
+from rlhf_toolkit.rollout.evaluated import HeldOut
 from rlhf_toolkit.rollout.experience import ExperienceMaker
 from rlhf_toolkit.rollout.loader import Schedule
 from rlhf_toolkit.rollout.model_rewards import AdapterReward, ModelReward, TextReward
@@ -28,7 +29,7 @@ from rlhf_toolkit.runs.memory import rollout_size
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.task import Task
 from rlhf_toolkit.settings.experiment import Experiment
-from rlhf_toolkit.trainers.ppo import HeldOut, PPOTrainer
+from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 
 @dataclass(frozen=True)
