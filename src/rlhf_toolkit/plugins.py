@@ -107,8 +107,8 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
         module = _module_of(path) if path.suffix == ".py" else importlib.import_module(place)
     except Exception as error:  # importing runs code
         raise ConfigError(
-            f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised {described(error)}{_where(error)}; repair "
-            "it, or give path/to/file.py:name"
+            f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised "
+            f"{described(error)}{_where(error)}; repair it, or give path/to/file.py:name"
         ) from error
     found = _callable(module, name, spec, setting)
     if callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None)):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.rollout import evaluated
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
@@ -177,7 +178,7 @@ def test_a_plugin_goes_on_where_it_was_and_the_best_checkpoint_stays(
     )
     values = iter([0.0, 3.0, 1.0, 2.0, 1.0, 0.0])
     monkeypatch.setattr("rlhf_toolkit.runs.callbacks.SCORE", "eval/planted")
-    greedy = ppo.greedy_metrics
+    greedy = evaluated.greedy_metrics
     monkeypatch.setattr(ppo, "greedy_metrics", lambda *args: {**greedy(*args), "eval/planted": next(values)})
     folders = []
     for name in ("straight", "broken"):

@@ -1,7 +1,9 @@
-"""A recipe with faults planted into it: ``faulty.py RECIPE --config X.yaml``; ``faults.json`` beside the YAML says which.
+"""A recipe with faults planted into it: ``faulty.py RECIPE --config X.yaml``; ``faults.json`` beside the YAML says
+which.
 
 Each fault is a dict: ``rank``; ``where``, the pass in whose second layer it happens (``update``, ``backward``,
-``sampling``, ``roles``), or ``build``, where the model is made; ``number``, which of these passes on that rank, from 0; ``deed``, a name in ``DEEDS``.
+``sampling``, ``roles``), or ``build``, where the model is made; ``number``, which of these passes on that rank, from 0;
+``deed``, a name in ``DEEDS``.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Plant:
             finally:
                 self.where = ""
 
-        SharedBase.__init__, SharedBase.next_token_logits = init, next_token_logits  # type: ignore[method-assign]
+        SharedBase.__init__, SharedBase.next_token_logits = init, next_token_logits  # type: ignore[method-assign,assignment]
 
     def _before(self, module: torch.nn.Module, arguments: Any) -> None:
         where = self.where or ("update" if torch.is_grad_enabled() else "roles")

@@ -219,8 +219,8 @@ def silent_end(line: str) -> str:
     found = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", line)
     place = f", at {found[1]}," if found else ""
     return (
-        f"RLHFError: another rank{place} has ended without a word, as one does that is killed; its machine's log may say "
-        "why; continue with --resume"
+        f"RLHFError: another rank{place} has ended without a word, as one does that is killed; its machine's log may "
+        "say why; continue with --resume"
     )
 
 
