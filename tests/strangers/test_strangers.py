@@ -14,7 +14,7 @@ from tests.support.offenders import for_each
 
 SEED = 20
 COUNTS = {"yaml": 30, "adapters": 16, "bases": 14, "run_folders": 20, "templates": 5, "terminal": 15, "secrets": 11}
-COUNTS |= {"data_files": 12, "rows": 24, "gym_answers": 40, "reward_returns": 8, "http": 12}
+COUNTS |= {"data_files": 6, "rows": 15, "gym_answers": 40, "reward_returns": 8, "http": 12}
 
 
 @for_each("door", sorted(COUNTS))
