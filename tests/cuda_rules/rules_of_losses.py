@@ -22,7 +22,7 @@ from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from rlhf_toolkit.algorithms.token_selection import covariance_within, highest_covariance
 from rlhf_toolkit.plugins import takes
 from rlhf_toolkit.rollout.loader import OverMiniBatch
-from rlhf_toolkit.trainers.ppo import cut
+from rlhf_toolkit.trainers.mini_batches import cut
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss
 from tests.cuda_rules.device import GPU, Rules, numbers
 from tests.cuda_rules.subjects import TERMS, gradients, move, on_both, ppo_trainer, unlike

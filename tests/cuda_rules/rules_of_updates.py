@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_toolkit.algorithms.importance import Correction
-from rlhf_toolkit.trainers.ppo import cut
+from rlhf_toolkit.trainers.mini_batches import cut
 from tests.cuda_rules.device import Rules
 from tests.cuda_rules.subjects import TERMS, a_gpu, ppo_trainer
 

@@ -11,7 +11,7 @@ from rlhf_toolkit.rollout import loader
 from rlhf_toolkit.rollout.cutting import Plan
 from rlhf_toolkit.rollout.experience import Collected
 from rlhf_toolkit.rollout.loader import OverMiniBatch, RolloutLoader, Schedule, share_of_mini_batch
-from rlhf_toolkit.trainers.ppo import cut
+from rlhf_toolkit.trainers.mini_batches import cut
 from rlhf_toolkit.types import Experience
 from tests.support.batches import noise
 from tests.support.values import there

@@ -17,7 +17,8 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.rollout.loader import share_of_mini_batch
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
-from rlhf_toolkit.trainers.ppo import PPOTrainer, cut
+from rlhf_toolkit.trainers.mini_batches import cut
+from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Experience
 from tests.support.tiny import merged, write_task
 from tests.support.values import named

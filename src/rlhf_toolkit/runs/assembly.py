@@ -28,7 +28,8 @@ from rlhf_toolkit.runs.memory import rollout_size
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.task import Task
 from rlhf_toolkit.settings.experiment import Experiment
-from rlhf_toolkit.trainers.ppo import HeldOut, PPOTrainer
+from rlhf_toolkit.trainers.mini_batches import HeldOut
+from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ What each step computes: docs/ppo_details.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -36,33 +35,20 @@ from rlhf_toolkit.errors import OutOfMemoryError, located
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import peak_memory_gib
-from rlhf_toolkit.reporting.metrics import spread
 from rlhf_toolkit.rollout.dealing import LastMeans
 from rlhf_toolkit.rollout.deferred import UpdatePolicyRecord
-from rlhf_toolkit.rollout.evaluated import HeldOutResponses, Passing, held_out_responses
+from rlhf_toolkit.rollout.evaluated import held_out_responses
 from rlhf_toolkit.rollout.experience import Collected, ExperienceMaker
 from rlhf_toolkit.rollout.loader import MiniBatch, OverMiniBatch, RolloutLoader, Schedule
 from rlhf_toolkit.rollout.sampled import Sample, as_samples
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
+from rlhf_toolkit.trainers.mini_batches import HeldOut, cut, greedy_metrics, least, sampled_metrics
 from rlhf_toolkit.trainers.ppo_loss import LossTerms, PPOLoss
 from rlhf_toolkit.types import Experience, Prompt
 
 ROLLOUT_RETRIES = "perf/rollout_retries"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What ``PPOTrainer.evaluate`` asks for: a greedy response to each of ``prompts``, and ``samples`` random ones;
-    ``passing`` says which of these pass."""
-
-    prompts: Sequence[Prompt] = ()
-    samples: int = 0
-    passing: Passing | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 class PPOTrainer(RoleTrainer):
@@ -88,7 +74,7 @@ class PPOTrainer(RoleTrainer):
         loss: PPOLoss,
         schedule: Schedule,
         over_mini_batch: OverMiniBatch = OverMiniBatch(),  # noqa: B008  frozen
-        held_out: HeldOut = HeldOut(),
+        held_out: HeldOut = HeldOut(),  # noqa: B008  frozen
         **kwargs: Any,
     ) -> None:
         prompts = list(maker.source.prompts)
@@ -411,45 +397,3 @@ class PPOTrainer(RoleTrainer):
     def _meter_shares(self, shares: dict[str, Tensor], *, first: bool) -> None:
         for name, share in shares.items():
             self.meter.add(name, share, 1 / world_size() if first else 0.0)
-
-
-def greedy_metrics(found: HeldOutResponses, prefix: str) -> dict[str, float]:
-    """What an evaluation logs of greedy answers."""
-    sampled = found.sampled
-    assert found.kl is not None, "evaluation asks for the KL of greedy answers"
-    return {
-        **spread(f"{prefix}/score", found.scores[sampled.kept]),
-        f"{prefix}/ref_kl": found.kl.mean().item(),
-        f"{prefix}/response_length": sampled.response_lengths.float().mean().item(),
-        f"{prefix}/clip_ratio": (~sampled.finished).float().mean().item(),
-    }
-
-
-def sampled_metrics(found: HeldOutResponses, passing: Passing | None, prefix: str) -> dict[str, float]:
-    """The spread of the scores of sampled answers, and pass@k and maj@k where the experiment says what passes."""
-    values = {} if passing is None else passing.values(found.sampled, found.scores)
-    means = {f"{prefix}/{name}": sum(of_prompts) / len(of_prompts) for name, of_prompts in values.items()}
-    return {**spread(f"{prefix}/sampled_score", found.scores[found.sampled.kept]), **means}
-
-
-COLUMNS = (*(field.name for field in fields(Experience)), "row", "selected")
-COUNTS = ("token_count", "sequence_count", "fresh")
-
-
-def least(part: MiniBatch) -> MiniBatch:
-    """One row of a micro-batch with one token of its prompt and one of its response: what a rank runs that has run out
-    of memory, as the partner of the others."""
-    small = {name: column[:1, :1] if column.ndim == 2 else column[:1] for name, column in part.items() if column.ndim}
-    one = torch.ones(1, dtype=part["prompt_lengths"].dtype)
-    return {**part, **small, "sequences": part["sequences"][:1, :2], "prompt_lengths": one, "response_lengths": one}
-
-
-def cut(mini_batch: MiniBatch) -> list[MiniBatch]:
-    """A mini-batch's micro-batches; the counts of the whole go with every one."""
-    number = mini_batch["micro_batch"]
-    parts = []
-    columns = [name for name in COLUMNS if name in mini_batch]
-    for i in range(int(number.max()) + 1):
-        part = {name: mini_batch[name][number == i] for name in columns}
-        parts.append({**part, **{name: mini_batch[name] for name in COUNTS}})
-    return parts
