@@ -7,7 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +29,15 @@ class Runs:
         self.task = merged(write_task(folder), {"ppo.num_rollouts": 4, "rollout.responses_per_prompt": 2, **changes})
 
     def start(
-        self, name: str, *faults: dict[str, Any], stage: int = 3, resume: bool = False, **changes: Any
+        self,
+        name: str,
+        *faults: dict[str, Any],
+        stage: int = 3,
+        resume: bool = False,
+        changes: dict[str, Any] | None = None,
     ) -> Finished:
         """Run it as ``name`` on two ranks."""
-        task = merged(self.task, {"run.output_dir": str(self.folder / name), **changes})
+        task = merged(self.task, {"run.output_dir": str(self.folder / name), **(changes or {})})
         path = write_experiment(self.folder / f"{name}.yaml", task)
         (self.folder / "faults.json").write_text(json.dumps(faults))
         script = [str(ROOT / "tests/support/faulty.py"), str(ROOT / "recipes/ppo.py"), "--config", str(path)]
@@ -87,7 +92,7 @@ def test_where_memory_runs_out_on_one_rank_all_try_again_with_less(
     runs: Runs, name: str, stage: int, changes: dict[str, Any]
 ) -> None:
     """And train what is trained without: the numbers of all updates are equal but for rounding."""
-    finished = runs.start(name, *MEMORY, stage=stage, **changes).succeeded()
+    finished = runs.start(name, *MEMORY, stage=stage, changes=changes).succeeded()
     runs.assert_same(name, "straight", rtol=1e-5, atol=1e-5)
     records = runs.records(name)
     assert [record.get("perf/rollout_retries") for record in records] == [1.0, None, None, None]
@@ -126,7 +131,7 @@ def test_an_error_in_the_middle_of_a_layer_reaches_the_other_rank(
     runs: Runs, where: str, phase: str, changes: dict[str, Any]
 ) -> None:
     name = f"{where} {len(changes)}"
-    assert_both_told(runs.start(name, fault(1, where, 0, "raise"), **changes), phase, runs)
+    assert_both_told(runs.start(name, fault(1, where, 0, "raise"), changes=changes), phase, runs)
 
 
 def test_an_error_where_nobody_agrees_reaches_the_other_rank_as_well(runs: Runs) -> None:
@@ -165,7 +170,7 @@ def test_a_signal_before_the_first_update_has_nothing_to_save(runs: Runs) -> Non
 
 def test_a_rank_that_stalls_is_named_with_its_place_and_ends_the_run(runs: Runs) -> None:
     began = time.monotonic()
-    finished = runs.start("stalled", fault(1, "update", 1, "stall"), **cast(Any, {"run.stall_minutes": 0.05}))
+    finished = runs.start("stalled", fault(1, "update", 1, "stall"), changes={"run.stall_minutes": 0.05})
     assert finished.status not in (0, -9) and time.monotonic() - began < 60
     lines = last_lines(finished)
     assert len(lines) == 2 and len(set(lines)) == 1, finished.output[-3000:]

@@ -1,5 +1,4 @@
-"""A recipe with faults planted into it: ``faulty.py RECIPE --config X.yaml``; ``faults.json`` beside the YAML says
-which.
+"""A recipe with faults planted into it: ``faulty.py RECIPE --config X.yaml``; ``faults.json`` beside the YAML has them.
 
 Each fault is a dict: ``rank``; ``where``, the pass in whose second layer it happens (``update``, ``backward``,
 ``sampling``, ``roles``), or ``build``, where the model is made; ``number``, which of these passes on that rank, from 0;

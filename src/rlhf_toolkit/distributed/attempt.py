@@ -57,7 +57,7 @@ COLLECTIVES = (
 """Methods of DeepSpeed's backend in which ranks meet."""
 
 
-class NothingDone:
+class Omitted:
     """Stands for the work of a collective that was left out."""
 
     def wait(self, *arguments: Any, **options: Any) -> bool:
@@ -107,7 +107,7 @@ class Issued:
 
         return call
 
-    def _leave_out(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> NothingDone | None:
+    def _leave_out(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Omitted | None:
         """What was told, or zeros, where the collective would have written: else there might be NaN."""
         told = self.told[-self.leave_out]
         self.leave_out -= 1
@@ -116,7 +116,7 @@ class Issued:
                 found.zero_()
         if told is not None:
             options["tensor"].copy_(told)
-        return NothingDone() if options.get("async_op") else None
+        return Omitted() if options.get("async_op") else None
 
 
 issued = Issued()
