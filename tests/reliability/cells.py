@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf_toolkit.distributed.watch import NOTHING_YET
 from tests.reliability.kinds import Kind, Task, copied_run, differences, newest_checkpoint
-from tests.reliability.strike import LAUNCHER, PHASES, RESUMED, STRUCK, Strike, watch_code
+from tests.reliability.strike import LAUNCHER, LOADING, PHASES, RESUMED, STRUCK, Strike, watch_code
 from tests.support.forked import Processes
 from tests.support.launch import ACCELERATE
 from tests.support.processes import ROOT, Finished, run
@@ -161,7 +162,7 @@ def ending(cell: Cell, finished: Finished, took: float) -> tuple[str, list[str]]
     ]
     if has_bare_traceback(finished.output) and not cell.real_launcher:
         faults.append("a bare traceback")
-    if not told:
+    if not told and not (cell.phase in LOADING and NOTHING_YET in finished.output):
         faults.append("no line says how to go on")
     return f"{'not orderly' if faults else 'stopped'}, status {finished.status} after {took:.0f} s", faults
 

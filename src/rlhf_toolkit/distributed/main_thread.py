@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from types import FrameType
+from types import CodeType
 from typing import NamedTuple
 
 IN_COLLECTIVE = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/torch.py")
@@ -30,6 +30,14 @@ PHASES = {
 """Functions of the toolkit, and what the run does while one of them is under way."""
 
 
+class Call(NamedTuple):
+    """A function that the main thread is in: its code, the instruction and the line it is at."""
+
+    code: CodeType
+    instruction: int
+    line: int | None
+
+
 class Position(NamedTuple):
     """Where the main thread is. ``seconds`` since it last moved."""
 
@@ -37,7 +45,6 @@ class Position(NamedTuple):
     waits: bool
     phase: str
     place: str
-    stack: str
 
 
 class MainThread:
@@ -45,48 +52,43 @@ class MainThread:
 
     def __init__(self) -> None:
         self._ident = threading.main_thread().ident or 0
-        self._before: tuple[tuple[int, int], ...] = ()
+        self._before: list[Call] = []
         self._moved = time.monotonic()
 
     def look(self) -> Position:
         """Where it is now."""
-        frames = _frames(sys._current_frames().get(self._ident))
-        now = tuple((id(frame.f_code), frame.f_lasti) for frame in frames)
-        if now != self._before:
-            self._before, self._moved = now, time.monotonic()
-        if any(frame.f_code.co_filename.endswith(FOR_REWARDS) for frame in frames):
-            self._moved = time.monotonic()
+        calls = self._calls()
+        if calls != self._before or any(call.code.co_filename.endswith(FOR_REWARDS) for call in calls):
+            self._before, self._moved = calls, time.monotonic()
+        ours = [call for call in calls if f"{os.sep}rlhf_toolkit{os.sep}" in call.code.co_filename]
         return Position(
             time.monotonic() - self._moved,
-            any(map(_waits, frames[:6])),
-            next(
-                (PHASES[name] for frame in frames if _ours(frame) and (name := frame.f_code.co_name) in PHASES),
-                "the start",
-            ),
-            next((_place(frame) for frame in frames if _ours(frame)), "nowhere"),
-            "".join(traceback.format_stack(frames[0])) if frames else "",
+            any(map(_waits, calls[:6])),
+            next((PHASES[call.code.co_name] for call in ours if call.code.co_name in PHASES), "the start"),
+            next(map(_place, ours), "nowhere"),
         )
 
+    def stack(self) -> str:
+        """The lines of its stack, outermost first. Only of a thread that stands still: reading the source lets it go on
+        meanwhile."""
+        frame = sys._current_frames().get(self._ident)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
 
-def _frames(frame: FrameType | None) -> list[FrameType]:
-    """The frames of a stack, innermost first."""
-    frames = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
+    def _calls(self) -> list[Call]:
+        """Its calls, innermost first. Frames are let go at once: one that outlives its call keeps the tensors in it."""
+        frame, calls = sys._current_frames().get(self._ident), list[Call]()
+        while frame is not None:
+            calls.append(Call(frame.f_code, frame.f_lasti, frame.f_lineno))
+            frame = frame.f_back
+        return calls
 
 
-def _waits(frame: FrameType) -> bool:
-    code = frame.f_code
+def _waits(call: Call) -> bool:
+    code = call.code
     in_deepspeed = f"{os.sep}deepspeed{os.sep}" in code.co_filename and code.co_name in WAITING
     return in_deepspeed or code.co_filename.endswith(IN_COLLECTIVE)
 
 
-def _ours(frame: FrameType) -> bool:
-    return f"{os.sep}rlhf_toolkit{os.sep}" in frame.f_code.co_filename
-
-
-def _place(frame: FrameType) -> str:
-    file = frame.f_code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
-    return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+def _place(call: Call) -> str:
+    file = call.code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
+    return f"{call.code.co_name} ({file}:{call.line})"
