@@ -177,7 +177,7 @@ def test_a_rank_that_stalls_is_named_with_its_place_and_ends_the_run(runs: Runs)
     assert re.match(
         r"StallError: rank 1 has not moved for \d+ s, in the update, _states \(models/shared_base", lines[0]
     ), lines
-    assert 'tests/support/faulty.py", line' in finished.output and "time.sleep(1000)" in finished.output, "its stack"
+    assert 'tests/support/faulty.py", line' in finished.output, "its stack"
 
 
 def test_a_rank_that_is_killed_is_no_riddle_to_the_other(runs: Runs) -> None:

@@ -153,7 +153,7 @@ class Watch:
         assert self._store is not None
         stalls = position.seconds > self.stall_seconds
         said = [int(time.monotonic()), round(position.seconds, 1), position.waits, position.phase, position.place]
-        self._store.set(f"beat{self._rank}", json.dumps([*said, self._main.stack() if stalls else ""]))
+        self._store.set(f"beat{self._rank}", json.dumps([*said, position.stack if stalls else ""]))
         if not (verdict := self._get(STALL)):
             verdict = self._verdict()
             if verdict:
