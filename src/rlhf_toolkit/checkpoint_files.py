@@ -87,20 +87,20 @@ def complete(folder: Path, contents: Contents) -> Path:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place / file)
     write_text(place / STATE, _as_text(contents.state))
     for path in files_below(place):
-        _sync(path)
+        _to_disk(path)
     for file, tensors in contents.tensors.items():
         _require_equal(place / file, tensors)
     found = {str(path.relative_to(place)): _size_and_hash(path) for path in files_below(place)}
     write_text(place / MANIFEST, _as_text({"format": FORMAT, "step": contents.step, "files": found}))
     for path in (place / MANIFEST, *(path for path in place.iterdir() if path.is_dir()), place):
-        _sync(path)
+        _to_disk(path)
     read(place, contents.step)
     old = folder / f".{final.name}.old"
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(place, final)
-    _sync(folder)
+    _to_disk(folder)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -138,7 +138,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _sync(path: Path) -> None:
+def _to_disk(path: Path) -> None:
     """Have the system write a file, or a folder's list of names, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:

@@ -56,7 +56,7 @@ FORMS = re.compile(
 )
 """What services give their keys the form of; it is a secret under any name."""
 USER = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://)(?P<secret>[^/?#@\s]+)(?=@)|(?<=://)(?P<late>[^/?#\s]*)(?=@)")
-QUERY = re.compile(r"(?P<before>[?&;#](?P<key>[^=&;#\s]{1,100})=)(?P<secret>[^&;#\s]+)")
+FIELD = re.compile(r"(?P<before>[?&;#](?P<key>[^=&;#\s]{1,100})=)(?P<secret>[^&;#\s]+)")
 
 
 def resolved(value: Any, setting: str) -> Any:
@@ -148,10 +148,10 @@ def _text(text: str, key: str, found: Callable[[str], str]) -> str:
             return match[0]
         return (match["before"] or "") + found(secret)
 
-    def in_query(match: re.Match[str]) -> str:
+    def in_field(match: re.Match[str]) -> str:
         return replaced(match) if is_secret_key(match["key"]) else match[0]
 
-    text = QUERY.sub(in_query, USER.sub(replaced, text)) if "=" in text or "@" in text else text
+    text = FIELD.sub(in_field, USER.sub(replaced, text)) if "=" in text or "@" in text else text
     return FORMS.sub(lambda match: found(match[0]), text)
 
 

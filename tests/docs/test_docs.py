@@ -100,13 +100,21 @@ def written(node: ast.AST) -> str:
 
 @cache
 def raised() -> dict[str, list[str]]:
-    """Every message the code raises, by the name of its error."""
+    """Every message of an error that the code makes, by the error's name; of one that another rank raised, under that
+    of all of them."""
     messages: dict[str, list[str]] = {}
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
-                messages.setdefault(node.exc.func.id, []).extend(written(part) for part in node.exc.args)
+            if isinstance(node, ast.Call) and (name := error_of(node.func)) is not None:
+                messages.setdefault(name, []).extend(written(part) for part in node.args)
     return messages
+
+
+def error_of(function: ast.expr) -> str | None:
+    """The error that a call of ``function`` makes."""
+    if isinstance(function, ast.Attribute):
+        return "RLHFError" if function.attr == "kind" else None
+    return function.id if isinstance(function, ast.Name) and function.id.endswith("Error") else None
 
 
 QUOTED = MESSAGE.findall((ROOT / "docs/troubleshooting.md").read_text())

@@ -193,6 +193,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "samples": 4,
         "most_not_finite": 3,
         "timeout_minutes": 120,
+        "stall_minutes": 30.0,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",
         "name": None,

@@ -40,7 +40,7 @@ POLL = 0.5
 GRACE = 10.0
 """Seconds in which a rank may end by itself, with its own message, after another has failed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STOP, AT_ONCE, FAILURE, STALL = "stop", "at_once", "failure", "stall"
+STOP, HEARD, AT_ONCE, FAILURE, STALL = "stop", "heard", "at_once", "failure", "stall"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say on a rank whose partner has ended."""
 
@@ -125,11 +125,21 @@ class Watch:
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self.training:
-            if self._rank:
-                time.sleep(POLL)
+            self._wait_for_main()
             self._end(f"stopped by {name} {NOTHING_YET}", 128 + number, every_rank=False)
         if self._rank == 0:
             say_at_once(f"\n{name}: the run writes a checkpoint and stops; a second signal stops it at once")
+
+    def _wait_for_main(self) -> None:
+        """Until rank 0 has heard, which says it for all: a launcher ends the others as soon as one has ended."""
+        with suppress(RuntimeError):
+            if self._rank == 0:
+                self._say(HEARD, "yes")
+                return
+            deadline = time.monotonic() + GRACE
+            while not self._get(HEARD) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(POLL)
 
     def _look(self) -> None:
         position = self._main.look()
@@ -160,7 +170,7 @@ class Watch:
                 self._say(STALL, verdict)
                 verdict = self._get(STALL)
         if verdict:
-            self._end(f"{StallError.__name__}: {verdict}", 1)
+            self._end(verdict, 1)
 
     def _verdict(self) -> str:
         """What is wrong with a rank, or nothing."""
@@ -174,17 +184,22 @@ class Watch:
             if ticks != beat[0]:
                 self._beats[number] = (beat[0], now)
             elif now - since > self.stall_seconds:
-                return (
+                error = StallError(
                     f"rank {number} has given no sign for {now - since:.0f} s, in {beat[3]}, {beat[4]}: its process is "
                     f"stopped or its machine is gone; {WAY_OUT}"
                 )
+                return _line_of(error)
             _, seconds, waits, phase, place, stack = beat
             if seconds > self.stall_seconds:
                 if not waits:
-                    return f"rank {number} has not moved for {seconds:.0f} s, in {phase}, {place}; {WAY_OUT}\n{stack}"
+                    error = StallError(
+                        f"rank {number} has not moved for {seconds:.0f} s, in {phase}, {place}; {WAY_OUT}"
+                    )
+                    return f"{_line_of(error)}\n{stack}"
                 waiting += 1
         if waiting == self._ranks:
-            return f"all ranks have waited for one another for {self.stall_seconds:.0f} s; {WAY_OUT}"
+            seconds = f"{self.stall_seconds:.0f} s"
+            return _line_of(StallError(f"all ranks have waited for one another for {seconds}; {WAY_OUT}"))
         return ""
 
     def _end(self, line: str, status: int, *, every_rank: bool = True) -> NoReturn:
@@ -196,7 +211,7 @@ class Watch:
     def _after(self, failure: str) -> str:
         number, line = json.loads(failure)
         more = "" if DISK_FULL in line or "--resume" in line else "; continue with --resume"
-        return f"{RLHFError.__name__}: rank {number} failed: {shortened(line, 1000)[1:-1]}{more}"
+        return _line_of(RLHFError(f"rank {number} failed: {shortened(line, 1000)[1:-1]}{more}"))
 
     def _get(self, key: str) -> str:
         if self._store is None or not self._store.check([key]):
@@ -218,10 +233,15 @@ def silent_end(line: str) -> str:
     the address of the other, which on several machines is the machine's."""
     found = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", line)
     place = f", at {found[1]}," if found else ""
-    return (
-        f"RLHFError: another rank{place} has ended without a word, as one does that is killed; its machine's log may "
-        "say why; continue with --resume"
+    error = RLHFError(
+        f"another rank{place} has ended without a word, as one does that is killed; its machine's log may say why; "
+        "continue with --resume"
     )
+    return _line_of(error)
+
+
+def _line_of(error: RLHFError) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _own_store() -> Store | None:

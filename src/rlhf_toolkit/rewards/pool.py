@@ -96,15 +96,15 @@ class PoolCaller:
     def call(self, batch: Batch) -> Outcome:
         """The outcome of a call, made again up to ``retries`` times when none was to be had."""
         try:
-            payload = pickle.dumps(batch)
+            message = pickle.dumps(batch)
         except Exception as error:  # whatever a column's own pickling raises
             way_out = "give the dataset columns of plain values"
             return Fault(f"got columns that cannot be sent to a worker: {described(error)}", way_out, cause=error)
         for _ in range(self._spec.retries):
-            outcome = self._once(payload, batch)
+            outcome = self._once(message, batch)
             if isinstance(outcome, list) or not outcome.again or self._closed:
                 return outcome
-        return self._once(payload, batch)
+        return self._once(message, batch)
 
     def close(self) -> None:
         """Kill the worker, in the middle of a call if need be."""
@@ -115,11 +115,11 @@ class PoolCaller:
             worker.kill()
             worker.join(JOIN_SECONDS)
 
-    def _once(self, payload: bytes, batch: Batch) -> Outcome:
+    def _once(self, message: bytes, batch: Batch) -> Outcome:
         self._ensure()
         if self._fault is not None or self._worker is None:
             return self._fault or Fault("was closed", "call it before close()")
-        return self._worker.call(payload, [len(each) for each in batch.tokens], self._spec.timeout)
+        return self._worker.call(message, [len(each) for each in batch.tokens], self._spec.timeout)
 
 
 class WorkerProcess:
@@ -165,10 +165,10 @@ class WorkerProcess:
             return ConfigError(content["error"])
         return Asked(content["tokens"], frozenset(content["options"]), frozenset(content["texts"]))
 
-    def call(self, payload: bytes, counts: Sequence[int], timeout: float | None) -> Outcome:
+    def call(self, message: bytes, counts: Sequence[int], timeout: float | None) -> Outcome:
         """Send a pickled batch, whose responses have ``counts`` tokens, and wait for its outcome, ``timeout`` seconds
         at most; then the process is killed."""
-        answer = self._exchange(payload, timeout, most_bytes(counts))
+        answer = self._exchange(message, timeout, most_bytes(counts))
         return answer if isinstance(answer, Fault) else from_json(answer, counts)
 
     def kill(self) -> None:
@@ -179,13 +179,13 @@ class WorkerProcess:
         """Wait until it has ended and all that it started with it."""
         self._watcher.join(seconds)
 
-    def _exchange(self, payload: bytes, timeout: float | None, most: int) -> bytes | Fault:
-        """An answer to ``payload`` of at most ``most`` bytes, or how the process came to its end. The time limit counts
+    def _exchange(self, message: bytes, timeout: float | None, most: int) -> bytes | Fault:
+        """An answer to ``message`` of at most ``most`` bytes, or how the process came to its end. The time limit counts
         sending and reading, too."""
         answer = None
         with deadline(timeout, self.kill) as expired:
             try:
-                self._connection.send_bytes(payload)
+                self._connection.send_bytes(message)
                 answer = self._connection.recv_bytes(most)
             except (EOFError, OSError):  # the watcher shuts the socket when the process ends; or the answer is too long
                 self.kill()  # it may have closed the socket and live on

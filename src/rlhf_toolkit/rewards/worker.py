@@ -43,10 +43,10 @@ def serve(descriptor: int) -> None:
     connection.send_bytes(json.dumps(described_asks).encode())
     while True:
         try:
-            payload = connection.recv_bytes()
+            message = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(to_json(outcome_in_worker(function, payload, kwargs)))
+        connection.send_bytes(to_json(outcome_in_worker(function, message, kwargs)))
 
 
 def _leave_network(setting: str) -> None:
@@ -58,11 +58,11 @@ def _leave_network(setting: str) -> None:
         raise ConfigError(f"{place}.network=false cannot be kept: {described(error)}; take it away") from error
 
 
-def outcome_in_worker(function: Any, payload: bytes, kwargs: dict[str, Any]) -> Outcome:
-    """Call ``function`` with the batch that ``payload`` holds. Nothing is raised: neither what the function raises nor
+def outcome_in_worker(function: Any, message: bytes, kwargs: dict[str, Any]) -> Outcome:
+    """Call ``function`` with the batch that ``message`` holds. Nothing is raised: neither what the function raises nor
     what reading the batch does."""
     try:
-        batch: Batch = pickle.loads(payload)
+        batch: Batch = pickle.loads(message)
     except Exception as error:  # a column's type may be defined where no worker finds it
         way_out = "give the dataset columns of plain values"
         return Fault(f"got columns that a worker cannot read: {described(error)}", way_out, cause=error)
