@@ -49,10 +49,11 @@ OF_TEXT = {
     *("question", "target", "text", "score", "foreign", "primary", "field", "dict", "json", "group", "separator", "of"),
 }
 FORMS = re.compile(
-    r"(sk|pk|rk)[-_](live|test|proj|ant|or)?[-_]?[\w-]{12,}|hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}"
+    r"(?<![A-Za-z0-9])((sk|pk|rk)[-_](live|test|proj|ant|or)?[-_]?[\w-]{12,}|hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w-]{12,}"
     r"|xox[abeoprs]-[\w-]{8,}|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|ya29\.[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]+\.?[\w-]*"
     r"|(?i:bearer|basic|token)\s+[\w.~+/=-]{8,}|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*|npm_\w{16,}|wandb_v1_\w{12,}"
-    r"|dop_v1_\w{16,}|SG\.[\w-]{10,}\.[\w-]{10,}|nvapi-[\w-]{12,}|gsk_\w{16,}|r8_\w{16,}"
+    r"|dop_v1_\w{16,}|SG\.[\w-]{10,}\.[\w-]{10,}|nvapi-[\w-]{12,}|gsk_\w{16,}|r8_\w{16,})"
 )
 """What services give their keys the form of; it is a secret under any name."""
 USER = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://)(?P<secret>[^/?#@\s]+)(?=@)|(?<=://)(?P<late>[^/?#\s]*)(?=@)")

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_toolkit.distributed import collectives
 from rlhf_toolkit.distributed.collectives import (
+    Failure,
     agreement,
     all_gather,
     any_rank,
@@ -180,7 +181,7 @@ def test_what_ends_a_process_is_not_told_to_others(monkeypatch: pytest.MonkeyPat
 
 def test_the_first_rank_that_failed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several failures on other ranks, that of the lowest."""
-    failures = [None, (DataError, "first", "trace 1"), (RewardError, "second", "trace 2\n")]
+    failures = [[None], [Failure(DataError, "first", "trace 1")], [Failure(RewardError, "second", "trace 2\n")]]
     monkeypatch.setattr(collectives, "all_gather", lambda value: failures)
     with pytest.raises(DataError) as caught:
         raise_together("sampling", None)

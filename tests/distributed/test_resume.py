@@ -178,7 +178,7 @@ def test_a_supervised_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--resume, but run\.output_dir=.* holds no run; start without --resume"):
         prepare_fine_tuning(experiment, resume=True)
     prepare_fine_tuning(experiment).train()
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint to resume from; set run\.save_every, or start"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint to resume from; set run\.save_every, or start"):
         prepare_fine_tuning(experiment, resume=True)
     assert (tmp_path / "run/policy/adapter_model.safetensors").is_file(), "what the run left stays"
 

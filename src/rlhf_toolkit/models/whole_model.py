@@ -82,6 +82,11 @@ class WholeModel(PreTrainedModel):
         """All parameters that are trained, in one group; tied ones are there once."""
         return {str(POLICY): [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
+    def kept_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that belong to a saved model, by name: not those that a model makes anew, as rotary frequencies."""
+        kept = self.state_dict().keys()
+        return {name: buffer for name, buffer in self.named_buffers() if name in kept}
+
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
     ) -> None:

@@ -162,7 +162,8 @@ class Sampler:
                     anyone=bool if alone else any_rank,
                     agreeing=nullcontext if alone else partial(agreement, "the environment"),
                 )
-                with agreement("sampling"):
+                # In the window the agreement around all of it hears of this as well: one within another would hang.
+                with nullcontext() if alone else agreement("sampling"):
                     for row, tokens in enumerate(tokens_of(rollout)):
                         on_finished(row, tokens)
         return copied(rollout)
