@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_toolkit.distributed.watch import NOTHING_YET
+from rlhf_toolkit.distributed.stopping import NOTHING_YET
 from tests.reliability.kinds import Kind, Task, copied_run, differences, newest_checkpoint
 from tests.reliability.strike import LAUNCHER, LOADING, PHASES, RESUMED, STRUCK, Strike, watch_code
 from tests.support.forked import Processes

@@ -22,8 +22,12 @@ class _Interrupted(BaseException):
     """Ends a wait of this rank. Not an Exception, which a user's code might catch."""
 
 
+NOTHING_YET = "before the first update: there is nothing to save; start it again, a new run with --overwrite"
+
+
 class _Request:
     number = 0
+    training = False
     since = 0.0
     held = 0
     may_interrupt = False
@@ -48,12 +52,25 @@ def asked() -> int:
 
 def forget() -> None:
     """Begin afresh: a new run in this process."""
-    _Request.number, _Request.since, _Request.held = 0, 0.0, 0
+    _Request.number, _Request.since, _Request.held, _Request.training = 0, 0.0, 0, False
+
+
+def training_begins() -> None:
+    """From here on a stop is one with a checkpoint."""
+    _Request.training = True
+
+
+def training() -> bool:
+    """Whether there is something that a stop could save."""
+    return _Request.training
 
 
 def request(number: int = 0) -> StopAskedError:
     """What to raise where a run stops, because of signal ``number`` or the one that was noted."""
-    return StopAskedError(f"stopped by {signal.Signals(number or _Request.number or signal.SIGTERM).name}")
+    name = signal.Signals(number or _Request.number or signal.SIGTERM).name
+    error = StopAskedError(f"stopped by {name}" if _Request.training else f"stopped by {name} {NOTHING_YET}")
+    error.status = 128 + (number or _Request.number or signal.SIGTERM)
+    return error
 
 
 def check() -> None:

@@ -48,11 +48,11 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 class Watch:
     """The thread. ``stall_seconds`` is how long a rank may stand still; 0: for ever.
 
-    Until ``training`` is set there is nothing that a stop could save, and a signal ends the run where it is.
+    Before training begins there is nothing that a stop could save, and a signal ends the run where it is.
     """
 
     def __init__(self, *, stall_seconds: float) -> None:
-        self.stall_seconds, self.training = stall_seconds, False
+        self.stall_seconds = stall_seconds
         self._rank, self._ranks, self._store = rank(), world_size(), _own_store()
         self._main, self._beats = MainThread(), dict[int, tuple[Any, float]]()
         self._read, self._write = os.pipe()
@@ -124,9 +124,9 @@ class Watch:
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
-        if not self.training:
+        if not stopping.training():
             self._wait_for_main()
-            self._end(f"stopped by {name} {NOTHING_YET}", 128 + number, every_rank=False)
+            self._end(str(stopping.request(number)), 128 + number, every_rank=False)
         if self._rank == 0:
             say_at_once(f"\n{name}: the run writes a checkpoint and stops; a second signal stops it at once")
 
@@ -225,7 +225,6 @@ class Watch:
 
 
 WAY_OUT = "it was ended there; continue with --resume, or raise run.stall_minutes where it needs so long"
-NOTHING_YET = "before the first update: there is nothing to save; start it again, a new run with --overwrite"
 
 
 def silent_end(line: str) -> str:
@@ -264,12 +263,6 @@ def begin_watching(*, stall_seconds: float) -> None:
         _Now.watch.begin()
         atexit.register(end_watching)  # before the process group goes, which holds the store
         at_a_good_end.insert(0, end_watching)
-
-
-def training_begins() -> None:
-    """From here on a stop is one with a checkpoint."""
-    if _Now.watch is not None:
-        _Now.watch.training = True
 
 
 def end_watching() -> None:

@@ -11,7 +11,6 @@ from rlhf_toolkit.checkpoint_files import Checkpoint
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import all_gather, on_main
 from rlhf_toolkit.distributed.topology import Topology
-from rlhf_toolkit.distributed.watch import training_begins
 from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.run_log import Progress
@@ -50,7 +49,7 @@ class Run(Generic[E, T]):
         """
         writer = self.trainer.writer
         try:
-            training_begins()
+            stopping.training_begins()
             self.trainer.train()
             if writer is not None:
                 writer.finish()
