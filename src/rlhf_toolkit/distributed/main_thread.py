@@ -1,17 +1,18 @@
 """What this process's main thread is doing, seen from another thread: whether it moves, waits for others, and where.
 
-``faulthandler`` reads the stack and makes no objects of frames. A frame that another thread holds outlives its call,
-and so does what is in it: guards of torch, among others, which would undo in that thread what they did in this one.
+A frame that another thread holds outlives its call, and so does what is in it: guards of torch, among others, which
+would undo in that thread what they did in this one. So frames are looked at seldom, let go at once, and kept only of a
+thread that stands still. (``faulthandler`` makes no frames, but reads threads that are just being made, and crashes.)
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import re
-import tempfile
+import sys
 import threading
 import time
+import traceback
+from types import CodeType
 from typing import NamedTuple
 
 IN_COLLECTIVE = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/torch.py")
@@ -20,7 +21,6 @@ WAITING = ("wait", "synchronize")
 """Functions of DeepSpeed in which a rank waits for a collective that it has begun before."""
 FOR_REWARDS = "concurrent/futures/_base.py"
 """Where a rank waits for a worker or a server, which have time limits of their own."""
-CALL = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+|\?+) in (?P<name>.*)$', flags=re.MULTILINE)
 PHASES = {
     "on_save": "saving",
     "write_checkpoint": "saving",
@@ -36,61 +36,66 @@ PHASES = {
 
 
 class Call(NamedTuple):
-    """A function that the main thread is in, and the line it is at."""
+    """A function that the main thread is in: its code, the instruction and the line it is at."""
 
-    file: str
-    line: str
-    name: str
+    code: CodeType
+    instruction: int
+    line: int | None
 
 
 class Position(NamedTuple):
-    """Where the main thread is. ``seconds`` since it last moved; ``stack`` is its calls, innermost first."""
+    """Where the main thread is. ``seconds`` since it last moved."""
 
     seconds: float
     waits: bool
     phase: str
     place: str
-    stack: str
 
 
 class MainThread:
-    """Looks at the main thread again and again. It has moved when a line of its stack is another."""
+    """Looks at the main thread every ``interval`` seconds. It has moved when its stack, down to the instruction, is
+    another."""
 
-    def __init__(self) -> None:
-        self._title = f"Thread 0x{threading.main_thread().ident or 0:016x}"
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
-        self._before = ""
-        self._moved = time.monotonic()
+    def __init__(self, *, interval: float) -> None:
+        self.interval = interval
+        self._ident = threading.main_thread().ident or 0
+        self._calls: list[Call] = []
+        self._looked = self._moved = time.monotonic()
 
     def look(self) -> Position:
-        """Where it is now."""
-        stack = self._stack()
-        calls = [Call(**match.groupdict()) for match in CALL.finditer(stack)]
-        if stack != self._before or any(call.file.endswith(FOR_REWARDS) for call in calls):
-            self._before, self._moved = stack, time.monotonic()
-        ours = [call for call in calls if f"{os.sep}rlhf_toolkit{os.sep}" in call.file]
+        """Where it is now, or was when it was last looked at."""
+        if time.monotonic() - self._looked >= self.interval:
+            calls, self._looked = self._read(), time.monotonic()
+            if calls != self._calls or any(call.code.co_filename.endswith(FOR_REWARDS) for call in calls):
+                self._calls, self._moved = calls, time.monotonic()
+        ours = [call for call in self._calls if f"{os.sep}rlhf_toolkit{os.sep}" in call.code.co_filename]
         return Position(
             time.monotonic() - self._moved,
-            any(map(_waits, calls[:6])),
-            next((PHASES[call.name] for call in ours if call.name in PHASES), "the start"),
+            any(map(_waits, self._calls[:6])),
+            next((PHASES[call.code.co_name] for call in ours if call.code.co_name in PHASES), "the start"),
             next(map(_place, ours), "nowhere"),
-            stack,
         )
 
-    def _stack(self) -> str:
-        self._file.seek(0)
-        self._file.truncate()
-        faulthandler.dump_traceback(self._file, all_threads=True)
-        self._file.seek(0)
-        threads = self._file.read().decode(errors="replace").split("\n\n")
-        return next((each for each in threads if self._title in each.partition("\n")[0]), "")
+    def stack(self) -> str:
+        """The lines of its stack, outermost first. Only where it stands still: reading the source takes a while."""
+        frame = sys._current_frames().get(self._ident)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
+
+    def _read(self) -> list[Call]:
+        """Its calls, innermost first."""
+        frame, calls = sys._current_frames().get(self._ident), list[Call]()
+        while frame is not None:
+            calls.append(Call(frame.f_code, frame.f_lasti, frame.f_lineno))
+            frame = frame.f_back
+        return calls
 
 
 def _waits(call: Call) -> bool:
-    in_deepspeed = f"{os.sep}deepspeed{os.sep}" in call.file and call.name in WAITING
-    return in_deepspeed or call.file.endswith(IN_COLLECTIVE)
+    code = call.code
+    in_deepspeed = f"{os.sep}deepspeed{os.sep}" in code.co_filename and code.co_name in WAITING
+    return in_deepspeed or code.co_filename.endswith(IN_COLLECTIVE)
 
 
 def _place(call: Call) -> str:
-    file = call.file.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
-    return f"{call.name} ({file}:{call.line})"
+    file = call.code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
+    return f"{call.code.co_name} ({file}:{call.line})"

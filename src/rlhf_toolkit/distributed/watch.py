@@ -37,6 +37,8 @@ from rlhf_toolkit.errors import (
 )
 
 POLL = 0.5
+LOOKS = 20
+"""How often the main thread is looked at within the time it may stand still."""
 GRACE = 10.0
 """Seconds in which a rank may end by itself, with its own message, after another has failed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -54,7 +56,8 @@ class Watch:
     def __init__(self, *, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
         self._rank, self._ranks, self._store = rank(), world_size(), _own_store()
-        self._main, self._beats = MainThread(), dict[int, tuple[Any, float]]()
+        self._main = MainThread(interval=max(POLL, stall_seconds / LOOKS))
+        self._beats = dict[int, tuple[Any, float]]()
         self._read, self._write = os.pipe()
         self._closed, self._heard = threading.Event(), 0.0
         self._before: dict[int, Any] = {}
@@ -142,7 +145,6 @@ class Watch:
             time.sleep(POLL)
 
     def _look(self) -> None:
-        position = self._main.look()
         if self._store is None:
             return
         if number := self._get(AT_ONCE):
@@ -156,14 +158,15 @@ class Watch:
             if time.monotonic() - self._heard > GRACE:
                 self._end(self._after(failure), 1)
         if self.stall_seconds:
-            self._watch_for_stalls(position)
+            self._watch_for_stalls()
 
-    def _watch_for_stalls(self, position: Any) -> None:
+    def _watch_for_stalls(self) -> None:
         """Say where this rank is; end the run with the name of one that stands still and waits for nobody."""
         assert self._store is not None
+        position = self._main.look()
         stalls = position.seconds > self.stall_seconds
         said = [int(time.monotonic()), round(position.seconds, 1), position.waits, position.phase, position.place]
-        self._store.set(f"beat{self._rank}", json.dumps([*said, position.stack if stalls else ""]))
+        self._store.set(f"beat{self._rank}", json.dumps([*said, self._main.stack() if stalls else ""]))
         if not (verdict := self._get(STALL)):
             verdict = self._verdict()
             if verdict:
