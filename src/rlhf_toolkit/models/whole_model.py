@@ -82,7 +82,7 @@ class WholeModel(PreTrainedModel):
         """All parameters that are trained, in one group; tied ones are there once."""
         return {str(POLICY): [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
-    def kept_buffers(self) -> dict[str, torch.Tensor]:
+    def kept_constants(self) -> dict[str, torch.Tensor]:
         """The buffers of a saved model, by name: not those that it makes anew, such as rotary frequencies."""
         kept = self.state_dict().keys()
         return {name: buffer for name, buffer in self.named_buffers() if name in kept}

@@ -254,7 +254,7 @@ class RoleTrainer(Trainer):
         return list(self.model.named_parameters()) if isinstance(self.model, WholeModel) else trained
 
     def _write_roles(self, weights: dict[str, Tensor], folder: Path) -> None:
-        buffers = self.model.kept_buffers() if isinstance(self.model, WholeModel) else {}
+        buffers = self.model.kept_constants() if isinstance(self.model, WholeModel) else {}
         self.model.save_pretrained(folder, state_dict={**buffers, **weights})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
