@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from rlhf_toolkit.data import templates
 from rlhf_toolkit.data.templates import TemplateFailed, rendered
 from tests.support.chat_tokenizers import ask, byte_tokenizer, word_tokenizer
+from tests.support.processes import ROOT
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -87,3 +90,38 @@ def test_a_child_holds_nothing_open_and_ends_with_its_parent() -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it outlives its parent")
+
+
+GARBAGE = """
+import gc, os
+from rlhf_toolkit.data.templates import rendered
+from tests.support.chat_tokenizers import ask, word_tokenizer
+
+class Cycle:
+    pass
+
+tokenizer = word_tokenizer("{{ messages | length }}")
+gc.disable()
+for number in (3, 4):  # of the child's own pipes
+    os.dup2(os.open(os.devnull, os.O_RDONLY), number)
+    cycle = Cycle()
+    cycle.itself, cycle.file = cycle, os.fdopen(number, "rb")
+del cycle
+os.register_at_fork(after_in_child=gc.enable)
+for _ in range(3):
+    print(rendered(tokenizer, ask("a") * 5000, add_generation_prompt=False))
+"""
+
+
+def test_garbage_of_the_parent_closes_nothing_in_the_child() -> None:
+    """Files that nobody holds any more are closed when garbage is collected, by numbers of other files in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", GARBAGE],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert len(done.stdout.split()) == 3, done.stderr[-2000:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import pickle
@@ -175,6 +176,7 @@ class _Renderer:
 
 def _serve(tokenizer: PreTrainedTokenizerBase, request: int, result: int) -> NoReturn:
     """Render until the other end is closed. Whatever happens, this process returns to nobody's code."""
+    gc.freeze()  # garbage of the parent would close files by number, which are others here
     try:
         _leave_everything(request, result)
         with os.fdopen(REQUEST, "rb") as asked:
