@@ -75,7 +75,7 @@ PLANTED = [
     ),
     Mutation(
         "numbers read back in every step where strings stop",
-        f"{SOURCE}/rollout/decoding.py:Responses._stop_string_seen",
+        f"{SOURCE}/rollout/decoding.py:Responses.add",
         "self.tokens[rows].tolist()",
         "[row.tolist() for row in self.tokens[rows]]",
         f"{RULES}decoding.py::test_no_way_of_sampling_waits_more",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def test_what_a_run_did_not_measure_is_left_out() -> None:
     lines = table({**SUMMARY, "evaluations": [], "ref_kl": [None]})
     assert not [line for line in lines if "held-out" in line or "KL" in line] and len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "columns stand under one another"
+
+
+def test_what_has_no_score_is_no_number_and_counts_nowhere() -> None:
+    evaluations = [SUMMARY["evaluations"][0], {}]
+    found = numbers(table({**SUMMARY, "mean_scores": [None, 2.0, 1.0, None, 3.0, 5.0], "evaluations": evaluations}))
+    assert found["mean score, first two rollouts"] == 2.0 and found["mean score, last four rollouts"] == 3.0
+    assert found["held-out score, before"] == 0.25 and math.isnan(found["held-out score, after"])
 
 
 def test_the_table_of_a_supervised_run_by_hand() -> None:

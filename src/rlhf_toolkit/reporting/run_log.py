@@ -187,11 +187,12 @@ def _lines(path: Path) -> list[Record]:
 
 
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
-    """Write and return ``summary.json``: the score of every rollout, time, speed, memory, evaluations and versions."""
+    """Write and return ``summary.json``: the score of every rollout, None where no response got one, time, speed,
+    memory, evaluations and versions."""
     records, evaluations = read_records(folder, "train"), read_records(folder, "eval")
     summary = {
-        "mean_scores": [record["critic/score/mean"] for record in records],
-        "mean_raw_scores": [record["critic/raw_score/mean"] for record in records],
+        "mean_scores": [record.get("critic/score/mean") for record in records],
+        "mean_raw_scores": [record.get("critic/raw_score/mean") for record in records],
         "ref_kl": [record.get("actor/ref_kl") for record in records],
         "seconds_per_rollout": [record["timing_s/step"] for record in records],
         "seconds": seconds,
