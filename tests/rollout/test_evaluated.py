@@ -82,8 +82,9 @@ def test_answers_that_are_none_are_refused(answers: Any, said: str) -> None:
 
 
 def test_what_an_answers_function_raises_is_told_in_one_line() -> None:
+    missing: dict[str, Any] = {}
     with pytest.raises(RewardError, match=r"^reward\.answer failed on 6 responses \(KeyError: 'x'\); repair it"):
-        Passing(0.5, lambda responses: {}["x"]).values(sampled(), SCORES)
+        Passing(0.5, lambda responses: missing["x"]).values(sampled(), SCORES)
 
 
 def test_kl_of_a_response_is_over_its_tokens() -> None:
