@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,11 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
 
 def versions() -> dict[str, str]:
     """The versions of ``PACKAGES``, as far as they are installed."""
-    installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
-    return {name: installed[name] for name in PACKAGES if name in installed}
+    found = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def write_fine_tuning_summary(
