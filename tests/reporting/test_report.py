@@ -103,6 +103,13 @@ def test_a_prompt_is_shown_with_its_first_and_its_last_answer(prompts: int, tmp_
     assert len(shown) == 4 * min(prompts, SHOWN_SAMPLES) - 1
 
 
+def test_an_answer_without_a_score_says_so(tmp_path: Path) -> None:
+    said = {"kind": "eval", "rollout": 0, "prompt": "p", "response": "r", "score": None}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(said) + "\n")
+    _, before, after = (line.split() for line in before_and_after(tmp_path))
+    assert before == ["before", "none", "r"] and after == ["after", "none", "r"]
+
+
 def test_without_evaluations_nothing_is_shown(tmp_path: Path) -> None:
     assert before_and_after(tmp_path) == []
 
