@@ -82,7 +82,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-BENCHES := versus_trl rollout traffic "traffic --like-7b" memory scaling update roofline "packing prompts" "packing groups" \
+BENCHES := versus_trl rollout traffic "traffic --like-7b" memory checkpoint scaling update roofline "packing prompts" "packing groups" \
   head role_lora cpu_attention
 bench: export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || echo 2)
 bench: install

@@ -78,17 +78,20 @@ class Ended(NamedTuple):
     output: str
 
 
-def verdicts(mutations: Sequence[Mutation], *, heavy: Sequence[str] = HEAVY) -> Iterator[Verdict]:
-    """The verdict on each mutation. Raises SystemExit where a test fails on the source as it is."""
+def verdicts(
+    mutations: Sequence[Mutation], *, heavy: Sequence[str] = HEAVY, files: Sequence[str] = ()
+) -> Iterator[Verdict]:
+    """The verdict on each mutation. Raises SystemExit where a test fails or is skipped on the source as it is; so it
+    does about all other tests in ``files``."""
     os.environ.update(ENVIRONMENT)
     for name in heavy:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # or every child would go through what the parent has imported
     with tempfile.TemporaryDirectory() as folder:
-        tests = list(dict.fromkeys(mutation.test for mutation in mutations))
-        without = _run(tests, None, Path(folder), seconds=SECONDS_WITHOUT)
-        if without.status != 0:
+        tests = dict.fromkeys(m.test for m in mutations if m.test.partition("::")[0] not in files)
+        without = _run([*files, *tests], None, Path(folder), seconds=SECONDS_WITHOUT)
+        if without.status != 0 or " skipped" in without.output[-300:]:
             raise SystemExit(f"{without.output}\nwithout a mutation these tests must pass")
         for mutation in mutations:
             yield _verdict(mutation, Path(folder))

@@ -1,9 +1,17 @@
-"""Mistakes that only a GPU would show, each caught by a rule: ``python -m tests.cuda_rules.planted``."""
+"""All of a GPU's rules, then mistakes that only a GPU would show, each caught by one of them.
+
+    python -m tests.cuda_rules.planted
+
+Every rule is tried on the source as it is; where one is broken, the output is pytest's and the status 1.
+"""
 
 from __future__ import annotations
 
-from tests.mutation_runner import Mutation, verdicts
+from pathlib import Path
 
+from tests.mutation_runner import ROOT, Mutation, verdicts
+
+HERE = Path(__file__).parent
 SOURCE, RULES = "src/rlhf_toolkit", "tests/cuda_rules/rules_of_"
 STEP = f"{RULES}decoding.py::test_a_step_launches_and_waits_no_more_than_it_did[exact]"
 PASSES = f"{RULES}passes.py::test_both_layouts_say_what_they_say_on_the_cpu"
@@ -75,7 +83,7 @@ PLANTED = [
     ),
     Mutation(
         "numbers read back in every step where strings stop",
-        f"{SOURCE}/rollout/decoding.py:Responses._stop_string_seen",
+        f"{SOURCE}/rollout/decoding.py:Responses.add",
         "self.tokens[rows].tolist()",
         "[row.tolist() for row in self.tokens[rows]]",
         f"{RULES}decoding.py::test_no_way_of_sampling_waits_more",
@@ -84,8 +92,8 @@ PLANTED = [
 
 
 def main() -> None:
-    """Print a verdict a line; exit with 1 where a mistake is not caught."""
-    found = list(verdicts(PLANTED))
+    """Print a verdict a line; exit with 1 where a rule is broken or a mistake is not caught."""
+    found = list(verdicts(PLANTED, files=sorted(str(path.relative_to(ROOT)) for path in HERE.glob("rules_of_*.py"))))
     for verdict in found:
         print(verdict.outcome, verdict.mutation.name, verdict.reason)
     raise SystemExit(any(verdict.outcome != "caught" for verdict in found))

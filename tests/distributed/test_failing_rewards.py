@@ -32,15 +32,9 @@ def lengths(responses):
     return [float(len(response)) for response in responses]
 
 
-def rank():
-    """The rank that this worker works for; workers do not see such variables, their parent does."""
-    of_parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\\0")
-    return int(next(line for line in of_parent if line.startswith(b"RANK=")).partition(b"=")[2])
-
-
 def sleepy(prompts, responses, **columns):
     """The first call on rank 1 never returns."""
-    if rank() == 1:
+    if os.environ["RANK"] == "1":
         try:
             (HERE / "asleep").touch(exist_ok=False)
         except FileExistsError:
@@ -91,7 +85,7 @@ print(server.server_address[1], flush=True)
 server.serve_forever()
 """
 ENTRIES: dict[str, dict[str, Any]] = {
-    "sleepy": {"workers": 1, "timeout": 8},
+    "sleepy": {"workers": 1, "timeout": 8, "environment": ["RANK"]},
     "picky": {"workers": 1},
     "undecided": {},
 }
@@ -170,7 +164,7 @@ def test_a_reward_that_never_returns_on_one_rank_ends_both(tmp_path: Path) -> No
 
 
 def test_a_reward_that_never_returns_on_one_rank_costs_one_response(tmp_path: Path) -> None:
-    finished = launched(tmp_path, function(tmp_path, "sleepy"), "drop", launcher=True)
+    finished = launched(tmp_path, function(tmp_path, "sleepy"), "drop")
     assert_trained(finished, tmp_path)
     assert [record.get("reward/sleepy_failures") for record in records(tmp_path)] == [1.0, None, None]
     assert [record.get("reward/dropped") for record in records(tmp_path)] == [1.0, None, None]

@@ -21,6 +21,7 @@ BY_PAGE = for_each("page", PAGES, lambda page: page.name)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
 FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs|bench)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")
 SETTING = re.compile(r"`(?:\w+\.yaml )?((?:model|data|reward|rollout|ppo|update|run)\.[a-z_]+)")
+PLACED = re.compile(r"`(?:\w+\.)?(\w+)`,? (?:in|\()\s*`(src/rlhf_toolkit/[\w/]+\.py)`")
 MESSAGE = re.compile(r"`(\w+Error): ([^`]+)`")
 README = PAGES[0].read_text()
 
@@ -48,6 +49,24 @@ def test_every_setting_named_exists(page: Path) -> None:
     named = set(SETTING.findall(page.read_text())) - {"reward.py", "run.json", "update.json", "rollout.json"}
     unknown = {name for name in named if name not in known and not any(key.startswith(name) for key in known)}
     assert not unknown
+
+
+@BY_PAGE
+def test_every_name_said_to_be_in_a_file_is_there(page: Path) -> None:
+    said = PLACED.findall(page.read_text())
+    there = {file: (ROOT / file).read_text() for _, file in said}
+    missing = [
+        (name, file) for name, file in said if not re.search(rf"(def|class) {name}\b|\b{name} ?[:=]", there[file])
+    ]
+    assert not missing
+
+
+def test_the_table_of_layers_names_every_module() -> None:
+    rows = re.findall(r"^\| (\w+) \| ([\w, ;]+) \|", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    named = {layer: set(re.split("[,;] ", modules)) for layer, modules in rows}
+    for layer in ("runs", "trainers", "rollout", "export", "models", "reporting", "settings"):
+        there = {path.stem for path in (ROOT / "src/rlhf_toolkit" / layer).glob("*.py")} - {"__init__"}
+        assert named[layer] == there, layer
 
 
 def test_documents_that_the_code_names_exist() -> None:

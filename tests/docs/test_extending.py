@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from rlhf_toolkit.rollout import shaping
 from rlhf_toolkit.trainers import ppo_loss
+from tests.support.forked import shared
 from tests.support.launch import ROOT, run
 from tests.support.tiny import merged, write_experiment, write_task
 
@@ -74,11 +75,15 @@ def task_of(folder: Path) -> dict[str, Any]:
     return merged(task, {"ppo.num_rollouts": 2})
 
 
-def trained(folder: Path, task: dict[str, Any], source: Path) -> dict[str, torch.Tensor]:
-    """The policy of a run in ``folder``, where the package is that below ``source``."""
+def trained(folder: Path, task: dict[str, Any], source: Path | None = None) -> dict[str, torch.Tensor]:
+    """The policy of a run in ``folder``, where the package is that below ``source``, by default this checkout's."""
     experiment = write_experiment(folder / "run.yaml", merged(task, {"run.output_dir": str(folder / "run")}))
-    command = [sys.executable, "-c", THERE, str(folder), str(ROOT / "recipes/ppo.py"), "--config", str(experiment)]
-    run(command, seconds=600, PYTHONPATH=f"{source}{os.pathsep}{ROOT}").succeeded()
+    recipe, arguments = str(ROOT / "recipes/ppo.py"), ("--config", str(experiment))
+    if source is None:
+        shared().run(recipe, *arguments, before=f"import os; os.chdir({str(folder)!r})").succeeded()
+    else:
+        command = [sys.executable, "-c", THERE, str(folder), recipe, *arguments]
+        run(command, seconds=600, PYTHONPATH=f"{source}{os.pathsep}{ROOT}").succeeded()
     return load_file(folder / "run/policy/adapter_model.safetensors")
 
 
@@ -86,7 +91,7 @@ def trained(folder: Path, task: dict[str, Any], source: Path) -> dict[str, torch
 def outside(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("outside")
     (folder / FILE).write_text("\n\n".join(OUTSIDE) + NOTED)
-    return folder, trained(folder, task_of(folder), ROOT / "src")
+    return folder, trained(folder, task_of(folder))
 
 
 def test_the_file_outside_the_package_trains(outside: tuple[Path, dict[str, torch.Tensor]]) -> None:

@@ -502,7 +502,7 @@ def test_two_ranks_refuse_together(name: str, tmp_path: Path) -> None:
 def test_settings_of_accelerate_that_contradict_the_experiment(tmp_path: Path) -> None:
     """Through accelerate's own YAML; the other contradictions are in tests/distributed/test_topology.py."""
     path = experiment_of(tmp_path, {})
-    finished = run_recipe(path, processes=1, stage=3, launch_options={"gradient_accumulation_steps": 4}, launcher=True)
+    finished = run_recipe(path, processes=1, stage=3, launch_options={"gradient_accumulation_steps": 4})
     assert finished.status not in (0, -9), finished.output
     assert (
         "TopologyError: gradient_accumulation_steps=4 in accelerate's config contradicts update.micro_batch_tokens, "

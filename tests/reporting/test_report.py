@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def test_what_a_run_did_not_measure_is_left_out() -> None:
     assert len({len(line) for line in lines}) == 1, "columns stand under one another"
 
 
+def test_what_has_no_score_is_no_number_and_counts_nowhere() -> None:
+    evaluations = [SUMMARY["evaluations"][0], {}]
+    found = numbers(table({**SUMMARY, "mean_scores": [None, 2.0, 1.0, None, 3.0, 5.0], "evaluations": evaluations}))
+    assert found["mean score, first two rollouts"] == 2.0 and found["mean score, last four rollouts"] == 3.0
+    assert found["held-out score, before"] == 0.25 and math.isnan(found["held-out score, after"])
+
+
 def test_the_table_of_a_supervised_run_by_hand() -> None:
     evaluations = [{"step": 0, "kind": "eval", "eval/loss": 4.0}, {"step": 20, "kind": "eval", "eval/loss": 1.0}]
     summary = {"losses": [4.0, 2.0, *[9.0] * 16, 1.0, 0.0], "evaluations": evaluations, "seconds": 30.0}
@@ -93,6 +101,13 @@ def test_a_prompt_is_shown_with_its_first_and_its_last_answer(prompts: int, tmp_
         assert f"before +{number}.00" in before and "said 0" in before
         assert f"after  +{number}.20" in after and "said 2" in after
     assert len(shown) == 4 * min(prompts, SHOWN_SAMPLES) - 1
+
+
+def test_an_answer_without_a_score_says_so(tmp_path: Path) -> None:
+    said = {"kind": "eval", "rollout": 0, "prompt": "p", "response": "r", "score": None}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(said) + "\n")
+    _, before, after = (line.split() for line in before_and_after(tmp_path))
+    assert before == ["before", "none", "r"] and after == ["after", "none", "r"]
 
 
 def test_without_evaluations_nothing_is_shown(tmp_path: Path) -> None:

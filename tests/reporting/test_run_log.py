@@ -182,6 +182,13 @@ def test_a_summary_of_a_run_without_a_rollout(tmp_path: Path) -> None:
     assert summary["mean_scores"] == [] and summary["tokens_per_second"] == summary["peak_memory_gib"] == 0.0
 
 
+def test_a_rollout_none_of_whose_responses_has_a_score_has_none_in_the_summary(tmp_path: Path) -> None:
+    line = {"timing_s/step": 1.0, "perf/total_num_tokens": 1, "perf/max_memory_allocated_gb": 1.0}
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "train", "rollout": 1, **line}) + "\n")
+    summary = write_summary(tmp_path, seconds=1.0, world_size=1, device="cpu")
+    assert summary["mean_scores"] == summary["mean_raw_scores"] == [None]
+
+
 def test_a_fine_tuning_summary_by_hand(tmp_path: Path) -> None:
     log = log_of(tmp_path, axis="step", updates_per_rollout=1, samples=lambda kind: [])
     for step, (loss, memory) in enumerate([(0.9, 2.0), (0.6, 1.0)], start=1):

@@ -37,8 +37,8 @@ def test_a_rollouts_choice_follows_from_its_number_and_the_scores() -> None:
     assert len({tuple(curriculum.indices(rollout, seen())) for rollout in range(8)}) > 3
 
 
-@for_each("found", [[0, 1], [0, 1, 1], [0, 1, 6], [0, 1, -1], [0, 1, 2.0], [0, 1, 2, 3]])
-def test_what_a_curriculum_may_not_give(found: list[Any]) -> None:
+@for_each("found", [[0, 1], [0, 1, 1], [0, 1, 6], [0, 1, -1], [0, 1, 2.0], [0, 1, 2, 3], None, 3])
+def test_what_a_curriculum_may_not_give(found: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.curriculum gave .* it must give 3 different positions from 0 to 5"):
         Curriculum(lambda: found, PROMPTS, 3, seed=0).indices(0, seen())
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.errors import RewardError
 from rlhf_toolkit.rollout.evaluated import Passing, response_kl, values_by_prompt
 from rlhf_toolkit.rollout.sampled import Sampled
+from tests.support.offenders import for_each
 
 GROUPS = [7, 7, 7, 3, 3, 3]
 SCORES = torch.tensor([1.0, 0.0, 0.5, 0.25, 0.25, 9.0])
@@ -74,9 +75,16 @@ def test_votes_are_by_the_answers_function() -> None:
     assert found["maj@3"] == [1.0, 0.0] and found["maj@1"] == [pytest.approx(2 / 3), 0.0]
 
 
-def test_too_few_answers_are_refused() -> None:
-    with pytest.raises(DataError, match=r"reward\.answer gave 1 answers for 6 responses"):
-        Passing(0.5, lambda responses: ["a"]).values(sampled(), SCORES)
+@for_each("answers, said", [(["a"], "gave 1 answers for 6"), (None, "failed on 6"), ([["a"]] * 6, "failed on 6")])
+def test_answers_that_are_none_are_refused(answers: Any, said: str) -> None:
+    with pytest.raises(RewardError, match=rf"^reward\.answer {said} responses"):
+        Passing(0.5, lambda responses: answers).values(sampled(), SCORES)
+
+
+def test_what_an_answers_function_raises_is_told_in_one_line() -> None:
+    missing: dict[str, Any] = {}
+    with pytest.raises(RewardError, match=r"^reward\.answer failed on 6 responses \(KeyError: 'x'\); repair it"):
+        Passing(0.5, lambda responses: missing["x"]).values(sampled(), SCORES)
 
 
 def test_kl_of_a_response_is_over_its_tokens() -> None:

@@ -232,7 +232,11 @@ def test_an_estimator_may_work_in_double_precision() -> None:
     torch.testing.assert_close(experience.advantages, experience.returns + 1)
 
 
-@pytest.mark.parametrize("estimator", [narrow, alone, listed])
+def of_numpy(rewards: Tensor, mask: Tensor) -> Any:
+    return rewards.numpy(), rewards.numpy()
+
+
+@pytest.mark.parametrize("estimator", [narrow, alone, listed, of_numpy])
 def test_an_estimator_that_returns_something_else_is_named(estimator: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         shaped(estimator=estimator)

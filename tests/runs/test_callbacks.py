@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_toolkit.runs.callbacks import EvaluationAtBothEnds
+from rlhf_toolkit.runs.callbacks import LOSS, SCORE, EvaluationAtBothEnds, KeepBest
 
 
 class Counting:
@@ -40,3 +40,27 @@ def test_a_resumed_run_evaluates_only_what_was_due_and_is_not_in_the_log(
     callback = EvaluationAtBothEnds(trainer, lambda at: lacks and at == step)
     callback.on_train_begin(arguments, SimpleNamespace(global_step=step), None)
     assert trainer.count == expected
+
+
+class Keeping:
+    def __init__(self) -> None:
+        self.kept: list[float] = []
+
+    def keep_if_best(self, value: float) -> None:
+        self.kept.append(value)
+
+
+@pytest.mark.parametrize(
+    ("step", "metrics", "kept"),
+    [
+        (1, {SCORE: 0.5, LOSS: 9.0}, [0.5]),
+        (1, {LOSS: 2.0}, [-2.0]),
+        (0, {SCORE: 0.5}, []),
+        (1, {"eval/ref_kl": 0.1}, []),  # no response got a score
+        (1, {LOSS: float("nan")}, []),
+    ],
+)
+def test_what_may_be_the_best_evaluation(step: int, metrics: dict[str, float], kept: list[float]) -> None:
+    trainer: Any = Keeping()
+    KeepBest(trainer).on_evaluate(None, SimpleNamespace(global_step=step), None, metrics=metrics)
+    assert trainer.kept == kept

@@ -135,6 +135,7 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever prints to its output is not an answer
     for name in HEAVY:
         importlib.import_module(name)
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # a cache
     gc.collect()
     gc.freeze()  # or every child would go through what the parent has imported
     for line in sys.stdin:

@@ -78,8 +78,7 @@ def write_task(
 
 
 def merged(experiment: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``experiment`` with dotted ``changes`` such as ``{"ppo.kl_coef": 0.1}``; the value None of a change
-    removes the key."""
+    """A copy of ``experiment`` with dotted ``changes`` such as ``{"ppo.kl_coef": 0.1}``."""
     result = {section: dict(values) for section, values in experiment.items()}
     for name, value in changes.items():
         section, _, key = name.partition(".")

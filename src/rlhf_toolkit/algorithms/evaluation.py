@@ -64,26 +64,20 @@ def majority_at_k(answers: Sequence[Hashable | None], passed: Sequence[bool], k:
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} needs {k} samples or more of a prompt, at least one; there are {len(answers)}")
-    subsets = _subsets(len(answers), k, seed)
-    return sum(_majority(answers, passed, subset) for subset in subsets) / len(subsets)
-
-
-def _subsets(samples: int, k: int, seed: int) -> list[tuple[int, ...]]:
-    if comb(samples, k) <= SUBSETS:
-        return list(itertools.combinations(range(samples), k))
-    generator = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randperm(samples, generator=generator)[:k].tolist()) for _ in range(SUBSETS)]
-
-
-def _majority(answers: Sequence[Hashable | None], passed: Sequence[bool], subset: Sequence[int]) -> float:
-    votes = Counter(answers[i] for i in subset if answers[i] is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    first = [answer for answer, count in votes.items() if count == most]
-    # Responses with one answer may differ in their score, as where the reward looks at more than the answer.
-    shares = [[passed[i] for i in subset if answers[i] == answer] for answer in first]
-    return sum(sum(share) / len(share) for share in shares) / len(first)
+    if comb(len(answers), k) <= SUBSETS:
+        subsets = list(itertools.combinations(range(len(answers)), k))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        subsets = [tuple(torch.randperm(len(answers), generator=generator)[:k].tolist()) for _ in range(SUBSETS)]
+    passing = 0.0
+    for subset in subsets:
+        votes = Counter(answers[i] for i in subset if answers[i] is not None)
+        most = max(votes.values(), default=0)
+        first = [answer for answer, count in votes.items() if count == most]
+        # Responses with one answer may differ in their score, as where the reward looks at more than the answer.
+        shares = [[passed[i] for i in subset if answers[i] == answer] for answer in first]
+        passing += sum(sum(share) / len(share) for share in shares) / max(len(first), 1)
+    return passing / len(subsets)
 
 
 def win_rate(mine: Tensor, theirs: Tensor) -> float:

@@ -33,7 +33,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     ]
     for name, words in {"eval/score/mean": "held-out score", "eval/sampled_score/mean": "the same, sampled"}.items():
         if evaluations and name in evaluations[0]:
-            rows += [(f"{words}, before", evaluations[0][name]), (f"{words}, after", evaluations[-1][name])]
+            after = evaluations[-1].get(name, float("nan"))  # no response has a score
+            rows += [(f"{words}, before", evaluations[0][name]), (f"{words}, after", after)]
     if summary["ref_kl"][-1] is not None:
         rows.append(("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]))
     rows += [
@@ -106,9 +107,9 @@ def before_and_after(folder: Path) -> list[str]:
             prompt = f"[...] {prompt[-SHOWN_CHARACTERS:].partition(' ')[2]}"
         lines += [
             _quoted("prompt", prompt),
-            _quoted(f"before {first['score']:+.2f}", first["response"]),
+            _quoted(f"before {_signed(first['score'])}", first["response"]),
         ]
-        lines += [_quoted(f"after  {after['score']:+.2f}", after["response"]), ""]
+        lines += [_quoted(f"after  {_signed(after['score'])}", after["response"]), ""]
     return lines[:-1]
 
 
@@ -129,5 +130,11 @@ def _quoted(label: str, text: str) -> str:
     return f"  {label:<12}  {textwrap.shorten(' '.join(printable(text[:MOST_READ], WORDS).split()), 160)}"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def _signed(score: float | None) -> str:
+    return "none" if score is None else f"{score:+.2f}"
+
+
+def _mean(values: list[float | None]) -> float:
+    """Of those that are there: a rollout none of whose responses got a score has none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else float("nan")

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +188,12 @@ def _lines(path: Path) -> list[Record]:
 
 
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
-    """Write and return ``summary.json``: the score of every rollout, time, speed, memory, evaluations and versions."""
+    """Write and return ``summary.json``: the score of every rollout, None where no response got one, time, speed,
+    memory, evaluations and versions."""
     records, evaluations = read_records(folder, "train"), read_records(folder, "eval")
     summary = {
-        "mean_scores": [record["critic/score/mean"] for record in records],
-        "mean_raw_scores": [record["critic/raw_score/mean"] for record in records],
+        "mean_scores": [record.get("critic/score/mean") for record in records],
+        "mean_raw_scores": [record.get("critic/raw_score/mean") for record in records],
         "ref_kl": [record.get("actor/ref_kl") for record in records],
         "seconds_per_rollout": [record["timing_s/step"] for record in records],
         "seconds": seconds,
@@ -209,8 +211,11 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
 
 def versions() -> dict[str, str]:
     """The versions of ``PACKAGES``, as far as they are installed."""
-    installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
-    return {name: installed[name] for name in PACKAGES if name in installed}
+    found = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def write_fine_tuning_summary(

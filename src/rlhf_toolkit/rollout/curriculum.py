@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,11 +71,13 @@ class Curriculum:
             "scores": {int(index): mean for index, mean in scores.state.items()},
             "generator": derived_generator(self.seed, "curriculum", rollout),
         }
-        found = list(self.function(**arguments_for(self.function, offered, self.kwargs, setting="data.curriculum")))
+        given = arguments_for(self.function, offered, self.kwargs, setting="data.curriculum")
+        answer: Any = self.function(**given)
+        found = list(answer) if isinstance(answer, Iterable) else []
         fits = all(isinstance(i, int) and 0 <= i < len(self.prompts) for i in found)
         if not fits or len(set(found)) != len(found) or len(found) != self.count:
             raise ConfigError(
-                f"data.curriculum gave {shortened(found)} for rollout {rollout}; it must give {self.count} different "
+                f"data.curriculum gave {shortened(answer)} for rollout {rollout}; it must give {self.count} different "
                 f"positions from 0 to {len(self.prompts) - 1}"
             )
         return found

@@ -147,7 +147,15 @@ class InFlight:
 
     def enter(self) -> int:
         """Prefill the next prompts, put them into free slots and sample their first tokens; return how many."""
-        rows, prompts = self._next_rows()
+        rows, once, width = list[int](), dict[tuple[int, ...], Prompt](), 0  # a group's prompt is computed once
+        while self.waiting and len(rows) < len(self.free):
+            prompt = self.responses.batch.prompts[self.waiting[0]]
+            width = max(width, len(prompt.token_ids))
+            if rows and width * (len(once) + 1) > self.prefill_tokens and prompt.token_ids not in once:
+                break
+            once[prompt.token_ids] = prompt
+            rows.append(self.waiting.pop(0))
+        prompts = list(once.values())
         lengths = [len(prompt.token_ids) for prompt in prompts]
         number = {prompt.token_ids: i for i, prompt in enumerate(prompts)}
         source = [number[self.responses.batch.prompts[row].token_ids] for row in rows]
@@ -184,20 +192,6 @@ class InFlight:
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model.next_token_logits(one, one + 1, one, self._new_cache())
 
-    def _next_rows(self) -> tuple[list[int], list[Prompt]]:
-        """Rows that enter now, and their prompts without repetition: a group's prompt is computed once."""
-        rows: list[int] = []
-        prompts: dict[tuple[int, ...], Prompt] = {}
-        width = 0
-        while self.waiting and len(rows) < len(self.free):
-            prompt = self.responses.batch.prompts[self.waiting[0]]
-            width = max(width, len(prompt.token_ids))
-            if rows and width * (len(prompts) + 1) > self.prefill_tokens and prompt.token_ids not in prompts:
-                break
-            prompts[prompt.token_ids] = prompt
-            rows.append(self.waiting.pop(0))
-        return rows, list(prompts.values())
-
     def _forward(
         self,
         ids: torch.Tensor,
@@ -223,7 +217,15 @@ class InFlight:
         told = dict(zip(slots, ends.tolist(), strict=True))
         broken = [slot for slot, end in told.items() if end != end]
         if broken:
-            raise self._not_finite(int(self.row[broken[0]]))
+            row = int(self.row[broken[0]])
+            prompt, written = self.responses.batch.prompts[row], self.responses.before_last(row)
+            ids = torch.tensor([[*prompt.token_ids, *written]], device=self.device)
+            cache, positions = self._new_cache(), torch.arange(ids.shape[1], device=self.device)[None]
+            place = first_not_finite(self.model, lambda: self._forward(ids, torch.ones_like(ids), positions, cache))
+            raise NotFiniteError(
+                f"the policy's logits are NaN or infinite at token {len(written) + 1} of a response to prompt "
+                f"{prompt.index}, {shortened(prompt.text)}: {place}; {WAYS_OUT}"
+            )
         ended = [slot for slot, end in told.items() if end]
         if ended:
             for row, response in self.responses.written(self.row[ended]):
@@ -233,17 +235,6 @@ class InFlight:
             self.positions[torch.tensor(ended, device=self.device)] = 0
             self._go_on_with([slot for slot in self.living if slot not in set(ended)])
         self._give_up_idle_slots()
-
-    def _not_finite(self, row: int) -> NotFiniteError:
-        """The error about ``row``, whose newest token's log-prob is not finite."""
-        prompt, written = self.responses.batch.prompts[row], self.responses.before_last(row)
-        ids = torch.tensor([[*prompt.token_ids, *written]], device=self.device)
-        cache, positions = self._new_cache(), torch.arange(ids.shape[1], device=self.device)[None]
-        place = first_not_finite(self.model, lambda: self._forward(ids, torch.ones_like(ids), positions, cache))
-        return NotFiniteError(
-            f"the policy's logits are NaN or infinite at token {len(written) + 1} of a response to prompt "
-            f"{prompt.index}, {shortened(prompt.text)}: {place}; {WAYS_OUT}"
-        )
 
     def _give_up_idle_slots(self) -> None:
         """Go on without the free slots where no row waits for them and they are at least ``IDLE_SHARE`` of all."""
@@ -298,19 +289,15 @@ class Responses:
         self.lengths[rows] = length = now + 1
         finished = torch.isin(tokens, self.stop_ids)
         if s.stop_strings:
-            finished |= self._stop_string_seen(rows, length)
+            # A token may be a single byte, so this many hold the longest string.
+            reach = max(len(string.encode()) for string in s.stop_strings) + 4
+            newest = zip(self.tokens[rows].tolist(), length.tolist(), strict=True)
+            texts = self.tokenizer.batch_decode([row[max(0, end - reach) : end] for row, end in newest])
+            stopped = [any(string in text for string in s.stop_strings) for text in texts]
+            finished |= torch.tensor(stopped, dtype=torch.bool, device=self.device)
         self.finished[rows] = finished
         over = finished | (length == self.budgets[rows])
         return tokens, torch.add(over, logprobs, alpha=0)
-
-    def _stop_string_seen(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """(n,) bool: a stop string ends within the newest tokens of each row's response, of ``lengths`` (n,)."""
-        strings = self.sampling.stop_strings
-        # A token may be a single byte, so this many hold the longest string.
-        reach = max(len(s.encode()) for s in strings) + 4
-        tokens = zip(self.tokens[rows].tolist(), lengths.tolist(), strict=True)
-        texts = self.tokenizer.batch_decode([row[max(0, end - reach) : end] for row, end in tokens])
-        return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool, device=self.device)
 
     def written(self, rows: torch.Tensor) -> Iterator[tuple[int, list[int]]]:
         """Each of ``rows`` (n,), on the CPU, with its tokens."""

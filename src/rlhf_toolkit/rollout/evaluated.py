@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_toolkit.algorithms.evaluation import majority_at_k, pass_at_k
-from rlhf_toolkit.errors import DataError, shortened
+from rlhf_toolkit.errors import RewardError, described, shortened
 from rlhf_toolkit.models.roles import POLICY, REFERENCE
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.metrics import spread
@@ -76,29 +76,31 @@ class Passing:
 
     def values(self, sampled: Sampled, scores: Tensor) -> Values:
         """``pass@k`` and ``maj@k`` for k = 1, 2, 4, ... up to the samples of a prompt. A response without a score does
-        not pass."""
+        not pass. Raises RewardError where ``read_answers`` raises, or returns anything but an answer for each."""
         groups = rows_by_prompt(sampled)
-        passed = ((scores >= self.at) & sampled.kept).tolist()
-        answers = self._answers(sampled.responses)
+        passed, answers = ((scores >= self.at) & sampled.kept).tolist(), list[Hashable | None]()
+        if self.read_answers is not None:
+            try:
+                answers = list(self.read_answers(list(sampled.responses)))
+                set(answers)
+            except Exception as error:  # it may raise whatever it likes
+                raise RewardError(
+                    f"reward.answer failed on {len(passed)} responses ({described(error)}); repair it: it returns a "
+                    "text, a number or None for each"
+                ) from error
+            if len(answers) != len(passed):
+                raise RewardError(
+                    f"reward.answer gave {len(answers)} answers for {len(passed)} responses ({shortened(answers)}); "
+                    "give one for each, None where there is none"
+                )
         values: Values = {}
         for k in powers_of_two(min(map(len, groups))):
             values[f"pass@{k}"] = [pass_at_k(len(rows), sum(passed[i] for i in rows), k) for rows in groups]
-            if answers is not None:
+            if self.read_answers is not None:
                 values[f"maj@{k}"] = [
                     majority_at_k([answers[i] for i in rows], [passed[i] for i in rows], k) for rows in groups
                 ]
         return values
-
-    def _answers(self, responses: list[str]) -> Sequence[Hashable | None] | None:
-        if self.read_answers is None:
-            return None
-        found = list(self.read_answers(list(responses)))
-        if len(found) != len(responses):
-            raise DataError(
-                f"reward.answer gave {len(found)} answers for {len(responses)} responses ({shortened(found)}); give "
-                "one for each, None where there is none"
-            )
-        return found
 
 
 def values_by_prompt(sampled: Sampled, scores: Tensor, kl: Tensor | None) -> Values:

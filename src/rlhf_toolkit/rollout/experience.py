@@ -139,7 +139,10 @@ class ExperienceMaker:
             if not drawn:
                 break
             seen |= set(drawn)
-            others = self._responses_to_few(shared, drawn, rollout)
+            # A share that is not full gets further responses, which are left out again: ranks have equally many to do.
+            more = (drawn * world_size())[: -len(drawn) % world_size()]
+            others = self.responses_to(shared, drawn + more, rollout)
+            others = others.rows(range(len(drawn) * source.responses_per_prompt))
             self._remember(others)
             better = set(others.groups.tolist()) - set(source.uniform(others))
             replaced = uniform[: len(better)]
@@ -147,13 +150,6 @@ class ExperienceMaker:
             added = [row for row, group in enumerate(others.groups.tolist()) if group in better]
             sampled = joined([sampled.rows(kept), others.rows(added)], pad_id=self.scored_sampler.sampling.pad_id)
         return sampled
-
-    def _responses_to_few(self, shared: SharedBase, positions: list[int], rollout: int) -> Sampled:
-        """``responses_to`` any number of different prompts: some get further responses, which are left out again, so
-        that each rank has as many to do."""
-        more = positions * world_size()
-        everything = self.responses_to(shared, positions + more[: -len(positions) % world_size()], rollout)
-        return everything.rows(range(len(positions) * self.source.responses_per_prompt))
 
     def _with_baselines(self, shared: SharedBase, sampled: Sampled) -> Sampled:
         """The rollout with the score of the greedy response to each row's prompt. A row is dropped where that response

@@ -117,22 +117,18 @@ class RolloutLoader:
         for rollout in range(self.schedule.rollout_of(step), self.schedule.rollouts):
             if self._number != rollout:
                 self.newest, self._number = self.maker.collect(self.model(), rollout), rollout
-            yield from self._mini_batches(rollout, step - rollout * self.schedule.updates_per_rollout)
-
-    def _mini_batches(self, rollout: int, done: int) -> Iterator[MiniBatch]:
-        """Those of the newest rollout, of all epochs, but the first ``done``."""
-        tokens = self.newest.tokens
-        for epoch in range(self.schedule.epochs):
-            plan = self.maker.scored_sampler.cutting.plan(tokens, rollout, epoch=epoch)
-            for number, shares in enumerate(plan.batches):
-                if epoch * self.schedule.mini_batches + number < done:
-                    continue
-                columns = {}
-                if self.over_mini_batch.anything:
-                    everyone = [row for share in shares for rows in share for row in rows]
-                    stream = (rollout, epoch, number)
-                    columns = self.over_mini_batch.columns(self.newest.experience, everyone, stream)
-                yield share_of_mini_batch(tokens, shares, rank(), fresh=epoch == number == 0, columns=columns)
+            tokens, done = self.newest.tokens, step - rollout * self.schedule.updates_per_rollout
+            for epoch in range(self.schedule.epochs):
+                plan = self.maker.scored_sampler.cutting.plan(tokens, rollout, epoch=epoch)
+                for number, shares in enumerate(plan.batches):
+                    if epoch * self.schedule.mini_batches + number < done:
+                        continue  # a resumed run has made this update
+                    columns = {}
+                    if self.over_mini_batch.anything:
+                        everyone = [row for share in shares for rows in share for row in rows]
+                        stream = (rollout, epoch, number)
+                        columns = self.over_mini_batch.columns(self.newest.experience, everyone, stream)
+                    yield share_of_mini_batch(tokens, shares, rank(), fresh=epoch == number == 0, columns=columns)
 
     def under_way(self, step: int) -> Collected | None:
         """The rollout that optimizer step number ``step`` is made on, where it has been collected and its experience

@@ -58,18 +58,12 @@ class PathChecks:
         with nudged(shared.causal_lm.get_input_embeddings()):
             again = role_pass(plan, roles=(POLICY,))
         self.rounding = Deviation.between(again.policy_logprobs[mask], old[mask])
-        with self._stops_only_the_first(rollout):
-            self._check_training_mode(shared, sampled, outputs, plan, role_pass)
-
-    def _check_training_mode(
-        self, shared: SharedBase, sampled: Sampled, outputs: RoleOutputs, plan: Plan, role_pass: RolePass
-    ) -> None:
-        """The ranks' first micro-batches again, once as they were and once in training mode: the same rows give the
-        same bits, or what this hardware makes of them, so that even little dropout shows."""
+        # The ranks' first micro-batches again, once as they were and once in training mode: the same rows give the same
+        # bits, or what this hardware makes of them, so that even little dropout shows.
         first = plan.first
         rows = sorted(row for share in first.batches[0] for micro in share for row in micro)
         roles = (POLICY, VALUE) if outputs.says(VALUE) else (POLICY,)
-        mask, old = sampled.token_mask[rows], outputs.policy_logprobs[rows]
+        mask, old = mask[rows], old[rows]
         repeated, training = [], shared.training
         try:
             for mode in (False, True):
@@ -78,11 +72,12 @@ class PathChecks:
         finally:
             shared.train(training)
         unexplained = repeated[1].beyond(repeated[0])
-        if unexplained is not None and self.tolerance is None:
-            raise TrainingPathError(
-                f"the same rows give other log-probs while the model trains, by {unexplained}; it has dropout or "
-                "another noise that its config does not name: switch it off there, or set ppo.first_ratio_tolerance"
-            )
+        with self._stops_only_the_first(rollout):
+            if unexplained is not None and self.tolerance is None:
+                raise TrainingPathError(
+                    f"the same rows give other log-probs while the model trains, by {unexplained}; it has dropout or "
+                    "another noise that its config does not name: switch it off there, or set ppo.first_ratio_tolerance"
+                )
 
     def check_role_pass(self, sampled: Sampled, outputs: RoleOutputs, rollout: int) -> None:
         """Sampling and training see one policy; before the first update the policy is the reference.

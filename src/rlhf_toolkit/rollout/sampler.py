@@ -98,6 +98,11 @@ class Sampler:
         raise. Where memory runs out on one, all sample again with half the slots: responses do not depend on them."""
         told = set[int]()
 
+        def count(tokens: int) -> None:
+            """After each step: what is raised here all ranks raise."""
+            stopping.check()
+            self.on_tokens(tokens)
+
         def tell_once(row: int, tokens: list[int]) -> None:
             """A row that has ended ends with the same tokens when it is sampled again."""
             if row not in told:
@@ -106,22 +111,20 @@ class Sampler:
 
         while True:
             try:
-                return self._attempt(shared, batch, sampling, stream=stream, expected=expected, on_finished=tell_once)
+                return self._attempt(
+                    shared, batch, sampling, stream=stream, expected=expected, on_tokens=count, on_finished=tell_once
+                )
             except OutOfMemoryError as error:
                 if self.placement is None or self.placement.slots == 1:
                     raise
-                said = str(error)
-            self._use_fewer_slots(self.placement, said)
-
-    def _use_fewer_slots(self, placement: Placement, said: str) -> None:
-        """From now on, on all ranks."""
-        slots, tokens = placement.slots // 2, max(1, placement.prefill_tokens // 2)
-        self.placement = replace(placement, slots=slots, prefill_tokens=tokens)
-        self.retries += 1
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if rank() == 0:
-            say(f"a rollout is sampled again with {slots} slot(s): {said}")
+                said = str(error)  # the error itself holds the frames of the attempt, and they its tensors
+            slots, tokens = self.placement.slots // 2, max(1, self.placement.prefill_tokens // 2)
+            self.placement = replace(self.placement, slots=slots, prefill_tokens=tokens)  # from now on, on all ranks
+            self.retries += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if rank() == 0:
+                say(f"a rollout is sampled again with {slots} slot(s): {said}")
 
     def _attempt(
         self,
@@ -131,10 +134,11 @@ class Sampler:
         *,
         stream: Sequence[int | str],
         expected: Callable[[Prompt], float],
+        on_tokens: Callable[[int], None],
         on_finished: Callable[[int, list[int]], None],
     ) -> Rollout:
         alone, environment = isinstance(self._pace, Alone), self.environment
-        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": self._count}
+        options: dict[str, Any] = {"expected": expected, "pace": self._pace, "on_tokens": on_tokens}
         if self.placement is not None:
             options |= {"slots": self.placement.slots, "prefill_tokens": self.placement.prefill_tokens}
         if environment is None:
@@ -167,11 +171,6 @@ class Sampler:
                     for row, tokens in enumerate(tokens_of(rollout)):
                         on_finished(row, tokens)
         return copied(rollout)
-
-    def _count(self, tokens: int) -> None:
-        """After each step: what is raised here all ranks raise."""
-        stopping.check()
-        self.on_tokens(tokens)
 
 
 def copied(rollout: Rollout) -> Rollout:

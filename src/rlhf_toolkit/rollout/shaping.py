@@ -50,9 +50,10 @@ class Estimator:
         """Advantages and returns (B, R) in the rewards' dtype, checked; not whitened. Raises ConfigError for another
         shape."""
         given = arguments_for(self.function, offered, self.kwargs, setting="ppo.advantage")
-        result = self.function(**given)
+        result: Any = self.function(**given)
         shape = offered["rewards"].shape
-        if not isinstance(result, tuple) or [getattr(part, "shape", None) for part in result] != [shape, shape]:
+        tensors = isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result)
+        if not tensors or [part.shape for part in result] != [shape, shape]:
             raise ConfigError(
                 f"ppo.advantage: {getattr(self.function, '__name__', self.function)} must return (advantages, "
                 f"returns), each a tensor of shape {tuple(shape)}"

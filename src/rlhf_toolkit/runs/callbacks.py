@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sized
 from typing import Any, Protocol
 
@@ -66,7 +67,11 @@ class KeepBest(TrainerCallback):
         self.trainer = trainer
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every rank has the same metrics. A collective."""
+        """Every rank has the same metrics. A collective. An evaluation in which no response got a score, or whose loss
+        is not a number, is no best one."""
         metrics = kwargs["metrics"]
-        if state.global_step > 0:  # before the first update the model is what the run began with
-            self.trainer.keep_if_best(metrics[SCORE] if SCORE in metrics else -metrics[LOSS])
+        value = metrics[SCORE] if SCORE in metrics else -metrics.get(LOSS, math.nan)
+        if state.global_step > 0 and math.isfinite(
+            value
+        ):  # before the first update the model is what the run began with
+            self.trainer.keep_if_best(value)
