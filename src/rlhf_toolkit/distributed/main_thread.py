@@ -69,11 +69,15 @@ class MainThread:
             if calls != self._calls or any(call.code.co_filename.endswith(FOR_REWARDS) for call in calls):
                 self._calls, self._moved = calls, time.monotonic()
         ours = [call for call in self._calls if f"{os.sep}rlhf_toolkit{os.sep}" in call.code.co_filename]
+        place = "nowhere"
+        if ours:
+            file = ours[0].code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
+            place = f"{ours[0].code.co_name} ({file}:{ours[0].line})"
         return Position(
             time.monotonic() - self._moved,
             any(map(_waits, self._calls[:6])),
             next((PHASES[call.code.co_name] for call in ours if call.code.co_name in PHASES), "the start"),
-            next(map(_place, ours), "nowhere"),
+            place,
         )
 
     def stack(self) -> str:
@@ -94,8 +98,3 @@ def _waits(call: Call) -> bool:
     code = call.code
     in_deepspeed = f"{os.sep}deepspeed{os.sep}" in code.co_filename and code.co_name in WAITING
     return in_deepspeed or code.co_filename.endswith(IN_COLLECTIVE)
-
-
-def _place(call: Call) -> str:
-    file = call.code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
-    return f"{call.code.co_name} ({file}:{call.line})"

@@ -12,7 +12,7 @@ from rlhf_toolkit.data.chat import render
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
-from rlhf_toolkit.errors import ModelError, RewardError, shortened
+from rlhf_toolkit.errors import ModelError, RewardError
 from rlhf_toolkit.models.loading import explained, load_tokenizer, loading_weights, straight_to_device
 from rlhf_toolkit.types import Prompt
 
@@ -45,9 +45,9 @@ class RewardModel:
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One score for each response. A collective: under ZeRO-3 the whole model is gathered meanwhile; ranks may have
-        different numbers of responses, and what one of them fails with, all raise.
+        different numbers of responses, and what one of them fails with, all raise. A score may be NaN or infinite.
 
-        Raises RewardError for a text longer than the model can read, or a score that is not finite.
+        Raises RewardError for a text longer than the model can read.
         """
         with agreement("the reward model"):
             rows = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -56,12 +56,6 @@ class RewardModel:
             for batch in in_batches(rows):
                 for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                     found[i] = score
-            for i, score in enumerate(found):
-                if not abs(score) < float("inf"):
-                    raise RewardError(
-                        f"reward.model={self.name} gave {score} for the response {shortened(responses[i])}; load it in "
-                        "another dtype, or use another model"
-                    )
         return found
 
     def _ids(self, prompt: Prompt, response: str) -> list[int]:
