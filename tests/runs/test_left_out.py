@@ -113,7 +113,7 @@ def test_a_reward_that_is_not_finite_leaves_out_the_updates_with_its_responses(
     assert {batch.why for batch in kept} == {"train/loss is nan, since reward undecided gave no finite score"}
 
 
-ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_pp", "remax")
+ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "remax")
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
