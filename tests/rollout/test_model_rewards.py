@@ -140,6 +140,36 @@ def test_the_reward_model_reads_text_by_its_own_tokenizer_and_template(tmp_path:
     assert len({round(score, 3) for score in found}) == 3
 
 
+def test_a_reward_model_that_runs_out_of_memory_scores_the_same_in_smaller_batches(tmp_path: Path) -> None:
+    model, told = reward_model(write_reward_model(tmp_path / "rm")), list[str]()
+    prompts, responses = [Prompt(i, f"w{i}", (1,), {}) for i in range(6)], [" w3" * (1 + i % 3) for i in range(6)]
+    expected, forward = model.scores(prompts, responses), model._forward
+
+    def small(rows: list[list[int]]) -> list[float]:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(rows)
+
+    model._forward, model.batch_tokens = small, 24  # type: ignore[method-assign]
+    assert model.scores(prompts, responses, note_retry=lambda what, said: told.append(what)) == pytest.approx(expected)
+    assert told == [f"the reward model runs again with at most {most} tokens" for most in (12, 6)]
+    model._forward = lambda rows: small(rows * 3)  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        model.scores(prompts, responses)
+    assert model.batch_tokens < 6
+
+
+def test_a_score_that_is_not_finite_spoils_its_row_alone() -> None:
+    rows = a_rollout(4)
+    scores = torch.tensor([1.0, torch.inf, 3.4e38, torch.nan])
+    found = rows.plus("model", scores, 2.0)
+    assert found.spoiled.tolist() == [False, True, True, True] and found.kept.tolist() == [True, False, False, False]
+    assert found.raw_scores[0] == rows.raw_scores[0] + 2 and found.failures["model"] == 2
+    assert found.parts["model"].isnan().tolist() == [False, True, False, True]
+    assert torch.equal(found.token_rewards[0], rows.token_rewards[0]) and not found.token_rewards[1:].any()
+    assert not rows.plus("model", scores[:1].expand(4), 2.0).failures
+
+
 def test_what_a_reward_model_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"reward\.model=rm gives 2 labels; a reward model gives one score"):
         reward_model(write_reward_model(tmp_path / "two", labels=2))

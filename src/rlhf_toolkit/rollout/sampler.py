@@ -38,7 +38,7 @@ class Sampler:
     placement: Placement | None = None
     estimate: Estimate | None = None
     retries = 0
-    """How often memory has run out while sampling."""
+    """How often memory has run out in a rollout."""
 
     def __init__(
         self,
@@ -117,11 +117,15 @@ class Sampler:
         """From now on, on all ranks."""
         slots, tokens = placement.slots // 2, max(1, placement.prefill_tokens // 2)
         self.placement = replace(placement, slots=slots, prefill_tokens=tokens)
+        self.note_retry(f"a rollout is sampled again with {slots} slot(s)", said)
+
+    def note_retry(self, what: str, said: str) -> None:
+        """Count work of a rollout that all ranks do again after ``said``, and say ``what`` on rank 0."""
         self.retries += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if rank() == 0:
-            say(f"a rollout is sampled again with {slots} slot(s): {said}")
+            say(f"{what}: {said}")
 
     def _attempt(
         self,

@@ -82,11 +82,13 @@ class RoleTrainer(Trainer):
         self._about: Mapping[str, Any] = {}
         self.update_retries, self._logged_retries = 0, 0
 
-    def note_retry(self, smaller: str, said: str) -> None:
-        """Count an update that is made again after ``said``, in ``smaller`` parts, and say so on rank 0."""
+    def note_retry(self, smaller: str, said: str, *, what: str = "") -> None:
+        """Count an update, or ``what`` else, that is made again after ``said``, in ``smaller`` parts, and say so on
+        rank 0."""
         self.update_retries += 1
         if self.args.process_index == 0:
-            tqdm.write(printable(f"update {self.state.global_step + 1} is made again with {smaller}: {said}"))
+            what = what or f"update {self.state.global_step + 1}"
+            tqdm.write(printable(f"{what} is made again with {smaller}: {said}"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW over the named groups, in the order of ``parameter_groups``."""
