@@ -3,6 +3,7 @@ and both on two ranks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedModel
 
-from rlhf_toolkit.errors import ConfigError, ModelError, RewardError
+from rlhf_toolkit.errors import ConfigError, ModelError, OutOfMemoryError, RewardError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.models.reward_model import RewardModel
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Prompt
+from tests.rollout.test_evaluated import sampled as evaluated
 from tests.support.builders import tiny_tokenizer
 from tests.support.launch import run_recipe
 from tests.support.roles import lora
@@ -154,13 +156,14 @@ def test_a_reward_model_that_runs_out_of_memory_scores_the_same_in_smaller_batch
     assert model.scores(prompts, responses, note_retry=lambda what, said: told.append(what)) == pytest.approx(expected)
     assert told == [f"the reward model runs again with at most {most} tokens" for most in (12, 6)]
     model._forward = lambda rows: small(rows * 3)  # type: ignore[method-assign]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemoryError):
         model.scores(prompts, responses)
     assert model.batch_tokens < 6
 
 
 def test_a_score_that_is_not_finite_spoils_its_row_alone() -> None:
-    rows = a_rollout(4)
+    rows = evaluated().rows(range(4))
+    rows = replace(rows, token_rewards=torch.tensor([[0.5, -0.5, 0.0, 0.0]] * 4))
     scores = torch.tensor([1.0, torch.inf, 3.4e38, torch.nan])
     found = rows.plus("model", scores, 2.0)
     assert found.spoiled.tolist() == [False, True, True, True] and found.kept.tolist() == [True, False, False, False]

@@ -163,7 +163,7 @@ class FineTuner(RoleTrainer):
 
     def normalise_rewards(self) -> tuple[float, float]:
         """Scale and shift the reward head so that the scores of all training responses have mean 0 and variance 1;
-        return the mean and the deviation they had. A collective."""
+        return the mean and the deviation they had. Scores that are all alike are only shifted. A collective."""
         counts = counts_of(self.items)
 
         def score(mine: list[list[int]]) -> list[float]:
@@ -180,8 +180,9 @@ class FineTuner(RoleTrainer):
         mean, deviation = everything.mean().item(), everything.std().item()
         head = cast(ScalarHead, cast(SharedBase, self.model).scalar_heads[REWARD])
         with whole(head.parameters(), write=True), torch.no_grad():
-            head.weight.div_(deviation)
-            head.bias.sub_(mean).div_(deviation)
+            scale = deviation if deviation > 0 else 1.0
+            head.weight.div_(scale)
+            head.bias.sub_(mean).div_(scale)
         return mean, deviation
 
     @contextmanager
