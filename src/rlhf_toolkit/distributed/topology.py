@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -99,7 +99,10 @@ class Launch:
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} in accelerate's config contradicts "
                 "update.micro_batch_tokens, which decides the micro-batches; set it to 1"
             )
-        if self.gradient_clipping != "auto" and not _equals(self.gradient_clipping, max_grad_norm):
+        clipping = None
+        with suppress(ValueError):  # it may be any word
+            clipping = float(self.gradient_clipping)
+        if self.gradient_clipping != "auto" and clipping != max_grad_norm:
             raise TopologyError(
                 f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts "
                 f"update.max_grad_norm={max_grad_norm}; remove it from accelerate's config"
@@ -294,14 +297,6 @@ def leave_group() -> None:
     is left alone: after an error, leaving it could wait for a rank that never comes."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
-
-
-def _equals(text: str, number: float) -> bool:
-    """Whether ``text``, which may be any word, is ``number``."""
-    try:
-        return float(text) == number
-    except ValueError:
-        return False
 
 
 def check_agreement(topology: Topology, state: PartialState) -> None:

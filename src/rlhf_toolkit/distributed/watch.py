@@ -125,8 +125,16 @@ class Watch:
         while not self._closed.is_set():
             ready, _, _ = select.select([self._read], [], [], POLL)
             for number in os.read(self._read, 256) if ready else b"":
-                if number in SIGNALS:
-                    self._signalled(number)
+                if number not in SIGNALS:
+                    continue
+                with self._deciding:
+                    first = stopping.requested() == 0
+                    at_once = stopping.ask(number)  # a first signal asks all ranks to stop, another one ends them
+                within(4 * POLL, partial(self._say, AT_ONCE if at_once else STOP, str(number)))
+                if at_once:
+                    self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
+                if first:
+                    self._stop(number)
             waited = waited + POLL if rounds == self._rounds and not ready else 0.0
             rounds = self._rounds
             if waited > ANSWER and self._store is not None:
@@ -136,23 +144,24 @@ class Watch:
         """Hear what the other ranks say, and let them hear where this one is."""
         while self._store is not None and not self._closed.wait(POLL):
             try:
-                self._hear()
+                if number := self._get(AT_ONCE):
+                    self._end(f"stopped at once by a second {signal.Signals(int(number)).name}", 128 + int(number))
+                if number := self._get(STOP):
+                    with self._deciding:
+                        first = stopping.requested() == 0
+                        stopping.ask(int(number))
+                    if first:
+                        signal.pthread_kill(threading.main_thread().ident or 0, int(number))  # it may wait for a reward
+                        self._stop(int(number))
+                if failure := self._get(FAILURE):
+                    self._heard = self._heard or time.monotonic()
+                    if time.monotonic() - self._heard > GRACE:
+                        self._end(self._after(failure), 1)
                 if self.stall_seconds:
                     self._watch_for_stalls()
             except RuntimeError:  # the store is gone, and with it whoever held it
                 self._store = None
             self._rounds += 1
-
-    def _signalled(self, number: int) -> None:
-        """A first signal asks all ranks to stop, another one ends them."""
-        with self._deciding:
-            first = stopping.requested() == 0
-            at_once = stopping.ask(number)
-        within(4 * POLL, partial(self._say, AT_ONCE if at_once else STOP, str(number)))
-        if at_once:
-            self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
-        if first:
-            self._stop(number)
 
     def _stop(self, number: int) -> None:
         """Stop this rank because of signal ``number``, which it has got or has heard of."""
@@ -173,21 +182,6 @@ class Watch:
         if self._rank == 0:
             name = signal.Signals(number).name
             say_at_once(f"\n{name}: the run writes a checkpoint and stops; a second signal stops it at once")
-
-    def _hear(self) -> None:
-        if number := self._get(AT_ONCE):
-            self._end(f"stopped at once by a second {signal.Signals(int(number)).name}", 128 + int(number))
-        if number := self._get(STOP):
-            with self._deciding:
-                first = stopping.requested() == 0
-                stopping.ask(int(number))
-            if first:
-                signal.pthread_kill(threading.main_thread().ident or 0, int(number))  # it may wait for a reward
-                self._stop(int(number))
-        if failure := self._get(FAILURE):
-            self._heard = self._heard or time.monotonic()
-            if time.monotonic() - self._heard > GRACE:
-                self._end(self._after(failure), 1)
 
     def _watch_for_stalls(self) -> None:
         """Say where this rank is; end the run with the name of one that stands still and waits for nobody."""
