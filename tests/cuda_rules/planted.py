@@ -77,8 +77,8 @@ PLANTED = [
     Mutation(
         "a number read back in every micro-batch",
         f"{SOURCE}/trainers/ppo.py:PPOTrainer.micro_batch_loss",
-        "self._meter_micro_batch(terms, batch.response_mask, first=first)",
-        "bool(terms.loss.isfinite()); self._meter_micro_batch(terms, batch.response_mask, first=first)",
+        "tokens = batch.response_mask.sum()",
+        "bool(terms.loss.isfinite()); tokens = batch.response_mask.sum()",
         f"{UPDATE}[packed]",
     ),
     Mutation(

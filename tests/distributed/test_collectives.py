@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.distributed_c10d import _get_default_group
 
 from rlhf_toolkit.distributed import collectives
 from rlhf_toolkit.distributed.collectives import (
@@ -23,7 +25,7 @@ from rlhf_toolkit.distributed.collectives import (
     rank,
     world_size,
 )
-from rlhf_toolkit.distributed.topology import Topology, free_memory
+from rlhf_toolkit.distributed.topology import TIMEOUT_MINUTES, Topology, free_memory
 from rlhf_toolkit.errors import DataError, RewardError, RLHFError
 from tests.support.launch import run_worker
 
@@ -83,6 +85,7 @@ def told(topology: Topology) -> dict[str, Any]:
         "both fail": ending(failing(me, {0: DataError("mine"), 1: RewardError("mine")})),
         "only rank 0 works": on_main(lambda: f"done by {me}"),
         "only rank 0 fails": ending(lambda: on_main(failing(me, {0: DataError("disk")})), "outside"),
+        "patience": _get_default_group()._get_backend(torch.device("cpu")).options._timeout,  # type: ignore[attr-defined]
         "free": free_memory(torch.device("cpu")),
         "still in step": all_gather(me),
     }
@@ -147,6 +150,10 @@ def test_what_only_rank_0_does_all_know(ranks: list[dict[str, Any]]) -> None:
 
 def test_failures_leave_the_ranks_in_step(ranks: list[dict[str, Any]]) -> None:
     assert [found["still in step"] for found in ranks] == [[0, 1]] * 2
+
+
+def test_once_they_have_met_ranks_wait_for_one_another_as_long_as_collectives_may(ranks: list[dict[str, Any]]) -> None:
+    assert [found["patience"] for found in ranks] == [timedelta(minutes=TIMEOUT_MINUTES)] * 2
 
 
 def test_free_memory_is_one_number_for_all(ranks: list[dict[str, Any]]) -> None:

@@ -36,6 +36,7 @@ from rlhf_toolkit.distributed.topology import (
 from rlhf_toolkit.errors import TopologyError
 from rlhf_toolkit.models.loading import straight_to_device
 from tests.support.launch import ROOT
+from tests.support.processes import environment_of_tests
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
@@ -360,3 +361,22 @@ def test_a_bad_end_keeps_its_status() -> None:
     script = ENDS.replace('print("the script", end="")', "raise SystemExit(3)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3 and "at exit" in done.stdout
+
+
+ALONE = """
+import rlhf_toolkit.distributed.topology as topology
+from rlhf_toolkit.errors import reported
+
+topology.MEETING_MINUTES = 0.03
+with reported():
+    topology.start(max_grad_norm=1.0, timeout_minutes=120)
+"""
+
+
+def test_a_process_whose_partner_never_comes_ends_long_before_a_collective_would() -> None:
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    launch |= {"MASTER_PORT": "0", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment_of_tests() | launch, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "TopologyError: process 0 of 2 did not meet the others by 127.0.0.1" in done.stderr

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from rlhf_toolkit.errors import ConfigError, RewardError
+from rlhf_toolkit.rewards.calls import InProcess
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.confinement import environment_of_workers
 from rlhf_toolkit.rewards.specification import RewardSpec
@@ -59,13 +60,16 @@ def pool(request: pytest.FixtureRequest) -> Any:
 def test_each_misdeed_under_each_policy(deed: str, pool: tuple[str, Rewards]) -> None:
     policy, rewards = pool
     batch = batch_of(["a", "bb", deed, "dddd", "eeeee", "ffffff"])
-    if policy == "error":
+    if policy == "error" and deed != "nan":
         with pytest.raises(RewardError) as caught:
             rewards.collect(*batch)
         assert str(caught.value) == (rf"reward act {SAID[deed]}; its prompt was 'prompt\n2' (row 102 of the dataset)")
         return
     scores = rewards.collect(*batch)
     value, kept = (-1.5, True) if policy == "score" else (0.0, False)
+    if policy == "error":  # a number that is not finite leaves its update out, as with on_failure: skip
+        assert math.isnan(scores.totals[2])
+        scores.totals[2] = value
     assert scores.totals == [1, 2, value, 4, 5, 6]
     assert scores.kept == [True, True, kept, True, True, True]
     assert [math.isnan(part) for part in scores.parts["act"]] == [False, False, True, False, False, False]
@@ -79,16 +83,42 @@ def test_misdeeds_in_the_ranks_own_process(deed: str, policy: str) -> None:
     but ``act`` spoils all of them."""
     entry = {**of("act", **POLICIES[policy]), "workers": 0}
     with rewards_of(entry) as rewards:
-        if policy == "error":
+        if policy == "error" and deed != "nan":
             said = SAID[deed].replace("the 1 responses", "the 3 responses").replace("2 scores", "4 scores")
-            which = "its prompt was" if deed == "nan" else "the first of its 3 prompts was"
             with pytest.raises(RewardError) as caught:
                 rewards.collect(*batch_of(["a", deed, "bb"]))
-            assert str(caught.value) == rf"reward act {said}; {which} 'prompt\n0' (row 100 of the dataset)"
+            assert str(caught.value) == (
+                rf"reward act {said}; the first of its 3 prompts was 'prompt\n0' (row 100 of the dataset)"
+            )
             return
         scores = rewards.collect(*batch_of(["a", deed, "bb"]))
+        if policy == "error":
+            assert all(map(math.isnan, scores.totals)) and scores.kept == [False] * 3
+            return
         assert scores.totals == [-1.5 if policy == "score" else 0.0] * 3
         assert scores.kept == [policy == "score"] * 3 and scores.failures == {"act": 1}
+
+
+def test_of_several_faults_the_run_ends_for_what_is_no_number() -> None:
+    """Numbers that are not finite do not hide it, in whatever order and call they come; alone they have one line."""
+    lines: list[str] = []
+
+    def given(*scores: Any) -> Rewards:
+        spec = RewardSpec("reward.functions[0]", "given", function=f"{MISBEHAVING}:act")
+        rewards = Rewards([spec], warn=lines.append)
+        rewards._rewards[0].source = InProcess(lambda prompts, responses: list(scores), {})
+        return rewards
+
+    for scores in ([math.nan, "good", 1.0], ["good", math.inf, 1.0], [[math.nan], 2.0, ["good"]]):
+        with pytest.raises(RewardError, match="good"):
+            given(*scores).collect(*batch_of(["a", "b", "c"]))
+    found = given(-math.inf, 2, 1e39).collect(*batch_of(["a", "b", "c"]))
+    assert [math.isnan(total) for total in found.totals] == [True, False, True] and found.kept == [False, True, False]
+    (line,) = lines
+    assert line.startswith(
+        "reward given: 1 of 1 calls failed and were left without a score: updates with them are left"
+    )
+    assert "gave score -inf (float); return a finite number" in line and "(row 100 of the dataset)" in line
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])

@@ -3,6 +3,7 @@ and both on two ranks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedModel
 
-from rlhf_toolkit.errors import ConfigError, ModelError, RewardError
+from rlhf_toolkit.errors import ConfigError, ModelError, OutOfMemoryError, RewardError
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.models.reward_model import RewardModel
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 from rlhf_toolkit.types import Prompt
+from tests.rollout.test_evaluated import sampled as evaluated
 from tests.support.builders import tiny_tokenizer
 from tests.support.launch import run_recipe
 from tests.support.roles import lora
@@ -138,6 +140,37 @@ def test_the_reward_model_reads_text_by_its_own_tokenizer_and_template(tmp_path:
     texts = ["w1 w2 w3 w4 w5 w6 w7", "<user> w4 <assistant> w5 w6 ", "w9 w1"]
     assert found == pytest.approx(plain_scores(tmp_path / "rm", texts), abs=1e-5)
     assert len({round(score, 3) for score in found}) == 3
+
+
+def test_a_reward_model_that_runs_out_of_memory_scores_the_same_in_smaller_batches(tmp_path: Path) -> None:
+    model, told = reward_model(write_reward_model(tmp_path / "rm")), list[str]()
+    prompts, responses = [Prompt(i, f"w{i}", (1,), {}) for i in range(6)], [" w3" * (1 + i % 3) for i in range(6)]
+    expected, forward = model.scores(prompts, responses), model._forward
+
+    def small(rows: list[list[int]]) -> list[float]:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(rows)
+
+    model._forward, model.batch_tokens = small, 24  # type: ignore[method-assign]
+    assert model.scores(prompts, responses, note_retry=lambda what, said: told.append(what)) == pytest.approx(expected)
+    assert told == [f"the reward model runs again with at most {most} tokens" for most in (12, 6)]
+    model._forward = lambda rows: small(rows * 3)  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemoryError):
+        model.scores(prompts, responses)
+    assert model.batch_tokens < 6
+
+
+def test_a_score_that_is_not_finite_spoils_its_row_alone() -> None:
+    rows = evaluated().rows(range(4))
+    rows = replace(rows, token_rewards=torch.tensor([[0.5, -0.5, 0.0, 0.0]] * 4))
+    scores = torch.tensor([1.0, torch.inf, 3.4e38, torch.nan])
+    found = rows.plus("model", scores, 2.0)
+    assert found.spoiled.tolist() == [False, True, True, True] and found.kept.tolist() == [True, False, False, False]
+    assert found.raw_scores[0] == rows.raw_scores[0] + 2 and found.failures["model"] == 2
+    assert found.parts["model"].isnan().tolist() == [False, True, False, True]
+    assert torch.equal(found.token_rewards[0], rows.token_rewards[0]) and not found.token_rewards[1:].any()
+    assert not rows.plus("model", scores[:1].expand(4), 2.0).failures
 
 
 def test_what_a_reward_model_cannot_be(tmp_path: Path) -> None:

@@ -85,11 +85,12 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == "train"]
 
 
+@pytest.mark.parametrize("asked", [{}, {"on_failure": "skip"}], ids=["by itself", "skip"])
 def test_a_reward_that_is_not_finite_leaves_out_the_updates_with_its_responses(
-    tmp_path: Path, recipe: RecipeProcesses
+    tmp_path: Path, recipe: RecipeProcesses, asked: dict[str, str]
 ) -> None:
     changes = {
-        "reward.functions": [{"function": f"{tmp_path}/reward.py:undecided", "on_failure": "skip"}],
+        "reward.functions": [{"function": f"{tmp_path}/reward.py:undecided", **asked}],
         "ppo.mini_batches": 4,
         "ppo.num_rollouts": 3,  # each prompt once
         "run.most_not_finite": 12,
@@ -109,6 +110,28 @@ def test_a_reward_that_is_not_finite_leaves_out_the_updates_with_its_responses(
     assert sum(rows) == len(bad), "every such response is in an update that was left out"
     assert sum(line.get("train/not_finite_updates", 0) for line in lines) == len(kept) <= len(bad)
     assert all(any(part["advantages"].isnan().any() for part in batch.parts) for batch in kept)
+    assert {batch.why for batch in kept} == {"train/loss is nan, since reward undecided gave no finite score"}
+
+
+ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "remax")
+
+
+@pytest.mark.parametrize("advantage", ESTIMATORS)
+def test_a_reward_that_never_gives_a_finite_number_ends_the_run_by_its_name(
+    tmp_path: Path, recipe: RecipeProcesses, advantage: str
+) -> None:
+    changes = {
+        "reward.functions": [{"function": f"{tmp_path}/reward.py:never"}],
+        "ppo.advantage": advantage,
+        "ppo.num_rollouts": 4,
+        "rollout.responses_per_prompt": 2,
+        "run.most_not_finite": 1,
+    }
+    never = "\n\ndef never(prompts, responses, **columns):\n    return [float('inf')] * len(responses)\n"
+    finished = a_run(tmp_path, recipe, never, **changes)
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("NotFiniteError: ")]
+    expected = "NotFiniteError: train/loss is nan, since reward never gave no finite score at step 2: "
+    assert finished.status == 1 and line.startswith(expected) and "rlhf inspect" in line
 
 
 def test_a_deferred_experience_is_kept_whole(tmp_path: Path, recipe: RecipeProcesses) -> None:

@@ -219,3 +219,28 @@ def test_sft_learns_and_writes_a_plain_adapter(tmp_path: Path) -> None:
     with torch.no_grad():
         loss = -sum(logprob(plain, item.rows[0]) for item in run.trainer.items) / tokens  # type: ignore[operator]
     assert float(loss) == pytest.approx(summary["evaluations"][-1]["eval/loss"], rel=1e-4)
+
+
+def test_an_evaluation_that_runs_out_of_memory_says_the_same_in_smaller_parts(tmp_path: Path) -> None:
+    """What the parts before had metered counts once."""
+    trainer = prepared(tmp_path, "reward_model").trainer
+    trainer.model_wrapped = trainer.model
+    assert trainer.normalise_rewards() == (0.0, 0.0), "a head of zeros, which stays finite"
+    moved(trainer.model)
+    expected, forward, passes = trainer.measured(trainer.held_out, "eval"), trainer._forward, list[int]()
+    budget = trainer.cut.tokens
+
+    def small(model: nn.Module, batch: Any, roles: Any) -> Any:
+        passes.append(len(batch["sequences"]))
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, batch, roles)
+
+    trainer._forward = small  # type: ignore[method-assign]
+    assert trainer.measured(trainer.held_out, "eval") == pytest.approx(expected, abs=1e-5)
+    assert trainer.cut.tokens < budget and trainer.update_retries == 1 and len(passes) > 4
+    passes[:] = [0]
+    mean_and_deviation = trainer.normalise_rewards()
+    assert trainer.update_retries == 2 and len(passes) > 4
+    trainer._forward = forward  # type: ignore[method-assign]
+    assert trainer.normalise_rewards() == pytest.approx((0.0, 1.0), abs=1e-5) != mean_and_deviation

@@ -64,8 +64,8 @@ def test_a_gradient_that_is_not_finite_or_whose_norm_is_not_is_dropped(factor: f
 class Counted(LeftOutUpdates):
     """Notes what was left out instead of keeping it."""
 
-    def __init__(self) -> None:
-        super().__init__("sft", Path("unused"), most_in_a_row=2)
+    def __init__(self, most_in_a_row: int = 2) -> None:
+        super().__init__("sft", Path("unused"), most_in_a_row=most_in_a_row)
         self.steps: list[int] = []
 
     def _keep(self, model: Any, batch: Any) -> str:
@@ -77,7 +77,7 @@ def updates(numbers: list[float], counted: Counted) -> dict[str, float]:
     """Make updates of one micro-batch each; what was metered."""
     layer = linear()
     trainer: Any = SimpleNamespace(meter=Meter(), model=layer, state=SimpleNamespace(global_step=0), not_finite=counted)
-    trainer.kept_parts, trainer.kept_details = list, dict
+    trainer.kept_parts, trainer.kept_details, trainer.failed_rewards = list, dict, list
 
     def micro_batch(part: dict[str, Tensor], first: bool) -> Tensor:
         trainer.meter.add("metered", part["number"].item(), 1)
@@ -106,6 +106,30 @@ def test_only_updates_in_a_row_count_towards_the_end() -> None:
         NotFiniteError, match=r"^train/loss is nan at step 4: .* 3 updates in a row were left out; kept"
     ):
         updates([1.0, math.nan, math.nan, math.nan, 1.0], counted)
+
+
+def test_the_count_of_updates_in_a_row_goes_on_from_a_checkpoint() -> None:
+    counted, resumed = Counted(), Counted()
+    updates([1.0, math.nan, math.nan], counted)
+    resumed.restore(counted.state)
+    assert counted.state == resumed.state == (2, 2) and resumed.take() == {UPDATES_LEFT_OUT: 2.0}
+    with pytest.raises(NotFiniteError, match="3 updates in a row were left out"):
+        updates([math.nan], resumed)
+
+
+def test_a_reward_without_a_finite_score_is_named_where_it_is_the_cause() -> None:
+    for spoiled, said in ((math.nan, ", since reward a, b gave no finite score at step 1:"), (2.0, " at step 1:")):
+        parts = [{"advantages": torch.tensor([[1.0, spoiled]])}]
+        counted = Counted(most_in_a_row=0)
+        with pytest.raises(NotFiniteError, match=f"^train/loss is nan{said}"):
+            counted.left_out(
+                linear(),  # type: ignore[arg-type]
+                parts,
+                [torch.tensor(math.nan)],
+                step=1,
+                details={},
+                failed_rewards=["a", "b"],
+            )
 
 
 def test_a_weight_that_is_not_finite_ends_the_run_at_once() -> None:

@@ -44,7 +44,7 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(saving, "complete", slow)
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.write(contents(3), roles)
+    writer.write(contents(3), roles, at_once=True)
     assert [path.name for path in tmp_path.iterdir()] == [".checkpoint-3.tmp"] and writer.last == 3
     writer.look()
     let_go.set()
@@ -53,6 +53,22 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypat
     writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
     writer.finish()
+
+
+def test_role_folders_are_written_beside_the_run_too(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    def slow(place: Path) -> None:
+        assert let_go.wait(20)
+        roles(place)
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.write(contents(3), slow)
+    writer.look()
+    assert not list(tmp_path.iterdir()), "the run went on before anything was written"
+    let_go.set()
+    writer.finish()
+    assert newest_sound(tmp_path)[0].step == 3 and (tmp_path / "checkpoint-3/policy").is_dir()
 
 
 def ending(action: Any) -> str:
@@ -74,7 +90,9 @@ def write_with_failures(topology: Topology, place: str) -> dict[str, Any]:
     writer.write(contents(2), roles)
     found["write"] = ending(lambda: writer.write(contents(3), roles))
     vars(saving)["complete"] = complete
-    found["at once"] = ending(lambda: writer.write(contents(4), full))
+    found["at once"] = ending(lambda: writer.write(contents(4), full, at_once=True))
+    writer.write(contents(6), full)
+    found["role folders beside the run"] = ending(writer.finish)
     writer.write(contents(5), roles)
     found["after that"] = ending(writer.finish)
     return {**found, "still in step": all_gather(topology.rank)}
@@ -83,7 +101,7 @@ def write_with_failures(topology: Topology, place: str) -> dict[str, Any]:
 def test_what_fails_on_rank_0_is_raised_on_all(tmp_path: Path) -> None:
     results = run_worker("tests.trainers.test_saving:write_with_failures", tmp_path, place=str(tmp_path))
     for rank, found in enumerate(results):
-        for when, step in (("look", 1), ("write", 2), ("at once", 4)):
+        for when, step in (("look", 1), ("write", 2), ("at once", 4), ("role folders beside the run", 6)):
             assert f"the checkpoint of step {step} could not be written to {tmp_path}" in found[when]
             assert "No space left on device" in found[when] and "\n" not in found[when]
             assert found[when].startswith("rank 0 failed in the writing of a checkpoint") == (rank == 1)

@@ -95,7 +95,14 @@ class Issued:
             if self._inside:  # one that another is made of
                 return method(*arguments, **options)
             if self.leave_out:
-                return self._leave_out(arguments, options)
+                told = self.told[-self.leave_out]
+                self.leave_out -= 1
+                for found in (options.get("output_tensor"), options.get("output"), *arguments[:1]):
+                    if isinstance(found, torch.Tensor):
+                        found.zero_()  # where the collective would have written: else there might be NaN
+                if told is not None:
+                    options["tensor"].copy_(told)
+                return Omitted() if options.get("async_op") else None
             self._inside = True
             try:
                 result = method(*arguments, **options)
@@ -106,17 +113,6 @@ class Issued:
             return result
 
         return call
-
-    def _leave_out(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Omitted | None:
-        """What was told, or zeros, where the collective would have written: else there might be NaN."""
-        told = self.told[-self.leave_out]
-        self.leave_out -= 1
-        for found in (options.get("output_tensor"), options.get("output"), *arguments[:1]):
-            if isinstance(found, torch.Tensor):
-                found.zero_()
-        if told is not None:
-            options["tensor"].copy_(told)
-        return Omitted() if options.get("async_op") else None
 
 
 issued = Issued()
@@ -133,7 +129,9 @@ class Place:
         self.coordinator: dict[str, Any] = {}
         if self.offload is not None:
             self.here = [p for p in self.offload.module.parameters() if p.ds_status is AVAILABLE]
-            self.coordinator = _plain_state(self.offload.get_param_coordinator())
+            notes = vars(self.offload.get_param_coordinator())
+            stand = {name: note for name, note in notes.items() if isinstance(note, PLAIN) or name.endswith("_mode")}
+            self.coordinator = {name: _copied(note) for name, note in stand.items()}
 
     def put_back(self) -> None:
         """Undo what a pass that was broken off has left in the engine. What was whole and is not is zeros."""
@@ -160,8 +158,14 @@ class Place:
     def _put_parameters_back(self) -> None:
         assert self.offload is not None
         coordinator, here = self.offload.get_param_coordinator(), {id(p) for p in self.here}
-        for module in self.offload.module.modules():
-            _forget_pass(module)
+        for module in self.offload.module.modules():  # ZeRO-3's notes in it about the pass that it is in
+            for count in ("applied_pre_backward_ref_cnt", "ds_grads_remaining"):
+                if count in module.__dict__:
+                    setattr(module, count, 0)
+            if "ds_recompute_parameters" in module.__dict__:
+                module.__dict__["ds_recompute_parameters"].clear()
+            if hasattr(module._parameters, "_in_forward"):
+                module._parameters._in_forward = False
         for parameter in self.offload.module.parameters():
             parameter.ds_active_sub_modules.clear()
         coordinator._clean_inflight_param_registry()  # the other ranks have issued these too, or will
@@ -177,12 +181,6 @@ class Place:
         del parameter_offload.FWD_MODULE_STACK[self.stack :]
 
 
-def _plain_state(thing: object) -> dict[str, Any]:
-    """The attributes of ``thing`` that say where it stands, in copies."""
-    stand = {name: value for name, value in vars(thing).items() if isinstance(value, PLAIN) or name.endswith("_mode")}
-    return {name: _copied(value) for name, value in stand.items()}
-
-
 def _copied(value: Any) -> Any:
     """A copy of a container, and of the queues in it, but of nothing else that is in it."""
     found = copy.copy(value)
@@ -190,17 +188,6 @@ def _copied(value: Any) -> Any:
         if isinstance(found[key], deque):
             found[key] = copy.copy(found[key])
     return found
-
-
-def _forget_pass(module: nn.Module) -> None:
-    """Clear ZeRO-3's notes in a module about the pass that it is in."""
-    for count in ("applied_pre_backward_ref_cnt", "ds_grads_remaining"):
-        if count in module.__dict__:
-            setattr(module, count, 0)
-    if "ds_recompute_parameters" in module.__dict__:
-        module.__dict__["ds_recompute_parameters"].clear()
-    if hasattr(module._parameters, "_in_forward"):
-        module._parameters._in_forward = False
 
 
 def _clear_buckets(optimizer: Any) -> None:

@@ -33,22 +33,14 @@ def step(model: nn.Module) -> bool:
     Returns whether the update goes on: False where a loss or the norm of the gradient is not finite on any rank. Then
     the gradients are gone, and neither a parameter nor a moment of the optimizer has changed.
     """
-    return _stepped(model) if isinstance(model, DeepSpeedEngine) else _finite_or_dropped(model)
-
-
-def _stepped(engine: DeepSpeedEngine) -> bool:
-    """Whether the engine's step changed anything: it makes none of a norm that is not finite."""
-    engine.step()
-    applied = bool(engine.was_step_applied())
-    engine.optimizer.overflow = False  # else Trainer would hold the schedule, in updates that do nothing as well
-    return applied
-
-
-def _finite_or_dropped(model: nn.Module) -> bool:
-    """Whether the norm of all gradients is finite; if not, they are dropped, so that the optimizer finds none."""
+    if isinstance(model, DeepSpeedEngine):
+        model.step()  # which is none of a norm that is not finite
+        applied = bool(model.was_step_applied())
+        model.optimizer.overflow = False  # else Trainer would hold the schedule, in updates that do nothing as well
+        return applied
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
         return True
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # so that the optimizer finds none
         parameter.grad = None
     return False

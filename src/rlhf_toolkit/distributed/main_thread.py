@@ -65,37 +65,31 @@ class MainThread:
     def look(self) -> Position:
         """Where it is now, or was when it was last looked at."""
         if time.monotonic() - self._looked >= self.interval:
-            calls, self._looked = self._read(), time.monotonic()
+            frame, calls = sys._current_frames().get(self._ident), list[Call]()
+            while frame is not None:  # innermost first
+                calls.append(Call(frame.f_code, frame.f_lasti, frame.f_lineno))
+                frame = frame.f_back
+            self._looked = time.monotonic()
             if calls != self._calls or any(call.code.co_filename.endswith(FOR_REWARDS) for call in calls):
                 self._calls, self._moved = calls, time.monotonic()
         ours = [call for call in self._calls if f"{os.sep}rlhf_toolkit{os.sep}" in call.code.co_filename]
+        waits = any(
+            call.code.co_filename.endswith(IN_COLLECTIVE)
+            or (f"{os.sep}deepspeed{os.sep}" in call.code.co_filename and call.code.co_name in WAITING)
+            for call in self._calls[:6]
+        )
+        place = "nowhere"
+        if ours:
+            file = ours[0].code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
+            place = f"{ours[0].code.co_name} ({file}:{ours[0].line})"
         return Position(
             time.monotonic() - self._moved,
-            any(map(_waits, self._calls[:6])),
+            waits,
             next((PHASES[call.code.co_name] for call in ours if call.code.co_name in PHASES), "the start"),
-            next(map(_place, ours), "nowhere"),
+            place,
         )
 
     def stack(self) -> str:
         """The lines of its stack, outermost first. Only where it stands still: reading the source takes a while."""
         frame = sys._current_frames().get(self._ident)
         return "" if frame is None else "".join(traceback.format_stack(frame))
-
-    def _read(self) -> list[Call]:
-        """Its calls, innermost first."""
-        frame, calls = sys._current_frames().get(self._ident), list[Call]()
-        while frame is not None:
-            calls.append(Call(frame.f_code, frame.f_lasti, frame.f_lineno))
-            frame = frame.f_back
-        return calls
-
-
-def _waits(call: Call) -> bool:
-    code = call.code
-    in_deepspeed = f"{os.sep}deepspeed{os.sep}" in code.co_filename and code.co_name in WAITING
-    return in_deepspeed or code.co_filename.endswith(IN_COLLECTIVE)
-
-
-def _place(call: Call) -> str:
-    file = call.code.co_filename.rpartition(f"{os.sep}rlhf_toolkit{os.sep}")[2]
-    return f"{call.code.co_name} ({file}:{call.line})"

@@ -103,7 +103,13 @@ def restore_moments(
         if name not in steps:
             continue
         held = _holding(model, parameter)
-        state = None if held is None else _state(adamw, held.owner, steps[name])
+        state: dict[str, Tensor] | None = None
+        if held is not None:
+            state = cast(dict[str, Tensor], adamw.state[held.owner])
+            if STEP not in state:  # as AdamW makes it
+                state[STEP] = torch.tensor(0.0)
+                state |= {name: torch.zeros_like(held.owner, memory_format=torch.preserve_format) for name in MOMENTS}
+            state[STEP].fill_(steps[name])
         for moment in MOMENTS:
             value = broadcast(read(f"{moment}.{name}") if rank() == 0 else None, full_shape(parameter))
             if held is not None and state is not None:
@@ -145,16 +151,6 @@ def _holding(model: nn.Module, parameter: nn.Parameter) -> _Holding | None:
     there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
     owner = engine.single_partition_of_fp32_groups[mapping.param_group_index]
     return _Holding(owner, here.start, here.numel, there.start)
-
-
-def _state(adamw: torch.optim.Optimizer, owner: Tensor, steps: float) -> dict[str, Tensor]:
-    """AdamW's state of ``owner``, made as AdamW makes it where there is none yet."""
-    state = cast(dict[str, Tensor], adamw.state[owner])
-    if STEP not in state:
-        state[STEP] = torch.tensor(0.0)
-        state.update({moment: torch.zeros_like(owner, memory_format=torch.preserve_format) for moment in MOMENTS})
-    state[STEP].fill_(steps)
-    return state
 
 
 def _whole_on_main(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

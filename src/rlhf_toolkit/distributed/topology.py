@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ from rlhf_toolkit.errors import TopologyError, at_a_good_end
 
 ZERO_STAGES = (2, 3)
 TIMEOUT_MINUTES = 120
+MEETING_MINUTES = 10  # what a process waits for the others at the start, where one of them may have failed before
 ADAPTER_BUCKET = 2**24  # elements of gradients that are reduced at once: 64 MiB, enough for the full rate of a link
 FULL_BUCKET = 5 * 10**8  # DeepSpeed's own, where matrices of the base are trained
 PREFETCHED_PARAMETERS, LIVE_PARAMETERS = 5 * 10**7, 10**9  # what ZeRO-3 gathers ahead, and keeps gathered, at most
@@ -98,7 +99,10 @@ class Launch:
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} in accelerate's config contradicts "
                 "update.micro_batch_tokens, which decides the micro-batches; set it to 1"
             )
-        if self.gradient_clipping != "auto" and not _equals(self.gradient_clipping, max_grad_norm):
+        clipping = None
+        with suppress(ValueError):  # it may be any word
+            clipping = float(self.gradient_clipping)
+        if self.gradient_clipping != "auto" and clipping != max_grad_norm:
             raise TopologyError(
                 f"gradient_clipping={self.gradient_clipping} in accelerate's config contradicts "
                 f"update.max_grad_norm={max_grad_norm}; remove it from accelerate's config"
@@ -128,8 +132,8 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     """Check the launch, join the process group and return where this process stands.
 
     On a machine without GPU accelerate would make every rank "0 of 1" unless the gloo backend is named before anything
-    else touches its state, so this must run first. A collective that waits for longer than ``timeout_minutes`` fails,
-    in this group and in those that DeepSpeed makes of it.
+    else touches its state, so this must run first. Processes have ``MEETING_MINUTES`` to meet. From then on a
+    collective that waits for longer than ``timeout_minutes`` fails, in this group and in those that DeepSpeed makes.
     """
     launch = Launch.from_environment()
     launch.check(max_grad_norm=max_grad_norm)
@@ -151,7 +155,10 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     gloo = {"backend": "gloo"} if launch.zero_stage is not None and not has_gpu else {}
     name_interface()
     with meeting():
-        state = PartialState(timeout=timeout, **gloo)
+        state = PartialState(timeout=min(timeout, timedelta(minutes=MEETING_MINUTES)), **gloo)
+    if torch.distributed.is_initialized():
+        distributed_c10d._set_pg_timeout(timeout)
+        distributed_c10d._get_default_store().set_timeout(timeout)
     if gloo and world_size() > 1:
         at_a_good_end.append(end_process)
     topology = Topology(launch, rank(), world_size(), state.device)
@@ -290,14 +297,6 @@ def leave_group() -> None:
     is left alone: after an error, leaving it could wait for a rank that never comes."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
-
-
-def _equals(text: str, number: float) -> bool:
-    """Whether ``text``, which may be any word, is ``number``."""
-    try:
-        return float(text) == number
-    except ValueError:
-        return False
 
 
 def check_agreement(topology: Topology, state: PartialState) -> None:

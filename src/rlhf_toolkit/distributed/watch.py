@@ -2,8 +2,9 @@
 
 The main thread of a rank spends its time in computations and collectives, where it runs no handler and from which only
 an answer of the other ranks brings it back. The thread reads signals from a pipe, and has a connection of its own to
-the store through which the ranks have found one another. There it leaves what this rank has to say and reads, every
-``POLL`` seconds, what the others say.
+the store through which the ranks have found one another. There a second thread leaves what this rank has to say and
+reads, every ``POLL`` seconds, what the others say. It may wait for ever, where the first machine's cable is cut: no
+timeout of the store's holds for that. The first thread ends the run then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from torch.distributed import distributed_c10d
@@ -41,6 +44,8 @@ LOOKS = 20
 """How often the main thread is looked at within the time it may stand still."""
 GRACE = 10.0
 """Seconds in which a rank may end by itself, with its own message, after another has failed."""
+ANSWER = 60.0
+"""Seconds in which the store has to answer. They count only while this process runs, not while it is stopped."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP, HEARD, AT_ONCE, FAILURE, STALL = "stop", "heard", "at_once", "failure", "stall"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -48,20 +53,25 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 
 
 class Watch:
-    """The thread. ``stall_seconds`` is how long a rank may stand still; 0: for ever.
+    """The threads. ``stall_seconds`` is how long a rank may stand still; 0: for ever.
 
     Before training begins there is nothing that a stop could save, and a signal ends the run where it is.
     """
 
     def __init__(self, *, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
-        self._rank, self._ranks, self._store = rank(), world_size(), _own_store()
+        self._rank, self._ranks, self._rounds = rank(), world_size(), 0
+        self._store: Store | None = None
+        if self._ranks > 1:  # a connection of its own: one that is shared would wait while the main thread waits in it
+            self._store = PrefixStore("watch", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         self._main = MainThread(interval=max(POLL, stall_seconds / LOOKS))
         self._beats = dict[int, tuple[Any, float]]()
         self._read, self._write = os.pipe()
         self._closed, self._heard = threading.Event(), 0.0
         self._before: dict[int, Any] = {}
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._deciding = threading.Lock()
+        names = {"watch": self._listen, "watch's talk": self._talk}
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in names.items()]
 
     def begin(self) -> None:
         """Take the signals and start. Only in the main thread. A collective."""
@@ -70,7 +80,8 @@ class Watch:
             self._before[number] = signal.signal(number, lambda *_: stopping.interrupt())
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         at_a_failure.append(self.told)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         barrier()
 
     def close(self) -> None:
@@ -83,82 +94,94 @@ class Watch:
             signal.signal(number, handler)
         at_a_failure.remove(self.told)
         os.write(self._write, b"\0")
-        self._thread.join(5 * POLL)
+        for thread in self._threads:
+            thread.join(5 * POLL)
+        if not self._threads[0].is_alive():
+            os.close(self._read)
+            os.close(self._write)
 
     def told(self, line: str) -> str:
         """Tell the other ranks that this one ends with ``line``, and give the line that it should end with: where it
         failed only because another rank had ended, what that one said."""
-        if any(words in line for words in LOST_PEER) and self._ranks > 1:
-            with suppress(Exception):
-                deadline = time.monotonic() + 3.0
-                while not (found := self._get(FAILURE)) and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                return self._after(found) if found else silent_end(line)
-        with suppress(Exception):
-            self._say(FAILURE, json.dumps([self._rank, line]))
-        return line
+        lost = self._ranks > 1 and any(words in line for words in LOST_PEER)
+        found = [silent_end(line) if lost else line]
 
-    def _run(self) -> None:
+        def exchange() -> None:
+            if not lost:
+                self._say(FAILURE, json.dumps([self._rank, line]))
+                return
+            deadline = time.monotonic() + 3.0
+            while not (failure := self._get(FAILURE)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if failure:
+                found[:] = [self._after(failure)]
+
+        within(6.0, exchange)
+        return found[0]
+
+    def _listen(self) -> None:
+        """Hear signals, and whether the store still answers."""
+        waited, rounds = 0.0, 0
         while not self._closed.is_set():
             ready, _, _ = select.select([self._read], [], [], POLL)
-            if ready:
-                for number in os.read(self._read, 256):
-                    if number in SIGNALS:
-                        self._signalled(number)
-            if self._closed.is_set():
-                return
+            for number in os.read(self._read, 256) if ready else b"":
+                if number not in SIGNALS:
+                    continue
+                with self._deciding:
+                    first = stopping.requested() == 0
+                    at_once = stopping.ask(number)  # a first signal asks all ranks to stop, another one ends them
+                within(4 * POLL, partial(self._say, AT_ONCE if at_once else STOP, str(number)))
+                if at_once:
+                    self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
+                if first:
+                    self._stop(number)
+            waited = waited + POLL if rounds == self._rounds and not ready else 0.0
+            rounds = self._rounds
+            if waited > ANSWER and self._store is not None:
+                self._end(_line_of(StallError(NO_ANSWER.format(seconds=ANSWER))), 1)
+
+    def _talk(self) -> None:
+        """Hear what the other ranks say, and let them hear where this one is."""
+        while self._store is not None and not self._closed.wait(POLL):
             try:
-                self._look()
+                if number := self._get(AT_ONCE):
+                    self._end(f"stopped at once by a second {signal.Signals(int(number)).name}", 128 + int(number))
+                if number := self._get(STOP):
+                    with self._deciding:
+                        first = stopping.requested() == 0
+                        stopping.ask(int(number))
+                    if first:
+                        signal.pthread_kill(threading.main_thread().ident or 0, int(number))  # it may wait for a reward
+                        self._stop(int(number))
+                if failure := self._get(FAILURE):
+                    self._heard = self._heard or time.monotonic()
+                    if time.monotonic() - self._heard > GRACE:
+                        self._end(self._after(failure), 1)
+                if self.stall_seconds:
+                    self._watch_for_stalls()
             except RuntimeError:  # the store is gone, and with it whoever held it
                 self._store = None
-
-    def _signalled(self, number: int) -> None:
-        """A first signal asks all ranks to stop, another one ends them."""
-        first = stopping.requested() == 0
-        at_once = stopping.ask(number)
-        with suppress(RuntimeError):
-            self._say(STOP, str(number))
-            if at_once:
-                self._say(AT_ONCE, str(number))
-        if at_once:
-            self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
-        if first:
-            self._stop(number)
+            self._rounds += 1
 
     def _stop(self, number: int) -> None:
-        name = signal.Signals(number).name
-        if not stopping.training():
-            self._wait_for_main()
-            self._end(str(stopping.request(number)), 128 + number, every_rank=False)
-        if self._rank == 0:
-            say_at_once(f"\n{name}: the run writes a checkpoint and stops; a second signal stops it at once")
+        """Stop this rank because of signal ``number``, which it has got or has heard of."""
 
-    def _wait_for_main(self) -> None:
-        """Until rank 0 has heard, which says it for all: a launcher ends the others as soon as one has ended."""
-        with suppress(RuntimeError):
+        def wait_for_main() -> None:
+            """Rank 0 says it for all: a launcher ends the others as soon as one has ended."""
+            deadline = time.monotonic() + GRACE
+            while self._rank != 0 and not self._get(HEARD) and time.monotonic() < deadline:
+                time.sleep(0.1)
             if self._rank == 0:
                 self._say(HEARD, "yes")
-                return
-            deadline = time.monotonic() + GRACE
-            while not self._get(HEARD) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            time.sleep(POLL)
+            else:
+                time.sleep(POLL)
 
-    def _look(self) -> None:
-        if self._store is None:
-            return
-        if number := self._get(AT_ONCE):
-            self._end(f"stopped at once by a second {signal.Signals(int(number)).name}", 128 + int(number))
-        if (number := self._get(STOP)) and stopping.requested() == 0:
-            stopping.ask(int(number))
-            signal.pthread_kill(threading.main_thread().ident or 0, int(number))  # it may wait for a reward
-            self._stop(int(number))
-        if failure := self._get(FAILURE):
-            self._heard = self._heard or time.monotonic()
-            if time.monotonic() - self._heard > GRACE:
-                self._end(self._after(failure), 1)
-        if self.stall_seconds:
-            self._watch_for_stalls()
+        if not stopping.training():
+            within(2 * GRACE, wait_for_main)
+            self._end(str(stopping.request(number)), 128 + number, every_rank=False)
+        if self._rank == 0:
+            name = signal.Signals(number).name
+            say_at_once(f"\n{name}: the run writes a checkpoint and stops; a second signal stops it at once")
 
     def _watch_for_stalls(self) -> None:
         """Say where this rank is; end the run with the name of one that stands still and waits for nobody."""
@@ -167,11 +190,10 @@ class Watch:
         stalls = position.seconds > self.stall_seconds
         said = [int(time.monotonic()), round(position.seconds, 1), position.waits, position.phase, position.place]
         self._store.set(f"beat{self._rank}", json.dumps([*said, self._main.stack() if stalls else ""]))
-        if not (verdict := self._get(STALL)):
-            verdict = self._verdict()
-            if verdict:
-                self._say(STALL, verdict)
-                verdict = self._get(STALL)
+        verdict = self._get(STALL)
+        if not verdict and (mine := self._verdict()):
+            self._say(STALL, mine)
+            verdict = self._get(STALL)
         if verdict:
             self._end(verdict, 1)
 
@@ -227,6 +249,10 @@ class Watch:
             self._store.compare_set(key, "", value)
 
 
+NO_ANSWER = (
+    "the process through which the ranks have met has not answered for {seconds:.0f} s: it is stopped, or its machine, "
+    "the first one, is gone or cut off; look at it and at the network, then continue with --resume"
+)
 WAY_OUT = "it was ended there; continue with --resume, or raise run.stall_minutes where it needs so long"
 
 
@@ -246,11 +272,16 @@ def _line_of(error: RLHFError) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _own_store() -> Store | None:
-    """A connection of this thread's own: one that is shared would wait while the main thread waits in it."""
-    if world_size() == 1:
-        return None
-    return PrefixStore("watch", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+def within(seconds: float, exchange: Callable[[], None]) -> None:
+    """Do ``exchange``, with the store, in a thread of its own, and go on without its end after ``seconds``."""
+
+    def run() -> None:
+        with suppress(Exception):
+            exchange()
+
+    thread = threading.Thread(target=run, name="watch's exchange", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 class _Now:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import render
-from rlhf_toolkit.distributed.collectives import agreement
+from rlhf_toolkit.distributed.collectives import agreement, largest
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
-from rlhf_toolkit.errors import ModelError, RewardError, shortened
+from rlhf_toolkit.errors import ModelError, OutOfMemoryError, RewardError
 from rlhf_toolkit.models.loading import explained, load_tokenizer, loading_weights, straight_to_device
 from rlhf_toolkit.types import Prompt
 
@@ -41,28 +41,39 @@ class RewardModel:
         self.name, self.model, self.tokenizer = name, model.eval().requires_grad_(False), tokenizer
         self.model.config.pad_token_id = tokenizer.pad_token_id  # the classifier reads the last token that is not this
         self.model.config.get_text_config().use_cache = False  # nobody goes on from here: no layer's keys are kept
+        self.batch_tokens = BATCH_TOKENS
         self.most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        *,
+        note_retry: Callable[[str, str], None] = lambda what, said: None,
+    ) -> list[float]:
         """One score for each response. A collective: under ZeRO-3 the whole model is gathered meanwhile; ranks may have
-        different numbers of responses, and what one of them fails with, all raise.
+        different numbers of responses, and what one of them fails with, all raise. A score may be NaN or infinite.
+        Where memory runs out on a rank, all try again with smaller batches, and keep to them; ``note_retry`` is told.
 
-        Raises RewardError for a text longer than the model can read, or a score that is not finite.
+        Raises RewardError for a text longer than the model can read.
         """
         with agreement("the reward model"):
             rows = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         found = [0.0] * len(rows)
-        with whole(list(self.model.parameters())), agreement("the reward model"), torch.inference_mode():
-            for batch in in_batches(rows):
-                for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                    found[i] = score
-            for i, score in enumerate(found):
-                if not abs(score) < float("inf"):
-                    raise RewardError(
-                        f"reward.model={self.name} gave {score} for the response {shortened(responses[i])}; load it in "
-                        "another dtype, or use another model"
-                    )
-        return found
+        while True:
+            batches = in_batches(rows, self.batch_tokens)
+            try:
+                with whole(list(self.model.parameters())), agreement("the reward model"), torch.inference_mode():
+                    for batch in batches:
+                        for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                            found[i] = score
+                return found
+            except OutOfMemoryError as error:
+                if largest(max(map(len, batches), default=0)) <= 1:
+                    raise
+                said = str(error)
+            self.batch_tokens //= 2
+            note_retry(f"the reward model runs again with at most {self.batch_tokens} tokens", said)
 
     def _ids(self, prompt: Prompt, response: str) -> list[int]:
         if prompt.messages is None:
@@ -100,11 +111,11 @@ def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trus
     return RewardModel(name, model, tokenizer)
 
 
-def in_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Row numbers, longest first, in batches of at most ``BATCH_TOKENS`` with padding."""
+def in_batches(rows: Sequence[Sequence[int]], most: int = BATCH_TOKENS) -> list[list[int]]:
+    """Row numbers, longest first, in batches of at most ``most`` tokens with padding."""
     batches: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-        if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > BATCH_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > most:
             batches.append([])
         batches[-1].append(i)
     return batches

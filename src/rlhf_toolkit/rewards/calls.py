@@ -55,13 +55,15 @@ class Batch:
 class Fault:
     """Why there is no score: ``what`` continues the words "reward NAME ...", ``way_out`` says what to do.
 
-    ``again``: another try may help, since nobody answered. ``cause`` is the exception behind it.
+    ``again``: another try may help, since nobody answered. ``cause`` is the exception behind it. ``not_finite``: the
+    reward has answered, with NaN or a number that float32 cannot hold.
     """
 
     what: str
     way_out: str
     again: bool = False
     cause: BaseException | None = None
+    not_finite: bool = False
 
 
 Outcome = Fault | list[Score | Fault]
@@ -194,13 +196,14 @@ def from_json(text: bytes, counts: Sequence[int]) -> Outcome:
 def _fault_as_dict(fault: Fault) -> dict[str, Any]:
     cause = None if fault.cause is None else "".join(traceback.format_exception(fault.cause))[-LONGEST_TRACEBACK:]
     what, way_out = fault.what[:LONGEST_FAULT], fault.way_out[:LONGEST_FAULT]
-    return {"what": what, "way_out": way_out, "again": fault.again, "cause": cause}
+    return {"what": what, "way_out": way_out, "again": fault.again, "cause": cause, "not_finite": fault.not_finite}
 
 
 def _fault_of(content: Mapping[str, Any]) -> Fault:
     what, way_out = (" ".join(str(content[key])[:LONGEST_FAULT].split()) for key in ("what", "way_out"))
     cause = content["cause"]
-    return Fault(what, way_out, content["again"] is True, None if cause is None else WorkerTraceback(str(cause)))
+    error = None if cause is None else WorkerTraceback(str(cause))
+    return Fault(what, way_out, content["again"] is True, error, content["not_finite"] is True)
 
 
 # ---- what a reward returned ------------------------------------------------------------------------------------------
@@ -246,13 +249,14 @@ def checked_score(score: Any, count: int) -> Score | Fault:
         return float(plain)
     way_out = "return a finite number for each response, or one for each of its tokens"
     if not _is_sequence(plain):
-        return Fault(f"gave score {shortened(score)} ({type(score).__name__})", way_out)
+        return Fault(f"gave score {shortened(score)} ({type(score).__name__})", way_out, not_finite=_is_number(plain))
     if len(plain) != count:
         return Fault(f"gave {len(plain)} numbers for a response of {count} tokens", way_out)
     numbers = [number.tolist() if isinstance(number, _Array) else number for number in plain]
-    for position, number in enumerate(numbers):
-        if not _is_finite(number):
-            return Fault(f"gave {shortened(number)} ({type(number).__name__}) for token {position}", way_out)
+    bad = [position for position, number in enumerate(numbers) if not _is_finite(number)]
+    if bad:
+        said = f"gave {shortened(numbers[bad[0]])} ({type(numbers[bad[0]]).__name__}) for token {bad[0]}"
+        return Fault(said, way_out, not_finite=all(_is_number(numbers[position]) for position in bad))
     return [float(number) for number in numbers]
 
 
@@ -260,5 +264,9 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= LARGEST
+    return _is_number(value) and abs(value) <= LARGEST

@@ -21,7 +21,7 @@ from rlhf_toolkit.types import Prompt
 WARNINGS = 5
 """Lines about failures that one reward gets in a run."""
 WORDS = {"drop": "dropped", "skip": "left without a score: updates with them are left out"}
-"""What becomes of failed calls by ``on_failure``, where it is not a score."""
+"""What becomes of failed calls by their ``reaction``, where it is not a score."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class _Reward:
             for i, item in zip(rows, items, strict=True):
                 values[i] = item
             failed = [(item, i) for item, i in zip(items, rows, strict=True) if isinstance(item, Fault)]
+            failed.sort(key=lambda each: each[0].not_finite)  # what may end the run comes first
             if failed:
                 faults.append((failed[0][0], rows if isinstance(outcome, Fault) else [failed[0][1]]))
         return values, faults
@@ -108,15 +109,16 @@ class _Reward:
         self, faults: list[tuple[Fault, list[int]]], prompts: Sequence[Prompt], warn: Callable[[str], None]
     ) -> None:
         """Raise, or say in one line what failed in this batch."""
-        fault, rows = faults[0]
+        fault, rows = min(faults, key=lambda each: each[0].not_finite)
+        policy = reaction(self.spec, fault)
         said = fault_message(self.spec.name, fault, [prompts[i] for i in rows])
-        if self.spec.on_failure == "error":
+        if policy == "error":
             raise RewardError(f"reward {said}") from fault.cause
         if self.warned == WARNINGS:
             self.suppressed += len(faults)
             return
         self.warned += 1
-        score = WORDS.get(self.spec.on_failure, f"scored as {self.spec.failure_score:g}")
+        score = WORDS.get(policy, f"scored as {self.spec.failure_score:g}")
         last = "; the last line about this reward" if self.warned == WARNINGS else ""
         failed = f"reward {self.spec.name}: {len(faults)} of {len(self.calls)} calls failed and were {score}"
         warn(f"{failed}{last}; the first: reward {said}")
@@ -239,8 +241,9 @@ def weighted_sum(
         parts[spec.name] = [_part(value) for value in values[spec.name]]
         for i, value in enumerate(values[spec.name]):
             if isinstance(value, Fault):
-                kept[i] = kept[i] and spec.on_failure == "score"
-                spoiled[i] = spoiled[i] or spec.on_failure == "skip"
+                policy = reaction(spec, value)
+                kept[i] = kept[i] and policy == "score"
+                spoiled[i] = spoiled[i] or policy == "skip"
                 value = spec.failure_score
             totals[i] += spec.weight * _part(value)
             if isinstance(value, list):
@@ -266,6 +269,12 @@ def _part(value: Score | Fault) -> float:
 
 
 # ---- faults and sources ----------------------------------------------------------------------------------------------
+
+
+def reaction(spec: RewardSpec, fault: Fault) -> str:
+    """What becomes of a response with ``fault``, one of ``values.POLICIES``. A number that is not finite does not end a
+    run: where nothing else is asked for, its update is left out like one whose loss is not finite."""
+    return "skip" if fault.not_finite and spec.on_failure == "error" else spec.on_failure
 
 
 def fault_message(name: str, fault: Fault, prompts: Sequence[Prompt]) -> str:

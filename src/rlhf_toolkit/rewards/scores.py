@@ -14,7 +14,8 @@ class Scores:
 
     ``totals[i]`` = sum over rewards of weight times value, where the value of a reward that gave a number for each
     token is their sum. It is 0 where ``kept[i]`` is False: then a score could not be had and its reward says ``drop``,
-    so that the response has to be left out of the loss, and NaN where that reward says ``skip``: its update has to be.
+    so that the response has to be left out of the loss, and NaN where that reward says ``skip``, or has given a number
+    that is not finite and says nothing else: its update has to be left out.
 
     ``parts[name][i]`` is the value of one reward before its weight, NaN where it failed (also where a failure score
     stood in for it). ``token_rewards[i]`` has one number for each token of response i, the same weighted sum token by

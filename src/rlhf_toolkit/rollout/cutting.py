@@ -29,6 +29,11 @@ class Plan:
         return Plan([[share[:1] for share in self.batches[0]]])
 
     @property
+    def most_rows(self) -> int:
+        """Rows of the largest micro-batch on any rank."""
+        return max((len(rows) for batch in self.batches for share in batch for rows in share), default=0)
+
+    @property
     def one_forward(self) -> bool:
         """Whether each rank runs a single micro-batch."""
         return all(len(share) == 1 for batch in self.batches for share in batch) and len(self.batches) == 1

@@ -59,9 +59,7 @@ def held_out_responses(
     sampled = scored_sampler.responses(shared, rows, shares, stream=("evaluation",), greedy=greedy)
     found = None
     if kl:
-        outputs = scored_sampler.role_outputs(
-            shared, sampled, scored_sampler.cutting.in_order(sampled), roles=(POLICY, REFERENCE)
-        )
+        outputs = scored_sampler.pass_in_order(shared, sampled, roles=(POLICY, REFERENCE))
         found = response_kl(outputs.policy_logprobs, outputs.reference_logprobs, sampled.token_mask)
     return HeldOutResponses(sampled, scored_sampler.unwhitened_scores(sampled), found)
 

@@ -95,9 +95,12 @@ class ExperienceMaker:
             if self.shaping.estimator.needs("baselines"):
                 sampled = self._with_baselines(shared, sampled)
             with scored_sampler.clock.phase("old_log_prob"):
-                plan = scored_sampler.cutting.plan(sampled, rollout, epoch=0)
-                roles = self.needs.roles(rollout=rollout, one_forward=plan.one_forward)
-                outputs = scored_sampler.role_outputs(shared, sampled, plan, roles=roles)
+                plan, outputs = scored_sampler.planned_pass(
+                    shared,
+                    sampled,
+                    lambda cutting: cutting.plan(sampled, rollout, epoch=0),
+                    lambda plan: self.needs.roles(rollout=rollout, one_forward=plan.one_forward),
+                )
                 if checks is not None:
                     checks.look(
                         shared, sampled, outputs, plan, partial(scored_sampler.role_outputs, shared, sampled), rollout

@@ -11,12 +11,21 @@ from torch import Tensor
 
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.models.reward_model import RewardModel
+from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.roles import REWARD
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.rollout.cutting import Cutting
-from rlhf_toolkit.rollout.role_pass import run_role_pass
 from rlhf_toolkit.rollout.sampled import Sampled
+from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.types import Prompt
+
+
+class Passes(Protocol):
+    """What runs the forward passes of a rollout; ``scored_sampler.ScoredSampler`` is one."""
+
+    sampler: Sampler
+
+    def pass_in_order(self, shared: SharedBase, sampled: Sampled, *, roles: Sequence[str]) -> RoleOutputs:
+        """What ``roles`` say about the responses. A collective."""
 
 
 class ModelReward(Protocol):
@@ -25,7 +34,7 @@ class ModelReward(Protocol):
     name: str
     weight: float
 
-    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
+    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt], passes: Passes) -> Tensor:
         """(B,) fp32, the same on every rank; ``prompts`` are the rows' own. A collective, inside the window."""
 
 
@@ -33,14 +42,12 @@ class ModelReward(Protocol):
 class AdapterReward:
     """The reward role: a frozen adapter and head on the base that all roles share, read at the last token."""
 
-    cutting: Cutting
     weight: float = 1.0
     name: str = "adapter"
 
-    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
+    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt], passes: Passes) -> Tensor:
         """One pass of the reward role over the rollout."""
-        plan, layout = self.cutting.in_order(sampled), self.cutting.layout
-        return run_role_pass(shared, sampled, plan, layout, temperature=1.0, roles=(REWARD,)).reward_scores
+        return passes.pass_in_order(shared, sampled, roles=(REWARD,)).reward_scores
 
 
 @dataclass
@@ -51,10 +58,12 @@ class TextReward:
     weight: float = 1.0
     name: str = "model"
 
-    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt]) -> Tensor:
+    def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt], passes: Passes) -> Tensor:
         """Scores of all rows; ranks take rows in turn."""
         mine = range(rank(), len(sampled), world_size())
-        found = self.model.scores([prompts[i] for i in mine], [sampled.responses[i] for i in mine])
+        found = self.model.scores(
+            [prompts[i] for i in mine], [sampled.responses[i] for i in mine], note_retry=passes.sampler.note_retry
+        )
         scores = torch.zeros(len(sampled))
         for number, share in enumerate(all_gather(found)):
             scores[number :: world_size()] = torch.tensor(share)

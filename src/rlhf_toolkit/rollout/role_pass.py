@@ -85,7 +85,8 @@ def run_role_pass(
     """What ``roles`` say about the rollout, in rows (B, R), the same on every rank, each of which runs its share of
     ``plan``. A collective. Without roles no pass runs. What one rank fails with, all raise.
 
-    Raises NotFiniteError, on all ranks, where a role says NaN or infinity.
+    Raises NotFiniteError, on all ranks, where a role says NaN or infinity; not of the reward role, whose scores are
+    rewards like others (``Sampled.plus``).
     """
     if not roles:
         return RoleOutputs()
@@ -112,7 +113,7 @@ def run_role_pass(
         if pace is not None:
             pace.until_others_finish(lambda: None)  # ranks run equally many: they only hear of a failure in the last
     outputs = gathered_outputs(mine)
-    if (fault := outputs.not_finite()) is not None:
+    if REWARD not in roles and (fault := outputs.not_finite()) is not None:
         role, row = fault
         # All ranks know the row, so each runs the pass: that is right in the window and through a sharded model.
         place = first_not_finite(shared, lambda: say([row], (role,)))
@@ -139,7 +140,7 @@ def gathered_outputs(mine: Sequence[tuple[Rows, RoleOutputs]]) -> RoleOutputs:
 
 def described_fault(role: str, row: int, sampled: Sampled) -> str:
     """Which role's numbers are not finite, about which prompt and response."""
-    numbers = {VALUE: "values", REWARD: "scores"}.get(role, "log-probs")
+    numbers = "values" if role == VALUE else "log-probs"
     return (
         f"the {role}'s {numbers} are NaN or infinite for a response to prompt {int(sampled.groups[row])}, "
         f"{shortened(sampled.responses[row])}"

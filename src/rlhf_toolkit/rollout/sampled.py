@@ -55,7 +55,8 @@ class Sampled:
 
     @property
     def spoiled(self) -> Tensor:
-        """(B,) bool, True where a reward with ``on_failure: skip`` failed: updates with the row are left out."""
+        """(B,) bool, True where a score is not finite, or a reward with ``on_failure: skip`` failed: updates with the
+        row are left out."""
         return ~self.kept & self.raw_scores.isnan()
 
     def lengths(self) -> list[int]:
@@ -66,8 +67,17 @@ class Sampled:
         return len(self.finished)
 
     def plus(self, name: str, scores: Tensor, weight: float) -> Sampled:
-        """With one more reward: ``weight`` times ``scores`` (B,)."""
-        return replace(self, raw_scores=self.raw_scores + weight * scores, parts={**self.parts, name: scores})
+        """With one more reward: ``weight`` times ``scores`` (B,). A row whose score is not finite is spoiled."""
+        total, there = self.raw_scores + weight * scores, scores.isfinite()
+        failed = {} if there.all() else {name: int((~there).sum())}
+        return replace(
+            self,
+            raw_scores=torch.where(total.isfinite(), total, torch.nan),
+            kept=self.kept & total.isfinite(),
+            token_rewards=torch.where(total.isfinite()[:, None], self.token_rewards, 0.0),
+            parts={**self.parts, name: torch.where(there, scores, torch.nan)},
+            failures={**self.failures, **failed},
+        )
 
     def rows(self, index: Sequence[int]) -> Sampled:
         """The rows ``index``, in that order. ``failures`` stay those of the whole."""

@@ -38,7 +38,7 @@ class Sampler:
     placement: Placement | None = None
     estimate: Estimate | None = None
     retries = 0
-    """How often memory has run out while sampling."""
+    """How often memory has run out in a rollout."""
 
     def __init__(
         self,
@@ -120,11 +120,15 @@ class Sampler:
                 said = str(error)  # the error itself holds the frames of the attempt, and they its tensors
             slots, tokens = self.placement.slots // 2, max(1, self.placement.prefill_tokens // 2)
             self.placement = replace(self.placement, slots=slots, prefill_tokens=tokens)  # from now on, on all ranks
-            self.retries += 1
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if rank() == 0:
-                say(f"a rollout is sampled again with {slots} slot(s): {said}")
+            self.note_retry(f"a rollout is sampled again with {slots} slot(s)", said)
+
+    def note_retry(self, what: str, said: str) -> None:
+        """Count work of a rollout that all ranks do again after ``said``, and say ``what`` on rank 0."""
+        self.retries += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if rank() == 0:
+            say(f"{what}: {said}")
 
     def _attempt(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, rank
+from rlhf_toolkit.errors import OutOfMemoryError
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
@@ -106,8 +107,33 @@ class ScoredSampler:
         sampled = gather_rollout(mine, shares, pad_id=sampling.pad_id)
         with self.clock.phase("reward"):
             for reward in self.model_rewards:
-                sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts), reward.weight)
+                sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts, self), reward.weight)
         return sampled
+
+    def planned_pass(
+        self,
+        shared: SharedBase,
+        sampled: Sampled,
+        plan_of: Callable[[Cutting], Plan],
+        roles_of: Callable[[Plan], Sequence[str]],
+    ) -> tuple[Plan, RoleOutputs]:
+        """``role_outputs`` by the plan that ``plan_of`` makes, and that plan. Where memory runs out on a rank, all try
+        again with smaller passes, and keep to them: results do not depend on the cut."""
+        while True:
+            plan = plan_of(self.cutting)
+            try:
+                return plan, self.role_outputs(shared, sampled, plan, roles=roles_of(plan))
+            except OutOfMemoryError as error:
+                if plan.most_rows <= 1:
+                    raise
+                said = str(error)
+            while plan_of(self.cutting) == plan:
+                self.cutting = self.cutting.halved()
+            self.sampler.note_retry(f"a role pass is run again with at most {self.cutting.role_tokens} tokens", said)
+
+    def pass_in_order(self, shared: SharedBase, sampled: Sampled, *, roles: Sequence[str]) -> RoleOutputs:
+        """``planned_pass`` over responses in their own order, on which nothing is trained."""
+        return self.planned_pass(shared, sampled, lambda cutting: cutting.in_order(sampled), lambda plan: roles)[1]
 
     def role_outputs(self, shared: SharedBase, sampled: Sampled, plan: Plan, *, roles: Sequence[str]) -> RoleOutputs:
         """What ``roles`` say about the responses, cut as ``plan`` is. A collective, only inside ``opened``."""

@@ -125,7 +125,7 @@ def make_model_rewards(setup: Setup, cutting: Cutting) -> list[ModelReward]:
     """The rewards that are models; one with a base of its own is loaded here."""
     reward, model, rewards = setup.experiment.reward, setup.experiment.model, list[ModelReward]()
     if reward.adapter is not None:
-        rewards.append(AdapterReward(cutting, reward.adapter_weight))
+        rewards.append(AdapterReward(reward.adapter_weight))
     if reward.model is not None:
         loaded = load_reward_model(
             reward.model,

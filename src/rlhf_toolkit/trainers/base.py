@@ -30,7 +30,7 @@ from rlhf_toolkit.trainers.attempts import accumulate
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
 from rlhf_toolkit.trainers.plugin_state import States, plugin_states, put_together, restore_plugins, taken_apart
-from rlhf_toolkit.trainers.saving import CheckpointWriter
+from rlhf_toolkit.trainers.saving import CheckpointWriter, filling
 
 B = TypeVar("B", bound=Mapping[str, Tensor])
 T = TypeVar("T")
@@ -82,11 +82,13 @@ class RoleTrainer(Trainer):
         self._about: Mapping[str, Any] = {}
         self.update_retries, self._logged_retries = 0, 0
 
-    def note_retry(self, smaller: str, said: str) -> None:
-        """Count an update that is made again after ``said``, in ``smaller`` parts, and say so on rank 0."""
+    def note_retry(self, smaller: str, said: str, *, what: str = "") -> None:
+        """Count an update, or ``what`` else, that is made again after ``said``, in ``smaller`` parts, and say so on
+        rank 0."""
         self.update_retries += 1
         if self.args.process_index == 0:
-            tqdm.write(printable(f"update {self.state.global_step + 1} is made again with {smaller}: {said}"))
+            what = what or f"update {self.state.global_step + 1}"
+            tqdm.write(printable(f"{what} is made again with {smaller}: {said}"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW over the named groups, in the order of ``parameter_groups``."""
@@ -131,7 +133,8 @@ class RoleTrainer(Trainer):
         if not step(model):
             number = self.state.global_step + 1
             kept = self.kept_parts(parts)
-            self.not_finite.left_out(self.model, kept, losses, step=number, details=self.kept_details())
+            details, rewards = self.kept_details(), self.failed_rewards()
+            self.not_finite.left_out(self.model, kept, losses, step=number, details=details, failed_rewards=rewards)
             return None
         self.not_finite.made()
         total = torch.stack(losses).sum()
@@ -147,26 +150,26 @@ class RoleTrainer(Trainer):
         """What the loss needs beside, as plain numbers, for a file."""
         return {}
 
+    def failed_rewards(self) -> list[str]:
+        """The rewards that have left a response of this update's rollout without a score."""
+        return []
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all ranks of what was metered since the last record. Every rank comes here at the same
-        step."""
+        step. Raises NotFiniteError, on all ranks, for a loss or a norm that is not finite."""
         logs.update(combined(all_gather(self.meter.take())))
         if LOSS in logs and self.update_retries > self._logged_retries:
             logs[UPDATE_RETRIES] = float(self.update_retries - self._logged_retries)
             self._logged_retries = self.update_retries
-        self._refuse_not_finite(logs)
-        # What an update that was left out has spoiled is no number of JSON.
-        written = {name: v for name, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
-        super().log(written, start_time)
-
-    def _refuse_not_finite(self, logs: dict[str, float]) -> None:
-        """Raise NotFiniteError, on all ranks, before such weights would become a checkpoint."""
         broken = [name for name in (LOSS, GRADIENT_NORM) if not math.isfinite(logs.get(name, 0.0))]
-        if broken:
+        if broken:  # before such weights would become a checkpoint
             weights = broken_weights(self.model) or "all weights that lie here are finite"
             raise NotFiniteError(
                 f"{broken[0]} is {logs[broken[0]]} at step {self.state.global_step}: {weights}; {WAYS_OUT}"
             )
+        # What an update that was left out has spoiled is no number of JSON.
+        written = {name: v for name, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
+        super().log(written, start_time)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -182,36 +185,35 @@ class RoleTrainer(Trainer):
         Returns when the run may go on; the writing does, too. Nothing stops it but a second signal. Raises
         CheckpointError on all ranks.
         """
-        with stopping.held():
-            self._write_checkpoint()
-
-    def _write_checkpoint(self) -> None:
-        optimizer, schedule = self.optimizer, self.lr_scheduler
+        optimizer, schedule, step = self.optimizer, self.lr_scheduler, self.state.global_step
         assert self.writer and optimizer and schedule, "keep_checkpoints and the start of training come before"
-        step = self.state.global_step
         if self.writer.last == step:
             return
-        settled = self._settled
-        if settled is None or settled.step != step:
-            settled = self._settled = self._settle()
-        trained = self._trained()
-        weights = weights_on_main(self._saved(trained))
-        moments, steps = moments_on_main(self.model_wrapped, optimizer, trained)
-        plugins, of_plugins = taken_apart(all_gather(settled.plugins))
-        state = {
-            **self._about,
-            "best": self.best,
-            "plugins": plugins,
-            "progress": settled.progress,
-            "meters": all_gather(plain(settled.sums)),
-            "adamw_steps": steps,
-            "schedule": schedule.state_dict(),
-            "learning_rates": [group["lr"] for group in optimizer.param_groups],
-        }
-        tensors = {OPTIMIZER: moments, EXPERIENCE: settled.experience, PLUGINS: of_plugins}
-        contents = Contents(step, state, {file: each for file, each in tensors.items() if each})
-        best = None if self.best is None else self.best[0]
-        self.writer.write(contents, partial(self._write_roles, weights), best=best)
+        with stopping.held():
+            settled = self._settled
+            if settled is None or settled.step != step:
+                settled = self._settled = self._settle()
+            trained = self._trained()
+            weights = weights_on_main(self._saved(trained))
+            moments, steps = moments_on_main(self.model_wrapped, optimizer, trained)
+            plugins, of_plugins = taken_apart(all_gather(settled.plugins))
+            state = {
+                **self._about,
+                "best": self.best,
+                "left_out": self.not_finite.state,
+                "plugins": plugins,
+                "progress": settled.progress,
+                "meters": all_gather(plain(settled.sums)),
+                "adamw_steps": steps,
+                "schedule": schedule.state_dict(),
+                "learning_rates": [group["lr"] for group in optimizer.param_groups],
+            }
+            tensors = {OPTIMIZER: moments, EXPERIENCE: settled.experience, PLUGINS: of_plugins}
+            contents = Contents(step, state, {file: each for file, each in tensors.items() if each})
+            best = None if self.best is None else self.best[0]
+            # transformers reads the model's own parameters when it writes a whole one: under ZeRO-3 a thread must not.
+            at_once = isinstance(self.model, WholeModel)
+            self.writer.write(contents, partial(self._write_roles, weights), best=best, at_once=at_once)
 
     def keep_if_best(self, value: float) -> None:
         """Note an evaluation of the state after the last step: where ``value``, which is the better the larger it is,
@@ -255,7 +257,8 @@ class RoleTrainer(Trainer):
 
     def _write_roles(self, weights: dict[str, Tensor], folder: Path) -> None:
         buffers = self.model.kept_constants() if isinstance(self.model, WholeModel) else {}
-        self.model.save_pretrained(folder, state_dict={**buffers, **weights})
+        with filling:
+            self.model.save_pretrained(folder, state_dict={**buffers, **weights})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write roles and tokenizer to the run folder, or to ``output_dir``. A collective. Trainer's own way adds its
@@ -311,6 +314,7 @@ class RoleTrainer(Trainer):
                 group["lr"] = rate
             self.meter = Meter(shared_out(state["meters"], rank=rank(), ranks=world_size()))
             self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
+            self.not_finite.restore(state["left_out"])
             with agreement("restoring plugins"):
                 restore_plugins(put_together(state["plugins"], of_plugins, rank=rank(), ranks=world_size()))
             self.restore_progress(state["progress"], experience)

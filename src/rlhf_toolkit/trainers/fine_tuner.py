@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.objectives import Objective
+
+T = TypeVar("T")
 
 
 class FineTuner(RoleTrainer):
@@ -126,35 +128,61 @@ class FineTuner(RoleTrainer):
 
     def measured(self, items: Sequence[Item], prefix: str) -> dict[str, float]:
         """The objective's metrics over ``items``, the same on every rank. A collective."""
-        meter, counts = Meter(), counts_of(items)
-        mine = self.cut.among_ranks(range(len(items)), items)[rank()]
-        with self._reading() as model:
-            for part in mine:
-                batch = batch_of([items[i] for i in part], counts, pad_id=self.pad_id)
-                run, idle = (partial(self._terms, model, each, prefix, meter) for each in (batch, self._least(batch)))
-                if isinstance(self.model, WholeModel):
-                    together(self.model_wrapped, run, idle, "the evaluation")
-                else:
-                    run()
-        return combined(all_gather(meter.take()))
+        counts = counts_of(items)
+
+        def measure(mine: list[list[int]]) -> Meter:
+            meter = Meter()
+            with self._reading() as model:
+                for part in mine:
+                    batch = batch_of([items[i] for i in part], counts, pad_id=self.pad_id)
+                    run, idle = (
+                        partial(self._terms, model, each, prefix, meter) for each in (batch, self._least(batch))
+                    )
+                    if isinstance(self.model, WholeModel):
+                        together(self.model_wrapped, run, idle, "the evaluation")
+                    else:
+                        run()
+            return meter
+
+        return combined(all_gather(self._read(items, measure).take()))
+
+    def _read(self, items: Sequence[Item], run: Callable[[list[list[int]]], T]) -> T:
+        """``run`` of this rank's micro-batches of ``items``, without gradients. Where memory runs out on a rank, all
+        try again with smaller ones, as long as one holds several items. A collective."""
+        while True:
+            everyone = self.cut.among_ranks(range(len(items)), items)
+            try:
+                return run(everyone[rank()])
+            except OutOfMemoryError as error:
+                if max(len(part) for share in everyone for part in share) <= 1:
+                    raise
+                said = str(error)
+            while self.cut.among_ranks(range(len(items)), items) == everyone:
+                self.cut = self.cut.halved()
+            self.note_retry(f"micro-batches of at most {self.cut.tokens} tokens a role", said, what="an evaluation")
 
     def normalise_rewards(self) -> tuple[float, float]:
         """Scale and shift the reward head so that the scores of all training responses have mean 0 and variance 1;
-        return the mean and the deviation they had. A collective."""
-        scores: list[float] = []
+        return the mean and the deviation they had. Scores that are all alike are only shifted. A collective."""
         counts = counts_of(self.items)
-        mine = self.cut.among_ranks(range(len(self.items)), self.items)[rank()]
-        with gathered(self.model_wrapped), inference(self.model_wrapped) as shared, agreement("the last pass"):
-            for part in mine:
-                batch = batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id)
-                found = self._forward(shared, batch, (REWARD,)).reward_scores
-                scores += found[: 2 * len(part)].tolist()
-        everything = torch.tensor([score for share in all_gather(scores) for score in share], dtype=torch.float64)
+
+        def score(mine: list[list[int]]) -> list[float]:
+            scores: list[float] = []
+            with gathered(self.model_wrapped), inference(self.model_wrapped) as shared, agreement("the last pass"):
+                for part in mine:
+                    batch = batch_of([self.items[i] for i in part], counts, pad_id=self.pad_id)
+                    found = self._forward(shared, batch, (REWARD,)).reward_scores
+                    scores += found[: 2 * len(part)].tolist()
+            return scores
+
+        scores = all_gather(self._read(self.items, score))
+        everything = torch.tensor([score for share in scores for score in share], dtype=torch.float64)
         mean, deviation = everything.mean().item(), everything.std().item()
         head = cast(ScalarHead, cast(SharedBase, self.model).scalar_heads[REWARD])
         with whole(head.parameters(), write=True), torch.no_grad():
-            head.weight.div_(deviation)
-            head.bias.sub_(mean).div_(deviation)
+            scale = deviation if deviation > 0 else 1.0
+            head.weight.div_(scale)
+            head.bias.sub_(mean).div_(scale)
         return mean, deviation
 
     @contextmanager

@@ -93,27 +93,24 @@ class KeptBatch:
         save_file(
             {name: column.detach().cpu().contiguous().clone() for name, column in tensors.items()}, unfinished / TENSORS
         )
-        write_text(unfinished / RECORD, json.dumps(batch._record(), indent=2) + "\n")
+        record = {
+            "format": FORMAT,
+            "kind": batch.kind,
+            "step": batch.step,
+            "why": batch.why,
+            "places": batch.places,
+            "losses": [str(loss) for loss in batch.losses],  # JSON has no NaN
+            "left_out": batch.left_out,
+            "weights": batch.weights,
+            "details": dict(batch.details),
+        }
+        write_text(unfinished / RECORD, json.dumps(record, indent=2) + "\n")
         if save_weights is not None:
             save_weights(unfinished)
         if place.exists():  # this update was reached once before, and the run resumed from before it
             shutil.rmtree(place)
         os.replace(unfinished, place)
         return place
-
-    def _record(self) -> dict[str, Any]:
-        """What ``batch.json`` holds. JSON has no NaN, so losses are text."""
-        return {
-            "format": FORMAT,
-            "kind": self.kind,
-            "step": self.step,
-            "why": self.why,
-            "places": self.places,
-            "losses": [str(loss) for loss in self.losses],
-            "left_out": self.left_out,
-            "weights": self.weights,
-            "details": dict(self.details),
-        }
 
 
 def read_kept_batch(path: Path) -> KeptBatch:
@@ -159,7 +156,11 @@ SHAPE: dict[str, Callable[[Any], bool]] = {
     "kind": lambda value: isinstance(value, str) and value in ("ppo", "sft", "reward_model", "dpo"),
     "step": lambda value: type(value) is int and value > 0,
     "why": lambda value: isinstance(value, str),
-    "places": lambda value: isinstance(value, list) and all(map(_is_place, value)),
+    "places": lambda value: (
+        isinstance(value, list)
+        and all(isinstance(place, list) and len(place) == 2 for place in value)
+        and all(type(number) is int and number >= 0 for place in value for number in place)
+    ),
     "losses": lambda value: isinstance(value, list) and all(map(_is_number, value)),
     "left_out": lambda value: type(value) is int and value >= 0,
     "weights": lambda value: isinstance(value, bool),
@@ -184,10 +185,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     if len(record["places"]) != len(record["losses"]):
         raise DataError(f"{path} has {len(record['places'])} places but {len(record['losses'])} losses; it was changed")
     return record
-
-
-def _is_place(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(part) is int and part >= 0 for part in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -23,6 +23,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.kept_batches import MOST_BYTES_OF_WEIGHTS, MOST_KEPT, KeptBatch, Part
+from rlhf_toolkit.trainers.saving import filling
 
 LOSS, GRADIENT_NORM = "train/loss", "train/grad_norm"
 UPDATES_LEFT_OUT = "train/not_finite_updates"
@@ -41,6 +42,15 @@ class LeftOutUpdates:
         self.kind, self.folder, self.most_in_a_row = kind, folder, most_in_a_row
         self._in_a_row = self._unreported = 0
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """For a checkpoint: how many updates in a row were left out, and how many no record tells of yet."""
+        return self._in_a_row, self._unreported
+
+    def restore(self, state: Sequence[int]) -> None:
+        """Go on from what ``state`` was."""
+        self._in_a_row, self._unreported = map(int, state)
+
     def made(self) -> None:
         """An update was made."""
         self._in_a_row = 0
@@ -53,9 +63,11 @@ class LeftOutUpdates:
         *,
         step: int,
         details: Mapping[str, Any],
+        failed_rewards: Sequence[str] = (),
     ) -> None:
         """Update number ``step`` was left out: keep its batch, say so, and look whether the run can go on. ``parts``
-        and ``losses`` are this rank's micro-batches. A collective.
+        and ``losses`` are this rank's micro-batches; ``failed_rewards`` have not given each response of the rollout a
+        finite score, which is the cause where advantages are NaN. A collective.
 
         Raises NotFiniteError, on all ranks, where weights are not finite or too many updates in a row were left out.
         """
@@ -67,9 +79,10 @@ class LeftOutUpdates:
         values = [loss for _, found, _ in everyone for loss in found]
         total = sum(values)
         why = f"{GRADIENT_NORM} is not finite" if math.isfinite(total) else f"{LOSS} is {total}"
-        batch = KeptBatch(
-            self.kind, step, [part for found, _, _ in everyone for part in found], places, values, why, details
-        )
+        everyones = [part for found, _, _ in everyone for part in found]
+        if failed_rewards and any(part["advantages"].isnan().any() for part in everyones if "advantages" in part):
+            why += f", since reward {', '.join(failed_rewards)} gave no finite score"
+        batch = KeptBatch(self.kind, step, everyones, places, values, why, details)
         kept = self._keep(model, batch)
         broken = next((words for _, _, words in everyone if words is not None), None)
         if broken is not None or self._in_a_row > self.most_in_a_row:
@@ -93,7 +106,8 @@ class LeftOutUpdates:
                 weights = {name: p.detach().cpu().clone() for name, p in trained.items()} if rank() == 0 else {}
 
             def save_weights(folder: Path) -> None:
-                model.save_pretrained(folder, state_dict=weights)
+                with filling:
+                    model.save_pretrained(folder, state_dict=weights)
 
         def write() -> str:
             try:

@@ -36,7 +36,15 @@ def taken_apart(ranks: Sequence[States]) -> tuple[list[dict[str, Any]], dict[str
         for spec, state in states.items():
             tensors |= {f"{number} {spec} {key}": value for key, value in state.items() if isinstance(value, Tensor)}
             values[-1][spec] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-            _require_json(spec, values[-1][spec])
+            try:
+                same = json.loads(json.dumps(values[-1][spec])) == values[-1][spec]
+            except (TypeError, ValueError, RecursionError):
+                same = False
+            if not same:
+                raise CheckpointError(
+                    f"state_dict() of {spec} gave something that is neither JSON nor a tensor; give lists, text, "
+                    "numbers and objects with text as keys"
+                )
     return values, tensors
 
 
@@ -64,15 +72,3 @@ def restore_plugins(states: States) -> None:
                 raise CheckpointError(
                     f"load_state_dict of {spec} raised {described(error)}; repair it, or start with --overwrite"
                 ) from error
-
-
-def _require_json(spec: str, state: Mapping[str, Any]) -> None:
-    try:
-        same = json.loads(json.dumps(state)) == state
-    except (TypeError, ValueError, RecursionError):
-        same = False
-    if not same:
-        raise CheckpointError(
-            f"state_dict() of {spec} gave something that is neither JSON nor a tensor; give lists, text, numbers and "
-            "objects with text as keys"
-        )

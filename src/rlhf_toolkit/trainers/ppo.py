@@ -163,7 +163,7 @@ class PPOTrainer(RoleTrainer):
     def _update(self, model: nn.Module, inputs: MiniBatch) -> Tensor | None:
         """``make_update`` of the mini-batch. Where memory runs out on a rank, all try again with smaller micro-batches,
         as long as one holds several rows."""
-        kl_sums = self._kl_sums
+        kl_sums, scored_sampler = self._kl_sums, self.maker.scored_sampler
         if self.update_retries:
             inputs = self._cut_again(inputs)  # it may have been cut before the budget was halved
         while True:
@@ -174,18 +174,11 @@ class PPOTrainer(RoleTrainer):
                     raise
                 said = str(error)
             self._kl_sums, self._policy_record = kl_sums, UpdatePolicyRecord()
-            inputs = self._cut_smaller(inputs)
-            self.note_retry(
-                f"micro-batches of at most {self.maker.scored_sampler.cutting.role_tokens} tokens a role", said
-            )
-
-    def _cut_smaller(self, inputs: MiniBatch) -> MiniBatch:
-        """The mini-batch in more micro-batches, by the largest budget that cuts it so, which holds from now on."""
-        scored_sampler, before = self.maker.scored_sampler, int(inputs["micro_batch"].max())
-        while int(inputs["micro_batch"].max()) == before:
-            scored_sampler.cutting = scored_sampler.cutting.halved()
-            inputs = self._cut_again(inputs)
-        return inputs
+            before = int(inputs["micro_batch"].max())
+            while int(inputs["micro_batch"].max()) == before:  # the largest budget that cuts it into more parts
+                scored_sampler.cutting = scored_sampler.cutting.halved()
+                inputs = self._cut_again(inputs)
+            self.note_retry(f"micro-batches of at most {scored_sampler.cutting.role_tokens} tokens a role", said)
 
     def _attempt(self, model: nn.Module, inputs: MiniBatch) -> Tensor | None:
         deferred = self.rollouts.newest.deferred
@@ -232,7 +225,11 @@ class PPOTrainer(RoleTrainer):
         batch = self.experience_of(part, outputs)
         old_logprobs = self.old_logprobs(batch, outputs, check=first and bool(part["fresh"]))
         terms = self.loss_terms(part, batch, outputs, old_logprobs)
-        self._meter_micro_batch(terms, batch.response_mask, first=first)
+        for name, share in terms.shares.items():  # they add up to one value for each mini-batch, counted once for all
+            self.meter.add(name, share, 1 / world_size() if first else 0.0)
+        tokens = batch.response_mask.sum()
+        for name, quantity in terms.of_tokens.items():
+            self.meter.add(name, masked_sum(quantity.float(), batch.response_mask), tokens)
         self._watch_kl(outputs.policy_logprobs, old_logprobs, batch.response_mask)
         return terms.loss
 
@@ -263,6 +260,11 @@ class PPOTrainer(RoleTrainer):
             "kl_coef": self.maker.kl_control.coefficient,
             "policy_weight": self.policy_weight,
         }
+
+    def failed_rewards(self) -> list[str]:
+        """The rewards whose failures the rollout's metrics count."""
+        names = [name for name in self.rollouts.newest.metrics if name.startswith("reward/")]
+        return [name[len("reward/") : -len("_failures")] for name in names if name.endswith("_failures")]
 
     def old_logprobs(self, batch: Experience, outputs: RoleOutputs, *, check: bool) -> Tensor:
         """The policy's log-probs (n, R) at the rollout: those of the role pass or, where the policy did not run in it,
@@ -368,32 +370,16 @@ class PPOTrainer(RoleTrainer):
         DeepSpeed's engine would repeat the last norm.
         """
         if "loss" in logs:
+            sampler = self.maker.scored_sampler.sampler
+            retries, sampler.retries = sampler.retries, 0
             collected, seconds = self.rollouts.newest, self.maker.scored_sampler.clock.take()
             logs = {
                 GRADIENT_NORM: 0.0 if self._left_out else float(logs.get("grad_norm", 0.0)),
                 **self.not_finite.take(),
-                **self._rollout_retries(),
+                **({ROLLOUT_RETRIES: float(retries)} if retries else {}),
                 **collected.metrics,
                 **{f"timing_s/{phase}": time for phase, time in seconds.items()},
                 "perf/throughput": collected.metrics["perf/total_num_tokens"] / seconds["step"] / world_size(),
                 "perf/max_memory_allocated_gb": peak_memory_gib(self.args.device),
             }
         super().log(logs, start_time)
-
-    def _rollout_retries(self) -> dict[str, float]:
-        """The metric since the last record: nothing where no rollout was sampled again."""
-        sampler = self.maker.scored_sampler.sampler
-        count, sampler.retries = sampler.retries, 0
-        return {ROLLOUT_RETRIES: float(count)} if count else {}
-
-    def _meter_micro_batch(self, terms: LossTerms, mask: Tensor, *, first: bool) -> None:
-        """Quantities of tokens by the tokens they are of. Shares add up to one value for each mini-batch, which each
-        rank counts once for all."""
-        self._meter_shares(terms.shares, first=first)
-        tokens = mask.sum()
-        for name, quantity in terms.of_tokens.items():
-            self.meter.add(name, masked_sum(quantity.float(), mask), tokens)
-
-    def _meter_shares(self, shares: dict[str, Tensor], *, first: bool) -> None:
-        for name, share in shares.items():
-            self.meter.add(name, share, 1 / world_size() if first else 0.0)

@@ -147,7 +147,19 @@ class PPOLoss:
         is trained.
         """
         mask = batch.response_mask
-        policy = self._policy_terms(batch, outputs.policy_logprobs, old_logprobs, selected)
+        policy = self.policy_loss(
+            {
+                "logprobs": outputs.policy_logprobs,
+                "old_logprobs": old_logprobs,
+                "advantages": batch.advantages,
+                "mask": mask,
+                "clip_range_low": self.clip_range_low,
+                "clip_range_high": self.clip_range_high,
+                "dual_clip": self.dual_clip,
+                "weights": self.correction.weights(old_logprobs, batch.rollout_logprobs, mask),
+                "selected": selected,
+            }
+        )
         policy_loss, entropy = reduce(policy.per_token), reduce(outputs.policy_entropies)
         kl_loss = torch.zeros_like(policy_loss)
         if self.kl_in_loss and batch.ref_logprobs is not None:
@@ -166,22 +178,3 @@ class PPOLoss:
             loss = loss + self.value_coef * shares["critic/vf_loss"]
             of_tokens |= {"critic/vf_clipfrac": value.clipped, "critic/vpred_mean": values.detach()}
         return LossTerms(loss, shares, of_tokens)
-
-    def _policy_terms(
-        self, batch: Experience, logprobs: Tensor, old_logprobs: Tensor, selected: Tensor | None
-    ) -> PolicyLossTerms:
-        """The loss of each token, weighed where the sampler is corrected for."""
-        mask = batch.response_mask
-        return self.policy_loss(
-            {
-                "logprobs": logprobs,
-                "old_logprobs": old_logprobs,
-                "advantages": batch.advantages,
-                "mask": mask,
-                "clip_range_low": self.clip_range_low,
-                "clip_range_high": self.clip_range_high,
-                "dual_clip": self.dual_clip,
-                "weights": self.correction.weights(old_logprobs, batch.rollout_logprobs, mask),
-                "selected": selected,
-            }
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from rlhf_toolkit.distributed.collectives import agreement, any_rank, rank
 from rlhf_toolkit.errors import CheckpointError, RLHFError, described
 
 Fill = Callable[[Path], None]
-"""Writes role folders into a folder."""
+"""Writes role folders into a folder, of what neither the other ranks nor what the run does meanwhile changes."""
+
+filling = threading.Lock()
+"""Held by whoever writes role folders: PEFT notes in the model's own configuration that it writes."""
 
 
 class CheckpointWriter:
@@ -34,16 +38,15 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._under_way = False
 
-    def write(self, contents: Contents, fill: Fill, *, best: int | None = None) -> None:
-        """Write role folders at once and the rest while the run goes on. ``best`` is the step of a checkpoint that
-        stays however old it is. A collective."""
+    def write(self, contents: Contents, fill: Fill, *, best: int | None = None, at_once: bool = False) -> None:
+        """Write a checkpoint while the run goes on, but its role folders ``at_once`` where that is said. ``best`` is
+        the step of a checkpoint that stays however old it is. A collective."""
         self.finish()
         with agreement("the writing of a checkpoint"):
             if rank() == 0:
-                with self._cleaned_up(contents.step):
-                    shutil.rmtree(temporary(self.folder, contents.step), ignore_errors=True)
-                    fill(temporary(self.folder, contents.step))
-                self._writing = self._pool.submit(self._complete, contents, best)
+                if at_once:
+                    self._fill(contents.step, fill)
+                self._writing = self._pool.submit(self._complete, contents, None if at_once else fill, best)
         self._under_way, self.last = True, contents.step
 
     def look(self) -> None:
@@ -64,7 +67,14 @@ class CheckpointWriter:
         if writing is not None:
             writing.result()
 
-    def _complete(self, contents: Contents, best: int | None) -> None:
+    def _fill(self, step: int, fill: Fill) -> None:
+        with self._cleaned_up(step):
+            shutil.rmtree(temporary(self.folder, step), ignore_errors=True)
+            fill(temporary(self.folder, step))
+
+    def _complete(self, contents: Contents, fill: Fill | None, best: int | None) -> None:
+        if fill is not None:
+            self._fill(contents.step, fill)
         with self._cleaned_up(contents.step):
             complete(self.folder, contents)
         prune(self.folder, newest=contents.step, keep=self.keep, best=best)
