@@ -1,6 +1,7 @@
 """The start of every kind of run: one order of work, in which each kind does its own parts.
 
-What can be wrong is looked for from cheap to dear: settings, launch, run folder, data, and only then the model.
+What can be wrong is looked for from cheap to dear: settings, launch, run folder, data, and only then the model. An
+earlier run in the folder stays until all of it has been looked at, on every machine.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def prepare_run(
     with agreement("loading"):
         config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     data = parts.load_data(config)
-    on_main(lambda: claim_run_folder(folder, settings) if checkpoint is None else mend_logs(folder))
+    done = 0 if checkpoint is None else checkpoint.step // parts.updates_per_round
+    if checkpoint is not None:
+        on_main(lambda: mend_logs(folder, axis=parts.axis, until=done))
     model = parts.load_model(config)
     identity = parts.identity(data, model)
     require_same("the fingerprint of", identity)
@@ -126,12 +129,16 @@ def prepare_run(
     )
     trainer = parts.make_trainer(data, model, progress)
     identity |= parts.identity_of_rewards(trainer)
+    require_same("the fingerprint of", identity)
     if checkpoint is not None:
         require_identity(checkpoint, settings, identity)
+    else:  # whatever was wrong with settings, files or machines has cost nobody the run that lay here
+        on_main(lambda: claim_run_folder(folder, settings, overwrite=overwrite))
     run_id = None if checkpoint is None else checkpoint.state.get("wandb_id")
-    mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
-    if mirror is not None and checkpoint is not None:
-        mirror.catch_up(history(folder, axis=parts.axis, until=checkpoint.step // parts.updates_per_round))
+    with agreement("the start of W&B"):
+        mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
+        if mirror is not None and checkpoint is not None:
+            mirror.catch_up(history(folder, axis=parts.axis, until=done))
     about = {
         "settings": settings,
         "identity": identity,
