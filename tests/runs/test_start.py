@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_toolkit.errors import CheckpointError, ConfigError, TopologyError
+from rlhf_toolkit.models.loading import load_model_config as real_config
 from rlhf_toolkit.runs import start
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import prepare
@@ -88,11 +89,10 @@ def test_what_differs_between_machines_costs_no_run_its_folder(tmp_path: Path, m
 def test_a_folder_that_another_run_has_claimed_meanwhile_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = start.load_model_config
 
     def load_model_config(*args: Any, **kwargs: Any) -> Any:
         (tmp_path / "run/run.json").write_text("{}")
-        return real(*args, **kwargs)
+        return real_config(*args, **kwargs)
 
     monkeypatch.setattr(start, "load_model_config", load_model_config)
     with pytest.raises(CheckpointError, match="claimed by another run while this one was loading"):

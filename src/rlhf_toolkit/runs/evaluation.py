@@ -128,7 +128,8 @@ def compare_contestants(
     responses: dict[str, dict[str, HeldOutResponses]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
-            responses[label] = _answers(setup, _roles(setup, config, folder), progress, greedy=greedy, kl=kl)
+            shared = load_contestant(setup, config, folder)
+            responses[label] = _answers(setup, shared, progress, greedy=greedy, kl=kl)
             progress.bar.update(1)
     finally:
         setup.task.reward.close()
@@ -200,7 +201,7 @@ def _answers(
     return found
 
 
-def _roles(setup: Setup, config: PretrainedConfig, folder: str | None) -> SharedBase:
+def load_contestant(setup: Setup, config: PretrainedConfig, folder: str | None) -> SharedBase:
     """The contestant as policy; the bare base speaks through a new adapter, which adds nothing."""
     model, reward = setup.experiment.model, setup.experiment.reward
     base, adapter = load_adapted_base(model, config, setup.topology)

@@ -121,12 +121,8 @@ def prepare_run(
         require_identity(checkpoint, settings, identity)
         with understood(checkpoint.folder):
             model.load_trained(checkpoint.folder)
-    progress = Progress(
-        num_rollouts=parts.rounds(data),
-        updates_per_rollout=parts.updates_per_round,
-        show=topology.is_main,
-        unit=parts.axis,
-    )
+    rounds, updates = parts.rounds(data), parts.updates_per_round
+    progress = Progress(num_rollouts=rounds, updates_per_rollout=updates, show=topology.is_main, unit=parts.axis)
     trainer = parts.make_trainer(data, model, progress)
     identity |= parts.identity_of_rewards(trainer)
     require_same("the fingerprint of", identity)
@@ -146,8 +142,15 @@ def prepare_run(
         **described_here(topology),
     }
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
+    watch_run(parts, trainer, progress, mirror)
+    return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
+    """Add what watches the run to its trainer: engine check, alarms, log, evaluations, and the keeping of the best."""
+    settings = parts.experiment.run
     log = RunLog(
-        folder,
+        Path(settings.output_dir),
         updates_per_rollout=parts.updates_per_round,
         samples=lambda kind: parts.samples(trainer, kind),
         sinks=() if mirror is None else (mirror,),
@@ -156,11 +159,10 @@ def prepare_run(
     evaluation = EvaluationAtBothEnds(
         cast(Evaluating, trainer), lambda step: on_main(lambda: log.lacks_evaluation(step))
     )
-    keepers = [KeepBest(trainer)] if experiment.run.keep_best else []
+    keepers = [KeepBest(trainer)] if settings.keep_best else []
     alarms = parts.alarms(notifier(progress, mirror))
     for callback in (parts.engine_check(trainer), *alarms, log, evaluation, *keepers):
         trainer.add_callback(callback)
-    return run(experiment, topology, trainer, checkpoint, mirror, progress)
 
 
 def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:

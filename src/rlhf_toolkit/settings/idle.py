@@ -30,9 +30,12 @@ NOTHING_HELD_OUT = "data.evaluation names no held-out rows; name some there, or 
 
 def idle_in_ppo(experiment: Experiment) -> list[Idle]:
     """What may be idle in an experiment of PPO, whatever its estimator."""
-    model, reward, ppo = experiment.model, experiment.reward, experiment.ppo
-    evaluates, corrects = bool(experiment.data.evaluation), ppo.importance_correction != "none"
-    unseen = ppo.importance_correction in ("token", "sequence")
+    return [*idle_around_responses(experiment), *idle_in_the_algorithm(experiment)]
+
+
+def idle_around_responses(experiment: Experiment) -> list[Idle]:
+    """What may be idle of the settings of the value's start, of evaluations, of rewards and of turns."""
+    model, reward, evaluates = experiment.model, experiment.reward, bool(experiment.data.evaluation)
     return [
         (
             model.value_adapter is not None,
@@ -61,16 +64,22 @@ def idle_in_ppo(experiment: Experiment) -> list[Idle]:
             ("rollout.max_turns",),
             "without rollout.environment a response has one turn; name an environment, or leave this one out",
         ),
+    ]
+
+
+def idle_in_the_algorithm(experiment: Experiment) -> list[Idle]:
+    """What may be idle of the settings of the sampler's correction, of the KL and of alarms."""
+    ppo, correction = experiment.ppo, experiment.ppo.importance_correction
+    return [
         (
-            not corrects,
+            correction == "none",
             ("ppo.importance_cap", "ppo.importance_floor"),
             "ppo.importance_correction is none; choose one, or leave this one out",
         ),
         (
-            unseen,
+            correction in ("token", "sequence"),
             ("ppo.importance_floor",),
-            f"ppo.importance_correction={ppo.importance_correction} masks nothing; choose {ppo.importance_correction}"
-            "_mask, or leave this one out",
+            f"ppo.importance_correction={correction} masks nothing; choose {correction}_mask, or leave this one out",
         ),
         (
             ppo.kl_target is None,
