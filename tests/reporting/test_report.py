@@ -56,6 +56,8 @@ def test_what_a_run_did_not_measure_is_left_out() -> None:
     lines = table({**SUMMARY, "evaluations": [], "ref_kl": [None]})
     assert not [line for line in lines if "held-out" in line or "KL" in line] and len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "columns stand under one another"
+    lost = table({**SUMMARY, "evaluations": [SUMMARY["evaluations"][0], {}], "ref_kl": []})
+    assert [line.split("  ")[1] for line in lost] == [line.split("  ")[1] for line in lines], "a log without records"
 
 
 def test_the_table_of_a_supervised_run_by_hand() -> None:
@@ -93,6 +95,18 @@ def test_a_prompt_is_shown_with_its_first_and_its_last_answer(prompts: int, tmp_
         assert f"before +{number}.00" in before and "said 0" in before
         assert f"after  +{number}.20" in after and "said 2" in after
     assert len(shown) == 4 * min(prompts, SHOWN_SAMPLES) - 1
+
+
+def test_an_answer_without_a_score_is_shown_too(tmp_path: Path) -> None:
+    """Its reward has failed, and ``on_failure: drop`` has let the run go on."""
+    said = {"kind": "eval", "prompt": "p", "response": "r"}
+    rows = [{**said, "score": None}, {**said, "score": 0.5}, {**said, "score": None}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [line.split() for line in before_and_after(tmp_path)] == [
+        ["prompt", "p"],
+        ["before", "-", "r"],
+        ["after", "-", "r"],
+    ]
 
 
 def test_without_evaluations_nothing_is_shown(tmp_path: Path) -> None:

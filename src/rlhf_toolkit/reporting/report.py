@@ -32,7 +32,7 @@ def table(summary: dict[str, Any]) -> list[str]:
         ("mean score, last four rollouts", _mean(scores[-4:])),
     ]
     for name, words in {"eval/score/mean": "held-out score", "eval/sampled_score/mean": "the same, sampled"}.items():
-        if evaluations and name in evaluations[0]:
+        if evaluations and name in evaluations[0] and name in evaluations[-1]:  # not where every reward failed
             rows += [(f"{words}, before", evaluations[0][name]), (f"{words}, after", evaluations[-1][name])]
     if summary["ref_kl"] and summary["ref_kl"][-1] is not None:
         rows.append(("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]))
@@ -99,11 +99,11 @@ def before_and_after(folder: Path) -> list[str]:
         after, prompt = last[first["prompt"]], " ".join(first["prompt"].split())
         if len(prompt) > SHOWN_CHARACTERS:  # a chat template puts its system message before what was asked
             prompt = f"[...] {prompt[-SHOWN_CHARACTERS:].partition(' ')[2]}"
-        lines += [
-            _quoted("prompt", prompt),
-            _quoted(f"before {first['score']:+.2f}", first["response"]),
-        ]
-        lines += [_quoted(f"after  {after['score']:+.2f}", after["response"]), ""]
+        lines.append(_quoted("prompt", prompt))
+        for when, sample in (("before", first), ("after ", after)):
+            score = "-" if sample["score"] is None else f"{sample['score']:+.2f}"  # its reward failed
+            lines.append(_quoted(f"{when} {score}", sample["response"]))
+        lines.append("")
     return lines[:-1]
 
 

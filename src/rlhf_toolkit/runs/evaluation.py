@@ -8,7 +8,8 @@ experiment's (``model.policy_adapter``, or the bare base).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PretrainedConfig
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.topology import start
-from rlhf_toolkit.errors import ConfigError, TopologyError
+from rlhf_toolkit.errors import ConfigError, TopologyError, described
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
@@ -90,6 +91,20 @@ class Evaluation:
                 for way, responses in ways.items():
                     file.writelines(json.dumps(line) + "\n" for line in _lines(label, way, responses))
         unfinished.rename(path)
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is written. Where it cannot be, or is a folder, ConfigError says so."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({described(error)}); name a file in a folder that is there and that you may "
+            "write to"
+        ) from error
 
 
 def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None) -> Experiment:
