@@ -309,6 +309,7 @@ def test_an_adapters_fingerprint_is_of_names_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("text")
     before = folder_fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("other text")
+    (tmp_path / "old.json").mkdir()
     assert folder_fingerprint(tmp_path) == before
     (tmp_path / "adapter_model.safetensors").write_bytes(b"Weights")
     assert folder_fingerprint(tmp_path) != before

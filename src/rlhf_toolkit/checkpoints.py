@@ -140,7 +140,7 @@ def folder_fingerprint(folder: str | Path) -> str:
     """A short hash of the names and bytes of the weights and settings in an adapter's folder."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".bin"):
+        if path.suffix in (".safetensors", ".json", ".bin") and path.is_file():
             with open(path, "rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()[:16]

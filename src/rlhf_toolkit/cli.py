@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from rlhf_toolkit.errors import reported
+from rlhf_toolkit.errors import reported, shortened
 from rlhf_toolkit.texts import say
 
 Options = argparse.Namespace
@@ -189,10 +189,9 @@ class Command:
 
 
 def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
+    if not (text.isdecimal() and len(text) <= 18 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no whole number from 1 up")
+    return int(text)
 
 
 DTYPES = ("bfloat16", "float16", "float32")

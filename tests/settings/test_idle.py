@@ -131,15 +131,25 @@ def test_a_new_value_adapter_takes_the_settings_of_new_adapters() -> None:
     "changes, names",
     [
         ({"update.value_lr": 1e-3, "ppo.value_coef": 0.5}, []),
-        ({**GRPO, "update.value_lr": 1e-3, "ppo.value_coef": 0.5}, ["ppo.value_coef", "update.value_lr"]),
-        ({"model.value_on": "policy_trunk", "update.value_lr": 1e-3, "ppo.value_coef": 0.5}, ["update.value_lr"]),
-        ({"data.evaluation": "e", "reward.passes_at": 1.0}, ["reward.passes_at"]),
+        (
+            {**GRPO, "update.value_lr": 1e-3, "ppo.value_coef": 0.5},
+            ["ppo.advantage=grpo trains no value: ppo.value_coef, update.value_lr"],
+        ),
+        (
+            {"model.value_on": "policy_trunk", "update.value_lr": 1e-3, "ppo.value_coef": 0.5},
+            ["model.value_on=policy_trunk gives the value no adapter: update.value_lr"],
+        ),
+        (
+            {"data.evaluation": "e", "reward.passes_at": 1.0},
+            ["evaluations sample nothing (run.evaluation_samples=0): reward.passes_at"],
+        ),
         ({"data.evaluation": "e", "reward.passes_at": 1.0, "run.evaluation_samples": 2}, []),
     ],
 )
 def test_numbers_that_nothing_reads_are_named(changes: dict[str, Any], names: list[str]) -> None:
     experiment = ppo(changes)
-    assert idle_numbers(experiment, trains_value=resolve(experiment).trains_value) == names
+    found = idle_numbers(experiment, trains_value=resolve(experiment).trains_value)
+    assert found == [f"without effect, since {line}" for line in names]
 
 
 def test_every_name_in_the_tables_is_a_setting() -> None:

@@ -164,14 +164,22 @@ def idle_under(experiment: Experiment, *, trains_value: bool) -> list[Idle]:
 
 
 def idle_numbers(experiment: Experiment, *, trains_value: bool) -> list[str]:
-    """Numbers that are set and that nothing reads in this run, by name. They are no mistake, since one file is run with
-    several estimators, and ``rlhf evaluate`` may ask for samples; but they are to be said."""
-    names = [] if trains_value else [*OF_A_VALUE]
-    if trains_value and experiment.model.value_on != ON_ADAPTER:
-        names.append("update.value_lr")
-    if not experiment.run.evaluation_samples:
-        names += ["reward.passes_at", "reward.answer"]
-    return [name for name in names if value_of(experiment, name) != default_value(experiment, name)]
+    """Lines that name numbers which are set and which nothing reads in this run. They are no mistake, since one file is
+    run with several estimators, and ``rlhf evaluate`` may ask for samples; but they are to be said."""
+    reasons = {
+        f"ppo.advantage={experiment.ppo.advantage} trains no value": () if trains_value else OF_A_VALUE,
+        f"model.value_on={experiment.model.value_on} gives the value no adapter": ("update.value_lr",)
+        if trains_value and experiment.model.value_on != ON_ADAPTER
+        else (),
+        "evaluations sample nothing (run.evaluation_samples=0)": ()
+        if experiment.run.evaluation_samples
+        else ("reward.passes_at", "reward.answer"),
+    }
+    lines = []
+    for reason, names in reasons.items():
+        idle = [name for name in names if value_of(experiment, name) != default_value(experiment, name)]
+        lines += [f"without effect, since {reason}: {', '.join(idle)}"] if idle else []
+    return lines
 
 
 def whitens(ppo: PPOConfig) -> bool:

@@ -85,11 +85,9 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         experiment.check_processes(topology.world_size)
         with agreement("loading"):
             self.algorithm = resolve(experiment)
-        idle = ", ".join(idle_numbers(experiment, trains_value=self.algorithm.trains_value))
+        idle = idle_numbers(experiment, trains_value=self.algorithm.trains_value)
         if idle:
-            value = "a value is" if self.algorithm.trains_value else "no value is"
-            samples = experiment.run.evaluation_samples
-            on_main(lambda: say(f"without effect, since {value} trained and evaluations sample {samples}: {idle}"))
+            on_main(lambda: say("\n".join(idle)))
 
     @property
     def updates_per_round(self) -> int:
