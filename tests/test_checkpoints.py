@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def started(folder: Path) -> Path:
     """A folder in which a run has been started with ``SETTINGS``."""
     open_run_folder(folder, SETTINGS, resume=False, overwrite=False)
-    claim_run_folder(folder, SETTINGS)
+    claim_run_folder(folder, SETTINGS, overwrite=True)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_new_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
     assert open_run_folder(folder, SETTINGS, resume=False, overwrite=False) is None
     assert list(folder.iterdir()) == []
-    claim_run_folder(folder, SETTINGS)
+    claim_run_folder(folder, SETTINGS, overwrite=True)
     assert json.loads((folder / RUN_FILE).read_text()) == SETTINGS
     assert [path.name for path in folder.iterdir()] == [RUN_FILE]
 
@@ -106,7 +106,7 @@ def test_overwriting_a_run_keeps_it_until_the_folder_is_claimed(tmp_path: Path) 
     (folder / "log.jsonl").write_text("{}\n")
     assert open_run_folder(folder, SETTINGS, resume=False, overwrite=True) is None
     assert (folder / "log.jsonl").exists()
-    claim_run_folder(folder, changed(run__seed=1))
+    claim_run_folder(folder, changed(run__seed=1), overwrite=True)
     assert [path.name for path in folder.iterdir()] == [RUN_FILE]
     assert json.loads((folder / RUN_FILE).read_text())["run"]["seed"] == 1
 
@@ -127,7 +127,7 @@ def test_a_folder_behind_a_link_stays_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (real / "link").symlink_to(tmp_path / "kept")
     open_run_folder(link, SETTINGS, resume=False, overwrite=True)
-    claim_run_folder(link, SETTINGS)
+    claim_run_folder(link, SETTINGS, overwrite=True)
     assert link.is_symlink()
     assert (tmp_path / "kept").exists()
     assert [path.name for path in real.iterdir()] == [RUN_FILE]
@@ -155,7 +155,7 @@ def test_looking_at_a_folder_writes_through_no_link(tmp_path: Path) -> None:
     for name in names:
         (folder / name).symlink_to(victim)
     open_run_folder(folder, SETTINGS, resume=False, overwrite=True)
-    claim_run_folder(folder, SETTINGS)
+    claim_run_folder(folder, SETTINGS, overwrite=True)
     assert victim.read_text() == "kept" and [path.name for path in folder.iterdir()] == [RUN_FILE]
     (folder / RUN_FILE).unlink()
     (folder / RUN_FILE).symlink_to(victim)
@@ -167,7 +167,7 @@ def test_settings_become_text_before_anything_is_removed(tmp_path: Path) -> None
     folder = started(tmp_path / "run")
     (folder / "policy").mkdir()
     with pytest.raises(TypeError):
-        claim_run_folder(folder, {"reward": {"since": {1, 2}}})
+        claim_run_folder(folder, {"reward": {"since": {1, 2}}}, overwrite=True)
     assert (folder / "policy").exists() and json.loads((folder / RUN_FILE).read_text()) == SETTINGS
 
 
@@ -297,7 +297,7 @@ def test_a_checkpoint_of_something_else_is_named(what: str, words: str) -> None:
 
 
 def test_a_checkpoint_of_other_settings_or_of_none() -> None:
-    with pytest.raises(CheckpointError, match=r"is of a run with ppo\.kl_coef=0\.1, now ppo\.kl_coef=0\.05"):
+    with pytest.raises(CheckpointError, match=r"was started with ppo\.kl_coef=0\.1, now ppo\.kl_coef=0\.05"):
         require_identity(found(changed(ppo__kl_coef=0.1)), SETTINGS, {})
     for state in ({}, {"settings": 3, "identity": {}}, {"settings": {}, "identity": 7}):
         with pytest.raises(CheckpointError):
@@ -309,6 +309,7 @@ def test_an_adapters_fingerprint_is_of_names_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("text")
     before = folder_fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("other text")
+    (tmp_path / "old.json").mkdir()
     assert folder_fingerprint(tmp_path) == before
     (tmp_path / "adapter_model.safetensors").write_bytes(b"Weights")
     assert folder_fingerprint(tmp_path) != before

@@ -207,6 +207,24 @@ def test_a_file_that_raises_when_imported(tmp_path: Path, text: str, shown: str)
 def plain(rewards: Any, gamma: float, *, share: float = 0.5) -> None: ...
 
 
+def test_a_file_that_ends_the_process_or_raises_where_a_name_is_looked_up(tmp_path: Path) -> None:
+    """A script that says sys.exit(0) would end the run as if it were done."""
+    for text, shown in (
+        ("import sys\nsys.exit(0)\n", "raised SystemExit: 0 at own.py:2; repair it"),
+        ("def __getattr__(name):\n    return 1 / 0\n", "raised ZeroDivisionError: division by zero at own.py:2; rep"),
+    ):
+        path = write(tmp_path / "own.py", text)
+        with pytest.raises(ConfigError) as caught:
+            load_function(f"{path}:f", "reward.function")
+        assert shown in str(caught.value), caught.value
+
+
+def test_a_function_that_does_not_say_what_it_takes() -> None:
+    for name in ("max", "dict", "type"):
+        with pytest.raises(ConfigError, match=f"{name} does not say what parameters it takes; name a function in Pyth"):
+            load_function(f"builtins:{name}", "ppo.advantage")
+
+
 def test_a_known_name_or_a_path(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.py", "def f(x): ...")
     assert find("plain", {"plain": plain}, "ppo.advantage") is plain

@@ -126,16 +126,14 @@ def prune(folder: Path, *, newest: int, keep: int, best: int | None) -> None:
 
 
 def _require_equal(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the file holds these tensors, bit by bit: NaN equals itself here."""
     again = load_file(path)
-    if again.keys() != tensors.keys() or not all(_same_bits(again[name], tensors[name]) for name in again):
+    same = again.keys() == tensors.keys()
+    for name, tensor in tensors.items() if same else ():
+        here, there = (each.detach().cpu().contiguous().flatten() for each in (tensor, again[name]))
+        same = same and here.dtype == there.dtype and torch.equal(here.view(torch.uint8), there.view(torch.uint8))
+    if not same:
         raise CheckpointError(f"{path} does not hold what was written to it; the disk may be failing, use another")
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """NaN equals itself here."""
-    return one.dtype == other.dtype and torch.equal(
-        one.contiguous().flatten().view(torch.uint8), other.detach().cpu().contiguous().flatten().view(torch.uint8)
-    )
 
 
 def _to_disk(path: Path) -> None:
@@ -233,22 +231,18 @@ def _require_files(place: Path, files: dict[str, Any]) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {shortened(size, 40)}: it is cut")
         if _size_and_hash(path) != expected:
             raise CheckpointError(f"{path} is not what was written: its SHA-256 is another")
-        if name.endswith(TENSORS):
-            _require_safetensors(path)
+        try:
+            if name.endswith(TENSORS):
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is no file of safetensors ({described(error)})") from error
     for path in files_below(place):
         name = str(path.relative_to(place))
         if name not in files and name != MANIFEST:
             raise CheckpointError(f"{path} does not belong to the checkpoint: its manifest does not know it")
     if STATE not in files:
         raise CheckpointError(f"{place} lacks its file {STATE}")
-
-
-def _require_safetensors(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no file of safetensors ({described(error)})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

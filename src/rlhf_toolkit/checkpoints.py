@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_toolkit.checkpoint_files import Checkpoint, newest_sound, remove_leftovers, understood
+from rlhf_toolkit.checkpoint_files import LARGEST_JSON, Checkpoint, newest_sound, remove_leftovers, understood
 from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described, shortened
@@ -76,7 +76,7 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
             raise CheckpointError(
                 f"{odd} is neither a file nor a folder; whoever reads it may wait for ever; remove it"
             )
-        _require_same(folder, experiment)
+        require_same_settings(folder, _settings_in(folder / RUN_FILE), experiment)
         found, passed_over = newest_sound(folder)
         for line in passed_over:
             say(f"passed over: {printable(line)}")
@@ -90,12 +90,17 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     return None
 
 
-def claim_run_folder(folder: Path, experiment: dict[str, Any]) -> None:
+def claim_run_folder(folder: Path, experiment: dict[str, Any], *, overwrite: bool) -> None:
     """Clear the folder for a fresh start and write down whose it is. The folder itself stays: it may be a mount.
 
-    The settings become text before anything is removed.
+    The settings become text before anything is removed. Raises CheckpointError where, without ``overwrite``, another
+    run has claimed the folder since ``open_run_folder`` looked into it.
     """
     text = _as_text(experiment)
+    if not overwrite and (folder / RUN_FILE).exists():
+        raise CheckpointError(
+            f"run.output_dir={folder} has been claimed by another run while this one was loading; choose another folder"
+        )
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -108,14 +113,8 @@ def require_identity(checkpoint: Checkpoint, settings: dict[str, Any], identity:
     """Raise CheckpointError unless the checkpoint is of a run with these ``settings`` and with what ``identity`` names,
     by a fingerprint of each: what its numbers mean only together with."""
     with understood(checkpoint.folder):
-        changed = changed_setting(checkpoint.state["settings"], settings)
+        require_same_settings(checkpoint.folder, checkpoint.state["settings"], settings)
         before = dict(checkpoint.state["identity"])
-    if changed is not None:
-        name, old, new = changed
-        raise CheckpointError(
-            f"{checkpoint.folder} is of a run with {name}={shortened(old)}, now {name}={shortened(new)}; resume with "
-            "the same settings"
-        )
     for what, now in identity.items():
         if before.get(what) != now:
             raise CheckpointError(
@@ -141,7 +140,7 @@ def folder_fingerprint(folder: str | Path) -> str:
     """A short hash of the names and bytes of the weights and settings in an adapter's folder."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".bin"):
+        if path.suffix in (".safetensors", ".json", ".bin") and path.is_file():
             with open(path, "rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()[:16]
@@ -195,33 +194,30 @@ def _require_room(folder: Path) -> None:
         )
 
 
-def _require_same(folder: Path, experiment: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the folder's settings are those of ``experiment``, but for how long a run is and who
-    watches it."""
-    path = folder / RUN_FILE
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({described(error)}); restore it, or start with --overwrite"
-        ) from error
-    if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
-        raise CheckpointError(f"{path} holds no settings; restore it, or start with --overwrite")
-    changed = changed_setting(before, experiment)
-    if changed is not None:
-        name, old, new = changed
-        raise CheckpointError(
-            f"{folder} was started with {name}={old!r}, now {name}={new!r}; resume with the same settings"
-        )
-
-
-def changed_setting(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting that is another now, with both values, but for those of how long a run is and who watches
-    it."""
+def require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError, for the first, unless the settings of a folder are those of ``now``, but for how long a
+    run is and who watches it."""
     for section, settings in now.items():
         for key, value in settings.items():
             name, old = f"{section}.{key}", before.get(section, {}).get(key)
             free = name.startswith(FREE_TO_CHANGE) and name not in NEVER_FREE
             if old != value and not free:
-                return name, old, value
-    return None
+                raise CheckpointError(
+                    f"{folder} was started with {name}={shortened(old)}, now {name}={shortened(value)}; resume with "
+                    "the same settings"
+                )
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """The settings that a run has written to ``path``. Raises CheckpointError where it holds none."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON // 2**20} MiB")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({described(error)}); restore it, or start with --overwrite"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
+        raise CheckpointError(f"{path} holds no settings; restore it, or start with --overwrite")
+    return found

@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from rlhf_toolkit.errors import reported
+from rlhf_toolkit.errors import reported, shortened
 from rlhf_toolkit.texts import say
 
 Options = argparse.Namespace
@@ -113,16 +114,22 @@ def evaluate(options: Options) -> None:
     """Have adapters and their base answer an experiment's held-out prompts, and compare them."""
     from rlhf_toolkit.files import write_text
     from rlhf_toolkit.reporting.report import evaluation_lines
-    from rlhf_toolkit.runs.evaluation import compare_contestants, read_experiment
+    from rlhf_toolkit.runs.evaluation import compare_contestants, read_experiment, written_to
 
+    for place in (options.out, options.responses):
+        if place is not None:
+            with written_to(place), TemporaryFile(dir=place.absolute().parent):
+                pass  # what cannot be written is better known before the work than after
     experiment = read_experiment(options.experiment, options.set, samples=options.samples)
     found = compare_contestants(experiment, options.contestants, greedy=not options.no_greedy, kl=not options.no_kl)
     plain = found.as_dict()
     say("\n".join(evaluation_lines(plain)))
     if options.out:
-        write_text(options.out, json.dumps({**plain, "experiment": experiment.as_dict()}, indent=2) + "\n")
+        with written_to(options.out):
+            write_text(options.out, json.dumps({**plain, "experiment": experiment.as_dict()}, indent=2) + "\n")
     if options.responses:
-        found.write_responses(options.responses)
+        with written_to(options.responses):
+            found.write_responses(options.responses)
 
 
 def inspect(options: Options) -> None:
@@ -182,10 +189,9 @@ class Command:
 
 
 def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
+    if not (text.isdecimal() and len(text) <= 18 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no whole number from 1 up")
+    return int(text)
 
 
 DTYPES = ("bfloat16", "float16", "float32")

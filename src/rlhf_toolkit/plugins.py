@@ -105,12 +105,19 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
         )
     try:
         module = _module_of(path) if path.suffix == ".py" else importlib.import_module(place)
-    except Exception as error:  # importing runs code
+        found = _callable(module, name, spec, setting)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # importing runs code, which may end scripts, and so may looking up a name
+        ours = (__file__, importlib.__file__)
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours and f.filename[0] != "<"
+        ]
+        where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         raise ConfigError(
             f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised "
-            f"{described(error)}{_where(error)}; repair it, or give path/to/file.py:name"
+            f"{described(error)}{where}; repair it, or give path/to/file.py:name"
         ) from error
-    found = _callable(module, name, spec, setting)
     if callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None)):
         with_state[spec] = found
     return found
@@ -128,24 +135,28 @@ def _callable(module: ModuleType, name: str, spec: str, setting: str) -> Callabl
             f"{setting}={shortened(spec)}: {name} is {shortened(function)} ({type(function).__name__}), "
             "which cannot be called; name a function"
         )
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError) as error:  # some of Python's own, written in C, do not say what they take
+        raise ConfigError(
+            f"{setting}={shortened(spec)}: {name} does not say what parameters it takes; name a function in Python "
+            "that calls it"
+        ) from error
     return function
 
 
 def _module_of(path: Path) -> ModuleType:
     """The file as a module, which is run where this process has not run that file with that text before.
 
-    Its name follows from both, so ``sys.modules`` knows what has been run.
+    Its name follows from both, so ``sys.modules`` knows what has been run. Python's cache of bytecode, which takes two
+    texts of one length and one second for the same, is left aside.
     """
     path = path.resolve()
     text = path.read_bytes()
     digest = hashlib.sha256(bytes(path) + b"\0" + text).hexdigest()[:16]
     name = f"rlhf_plugin_{path.stem}_{digest}"
-    return sys.modules[name] if name in sys.modules else _run_file(path, text, name)
-
-
-def _run_file(path: Path, text: bytes, name: str) -> ModuleType:
-    """A new module ``name`` of the file, which holds ``text``. Python's cache of bytecode, which takes two texts of one
-    length and one second for the same, is left aside."""
+    if name in sys.modules:
+        return sys.modules[name]
     loader = SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
@@ -167,10 +178,3 @@ def _first_on_path(folder: str) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(folder)
-
-
-def _where(error: BaseException) -> str:
-    """The line that raised, as `` at file.py:12``; nothing where Python's own import machinery did."""
-    ours = (__file__, importlib.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours and f.filename[0] != "<"]
-    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""

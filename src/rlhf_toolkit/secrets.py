@@ -122,7 +122,9 @@ def _variable(match: re.Match[str], setting: str) -> str:
 
 def _walked(value: Any, key: str, found: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
-        return {name: _walked(item, _inner(key, name), found) for name, item in value.items()}
+        # What is below a secret key is secret, whatever it is called: ``headers: {Authorization: {a: ...}}``.
+        inherits = is_secret_key(key)
+        return {name: _walked(item, key if inherits else str(name), found) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_walked(item, key, found) for item in value]
     if isinstance(value, bool) or value is None:
@@ -130,11 +132,6 @@ def _walked(value: Any, key: str, found: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return _text(value, key, found)
     return found(str(value)) if is_secret_key(key) and value else value
-
-
-def _inner(outer: str, name: Any) -> str:
-    """What is below a secret key is secret, whatever it is called: ``headers: {Authorization: {a: ...}}``."""
-    return outer if is_secret_key(outer) else str(name)
 
 
 def _text(text: str, key: str, found: Callable[[str], str]) -> str:

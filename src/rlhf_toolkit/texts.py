@@ -58,11 +58,8 @@ def say(text: str, file: TextIO | None = None) -> None:
 def quoted(value: Any, length: int) -> str:
     """``repr(value)`` on one line, of some ``length`` characters, without ever making a longer one: a list that holds
     itself, or a thousand times another, is cut where it gets long."""
-    return printable(_cut(" ".join("".join(_pieces(value, length + 1, 0)).split()), length))
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "..."
+    text = " ".join("".join(_pieces(value, length + 1, 0)).split())
+    return printable(text if len(text) <= length else text[:length] + "...")
 
 
 DEEPEST = 6
@@ -70,24 +67,16 @@ DEEPEST = 6
 
 def _pieces(value: Any, room: int, depth: int) -> list[str]:
     """The parts of ``repr(value)``, no more than ``room`` characters need."""
-    if isinstance(value, str):
-        return [repr(value[: room + 1])]
-    if isinstance(value, bytes):
+    if isinstance(value, str | bytes):
         return [repr(value[: room + 1])]
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4000:
         return [f"a whole number of {value.bit_length()} bits"]
-    if type(value) in (list, tuple, set, frozenset, dict):
-        return _inside(value, room, depth)
-    try:
-        return [repr(value)]
-    except Exception as error:  # the repr of a stranger's object
-        return [f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"]
-
-
-def _inside(value: Any, room: int, depth: int) -> list[str]:
+    if type(value) not in (list, tuple, set, frozenset, dict) or not value:
+        try:
+            return [repr(value)]
+        except Exception as error:  # the repr of a stranger's object
+            return [f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"]
     opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
-    if not value:
-        return [repr(value)]
     if depth >= DEEPEST:
         return [opening, "...", closing]
     found, used = [opening], 0

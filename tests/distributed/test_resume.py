@@ -52,6 +52,7 @@ CHEAPEST = {
     "ppo.mini_batches": 1,
     "ppo.kl_coef": 0.0,
     "ppo.kl_target": None,
+    "ppo.kl_horizon": 10000,
     "model.value_on": "policy_trunk",
 }
 """No pass of policy or reference after the first rollout, and no adapter of the value."""

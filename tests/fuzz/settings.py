@@ -44,7 +44,7 @@ WITHOUT_TRACE = {
     "run.keep_best": "two updates leave no more checkpoints than are kept",
     "run.keep_checkpoints": "two updates leave two checkpoints",
     "rollout.slots": "results do not depend on it",
-    "rollout.max_turns": "without an environment",
+    "rollout.max_turns": "three tokens rarely leave room for a second turn",
     "update.packing": "rounding alone",
     "model.attention": "rounding alone",
 }

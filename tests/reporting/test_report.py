@@ -57,6 +57,8 @@ def test_what_a_run_did_not_measure_is_left_out() -> None:
     lines = table({**SUMMARY, "evaluations": [], "ref_kl": [None]})
     assert not [line for line in lines if "held-out" in line or "KL" in line] and len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "columns stand under one another"
+    lost = table({**SUMMARY, "evaluations": [], "ref_kl": []})
+    assert [line.split("  ")[1] for line in lost] == [line.split("  ")[1] for line in lines], "a log without records"
 
 
 def test_what_has_no_score_is_no_number_and_counts_nowhere() -> None:

@@ -82,6 +82,30 @@ def test_a_line_that_a_run_was_killed_in_is_cut_off(tmp_path: Path) -> None:
         assert (tmp_path / "log.jsonl").read_text() == expected
 
 
+def test_records_that_a_log_has_lost_are_named_where_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = log_of(tmp_path)
+    for step in (4, 8, 12, 16):
+        say(log, step, train__loss=0.1)
+    whole = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    for kept, until, words in (
+        (whole, 4, ""),
+        (whole, 3, ""),
+        (whole[:3], 3, ""),
+        (whole[1:], 4, "lost 1 of 4 records, the first of rollout 1, the last of rollout 1:"),
+        (whole[:1] + whole[3:], 4, "lost 2 of 4 records, the first of rollout 2, the last of rollout 3:"),
+        ([], 2, "lost 2 of 2 records, the first of rollout 1, the last of rollout 2:"),
+    ):
+        (tmp_path / "log.jsonl").write_text("".join(kept))
+        mend_logs(tmp_path, until=until)
+        told = capsys.readouterr().out
+        assert told.count("\n") == bool(words) and words in told, (until, told)
+    (tmp_path / "log.jsonl").unlink()
+    mend_logs(tmp_path, until=1)
+    assert "lost 1 of 1" in capsys.readouterr().out
+
+
 def test_the_axis_of_a_supervised_run_is_its_steps(tmp_path: Path) -> None:
     log = log_of(tmp_path, axis="step", updates_per_rollout=1)
     say(log, 3, train__loss=0.5)

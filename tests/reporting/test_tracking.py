@@ -126,6 +126,9 @@ def test_how_long_it_tries_is_bounded_and_the_users_to_say(monkeypatch: pytest.M
         mirror_of(wandb, monkeypatch)
         assert wandb.started[0]["settings"].init_timeout == expected
         assert wandb.started[0]["settings"].finish_timeout == tracking.FINISH_TIMEOUT_SECONDS
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
+    with pytest.raises(ConfigError, match="WANDB_INIT_TIMEOUT='soon' is no number of seconds; set one, or unset it"):
+        mirror_of(Wandb(), monkeypatch)
 
 
 def test_a_run_without_the_package_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,8 @@ def test_weights_of_function_adapter_and_model_add_up(tmp_path: Path) -> None:
 def test_the_value_starts_at_the_reward_adapters_score(tmp_path: Path) -> None:
     """After the last token the value is the score, exactly: same adapter, same head, one forward."""
     adapter = write_reward_adapter(tmp_path / "adapter")
-    trainer = prepared(tmp_path, **{"reward.adapter": str(adapter), "model.value_adapter": str(adapter)})
+    changes = {"reward.adapter": str(adapter), "model.value_adapter": str(adapter), "model.value_head_std": 0.0}
+    trainer = prepared(tmp_path, **changes)
     experience = trainer.maker.collect(trainer.model, 0).tokens
     layout = trainer.maker.scored_sampler.cutting.layout(
         experience.sequences, experience.prompt_lengths, experience.response_lengths
@@ -196,6 +197,7 @@ def test_two_ranks_under_zero3_train_as_one_process_does(tmp_path: Path) -> None
             "reward.model": str(model),
             "reward.model_weight": 0.5,
             "model.value_adapter": str(adapter),
+            "model.value_head_std": 0.0,
             "rollout.max_new_tokens": 12,
         }
         path = write_experiment(folder / "run.yaml", merged(write_task(folder), changes))

@@ -171,7 +171,7 @@ def test_an_environment_that_says_nothing_changes_nothing(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
         sections = task(tmp_path / name, "none")
         if name == "without":
-            del sections["rollout"]["environment"]
+            del sections["rollout"]["environment"], sections["rollout"]["max_turns"]
         prepare(experiment_from_dict(sections)).train()
         found.append(load_file(tmp_path / name / "run/policy/adapter_model.safetensors"))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())

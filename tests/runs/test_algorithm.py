@@ -232,7 +232,10 @@ def test_every_run_begins_with_a_controller_of_its_own() -> None:
             "data.curriculum_kwargs.aim: near_target has no such parameter",
         ),
         ({"rollout": {"environment": "no.py:f"}}, "rollout.environment='no.py:f': there is no file no.py"),
-        ({"reward": {"passes_at": 1.0, "answer": "no.py:f"}}, "reward.answer='no.py:f': there is no file no.py"),
+        (
+            {"data": {"evaluation": "e"}, "reward": {"passes_at": 1.0, "answer": "no.py:f"}},
+            "reward.answer='no.py:f': there is no file no.py",
+        ),
     ],
 )
 def test_functions_around_the_algorithm_are_found_first(settings: dict[str, Any], message: str) -> None:
@@ -288,7 +291,7 @@ def test_a_start_resolves_once_and_executes_the_file_of_all_its_functions_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text(EVERYTHING)
-    changes = {name: f"{tmp_path}/mine.py:{function}" for name, function in SETTINGS.items()}
+    changes: dict[str, Any] = {name: f"{tmp_path}/mine.py:{function}" for name, function in SETTINGS.items()}
     calls: list[str] = []
 
     def counted(name: str) -> Any:
@@ -303,6 +306,7 @@ def test_a_start_resolves_once_and_executes_the_file_of_all_its_functions_once(
     names = ["estimator_of", "policy_loss_of", "curriculum_of", "environment_of", "passing_of"]
     for name in names:
         monkeypatch.setattr(algorithm_module, name, counted(name))
-    prepare(experiment_from_dict(merged(write_task(tmp_path), {**changes, "reward.passes_at": 1.0})))
+    changes |= {"reward.passes_at": 1.0, "data.evaluation": f"{tmp_path}/heldout.jsonl"}
+    prepare(experiment_from_dict(merged(write_task(tmp_path), changes)))
     assert (tmp_path / "executed").read_text() == "x"
     assert sorted(calls) == sorted(names)

@@ -163,6 +163,18 @@ def test_the_command_prints_and_writes_what_was_found(tmp_path: Path, capsys: py
     assert [(row["row"], row["sample"]) for row in rows[3:9]] == [(i, j) for i in range(3) for j in range(2)]
 
 
+def test_a_file_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_experiment(tmp_path / "e.yaml", sections(tmp_path))
+    for option, place in (("--out", tmp_path / "no/out.json"), ("--responses", tmp_path)):
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", str(path), "base", option, str(place)])
+        said = capsys.readouterr().err.strip()
+        assert ended.value.code == 1 and said.startswith(f"ConfigError: {place} cannot be written ("), said
+        assert "\n" not in said
+
+
 def test_a_missing_score_is_null_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(
         "def odd(prompts, responses, **columns):\n    return [None if p == prompts[0] else 1.0 for p in prompts]\n"
@@ -180,7 +192,11 @@ def test_a_missing_score_is_null_and_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "contestants", "options", "kind", "message"),
     [
-        ({"data.evaluation": None}, ("base",), {}, ConfigError, r"data\.evaluation is missing"),
+        (
+            {f"reward.{name}": None for name in ("passes_at", "answer")}
+            | {"data.evaluation": None, "run.evaluation_samples": 0},
+            *(("base",), {}, ConfigError, r"data\.evaluation is missing"),
+        ),
         ({}, ("base", "base"), {}, ConfigError, "base is named twice"),
         ({"run.evaluation_samples": 0}, ("base",), {"greedy": False}, ConfigError, "nothing to decode"),
         ({}, ("./nowhere",), {}, ModelError, r"\./nowhere is no folder"),

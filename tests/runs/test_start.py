@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.errors import CheckpointError, ConfigError, TopologyError
+from rlhf_toolkit.models.loading import load_model_config as real_config
 from rlhf_toolkit.runs import start
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import prepare
@@ -31,11 +32,11 @@ def test_a_supervised_run_imports_nothing_of_rollout() -> None:
     assert [name for name in ours if "rollout" in name or name == "rlhf_toolkit.trainers.ppo"] == []
 
 
-STEPS = ("open_run_folder", "load_model_config", "claim_run_folder", "fingerprint_of")
+STEPS = ("open_run_folder", "load_model_config", "fingerprint_of", "require_same", "claim_run_folder", "start_wandb")
 
 
 @pytest.mark.parametrize("kind", ["ppo", "sft"])
-def test_every_kind_looks_before_it_claims_and_claims_before_it_loads_a_model(
+def test_every_kind_claims_its_folder_when_all_has_been_looked_at(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
@@ -55,7 +56,9 @@ def test_every_kind_looks_before_it_claims_and_claims_before_it_loads_a_model(
         run: Any = prepare(experiment_from_dict(write_task(tmp_path)))
     else:
         run = prepare_fine_tuning(experiment_from_dict(sections(tmp_path, "sft", {}), SFTExperiment))
-    assert tuple(order) == STEPS
+    assert order.pop(0) == "require_same", "the settings"
+    assert order.count("require_same") == 2, "of what is loaded, before and after the reward models"
+    assert tuple(dict.fromkeys(order)) == STEPS
     assert (run.folder / "run.json").exists() and run.checkpoint is None
 
 
@@ -64,3 +67,34 @@ def test_a_setting_that_does_nothing_costs_no_run_its_folder(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"ppo\.gamma=0\.9 does nothing"):
         prepare(experiment_from_dict(task))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_differs_between_machines_costs_no_run_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that differ are found when everything has been loaded; the old run lies there still."""
+    task = write_task(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in ("run.json", "summary.json"):
+        (tmp_path / "run" / name).write_text("{}")
+
+    def require_same(what: str, mine: Any) -> None:
+        if "rows" in mine:
+            raise TopologyError(f"{what} rows is another on rank 1")
+
+    monkeypatch.setattr(start, "require_same", require_same)
+    with pytest.raises(TopologyError, match="rows is another"):
+        prepare(experiment_from_dict(task), overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "summary.json"]
+
+
+def test_a_folder_that_another_run_has_claimed_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def load_model_config(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "run/run.json").write_text("{}")
+        return real_config(*args, **kwargs)
+
+    monkeypatch.setattr(start, "load_model_config", load_model_config)
+    with pytest.raises(CheckpointError, match="claimed by another run while this one was loading"):
+        prepare(experiment_from_dict(write_task(tmp_path)))
+    assert (tmp_path / "run/run.json").read_text() == "{}"

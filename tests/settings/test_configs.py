@@ -276,7 +276,7 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
         (
             "model",
             {name: value},
-            f"model.{name}={value} is about an adapter, and sft.full trains none; leave one of them out",
+            f"model.{name}={value} does nothing: sft.full trains no adapter; leave one of them out",
         )
         for name, value in {
             "lora_rank": 8,
@@ -472,7 +472,6 @@ def default(section: str, name: str) -> str:
         ("rollout", "max_new_tokens", 0, 1),
         ("rollout", "temperature", 0.0, 0.01),
         ("ppo", "clip_range_high", 0.0, 5.0),
-        ("ppo", "kl_horizon", 0, 1),
         ("ppo", "num_rollouts", 0, 1),
         ("ppo", "num_ppo_epochs", 0, 1),
         ("ppo", "mini_batches", 0, 1),
@@ -558,7 +557,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(
 
 def test_an_importance_cap_is_at_least_the_weight_of_equal_samplers() -> None:
     assert error_of("ppo", importance_cap=0.9) == "ppo.importance_cap=0.9 must be at least 1; the default is 2.0"
-    experiment(ppo={"importance_cap": 1.0})
+    experiment(ppo={"importance_cap": 1.0, "importance_correction": "token"})
 
 
 @for_each(
@@ -566,7 +565,7 @@ def test_an_importance_cap_is_at_least_the_weight_of_equal_samplers() -> None:
     [
         ({}, True),
         ({"kl_coef": 0.0}, False),
-        ({"kl_coef": 0.0, "kl_target": 0.1}, True),
+        ({"kl_coef": 0.01, "kl_target": 0.1}, True),
         ({"kl_in": "loss"}, True),
         ({"kl_in": "loss", "kl_coef": 0.0}, False),
     ],
@@ -715,7 +714,7 @@ def test_the_kl_horizon_is_long_enough_for_the_controller(prompts: int, least: i
     )
     with pytest.raises(ConfigError):
         AdaptiveKL(0.1, target=0.1, horizon=least - 1).update(0.2, prompts)
-    experiment(rollout={"prompts_per_rollout": prompts}, ppo={"kl_horizon": 1})
+    assert error_of("ppo", kl_target=0.1, kl_horizon=0).startswith("ppo.kl_horizon=0 must be above 0")
 
 
 def test_a_stop_by_the_kl_needs_a_second_update() -> None:

@@ -207,7 +207,7 @@ def used(case: Case, settings: dict[str, Any]) -> str:
         reward.close()
     folder = Path("run")
     open_run_folder(folder, experiment.as_dict(), resume=False, overwrite=False)
-    claim_run_folder(folder, experiment.as_dict())
+    claim_run_folder(folder, experiment.as_dict(), overwrite=True)
     card(folder, experiment.as_dict())
     if case.use == "wandb":
         mirror = WandbMirror(mode="offline", project="p", name="n", folder=folder, config=experiment.as_dict())
@@ -242,7 +242,7 @@ def wrong(case: Case, settings: dict[str, Any], experiment: Experiment) -> str:
                     said.append(str(error))
     folder = Path("run")
     open_run_folder(folder, experiment.as_dict(), resume=False, overwrite=False)
-    claim_run_folder(folder, {**experiment.as_dict(), **{"reward": {"function": "other.py:x"}}})
+    claim_run_folder(folder, {**experiment.as_dict(), **{"reward": {"function": "other.py:x"}}}, overwrite=True)
     try:
         open_run_folder(folder, experiment.as_dict(), resume=True, overwrite=False)
     except RLHFError as error:

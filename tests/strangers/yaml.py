@@ -319,7 +319,7 @@ def run(case: Case) -> str:
     if json.loads(json.dumps(settings)) != settings or experiment_from_dict(settings) != experiment:
         return frame.WRONGLY
     Path("run").mkdir()
-    claim_run_folder(Path("run"), settings)
+    claim_run_folder(Path("run"), settings, overwrite=True)
     Path(experiment.model.name).exists(), Path(experiment.run.output_dir).exists()
     return frame.WRONGLY if case.refuse else frame.RIGHTLY
 

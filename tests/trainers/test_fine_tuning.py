@@ -54,10 +54,13 @@ def write_rows(folder: Path, count: int = 10) -> Path:
 def sections(folder: Path, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     task = write_task(folder, model=tiny_llama(initializer_range=0.2))
     rows = str(write_rows(folder))
+    model = {**task["model"], "value_head_std": 0.0}
+    if "model.policy_adapter" in changes:  # which has rank and scale of its own
+        del model["lora_rank"], model["lora_alpha"]
     experiment = {
-        "model": {**task["model"], "value_head_std": 0.0},
+        "model": model,
         "data": {"train": rows, "evaluation": rows, "chat_template": False, "max_tokens": 32},
-        "update": {"micro_batch_tokens": 40, "lr": 1e-2, "head_lr": 1e-2},
+        "update": {"micro_batch_tokens": 40, "lr": 1e-2, **({"head_lr": 1e-2} if kind == "reward_model" else {})},
         "run": {"output_dir": str(folder / "run"), "wandb": "off"},
         kind: {"batch_size": 6, "epochs": 2.0},
     }

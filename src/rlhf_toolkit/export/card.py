@@ -143,6 +143,8 @@ class _Card:
         run, kind = self.run, self.kind
         trained, evaluated = (read_records(run.folder, name, kind.axis) for name in ("train", "eval"))
         held_out = _table(tuple(kind.evaluated), _numbers(evaluated, kind.evaluated))
+        settings = yaml.safe_dump(_public(masked(run.settings)), sort_keys=False, allow_unicode=True)
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))  # longer than any in them
         sections = [
             self.metadata(),
             MARK,
@@ -160,7 +162,7 @@ class _Card:
             "## Machine and versions",
             _table(("", ""), self.machine()),
             "## All settings",
-            _fenced("yaml", yaml.safe_dump(_public(masked(run.settings)), sort_keys=False, allow_unicode=True)),
+            f"{fence}yaml\n{settings}{fence}",
         ]
         return "\n\n".join(sections) + "\n"
 
@@ -248,16 +250,14 @@ def _numbers(records: Sequence[Record], columns: Columns) -> Iterable[tuple[str,
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are of one line each and, where they are not code, neither HTML nor links."""
+
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+        lines = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+        shown = (each if each.startswith("`") else each.replace("<", "&lt;").replace("[", "\\[") for each in lines)
+        return "| " + " | ".join(shown) + " |"
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
-
-
-def _cell(text: str) -> str:
-    """Text on one line that ends no cell and, where it is not code, is neither HTML nor a link."""
-    line = " ".join(text.split()).replace("|", "\\|")
-    return line if line.startswith("`") else line.replace("<", "&lt;").replace("[", "\\[")
 
 
 def _inline(text: str) -> str:
@@ -280,12 +280,6 @@ def _public(value: Any) -> Any:
 def _code(text: str) -> str:
     """A string of Python: whatever stands in it, it stays one."""
     return json.dumps(str(text))
-
-
-def _fenced(language: str, text: str) -> str:
-    """A block of code whose fence is longer than any in it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}{fence}"
 
 
 def _shown(text: str) -> str:

@@ -186,12 +186,15 @@ def load_chat(
     for number, (label, place) in enumerate(zip(adapters, folders, strict=True)):
         name = f"adapter_{number}"
         try:
-            model, odd = _with_adapter(model, str(place), name)
+            if not isinstance(model, PeftModel):
+                model = PeftModel(model, read_lora_config(str(place)), adapter_name=name)
+            put = model.load_adapter(str(place), adapter_name=name)
         except Exception as error:  # the same of the adapter's
             raise ModelError(
                 f"{label} does not fit {base} ({described(error)}); give the base that it was trained on"
             ) from error
-        if odd:
+        odd = sorted([*put.unexpected_keys, *put.missing_keys])
+        if odd:  # PEFT alone would pass over them
             raise ModelError(
                 f"{label} does not fit {base}: only one of them has {odd[0]}; give the base that it was trained on"
             )
@@ -219,14 +222,6 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
             yield ask("> ")
         except (EOFError, KeyboardInterrupt):
             return
-
-
-def _with_adapter(model: Any, folder: str, name: str) -> tuple[PeftModel, list[str]]:
-    """Put an adapter on the model; say which weights only one of the two has, since PEFT alone would pass over them."""
-    if not isinstance(model, PeftModel):
-        model = PeftModel(model, read_lora_config(folder), adapter_name=name)
-    found: Any = model.load_adapter(folder, adapter_name=name)
-    return model, sorted([*found.unexpected_keys, *found.missing_keys])
 
 
 class _Stream(TextStreamer):

@@ -245,7 +245,7 @@ def _copy_the_rest(source: Path, folder: Path, dtype: torch.dtype | None, size: 
     for path in sorted(source.iterdir()):
         ours = (folder / path.name).exists() or path.name == INDEX
         if path.name == CONFIG and dtype is not None:
-            _write(folder / CONFIG, _with_dtype(json.loads(path.read_text()), str(dtype)[6:]))
+            _write(folder / CONFIG, _with_dtype(json.loads(path.read_text(encoding="utf-8")), str(dtype)[6:]))
         elif path.is_file() and not path.name.endswith(NOT_COPIED) and path.name.lower() != "readme.md":
             shutil.copyfile(path, folder / path.name)
         elif not ours:

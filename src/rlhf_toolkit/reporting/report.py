@@ -35,7 +35,7 @@ def table(summary: dict[str, Any]) -> list[str]:
         if evaluations and name in evaluations[0]:
             after = evaluations[-1].get(name, float("nan"))  # no response has a score
             rows += [(f"{words}, before", evaluations[0][name]), (f"{words}, after", after)]
-    if summary["ref_kl"][-1] is not None:
+    if summary["ref_kl"] and summary["ref_kl"][-1] is not None:
         rows.append(("KL to the reference, last rollout (nats a response)", summary["ref_kl"][-1]))
     rows += [
         ("minutes", summary["seconds"] / 60),
@@ -68,26 +68,21 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
         "",
     ]
     for way in next(iter(estimates.values())):
-        lines += [*_columns(way, {label: ways[way] for label, ways in estimates.items()}), ""]
+        columns = [ways[way] for ways in estimates.values()]
+        rows = [[way, *map(printable, estimates)]]
+        for name in dict.fromkeys(name for column in columns for name in column):
+            rows.append([printable(name), *(_interval(each[name], ".3f") if name in each else "" for each in columns)])
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        for row in rows:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append(f"  {line}".rstrip())
+        lines.append("")
     rates = [
         printable(f"  {rate['of']} over {rate['over']}, by {rate['by']} ({rate['decoding']}): ")
         + _interval(rate["rate"], ".1%")
         for rate in found["win_rates"]
     ]
     return lines[:-1] if not rates else [*lines, "  win rates, ties a half", *rates]
-
-
-def _columns(way: str, estimates: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    names = list(dict.fromkeys(name for found in estimates.values() for name in found))
-    rows = [[way, *map(printable, estimates)]]
-    rows += [
-        [printable(n), *(_interval(found[n], ".3f") if n in found else "" for found in estimates.values())]
-        for n in names
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _interval(value: dict[str, float], form: str) -> str:

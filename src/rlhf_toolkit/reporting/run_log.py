@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.files import appended, write_text
-from rlhf_toolkit.texts import printable
+from rlhf_toolkit.texts import printable, say
 
 Record = dict[str, Any]
 Sink = Callable[[Record, list[Record]], None]
@@ -151,8 +151,11 @@ def history(folder: Path, *, axis: str, until: int) -> list[tuple[Record, list[R
     return [(record, of[place]) for place, record in newest.items()]
 
 
-def mend_logs(folder: Path) -> None:
-    """Cut off the line that a run was killed in the middle of, so that the next one begins a line of its own.
+def mend_logs(folder: Path, *, axis: str = "rollout", until: int = 0) -> None:
+    """Make the logs of a run that goes on after rollout or step ``until`` ready for its next record.
+
+    The line that the run was killed in the middle of is cut off, so that the next one begins a line of its own. Records
+    that are not there are named on the terminal: nothing else holds them, and a run can go on without.
 
     Raises CheckpointError where what is left is not all records: the summary at the end of the run would need them.
     """
@@ -163,6 +166,14 @@ def mend_logs(folder: Path) -> None:
             if content and not content.endswith(b"\n"):
                 os.truncate(path, content.rfind(b"\n") + 1)
         _lines(path)
+    there = {record[axis] for record in read_records(folder, "train", axis)}
+    lost = [number for number in range(1, until + 1) if number not in there]
+    if lost:
+        say(
+            f"{folder / 'log.jsonl'} has lost {len(lost)} of {until} records, the first of {axis} {lost[0]}, the last "
+            f"of {axis} {lost[-1]}: the summary and an offline W&B run will lack them; to have them, stop, restore "
+            "that file, and continue with --resume"
+        )
 
 
 def _lines(path: Path) -> list[Record]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_toolkit.errors import ConfigError, described
+from rlhf_toolkit.errors import ConfigError, described, shortened
 
 SAMPLE_COLUMNS = ("rollout", "kind", "prompt", "response", "score")
 START_TIMEOUT_SECONDS = 60
@@ -100,8 +100,15 @@ def imported(mode: str) -> Any:
 
 
 def _settings(wandb: Any) -> Any:
+    given = os.environ.get("WANDB_INIT_TIMEOUT", str(START_TIMEOUT_SECONDS))
+    try:
+        seconds = float(given)
+    except ValueError as error:
+        raise ConfigError(
+            f"the environment's WANDB_INIT_TIMEOUT={shortened(given, 40)} is no number of seconds; set one, or unset it"
+        ) from error
     return wandb.Settings(
-        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", START_TIMEOUT_SECONDS)),
+        init_timeout=seconds,
         finish_timeout=FINISH_TIMEOUT_SECONDS,
         silent=True,
         console="off",

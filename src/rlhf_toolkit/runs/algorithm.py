@@ -28,11 +28,15 @@ from rlhf_toolkit.rollout.shaping import Estimator, ScoreShaping, Shaping
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.settings.configs import DataConfig, PPOConfig, RewardConfig, RolloutConfig
 from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.idle import ABOUT_NEW_ADAPTERS, OF_THE_FOLDER, Idle, default_value, refuse_idle, value_of
 from rlhf_toolkit.trainers.ppo_loss import PolicyLoss, PPOLoss
 from rlhf_toolkit.types import Prompt
 
 TOKEN_MEAN = "token-mean"
 OF_ESTIMATORS, OF_LOSSES = ("gamma", "gae_lambda"), ("clip_range_low", "clip_range_high", "dual_clip")
+OF_A_VALUE = (
+    *("model.value_head_std", "ppo.value_coef", "ppo.value_clip_range", "update.value_lr", "update.value_head_lr"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def resolve(experiment: Experiment) -> Algorithm:
             "whiten_advantages: true, or leave it at rollout"
         )
     trains_value = estimator.needs("values")
+    refuse_idle(experiment, idle_under(experiment, trains_value=trains_value))
     update_roles = 2 if trains_value and experiment.model.value_on == ON_ADAPTER else 1
     return Algorithm(
         score_shaping=score_shaping_of(experiment.reward),
@@ -137,6 +142,44 @@ def estimator_of(ppo: PPOConfig) -> Estimator:
             "terminal or mask, or give the function that parameter"
         )
     return estimator
+
+
+def idle_under(experiment: Experiment, *, trains_value: bool) -> list[Idle]:
+    """Which settings are idle because a value is trained, or because none is."""
+    model, estimator = experiment.model, f"ppo.advantage={experiment.ppo.advantage}"
+    new_value = trains_value and model.value_on == ON_ADAPTER and model.value_adapter is None
+    named = f"model.policy_adapter={model.policy_adapter}"
+    return [
+        (
+            not trains_value,
+            ("model.value_adapter", "model.value_on"),
+            f"{estimator} trains no value; leave it out, or use advantage: gae",
+        ),
+        (
+            model.policy_adapter is not None and not new_value,
+            ABOUT_NEW_ADAPTERS,
+            f"no adapter is new, and that of {named} {OF_THE_FOLDER}",
+        ),
+    ]
+
+
+def idle_numbers(experiment: Experiment, *, trains_value: bool) -> list[str]:
+    """Lines that name numbers which are set and which nothing reads in this run. They are no mistake, since one file is
+    run with several estimators, and ``rlhf evaluate`` may ask for samples; but they are to be said."""
+    reasons = {
+        f"ppo.advantage={experiment.ppo.advantage} trains no value": () if trains_value else OF_A_VALUE,
+        f"model.value_on={experiment.model.value_on} gives the value no adapter": ("update.value_lr",)
+        if trains_value and experiment.model.value_on != ON_ADAPTER
+        else (),
+        "evaluations sample nothing (run.evaluation_samples=0)": ()
+        if experiment.run.evaluation_samples
+        else ("reward.passes_at", "reward.answer"),
+    }
+    lines = []
+    for reason, names in reasons.items():
+        idle = [name for name in names if value_of(experiment, name) != default_value(experiment, name)]
+        lines += [f"without effect, since {reason}: {', '.join(idle)}"] if idle else []
+    return lines
 
 
 def whitens(ppo: PPOConfig) -> bool:

@@ -8,7 +8,8 @@ experiment's (``model.policy_adapter``, or the bare base).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PretrainedConfig
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.topology import start
-from rlhf_toolkit.errors import ConfigError, TopologyError
+from rlhf_toolkit.errors import ConfigError, TopologyError, described
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
@@ -92,6 +93,20 @@ class Evaluation:
         unfinished.rename(path)
 
 
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is written. Where it cannot be, or is a folder, ConfigError says so."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({described(error)}); name a file in a folder that is there and that you may "
+            "write to"
+        ) from error
+
+
 def read_experiment(path: str, overrides: Sequence[str], *, samples: int | None) -> Experiment:
     """The experiment of a command line; ``samples`` stands for ``run.evaluation_samples``."""
     settings = parse_overrides(list(overrides))
@@ -128,7 +143,8 @@ def compare_contestants(
     responses: dict[str, dict[str, HeldOutResponses]] = {}
     try:
         for label, folder in zip(contestants, folders, strict=True):
-            responses[label] = _answers(setup, _roles(setup, config, folder), progress, greedy=greedy, kl=kl)
+            shared = load_contestant(setup, config, folder)
+            responses[label] = _answers(setup, shared, progress, greedy=greedy, kl=kl)
             progress.bar.update(1)
     finally:
         setup.task.reward.close()
@@ -200,7 +216,7 @@ def _answers(
     return found
 
 
-def _roles(setup: Setup, config: PretrainedConfig, folder: str | None) -> SharedBase:
+def load_contestant(setup: Setup, config: PretrainedConfig, folder: str | None) -> SharedBase:
     """The contestant as policy; the bare base speaks through a new adapter, which adds nothing."""
     model, reward = setup.experiment.model, setup.experiment.reward
     base, adapter = load_adapted_base(model, config, setup.topology)

@@ -235,17 +235,6 @@ def load_items(
 ) -> tuple[list[Item], list[Item]]:
     """Training and held-out items, with a line about what was dropped from each."""
     data = experiment.data
-    sources = [(data.train, data.train_split), (data.evaluation, data.evaluation_split)]
-    found = [
-        [] if source is None else _items(experiment, tokenizer, source, split, stop_ids) for source, split in sources
-    ]
-    return found[0], found[1]
-
-
-def _items(
-    experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, source: str, split: str, stop_ids: Sequence[int]
-) -> list[Item]:
-    data = experiment.data
     options: dict[str, Any] = {
         "max_tokens": data.max_tokens,
         "system_prompt": data.system_prompt,
@@ -253,11 +242,16 @@ def _items(
         "stop_ids": stop_ids,
     }
     tokenise = tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs
-    with agreement("loading"):
-        rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
-        found = tokenise(rows, tokenizer, **options)
-    on_main(lambda: say(f"{source}: {found.summary()}"))
-    return items_of(found)
+
+    def load(source: str, split: str) -> list[Item]:
+        with agreement("loading"):
+            rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
+            found = tokenise(rows, tokenizer, **options)
+        on_main(lambda: say(f"{source}: {found.summary()}"))
+        return items_of(found)
+
+    items = load(data.train, data.train_split)
+    return items, [] if data.evaluation is None else load(data.evaluation, data.evaluation_split)
 
 
 def items_of(found: ExampleSet | PairSet) -> list[Item]:

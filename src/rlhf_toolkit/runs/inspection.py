@@ -18,7 +18,7 @@ from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, DataError, TopologyError, shortened
 from rlhf_toolkit.export.folders import read_json
-from rlhf_toolkit.models.finite import Place, find_not_finite
+from rlhf_toolkit.models.finite import find_not_finite
 from rlhf_toolkit.models.folders import check_model_folder
 from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
 from rlhf_toolkit.models.role_outputs import COLUMNS, RoleOutputs
@@ -88,16 +88,14 @@ class Inspection:
     def _place(self, finding: Finding) -> str:
         row = "" if finding.row is None else f", row {finding.row}"
         role = "" if finding.role is None else f", {finding.role}"
-        return f"micro-batch {finding.micro_batch}{row}{role}{self._token(finding)}"
-
-    def _token(self, finding: Finding) -> str:
+        place = f"micro-batch {finding.micro_batch}{row}{role}"
         if finding.token is None or finding.row is None:
-            return ""
+            return place
         part = self.batch.parts[finding.micro_batch]
         start, ids = int(part["prompt_lengths"][finding.row]), part["sequences"][finding.row]
         inside = finding.token - start
         where = f"token {inside + 1} of the response" if inside >= 0 else f"token {finding.token + 1} of the prompt"
-        return f", {where} ({shortened(self._text(ids[finding.token : finding.token + 1]), 40)})"
+        return f"{place}, {where} ({shortened(self._text(ids[finding.token : finding.token + 1]), 40)})"
 
     def _row(self, i: int, row: int) -> Iterator[str]:
         part = self.batch.parts[i]
@@ -173,23 +171,17 @@ def check_parts(batch: KeptBatch, vocabulary: int) -> None:
         missing = [name for name in needed if name not in part]
         if missing:
             raise DataError(f"micro-batch {i} of the kept batch has no {missing[0]}; its file was changed")
-        if not _is_sound(part, vocabulary):
+        sequences, starts, lengths = (part[name] for name in SEQUENCES)
+        sound = sequences.dim() == 2 and all(part[name].dtype == torch.int64 for name in SEQUENCES)
+        sound = sound and bool(sequences.numel()) and starts.shape == lengths.shape == (len(sequences),)
+        sound = sound and bool(((sequences >= 0) & (sequences < vocabulary)).all())
+        if not (sound and ((starts > 0) & (lengths > 0) & (starts + lengths <= sequences.shape[1])).all()):
             raise DataError(
                 f"micro-batch {i} of the kept batch has tokens or lengths that are none of this model; its file was "
                 "changed, or model.name leads to another model"
             )
         if batch.kind == "ppo":
             Experience.of(part)  # checks every shape
-
-
-def _is_sound(part: Part, vocabulary: int) -> bool:
-    sequences, starts, lengths = (part[name] for name in SEQUENCES)
-    if sequences.dim() != 2 or any(part[name].dtype != torch.int64 for name in SEQUENCES) or not sequences.numel():
-        return False
-    if starts.shape != (len(sequences),) or lengths.shape != starts.shape:
-        return False
-    inside = bool(((sequences >= 0) & (sequences < vocabulary)).all())
-    return inside and bool(((starts > 0) & (lengths > 0) & (starts + lengths <= sequences.shape[1])).all())
 
 
 # ---- where the first one is ------------------------------------------------------------------------------------------
@@ -231,11 +223,14 @@ Where = tuple[str | None, int | None, str]
 def in_columns(part: Part, row: int) -> Where | None:
     """The first kept column that is not finite where the loss reads it."""
     count, start = len(part["sequences"]), int(part["prompt_lengths"][row])
+    mask = part.get("response_mask", part.get("trained"))
     for name in sorted(part, key=lambda name: AS_MADE.index(name) if name in AS_MADE else -1):
         column = part[name]
         if not column.dim() or len(column) != count or not column.is_floating_point():
             continue
-        broken = ~_read(part, name, row).isfinite()
+        broken = ~column[row].isfinite()
+        if mask is not None and broken.shape == mask[row].shape:
+            broken &= mask[row]  # past the response's end, and where it is not trained, the loss reads nothing
         if bool(broken.any()):
             token = start + int(broken.nonzero()[0, 0]) if column.dim() == 2 else None
             return None, token, f"the kept column {name} is not finite: it was so before the loss"
@@ -247,7 +242,9 @@ def in_pass(replay: Replay, alone: Part, role: str) -> Where | None:
     outputs = RoleOutputs()
     layer = find_not_finite(replay.model, lambda: outputs.update(replay.say(alone, (role,))))
     if layer is not None:
-        return role, _token_of(layer, alone["sequences"].shape[1]), str(layer)
+        index = layer.index  # of the layer's output, whose second number counts tokens where there are three
+        of_token = len(index) >= 3 and index[0] == 0 and index[1] < alone["sequences"].shape[1]
+        return role, index[1] if of_token else None, str(layer)
     for name, column in outputs.items():
         if name != "policy_entropies" and not bool(column.isfinite().all()):
             token = int(alone["prompt_lengths"][0]) + int((~column.isfinite()).nonzero()[0, 0])
@@ -280,15 +277,3 @@ def replay_loss(replay: Replay, part: Part) -> tuple[float, str | None]:
         largest, name = max((gradient.abs().max().item(), name) for name, gradient in gradients)
         return value, f"the gradient's norm is beyond float32: its largest element, {largest:.3g}, is of {name}"
     return value, None if bool(loss.detach().isfinite()) else "the loss is not finite though its gradient is"
-
-
-def _read(part: Part, name: str, row: int) -> Tensor:
-    """What the loss reads of a column's row: nothing past the response's end, nor where it is not trained."""
-    column = part[name][row]
-    mask = part.get("response_mask", part.get("trained"))
-    return torch.where(mask[row], column, 0.0) if mask is not None and column.shape == mask[row].shape else column
-
-
-def _token_of(place: Place, width: int) -> int | None:
-    """The token that an output of a layer is about, where its second index counts tokens."""
-    return place.index[1] if len(place.index) >= 3 and place.index[0] == 0 and place.index[1] < width else None

@@ -17,7 +17,7 @@ from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
 from rlhf_toolkit.rollout.model_rewards import TextReward
-from rlhf_toolkit.runs.algorithm import resolve
+from rlhf_toolkit.runs.algorithm import idle_numbers, resolve
 from rlhf_toolkit.runs.assembly import Setup, make_ppo_trainer
 from rlhf_toolkit.runs.run import Run
 from rlhf_toolkit.runs.start import Kind, prepare_run
@@ -26,6 +26,7 @@ from rlhf_toolkit.runs.task import load_task
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 
@@ -84,6 +85,9 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         experiment.check_processes(topology.world_size)
         with agreement("loading"):
             self.algorithm = resolve(experiment)
+        idle = idle_numbers(experiment, trains_value=self.algorithm.trains_value)
+        if idle:
+            on_main(lambda: say("\n".join(idle)))
 
     @property
     def updates_per_round(self) -> int:

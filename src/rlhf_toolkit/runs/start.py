@@ -1,6 +1,7 @@
 """The start of every kind of run: one order of work, in which each kind does its own parts.
 
-What can be wrong is looked for from cheap to dear: settings, launch, run folder, data, and only then the model.
+What can be wrong is looked for from cheap to dear: settings, launch, run folder, data, and only then the model. An
+earlier run in the folder stays until all of it has been looked at, on every machine.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def prepare_run(
     with agreement("loading"):
         config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
     data = parts.load_data(config)
-    on_main(lambda: claim_run_folder(folder, settings) if checkpoint is None else mend_logs(folder))
+    done = 0 if checkpoint is None else checkpoint.step // parts.updates_per_round
+    if checkpoint is not None:
+        on_main(lambda: mend_logs(folder, axis=parts.axis, until=done))
     model = parts.load_model(config)
     identity = parts.identity(data, model)
     require_same("the fingerprint of", identity)
@@ -118,20 +121,20 @@ def prepare_run(
         require_identity(checkpoint, settings, identity)
         with understood(checkpoint.folder):
             model.load_trained(checkpoint.folder)
-    progress = Progress(
-        num_rollouts=parts.rounds(data),
-        updates_per_rollout=parts.updates_per_round,
-        show=topology.is_main,
-        unit=parts.axis,
-    )
+    rounds, updates = parts.rounds(data), parts.updates_per_round
+    progress = Progress(num_rollouts=rounds, updates_per_rollout=updates, show=topology.is_main, unit=parts.axis)
     trainer = parts.make_trainer(data, model, progress)
     identity |= parts.identity_of_rewards(trainer)
+    require_same("the fingerprint of", identity)
     if checkpoint is not None:
         require_identity(checkpoint, settings, identity)
+    else:  # whatever was wrong with settings, files or machines has cost nobody the run that lay here
+        on_main(lambda: claim_run_folder(folder, settings, overwrite=overwrite))
     run_id = None if checkpoint is None else checkpoint.state.get("wandb_id")
-    mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
-    if mirror is not None and checkpoint is not None:
-        mirror.catch_up(history(folder, axis=parts.axis, until=checkpoint.step // parts.updates_per_round))
+    with agreement("the start of W&B"):
+        mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
+        if mirror is not None and checkpoint is not None:
+            mirror.catch_up(history(folder, axis=parts.axis, until=done))
     about = {
         "settings": settings,
         "identity": identity,
@@ -139,8 +142,15 @@ def prepare_run(
         **described_here(topology),
     }
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
+    watch_run(parts, trainer, progress, mirror)
+    return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
+    """Add what watches the run to its trainer: engine check, alarms, log, evaluations, and the keeping of the best."""
+    settings = parts.experiment.run
     log = RunLog(
-        folder,
+        Path(settings.output_dir),
         updates_per_rollout=parts.updates_per_round,
         samples=lambda kind: parts.samples(trainer, kind),
         sinks=() if mirror is None else (mirror,),
@@ -149,11 +159,10 @@ def prepare_run(
     evaluation = EvaluationAtBothEnds(
         cast(Evaluating, trainer), lambda step: on_main(lambda: log.lacks_evaluation(step))
     )
-    keepers = [KeepBest(trainer)] if experiment.run.keep_best else []
+    keepers = [KeepBest(trainer)] if settings.keep_best else []
     alarms = parts.alarms(notifier(progress, mirror))
     for callback in (parts.engine_check(trainer), *alarms, log, evaluation, *keepers):
         trainer.add_callback(callback)
-    return run(experiment, topology, trainer, checkpoint, mirror, progress)
 
 
 def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:

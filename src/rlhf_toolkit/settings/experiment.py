@@ -24,6 +24,7 @@ from rlhf_toolkit.settings.configs import (
     SFTConfig,
     UpdateConfig,
 )
+from rlhf_toolkit.settings.idle import ABOUT_NEW_ADAPTERS, idle_in_fine_tuning, idle_in_ppo, refuse_idle
 
 MOST_UPDATES = 2**53
 """Of a run: a float counts no further, and a schedule is one."""
@@ -46,11 +47,13 @@ class Experiment:
         """Raise ConfigError for the first of ``RULES`` that is broken."""
         for rule in RULES:
             rule(self)
+        refuse_idle(self, idle_in_ppo(self))
 
     @property
     def kl_asked(self) -> bool:
-        """Whether reward or loss needs the KL to the reference: a coefficient that is not 0, or one that may move."""
-        return self.ppo.kl_coef != 0 or self.ppo.kl_target is not None
+        """Whether reward or loss needs the KL to the reference: its coefficient is not 0, where ``kl_target`` would
+        leave it, too."""
+        return self.ppo.kl_coef != 0
 
     @property
     def updates_per_rollout(self) -> int:
@@ -97,12 +100,6 @@ class FineTuning:
         for name, value in {"model.name": self.model.name, "data.train": self.data.train}.items():
             if not value:
                 raise ConfigError(f"{name} is missing; set it in the YAML file or as {name}=... on the command line")
-        default = ModelConfig()
-        for name in ("value_adapter", "value_on", "value_head_std"):
-            if getattr(self.model, name) != getattr(default, name):
-                raise ConfigError(
-                    f"model.{name} is about a value function, which this run does not train; leave it out"
-                )
         longest = self.data.max_tokens
         if self.update.micro_batch_tokens < longest:
             raise ConfigError(
@@ -110,6 +107,7 @@ class FineTuning:
                 f"(data.max_tokens); set it to {longest} or more"
             )
         held_out(self)
+        refuse_idle(self, idle_in_fine_tuning(self))
 
     ADAPTER_LR: ClassVar[float] = 1e-4
     JOB: ClassVar[str]  # the section with epochs and batch size
@@ -128,6 +126,11 @@ class FineTuning:
     @property
     def full(self) -> bool:
         """Whether all of the model's weights are trained."""
+        return False
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether there is a head beside the adapter."""
         return False
 
     def steps(self, items: int) -> int:
@@ -157,13 +160,7 @@ class SFTExperiment(FineTuning):
         super().__post_init__()
         if not self.full:
             return
-        default = ModelConfig()
-        for name in ("lora_rank", "lora_alpha", "rslora", "target_modules", "exclude_modules"):
-            value = getattr(self.model, name)
-            if value != getattr(default, name):
-                raise ConfigError(
-                    f"model.{name}={value} is about an adapter, and sft.full trains none; leave one of them out"
-                )
+        refuse_idle(self, [(True, ABOUT_NEW_ADAPTERS, "sft.full trains no adapter; leave one of them out")])
         if self.model.policy_adapter is not None:
             raise ConfigError(
                 f"model.policy_adapter={self.model.policy_adapter} is an adapter to go on with, but sft.full trains "
@@ -192,6 +189,11 @@ class RewardExperiment(FineTuning):
 
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     JOB = "reward_model"
+
+    @property
+    def trains_head(self) -> bool:
+        """A reward model is an adapter and a head."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,18 @@ def require_plain(name: str, value: Any) -> None:
                 f"{name} holds more than {MOST_PARTS} values, or some nested deeper than {DEEPEST}; write it without "
                 "aliases, or put the data into a file"
             )
+        plain = part is None or isinstance(part, (list, dict))
+        if isinstance(part, float):
+            plain = math.isfinite(part)
+        elif isinstance(part, int):
+            plain = part.bit_length() <= MOST_BITS
+        elif isinstance(part, str):
+            plain = not SURROGATE.search(part)
+        if not plain:
+            raise ConfigError(
+                f"{place}={shortened(part)} is a {type(part).__name__} that JSON cannot hold, so that run.json could "
+                "not; give text in quotes, a finite number, a list or a dict"
+            )
         if isinstance(part, list):
             waiting += [(f"{place}[{index}]", item, depth + 1) for index, item in enumerate(part[: MOST_PARTS + 1])]
         elif isinstance(part, dict):
@@ -113,19 +125,6 @@ def require_plain(name: str, value: Any) -> None:
                 if SURROGATE.search(key):
                     raise ConfigError(f"{place} has the key {shortened(key)}, which is no valid text; rename it")
             waiting += [(f"{place}.{key}", item, depth + 1) for key, item in part.items()]
-        elif not _is_plain(part):
-            raise ConfigError(
-                f"{place}={shortened(part)} is a {type(part).__name__} that JSON cannot hold, so that run.json could "
-                "not; give text in quotes, a finite number, a list or a dict"
-            )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, int):
-        return value.bit_length() <= MOST_BITS
-    return value is None or (isinstance(value, str) and not SURROGATE.search(value))
 
 
 def _require_sane(name: str, value: Any) -> None:

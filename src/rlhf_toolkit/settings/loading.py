@@ -7,6 +7,7 @@ becomes what the setting takes; anything else that does not fit is a ConfigError
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -81,7 +82,10 @@ def experiment_from_dict(
         for key in given:
             if key not in settings:
                 place = shortened(key, 80)[1:-1] if isinstance(key, str) else shortened(key, 80)
-                raise ConfigError(f"unknown setting {name}.{place}{_elsewhere(name, key, settings, kinds)}")
+                other = next((other for other, each in kinds.items() if key in get_type_hints(each)), None)
+                near = _suggestion(f"{name}.{key}", [f"{name}.{each}" for each in settings])
+                hint = f"; did you mean {other}.{key}?" if other is not None else near
+                raise ConfigError(f"unknown setting {name}.{place}{hint}")
         sections[name] = kinds[name](
             **{key: converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in given.items()}
         )
@@ -95,14 +99,6 @@ def _settings(name: str, section: Any) -> Mapping[str, Any]:
             f"section {name} holds {shortened(section)}, not settings; write them as name: value below it"
         )
     return section or {}
-
-
-def _elsewhere(section: str, key: Any, known: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
-    """Where an unknown setting might belong: under its own name in another section, or under a similar one in this."""
-    for name, kind in kinds.items():
-        if key in get_type_hints(kind):
-            return f"; did you mean {name}.{key}?"
-    return _suggestion(f"{section}.{key}", [f"{section}.{name}" for name in known])
 
 
 def _suggestion(name: str, known: Any) -> str:
@@ -122,8 +118,9 @@ def converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
         return ON_OFF[value]
     if NoneType in options and value in ("none", "None"):
         return None
-    if float in options:
-        value = _number(value)
+    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # a whole number, or YAML's text '1e-4'
     if any(_fits(value, option) for option in options):
         return value
     wanted = " or ".join(NAMES.get(option) or option.__name__ for option in options)
@@ -133,16 +130,6 @@ def converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
     elif str in options and value is not None and not isinstance(value, (list, dict)):
         way_out = f"put text in quotes, in a shell as \"'{value}'\""
     raise ConfigError(f"{name}={shortened(value)} is not {wanted}; {way_out}")
-
-
-def _number(value: Any) -> Any:
-    """A whole number, or YAML's string '1e-4', as the float it is; anything else as it came."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        return value
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -84,18 +84,14 @@ def read_yaml(text: str, fault: str) -> Any:
         raise ConfigError(f"{fault}: {error}; repair it") from error
     except yaml.MarkedYAMLError as error:
         parts = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
-        raise ConfigError(f"{fault}: {_told(parts)}; repair it, or put text in quotes") from error
+        told = ", ".join(  # without the line itself
+            printable(words, longest=200) + (f" at line {mark.line + 1}, column {mark.column + 1}" if mark else "")
+            for words, mark in parts
+            if words
+        )
+        raise ConfigError(f"{fault}: {told}; repair it, or put text in quotes") from error
     except Exception as error:  # beside YAMLError whatever its converters raise: ValueError for a date 2024-13-45
         raise ConfigError(f"{fault}: {described(error)}; repair it, or put text in quotes") from error
-
-
-def _told(parts: list[tuple[str | None, yaml.Mark | None]]) -> str:
-    """What YAML says and where, without the line itself."""
-    return ", ".join(
-        printable(words, longest=200) + (f" at line {mark.line + 1}, column {mark.column + 1}" if mark else "")
-        for words, mark in parts
-        if words
-    )
 
 
 def _expanded(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> int:
@@ -106,23 +102,21 @@ def _expanded(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> i
     if id(node) in open_nodes:
         raise _Refused("an alias stands within the value that it names")
     open_nodes.add(id(node))
-    size = 1
-    for child in _children(node):
+    size, children = 1, list[yaml.Node]()
+    if isinstance(node, yaml.SequenceNode):
+        children = list(node.value)
+    elif isinstance(node, yaml.MappingNode):
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)[1]
+            raise _Refused(
+                f"{shortened(twice, 80)} stands twice at line {node.start_mark.line + 1} and below; keep one"
+            )
+        children = [child for pair in node.value for child in pair]
+    for child in children:
         size += _expanded(child, known, open_nodes)
         if size > MOST_PARTS:
             raise _Refused(f"its aliases stand for more than {MOST_PARTS} values; write it without them")
     open_nodes.discard(id(node))
     known[id(node)] = size
     return size
-
-
-def _children(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.SequenceNode):
-        return list(node.value)
-    if not isinstance(node, yaml.MappingNode):
-        return []
-    keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)[1]
-        raise _Refused(f"{shortened(twice, 80)} stands twice at line {node.start_mark.line + 1} and below; keep one")
-    return [child for pair in node.value for child in pair]
