@@ -21,6 +21,7 @@ from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
+from rlhf_toolkit.models.adapter_files import check_adapter_weights
 from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
@@ -288,6 +289,7 @@ def _adapter_weights(role: str, folder: str | os.PathLike[str]) -> dict[str, tor
 def _head_weights(role: str, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}; it should hold the {role} head that save_pretrained writes")
+    check_adapter_weights(Path(path))
     return load_file(path)
 
 
