@@ -26,6 +26,7 @@ REPLACING = ("content", "replacement", "prepend")
 MOST_GROWTH = 10_000
 """How many times longer a tokenizer may make a text before it cuts it."""
 COUNTS = re.compile(r"layer|block|expert|n_head|num_.*heads|depth|num_labels")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 MOST_LAYERS = 4096
 """No model has so many layers, experts, heads or labels."""
 MOST_BYTES = 2**28
@@ -130,6 +131,8 @@ def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
                 waiting.append(value)
             elif isinstance(value, int) and COUNTS.search(key) and value > MOST_LAYERS:
                 raise ModelError(f"{path} has {key}={shortened(value)}, above {MOST_LAYERS}; repair it")
+            elif key in LAYERS and isinstance(value, int) and value < 1:
+                raise ModelError(f"{path} has {key}={shortened(value)}, which is no number of layers; repair it")
 
 
 def _each(value: Any) -> Iterator[Any]:
