@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -93,7 +94,7 @@ def test_a_tokenizer_of_sentence_pieces_is_none_of_these(tmp_path: Path) -> None
 @for_each("side", ["vocab_size", "hidden_size", "intermediate_size"])
 def test_a_config_of_a_far_larger_model_is_refused(tmp_path: Path, side: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100_000)
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "vocab_size": 32,

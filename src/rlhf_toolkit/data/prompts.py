@@ -289,7 +289,14 @@ def tokenise_prompts(
     All other columns stay with their prompt for the reward. DataError where a column, a row or the chat template cannot
     be used, or where no prompt fits.
     """
-    _check_columns(rows.column_names, column)
+    columns = rows.column_names
+    if column not in columns:
+        raise DataError(f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}")
+    for name in RESERVED_COLUMNS:
+        if name in columns and name != column:
+            raise DataError(
+                f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
+            )
     prompts = []
     for index, row in enumerate(rows):
         value = row[column]
@@ -303,19 +310,9 @@ def tokenise_prompts(
             token_ids = tuple(tokenizer(text, add_special_tokens=messages is None).input_ids)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
-        columns = {name: value for name, value in row.items() if name != column}
-        prompts.append(Prompt(index, text, token_ids, columns, None if messages is None else tuple(messages)))
+        others = {name: value for name, value in row.items() if name != column}
+        prompts.append(Prompt(index, text, token_ids, others, None if messages is None else tuple(messages)))
     return PromptSet.fitting(prompts, max_prompt_tokens)
-
-
-def _check_columns(columns: Sequence[str], column: str) -> None:
-    if column not in columns:
-        raise DataError(f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}")
-    for name in RESERVED_COLUMNS:
-        if name in columns and name != column:
-            raise DataError(
-                f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
-            )
 
 
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
