@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
-from rlhf_toolkit.data.tokenizers import pad_token_id, require_chat_template, stop_token_ids
+from rlhf_toolkit.data.chat import plain_ids, rendered_ids
+from rlhf_toolkit.data.tokenizers import pad_token_id, require_chat_template, stop_token_ids, tokenising
 from rlhf_toolkit.errors import DataError
 from tests.support.builders import tiny_tokenizer
 from tests.support.offenders import for_each
@@ -125,3 +127,20 @@ def test_a_chat_template_is_asked_for_and_is_enough(template: str | None) -> Non
         "the tokenizer of org/base has no chat template; set data.chat_template: false and give prompts as strings, "
         "or use a model that has one"
     )
+
+
+# ---- hostile patterns ------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_that_is_tried_too_long_is_one_line() -> None:
+    """The library gives it up and raises what is no Exception."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("((a+)+)+X"), "isolated")
+    for ids in (rendered_ids, plain_ids):
+        with pytest.raises(DataError, match=r"cannot tokenise a text .PanicException"):
+            ids("a" * 40 + "!", tokenizer)
+
+
+def test_other_errors_of_tokenising_pass() -> None:
+    with pytest.raises(KeyboardInterrupt), tokenising(tiny_tokenizer()):
+        raise KeyboardInterrupt

@@ -177,7 +177,7 @@ def test_a_rank_that_stalls_is_named_with_its_place_and_ends_the_run(runs: Runs)
     lines = last_lines(finished)
     assert len(lines) == 2 and len(set(lines)) == 1, finished.output[-3000:]
     assert re.match(
-        r"StallError: rank 1 has not moved for \d+ s, in the update, _states \(models/shared_base", lines[0]
+        r"StallError: rank 1 has not moved for \d+ s, in the update, forward \(models/shared_base", lines[0]
     ), lines
     assert 'tests/support/faulty.py", line' in finished.output, "its stack"
 

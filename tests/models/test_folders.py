@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from rlhf_toolkit.errors import ModelError
-from rlhf_toolkit.models.folders import check_weights_are_here
+from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
+from rlhf_toolkit.models.loading import refuse_larger
+from tests.support.offenders import for_each
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 OLD_SHARDS = ("pytorch_model-00001-of-00002.bin",)
@@ -51,3 +55,52 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         with pytest.raises(ModelError) as raised:
             check_weights_are_here(folder_of(tmp_path / str(number), names))
         assert words in str(raised.value)
+
+
+HOSTILE = {
+    "a text a thousand times longer, twice": (
+        "tokenizer.json",
+        {"normalizer": {"normalizers": 2 * [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}]}},
+        "may make a text",
+    ),
+    "the same in a decoder": (
+        "tokenizer.json",
+        {"decoder": {"decoders": 5 * [{"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}]}},
+        "may make a text",
+    ),
+    "compiled code of the hub's": ("config.json", {"_attn_implementation": "owner/kernel"}, "code of the hub's"),
+    "the same for a part": ("config.json", {"attn_implementation": {"text_config": "a/b"}}, "code of the hub's"),
+    "labels without end": ("config.json", {"num_labels": 10**9}, "num_labels=1000000000"),
+    "no layers": ("config.json", {"num_hidden_layers": -1}, "num_hidden_layers=-1"),
+}
+
+
+@for_each("name", HOSTILE)
+def test_a_setting_that_harms_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    file, content, words = HOSTILE[name]
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=words):
+        check_model_folder(str(tmp_path))
+
+
+def test_a_tokenizer_of_sentence_pieces_is_none_of_these(tmp_path: Path) -> None:
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "_"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"normalizer": {"type": "Sequence", "normalizers": steps}}))
+    check_model_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"attn_implementation": "sdpa", "num_nextn_predict_layers": 0}))
+    check_model_folder(str(tmp_path))
+
+
+@for_each("side", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_a_config_of_a_far_larger_model_is_refused(tmp_path: Path, side: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100_000)
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
+    refuse_larger(str(tmp_path), LlamaConfig(**sizes))
+    with pytest.raises(ModelError, match=f"{side}="):
+        refuse_larger(str(tmp_path), LlamaConfig(**{**sizes, side: 10**8 if side != "hidden_size" else 2**17}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,13 @@ def test_a_foreign_head_is_refused(tmp_path: Path) -> None:
         shared.load_head("value", path)
     save_file({"weight": torch.zeros(32)}, path)
     with pytest.raises(CheckpointError, match=r"bias has shape None, expected \(1,\)"):
+        shared.load_head("value", path)
+    for number, words in ((math.nan, "holds NaN or infinity in weight"), (3e38, r"holds 3e\+38 in weight")):
+        save_file({"weight": torch.full((32,), number), "bias": torch.zeros(1)}, path)
+        with pytest.raises(ModelError, match=words):
+            shared.load_head("value", path)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ModelError, match="no readable weights"):
         shared.load_head("value", path)
 
 

@@ -140,7 +140,7 @@ def test_rows_keep_their_order() -> None:
     assert math(["p"] * 3, ["1", r"\boxed{2}", "4"], answer=["1", "2", "3"], level=[1, 2, 3]) == [1, 1, 0]
 
 
-@for_each("answer", ["", None, " ", "$$", True, ["7"]])
+@for_each("answer", ["", None, " ", "$$", True, ["7"], float("nan"), float("inf")])
 def test_an_answer_that_says_nothing_is_refused(answer: Any) -> None:
     with pytest.raises(DataError, match="math cannot read"):
         one("7", answer)

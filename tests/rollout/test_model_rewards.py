@@ -13,9 +13,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedModel
 
+from rlhf_toolkit.distributed.topology import Launch, Topology
 from rlhf_toolkit.errors import ConfigError, ModelError, OutOfMemoryError, RewardError
 from rlhf_toolkit.models.loading import load_tokenizer
-from rlhf_toolkit.models.reward_model import RewardModel
+from rlhf_toolkit.models.reward_model import RewardModel, load_reward_model
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.trainers.ppo import PPOTrainer
@@ -177,6 +178,11 @@ def test_a_score_that_is_not_finite_spoils_its_row_alone() -> None:
 def test_what_a_reward_model_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"reward\.model=rm gives 2 labels; a reward model gives one score"):
         reward_model(write_reward_model(tmp_path / "two", labels=2))
+    alone = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
+    language_model = write_reward_model(tmp_path / "lm")
+    tiny_llama(num_labels=1).save_pretrained(language_model)
+    with pytest.raises(ModelError, match=r"lack score\.weight, one of 1 weights"):  # or numbers made up would score
+        load_reward_model(str(language_model), alone, dtype=torch.float32, trust_remote_code=False)
     model = reward_model(write_reward_model(tmp_path / "rm"))
     model.most = 3
     with pytest.raises(RewardError, match=r"prompt 7 with its response has 4 tokens .* reads at most 3; lower rollout"):

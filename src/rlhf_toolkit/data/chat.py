@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.templates import TemplateFailed, rendered
-from rlhf_toolkit.data.tokenizers import require_chat_template
+from rlhf_toolkit.data.tokenizers import require_chat_template, tokenising
 from rlhf_toolkit.errors import DataError, shortened
 from rlhf_toolkit.texts import printable
 
@@ -114,15 +114,17 @@ def render(
 
 def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The token ids of a rendered text, which has its special tokens already."""
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    with tokenising(tokenizer):
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The token ids of the beginning of a plain text: with the tokenizer's bos, once, and without an eos it appends."""
-    bare = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    bare = rendered_ids(text, tokenizer)
     if bare and bare[0] == tokenizer.bos_token_id:
         return bare
-    full = tuple(tokenizer(text).input_ids)
+    with tokenising(tokenizer):
+        full = tuple(tokenizer(text).input_ids)
     eos = tokenizer.eos_token_id
     return full[:-1] if full[-1:] == (eos,) and bare[-1:] != (eos,) else full
 

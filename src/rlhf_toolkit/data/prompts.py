@@ -22,12 +22,15 @@ from rlhf_toolkit.data.chat import Message, is_message_list, render, user_messag
 from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
+from rlhf_toolkit.data.tokenizers import tokenising
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
 
 NO_ROWS = "holds no rows; give it at least one prompt, or name another split"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+OTHER_KINDS = ("text", "imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder", "meshfolder")
+"""What else ``datasets`` may take a folder for: lines of text, and files that stay closed, with a table beside them."""
 RESERVED_COLUMNS = ("prompts", "responses")
 """The arguments that a reward gets beside a dataset's columns."""
 
@@ -121,7 +124,7 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
         )
     if is_file and not path.is_file():
         raise DataError(f"there is no file {path} (looked in {Path.cwd()}); check data.train or data.evaluation")
-    place = _File(path, split) if is_file else _HubDataset(source, split)
+    place = _File(path, split, FORMATS[path.suffix.lower()]) if is_file else _HubDataset(source, split)
     rows: Rows
     if streaming:
         if set(split) & set("[+"):
@@ -142,16 +145,16 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
 
 @dataclass(frozen=True)
 class _File:
-    """A local file, all of which is ``split``."""
+    """A local file of a ``kind``, one of the values of ``FORMATS``, all of which is ``split``."""
 
     path: Path
     split: str
+    kind: str
 
     def check(self, max_rows: int | None = None, *, streaming: bool = False) -> None:
         """Raise DataError where the file is text and no UTF-8, or JSON and empty or not sound. Of a stream, what the
         reader survives is left to be found when it is reached."""
-        kind = FORMATS[self.path.suffix.lower()]
-        if kind == "json":
+        if self.kind == "json":
             blank = is_blank(self.path)
             what = f"it {NO_ROWS}" if blank else json_fault(self.path, max_rows=max_rows, fatal_only=streaming)
             if what is not None:
@@ -159,19 +162,18 @@ class _File:
                 raise DataError(f"cannot read {self.path} (split {self.split}): {what}{way_out}")
             return
         try:
-            what = csv_fault(self.path) if kind == "csv" else parquet_fault(self.path)
+            what = csv_fault(self.path) if self.kind == "csv" else parquet_fault(self.path)
         except Exception as error:  # whatever pyarrow raises
             raise self.fault(error) from error
         if what is not None:
             raise DataError(f"cannot read {self.path} (split {self.split}): {what}; repair the file or name another")
-        if kind == "csv" and not streaming:
+        if self.kind == "csv" and not streaming:
             _check_utf8(self.path)
 
     def load(self, **options: Any) -> Any:
         """What ``datasets.load_dataset`` makes of the file."""
         files = {self.split.partition("[")[0]: glob.escape(str(self.path))}
-        kind = FORMATS[self.path.suffix.lower()]
-        return stored(datasets.load_dataset(kind, data_files=files, split=self.split, **options))
+        return stored(datasets.load_dataset(self.kind, data_files=files, split=self.split, **options))
 
     def load_whole(self) -> datasets.Dataset:
         """Rows in memory, through a cache that is thrown away.
@@ -192,7 +194,7 @@ class _File:
             _check_utf8(self.path)
         if self.path.stat().st_size == 0 or "corresponds to no data" in str(error):
             what = f"it {NO_ROWS}"
-        elif line := json_fault(self.path) if FORMATS[self.path.suffix.lower()] == "json" else None:
+        elif line := json_fault(self.path) if self.kind == "json" else None:
             what = f"{line}; repair that line"
         else:
             what = f"{described(error.__cause__ or error)}; repair the file or name another split"
@@ -214,9 +216,21 @@ class _HubDataset:
         what = folder_fault(folder)
         if what is not None:
             raise DataError(f"cannot load dataset {shortened(self.source)}: {what}")
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in FORMATS and path.is_file():
-                _File(path, self.split).check(max_rows, streaming=streaming)
+        name, _, configuration = self.source.partition(":")
+        try:
+            builder = datasets.load_dataset_builder(name, configuration or None)
+        except Exception as error:  # whatever datasets raises about a card and the files that it names
+            raise self.fault(error) from error
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in (*FORMATS.values(), *OTHER_KINDS):
+            raise DataError(
+                f"cannot load dataset {shortened(self.source)}: datasets reads its files as {kind}, which cannot be "
+                f"looked at before; convert them to one of {', '.join(FORMATS)}"
+            )
+        for path in sorted(Path(file) for files in (builder.config.data_files or {}).values() for file in files):
+            found = kind if kind in FORMATS.values() else FORMATS.get(path.suffix.lower())
+            if found is not None:
+                _File(path, self.split, found).check(max_rows, streaming=streaming)
 
     def load(self, **options: Any) -> Any:
         """What ``datasets.load_dataset`` makes of the name."""
@@ -275,7 +289,14 @@ def tokenise_prompts(
     All other columns stay with their prompt for the reward. DataError where a column, a row or the chat template cannot
     be used, or where no prompt fits.
     """
-    _check_columns(rows.column_names, column)
+    columns = rows.column_names
+    if column not in columns:
+        raise DataError(f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}")
+    for name in RESERVED_COLUMNS:
+        if name in columns and name != column:
+            raise DataError(
+                f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
+            )
     prompts = []
     for index, row in enumerate(rows):
         value = row[column]
@@ -285,22 +306,13 @@ def tokenise_prompts(
             messages = _messages(value, index, system_prompt)
             text = render(messages, tokenizer, index=index, add_generation_prompt=True)
         # A chat template has put its special tokens into the text.
-        token_ids = tuple(tokenizer(text, add_special_tokens=messages is None).input_ids)
+        with tokenising(tokenizer):
+            token_ids = tuple(tokenizer(text, add_special_tokens=messages is None).input_ids)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
-        columns = {name: value for name, value in row.items() if name != column}
-        prompts.append(Prompt(index, text, token_ids, columns, None if messages is None else tuple(messages)))
+        others = {name: value for name, value in row.items() if name != column}
+        prompts.append(Prompt(index, text, token_ids, others, None if messages is None else tuple(messages)))
     return PromptSet.fitting(prompts, max_prompt_tokens)
-
-
-def _check_columns(columns: Sequence[str], column: str) -> None:
-    if column not in columns:
-        raise DataError(f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}")
-    for name in RESERVED_COLUMNS:
-        if name in columns and name != column:
-            raise DataError(
-                f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
-            )
 
 
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from rlhf_toolkit.errors import described, shortened
 from rlhf_toolkit.files import link_outside
@@ -123,17 +124,15 @@ def parquet_fault(path: Path) -> str | None:
     with pq.ParquetFile(path, read_dictionary=names) as file:
         size = 0
         for batch in file.iter_batches(batch_size=4096):
-            size += sum(_bytes_of(column) for column in batch.columns)
+            for column in batch.columns:
+                if isinstance(column, pa.DictionaryArray):  # each value is there once, and counts as often as it stands
+                    lengths = pc.take(pc.binary_length(column.dictionary), column.indices)
+                    size += int(pc.sum(pc.cast(lengths, pa.int64())).as_py() or 0)
+                else:
+                    size += int(column.nbytes)
             if size > limit:
                 return f"its rows take more than {limit} bytes"
     return None
-
-
-def _bytes_of(column: pa.Array) -> int:
-    if not isinstance(column, pa.DictionaryArray):
-        return int(column.nbytes)
-    lengths = pc.take(pc.binary_length(column.dictionary), column.indices)
-    return int(pc.sum(pc.cast(lengths, pa.int64())).as_py() or 0)
 
 
 def csv_fault(path: Path) -> str | None:
@@ -154,6 +153,11 @@ def is_archive(beginning: bytes) -> bool:
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
+CARDS = ("README.md", ".huggingface.yaml")
+CARD_KEYS = {"config_name", "data_files", "data_dir", "default", "description", "version", "features"}
+"""What a card may say about a configuration. Other keys go to the reader, such as a regular expression that parts the
+columns of a CSV file, which may take for ever."""
+
 
 def folder_fault(folder: Path) -> str | None:
     """Why a folder of files must not be loaded; None where nothing speaks against it."""
@@ -161,41 +165,47 @@ def folder_fault(folder: Path) -> str | None:
     if link is not None:
         return f"{shortened(link.relative_to(folder).as_posix())} is a link out of the folder; put the file there"
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in ARCHIVES and path.is_file():
-            return f"{shortened(path.relative_to(folder).as_posix())} is an archive; unpack it"
-    for name in ("README.md", ".huggingface.yaml"):
-        if (folder / name).is_file():
+        if path.is_file():
+            with path.open("rb") as file:
+                if path.suffix.lower() in ARCHIVES or is_archive(file.read(512)):
+                    return f"{shortened(path.relative_to(folder).as_posix())} is an archive; unpack it"
+    for card in CARDS:
+        if (folder / card).is_file():
             try:
-                text = (folder / name).read_text(encoding="utf-8")
-                place = next((each for each in _places(_header(text, name)) if _leads_away(each)), None)
+                what = card_fault((folder / card).read_bytes().decode(), whole=card != CARDS[0])
             except (ValueError, RecursionError, yaml.YAMLError) as error:
-                return f"{name} cannot be read: {described(error)}; repair or remove it"
-            if place is not None:
-                return f"{name} names {shortened(place)} among its data files; name files of the folder"
+                what = f"cannot be read: {described(error)}; repair or remove it"
+            if what is not None:
+                return f"{card} {what}"
     return None
 
 
-def _header(text: str, name: str) -> Any:
-    """The settings in a card. Raises ValueError where they are none that a person writes."""
-    if name == "README.md":
-        found = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
-        text = found[1] if found else ""
-    if len(text) > LONGEST_HEADER or re.search(r"(^|[\s\[{,])[&*][^\s*]", text):
+def card_fault(text: str, *, whole: bool = False) -> str | None:
+    """What in a dataset's card would have ``datasets`` leave the folder or run a stranger's settings; None where
+    nothing would. The settings are the block that the hub's own pattern finds, or the ``whole`` text.
+
+    Raises ValueError where they are none that a person writes, and what PyYAML raises.
+    """
+    if not whole:
+        block = REGEX_YAML_BLOCK.search(text)
+        text = block[2] if block else ""
+    if len(text) > LONGEST_HEADER or any(
+        isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)
+    ):
         raise ValueError(f"settings of more than {LONGEST_HEADER} characters, or with aliases")
-    return yaml.safe_load(text)
-
-
-def _places(header: Any) -> list[str]:
-    """All texts under ``configs``, the data files' patterns among them."""
-    found, waiting = [], [header.get("configs") if isinstance(header, dict) else None]
-    while waiting:
+    header = yaml.safe_load(text)
+    waiting = [header.get("configs") if isinstance(header, dict) else None]
+    for configuration in waiting[0] if isinstance(waiting[0], list) else ():
+        for key in configuration if isinstance(configuration, dict) else ():
+            is_letter = key in ("sep", "delimiter") and len(str(configuration[key])) == 1
+            if key not in CARD_KEYS and not is_letter:
+                return f"sets {shortened(key)} for the reader of its files; remove that setting"
+    while waiting:  # all texts below configs, the data files' patterns among them
         value = waiting.pop()
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list)):
             waiting += [*value.values(), *value] if isinstance(value, dict) else value
-    return found
-
-
-def _leads_away(place: str) -> bool:
-    return "://" in place or "::" in place or place.startswith(("/", "~", "\\")) or ".." in re.split(r"[/\\]", place)
+        elif isinstance(value, str) and (
+            "://" in value or "::" in value or value.startswith(("/", "~", "\\")) or ".." in re.split(r"[/\\]", value)
+        ):
+            return f"names {shortened(value)} among its data files; name files of the folder"
+    return None

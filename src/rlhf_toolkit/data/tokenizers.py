@@ -6,12 +6,13 @@ Nothing here changes the tokenizer or the size of an embedding.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.errors import DataError, described
 
 SPARE = re.compile(r"[<\[]\|?(reserved|unused|extra_)", re.IGNORECASE)
 """Tokens that a vocabulary keeps in reserve: ``<|reserved_special_token_0|>``, ``<unused0>``, ``[unused1]``."""
@@ -57,6 +58,24 @@ def stop_token_ids(
             "could never finish; set eos_token on the tokenizer, or use rollout.stop_strings"
         )
     return ids
+
+
+@contextmanager
+def tokenising(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Around calls of ``tokenizer``: DataError where its own code panics.
+
+    tokenizer.json may hold any regular expression. The library gives up one that tries too long, and then raises what
+    is no Exception, so that nobody else would turn it into a line.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"{_name(tokenizer)} cannot tokenise a text ({described(error)}); repair the patterns of its "
+            "tokenizer.json, or use another model"
+        ) from error
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

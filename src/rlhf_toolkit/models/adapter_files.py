@@ -57,8 +57,9 @@ def check_adapter_config(folder: Path, config: Mapping[str, Any]) -> None:
             f"{path} has megatron_core={shortened(config.get('megatron_core'))}, a module to import; remove it"
         )
     for key, value in config.items():
-        if key not in (*OWN_PATHS, *KEYED):
-            _check_no_path(path, key, value)
+        for text in _texts(value) if key not in (*OWN_PATHS, *KEYED) else ():
+            if "/" in text or "\\" in text or len(text) > 500:
+                raise ModelError(f"{path} has {key} with {shortened(text)}, which may name a file; remove it")
     check_adapter_weights(folder / WEIGHTS)
 
 
@@ -145,12 +146,6 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 500 and value.isprintable()
 
 
-def _check_no_path(path: Path, key: str, value: Any) -> None:
-    for text in _texts(value):
-        if "/" in text or "\\" in text or len(text) > 500:
-            raise ModelError(f"{path} has {key} with {shortened(text)}, which may name a file; remove it")
-
-
 def _texts(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
@@ -207,14 +202,10 @@ def _alternatives(text: str, place: int, depth: int) -> tuple[int, int]:
         if place == len(text) or text[place] == ")":
             break
         place += 1
-    if all(PLAIN.fullmatch(name) for name in names) and not _one_begins_another(names):
+    one_begins_another = any(later.startswith(earlier) for earlier, later in pairwise(sorted(names)))
+    if all(PLAIN.fullmatch(name) for name in names) and not one_begins_another:
         return 1, place
     return sum(found), place
-
-
-def _one_begins_another(names: list[str]) -> bool:
-    ordered = sorted(names)
-    return any(later.startswith(earlier) for earlier, later in pairwise(ordered))
 
 
 def _sequence(text: str, place: int, depth: int) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def _why(module: nn.Module, inputs: Any) -> str:
     weights = broken_weights(module)
     if weights is not None:
         return f"whose weight {weights}"
-    if not _finite(inputs):
+    if not all(bool(tensor.isfinite().all()) for tensor in _floats(inputs)):
         return "from an input that an operation between two layers, such as attention, has spoiled"
     parameters = list(module.parameters())
     return (
@@ -86,10 +86,6 @@ def _why(module: nn.Module, inputs: Any) -> str:
         if parameters and all(map(is_here, parameters))
         else ("though its input is")
     )
-
-
-def _finite(value: Any) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in _floats(value))
 
 
 def _floats(value: Any) -> list[Tensor]:

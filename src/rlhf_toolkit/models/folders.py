@@ -19,9 +19,16 @@ WEIGHTS_FILES = ("model.safetensors", INDEX_FILES[0], "pytorch_model.bin", INDEX
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json")
 NAMES_A_FILE = ("transformers_weights", "fast_tokenizer_files")
 """Settings of ``CONFIGS`` whose value transformers opens in the folder: a name, or a list of them."""
-COUNTS = re.compile(r"layer|block|expert|n_head|num_.*heads|depth")
+KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
+"""Settings of a config that transformers takes for a repository of compiled code where they hold a slash."""
+TOKENIZER = "tokenizer.json"
+REPLACING = ("content", "replacement", "prepend")
+MOST_GROWTH = 10_000
+"""How many times longer a tokenizer may make a text before it cuts it."""
+COUNTS = re.compile(r"layer|block|expert|n_head|num_.*heads|depth|num_labels")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 MOST_LAYERS = 4096
-"""No model has so many layers, experts or heads."""
+"""No model has so many layers, experts, heads or labels."""
 MOST_BYTES = 2**28
 """Of a JSON file; the index of the largest models has some 20 MB."""
 CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
@@ -43,6 +50,8 @@ def check_model_folder(name: str) -> None:
     odd = special_file(folder)
     if odd is not None:
         raise ModelError(f"{odd} is a pipe, a socket or a device, not a file; remove it")
+    if (folder / TOKENIZER).is_file():
+        check_growth(folder / TOKENIZER)
     for index in INDEX_FILES:
         if (folder / index).is_file():
             weight_map(folder / index)
@@ -51,6 +60,9 @@ def check_model_folder(name: str) -> None:
             found = _object(folder / config)
             _check_names(folder / config, found)
             _check_counts(folder / config, found)
+            for key, value in found.items():
+                if key.removeprefix("_") in KERNELS and any("/" in str(each) for each in _each(value)):
+                    raise ModelError(f"{folder / config} has {key}={shortened(value)}, code of the hub's; remove it")
             if config == "adapter_config.json":
                 check_adapter_config(folder, found)
 
@@ -84,6 +96,22 @@ def weight_map(index: Path) -> Mapping[str, str]:
     return files
 
 
+def check_growth(path: Path) -> None:
+    """Raise ModelError where the steps of a tokenizer.json, one after another, replace a letter by a longer text so
+    often that no memory would hold what becomes of a prompt, or of a response that is decoded."""
+    found = _object(path)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth, waiting = 1, [found.get(part)]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                longest = max((len(value[key]) for key in REPLACING if isinstance(value.get(key), str)), default=1)
+                growth *= max(1, longest if value.get("type") != "Precompiled" else 20)
+            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            if growth > MOST_GROWTH:
+                raise ModelError(f"{path} has a {part} that may make a text {MOST_GROWTH} times longer; repair it")
+
+
 def _check_names(path: Path, config: Mapping[str, Any]) -> None:
     for key in NAMES_A_FILE:
         for file in _each(config.get(key)):
@@ -103,6 +131,8 @@ def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
                 waiting.append(value)
             elif isinstance(value, int) and COUNTS.search(key) and value > MOST_LAYERS:
                 raise ModelError(f"{path} has {key}={shortened(value)}, above {MOST_LAYERS}; repair it")
+            elif key in LAYERS and isinstance(value, int) and value < 1:
+                raise ModelError(f"{path} has {key}={shortened(value)}, which is no number of layers; repair it")
 
 
 def _each(value: Any) -> Iterator[Any]:

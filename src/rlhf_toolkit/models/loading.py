@@ -29,6 +29,8 @@ from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, V
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 
 REWARD_HEAD = "reward_head.safetensors"
+MOST_PER_BYTE, SMALL = 4, 10**7
+"""Numbers that one byte of a file may hold, which quantised ones come to, and how many more a matrix may have."""
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
 
@@ -83,6 +85,8 @@ def load_base(
     on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
     kind = ROLE_ATTENTION if ours else attention
+    with agreement("loading"):
+        refuse_larger(name, config)
     try:
         with loading_weights(name, topology, dtype):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -104,6 +108,29 @@ def load_base(
     model, found = loaded
     require_all_weights(name, found)
     return cast(PreTrainedModel, model)
+
+
+def refuse_larger(name: str, config: PretrainedConfig) -> None:
+    """Raise ModelError where one matrix that ``config`` describes has far more numbers than the files of the local
+    folder ``name`` can hold: transformers would make it up, and fill the machine's memory before it says so."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    text, sides = config.get_text_config(), ["vocab_size", "hidden_size", "intermediate_size"]
+    if getattr(text, "rope_parameters", None) is None:  # positions may be learned
+        sides.append("max_position_embeddings")
+    hidden = getattr(text, "hidden_size", 0)
+    for side in sides:
+        size = getattr(text, side, 0)
+        if not all(isinstance(each, int) for each in (hidden, size)):
+            continue  # None, or one for each layer
+        # Projections may be a fraction of hidden_size squared, where heads share keys or weights are factored.
+        if hidden * size // (16 if side == "hidden_size" else 1) > MOST_PER_BYTE * held + SMALL:
+            raise ModelError(
+                f"{name} has a config.json of {side}={size} and hidden_size={hidden}, but files of {held} bytes; fetch "
+                "the model again"
+            )
 
 
 def require_all_weights(name: str, found: Mapping[str, Any]) -> None:

@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import render
+from rlhf_toolkit.data.chat import render, rendered_ids
+from rlhf_toolkit.data.tokenizers import tokenising
 from rlhf_toolkit.distributed.collectives import agreement, largest
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
 from rlhf_toolkit.errors import ModelError, OutOfMemoryError, RewardError
-from rlhf_toolkit.models.loading import explained, load_tokenizer, loading_weights, straight_to_device
+from rlhf_toolkit.models.loading import (
+    explained,
+    load_tokenizer,
+    loading_weights,
+    refuse_larger,
+    require_all_weights,
+    straight_to_device,
+)
 from rlhf_toolkit.types import Prompt
 
 BATCH_TOKENS = 8192  # of one forward pass, padding included
@@ -77,11 +85,12 @@ class RewardModel:
 
     def _ids(self, prompt: Prompt, response: str) -> list[int]:
         if prompt.messages is None:
-            ids = self.tokenizer(prompt.text + response).input_ids
+            with tokenising(self.tokenizer):
+                ids = self.tokenizer(prompt.text + response).input_ids
         else:
             messages: list[Any] = [*prompt.messages, {"role": "assistant", "content": response}]
             text = render(messages, self.tokenizer, index=prompt.index, add_generation_prompt=False)
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            ids = list(rendered_ids(text, self.tokenizer))
         if self.most is not None and len(ids) > self.most:
             raise RewardError(
                 f"prompt {prompt.index} with its response has {len(ids)} tokens for reward.model={self.name}, which "
@@ -104,10 +113,17 @@ def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trus
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         with explained(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        refuse_larger(name, config)
     with loading_weights(name, topology, dtype):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **straight_to_device(topology)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **straight_to_device(topology),
         )
+    require_all_weights(name, found)  # or a language model would score by a head of random numbers
     return RewardModel(name, model, tokenizer)
 
 

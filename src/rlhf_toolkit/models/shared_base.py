@@ -21,6 +21,7 @@ from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.distributed.zero3 import full_shape, whole
 from rlhf_toolkit.errors import CheckpointError, ModelError
+from rlhf_toolkit.models.adapter_files import check_adapter_weights
 from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
@@ -101,7 +102,10 @@ class SharedBase(PeftModel):
         self._masks_are_plain = packing_obstacle(base) is None and full_attention_only(base.config)
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
-        self._decide_what_trains()
+        # What trains is decided once and for all: sharding, optimizer and checkpoints read it.
+        for name, parameter in self.named_parameters():
+            in_head = name.startswith("scalar_heads.") and name.split(".")[1] in self.trained_roles
+            parameter.requires_grad_(in_head or ("lora_" in name and _role_of(name) in self.trained_roles))
         fuse(base)
         if gradient_checkpointing:
             recompute_layers(base, {"use_reentrant": False, "context_fn": self.slices.checkpoint_contexts})
@@ -132,7 +136,10 @@ class SharedBase(PeftModel):
             What they say, in row-major order of the sequences: columns of tokens (K,), columns of sequences (B,).
         """
         trunks = self.trunks(roles)
-        states_of = dict(zip(trunks, self._states(layout, trunks), strict=True))
+        with self.slices.layout(trunks, layout.tokens.shape[0]):
+            hidden = self.causal_lm.base_model(**trunk_inputs(layout, len(trunks))).last_hidden_state
+        rows = cast(tuple[torch.Tensor, ...], hidden.view(len(trunks), -1, hidden.shape[-1]).unbind(0))
+        states_of = dict(zip(trunks, rows, strict=True))  # the trunk's last states (n N, H) of each role
         outputs = RoleOutputs()
         for role in roles:
             states = states_of[POLICY].detach() if self._borrows(role) else states_of[role]
@@ -149,12 +156,6 @@ class SharedBase(PeftModel):
             else:
                 outputs["reward_scores"] = self.scalar_heads[REWARD](states.index_select(0, layout.last))
         return outputs
-
-    def _states(self, layout: TokenLayout, roles: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """The trunk's last states (n N, H) of each role."""
-        with self.slices.layout(roles, layout.tokens.shape[0]):
-            hidden = self.causal_lm.base_model(**trunk_inputs(layout, len(roles))).last_hidden_state
-        return cast(tuple[torch.Tensor, ...], hidden.view(len(roles), -1, hidden.shape[-1]).unbind(0))
 
     def trunks(self, roles: Sequence[str]) -> tuple[str, ...]:
         """The roles whose rows the trunk must compute so that ``roles`` can say theirs: a value without an adapter
@@ -261,13 +262,6 @@ class SharedBase(PeftModel):
             _require_same_shapes(head.state_dict(), weights, f"{path} does not fit the {role} head")
             head.load_state_dict(weights)
 
-    def _decide_what_trains(self) -> None:
-        """Set ``requires_grad`` once and for all: sharding, optimizer and checkpoints read it, nothing may change it
-        later."""
-        for name, parameter in self.named_parameters():
-            in_head = name.startswith("scalar_heads.") and name.split(".")[1] in self.trained_roles
-            parameter.requires_grad_(in_head or ("lora_" in name and _role_of(name) in self.trained_roles))
-
     def _trained_heads(self) -> list[str]:
         return [role for role in self.trained_roles if role in self.scalar_heads]
 
@@ -288,6 +282,7 @@ def _adapter_weights(role: str, folder: str | os.PathLike[str]) -> dict[str, tor
 def _head_weights(role: str, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}; it should hold the {role} head that save_pretrained writes")
+    check_adapter_weights(Path(path))
     return load_file(path)
 
 

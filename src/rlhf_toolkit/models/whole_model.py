@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -62,21 +61,18 @@ class WholeModel(PreTrainedModel):
         """What the model says about the K response tokens of ``layout``: ``policy_logprobs`` and ``policy_entropies``
         (K,), fp32; entropies carry no gradient. There is no role but ``policy``."""
         assert tuple(roles) == (POLICY,), roles
-        with self._autocast():
+        # Without autocast's cache, which would hold a rounded copy of every weight until the end of the forward pass,
+        # of those too that ZeRO-3 has taken away again.
+        rounds = self.products != torch.float32
+        with torch.autocast(
+            self.causal_lm.device.type, dtype=self.products if rounds else None, enabled=rounds, cache_enabled=False
+        ):
             hidden = self.causal_lm.base_model(**trunk_inputs(layout)).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, layout.before)
         if states.is_cuda:
             states = states.to(self.products)
         logprobs, entropies = self.policy_head(states, layout.targets, 1.0, False)
         return RoleOutputs(policy_logprobs=logprobs, policy_entropies=entropies)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Autocast without its cache, which would hold a rounded copy of every weight until the end of the forward
-        pass, of those too that ZeRO-3 has taken away again."""
-        rounds = self.products != torch.float32
-        return torch.autocast(
-            self.causal_lm.device.type, dtype=self.products if rounds else None, enabled=rounds, cache_enabled=False
-        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All parameters that are trained, in one group; tied ones are there once."""
@@ -106,16 +102,16 @@ class WholeModel(PreTrainedModel):
         weights = {}
         with agreement("reading the model"):
             if rank() == 0:
-                weights = self._read(Path(folder) / POLICY)
+                place = Path(folder) / POLICY
+                if not place.is_dir():
+                    raise CheckpointError(
+                        f"{place} is not a folder; it should hold the model that save_pretrained writes"
+                    )
+                kind = type(self.causal_lm)
+                weights = kind.from_pretrained(place, config=self.causal_lm.config, dtype=torch.float32).state_dict()
         prefix = "causal_lm."
         mine = [(name, p) for name, p in self.named_parameters() if name.startswith(prefix)]
         restore_weights(mine, lambda name: weights[name.removeprefix(prefix)])
-
-    def _read(self, place: Path) -> dict[str, torch.Tensor]:
-        if not place.is_dir():
-            raise CheckpointError(f"{place} is not a folder; it should hold the model that save_pretrained writes")
-        saved = type(self.causal_lm).from_pretrained(place, config=self.causal_lm.config, dtype=torch.float32)
-        return saved.state_dict()  # type: ignore[no-any-return]
 
 
 def refuse_unreached(base: PreTrainedModel) -> None:

@@ -30,17 +30,12 @@ def environment_of_workers(named: Sequence[str] = ()) -> dict[str, str]:
 
     What launchers tell a rank is not among them, so that a function which imports torch cannot join the run.
     """
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in named or (_is_allowed(name) and not WITH_USER.search(value))
-    }
-
-
-def _is_allowed(name: str) -> bool:
-    if name in ALLOWED:
-        return True
-    return name.startswith(ALLOWED_BEGINNINGS) and not SECRET.search(name)
+    found = {}
+    for name, value in os.environ.items():
+        allowed = name in ALLOWED or (name.startswith(ALLOWED_BEGINNINGS) and not SECRET.search(name))
+        if name in named or (allowed and not WITH_USER.search(value)):
+            found[name] = value
+    return found
 
 
 def leave_network() -> None:

@@ -61,6 +61,9 @@ def reasoning_gym(
         configs,
         strict=True,
     )
+    for value in (*dataset, *configs):
+        if not isinstance(value, str):
+            raise DataError(f"columns dataset and config hold {shortened(value)}, which is no text; repair that row")
     scores = [
         _score(last_tagged(response, "answer") if answer_tags else response.strip(), entry_of(item), name, settings)
         for response, item, name, settings in rows
@@ -106,6 +109,8 @@ def _dataset(name: str, config: str) -> Any:
     DataError where there is none, and where ``config`` would make reasoning-gym read a file that is not one of its own.
     """
     factory = importlib.import_module("reasoning_gym.factory")
+    if name == "composite":  # its scorer asks another by the name in the entry, for whose text nobody has looked
+        raise DataError("dataset composite mixes others; write the name of the one that each entry comes from")
     if name not in factory.DATASETS:
         raise DataError(f"reasoning-gym has no dataset {name!r}{nearest(name, factory.DATASETS)}")
     try:

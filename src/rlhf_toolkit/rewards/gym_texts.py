@@ -71,31 +71,29 @@ def may_be_scored(answer: str, dataset: str) -> bool:
     return dataset not in SYMPY_SCORERS or is_arithmetic(answer)
 
 
-def _check_counts(metadata: Any, dataset: str) -> None:
-    for key in COUNTS.get(dataset, ()):
-        value = metadata.get(key) if isinstance(metadata, Mapping) else None
-        most = LONGEST_TEXT if key == "solution_length" else LARGEST_COUNT
-        if not isinstance(value, int) or not 0 <= value <= most:
-            raise DataError(
-                f"column entry holds metadata.{key}={shortened(value)}, but reasoning-gym's {dataset} needs a whole "
-                f"number from 0 to {most}; write the column with entry_text of rlhf_toolkit.rewards.gym"
-            )
-
-
 def has_huge_number(text: str) -> bool:
     """Whether a number in ``text`` has an exponent of four digits; the hexadecimal ``0x1e9999`` has none."""
     return _HUGE.search(_HEXADECIMAL.sub(" ", text)) is not None
 
 
 def check_entry(entry: Mapping[str, Any], dataset: str) -> None:
-    """DataError, by the field's name, where the scorer of ``dataset`` would evaluate a field that breaks its grammar.
+    """DataError, by the field's name, where the scorer of ``dataset`` would evaluate a field that breaks its grammar,
+    or build more than a count in the metadata may ask for.
 
     Fields that no scorer evaluates may hold any text.
     """
-    _check_counts(entry.get("metadata"), dataset)
+    metadata = entry.get("metadata")
+    for key in COUNTS.get(dataset, ()):
+        value: Any = metadata.get(key) if isinstance(metadata, Mapping) else None
+        most = LONGEST_TEXT if key == "solution_length" else LARGEST_COUNT
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise DataError(
+                f"column entry holds metadata.{key}={shortened(value)}, but reasoning-gym's {dataset} needs a whole "
+                f"number from 0 to {most}; write the column with entry_text of rlhf_toolkit.rewards.gym"
+            )
     read = EVALUATED_FIELDS.get(dataset) or WRITTEN_OUT.get(dataset) or {}
     for path, (keeps, grammar) in read.items():
-        value: Any = entry
+        value = entry
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         if not isinstance(value, str) or len(value) > LONGEST_TEXT or not keeps(value):

@@ -65,7 +65,8 @@ def math(
 
 
 def _math_score(library: Any, response: str, gold: Any, require_box: bool, seconds: int | None) -> float:
-    given = str(gold).strip() if isinstance(gold, (str, int, float)) and not isinstance(gold, bool) else ""
+    is_number = isinstance(gold, (int, float)) and not isinstance(gold, bool) and abs(gold) < float("inf")
+    given = str(gold).strip() if is_number or isinstance(gold, str) else ""
     inside = last_boxed(given)
     bare = given.removeprefix("$").removesuffix("$") if inside is None else inside
     truth = _boxed(library, bare, seconds)

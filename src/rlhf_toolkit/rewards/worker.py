@@ -33,7 +33,11 @@ def serve(descriptor: int) -> None:
     spec, setting, kwargs, network = pickle.loads(connection.recv_bytes())
     try:
         if not network:
-            _leave_network(setting)
+            try:
+                leave_network()
+            except OSError as error:
+                place = f"{setting.removesuffix('.function')}.network=false"
+                raise ConfigError(f"{place} cannot be kept: {described(error)}; take it away") from error
         function = load_function(spec, setting)
     except ConfigError as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
@@ -47,15 +51,6 @@ def serve(descriptor: int) -> None:
         except EOFError:
             return
         connection.send_bytes(to_json(outcome_in_worker(function, message, kwargs)))
-
-
-def _leave_network(setting: str) -> None:
-    """ConfigError where the network cannot be left; ``setting`` is that of the function."""
-    try:
-        leave_network()
-    except OSError as error:
-        place = setting.removesuffix(".function")
-        raise ConfigError(f"{place}.network=false cannot be kept: {described(error)}; take it away") from error
 
 
 def outcome_in_worker(function: Any, message: bytes, kwargs: dict[str, Any]) -> Outcome:

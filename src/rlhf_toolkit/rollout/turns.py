@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_toolkit.data.chat import rendered_ids
 from rlhf_toolkit.errors import RewardError, described, shortened
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
@@ -114,7 +115,7 @@ def decode_with_turns(
             texts = list(tokenizer.batch_decode([rows[i].tokens for i in stopped], skip_special_tokens=True))
             answers = environment.answers([rows[i].prompt for i in stopped], texts, turn) if stopped else []
             said = [(i, answer) for i, answer in zip(stopped, answers, strict=True) if answer is not None]
-            tokens = [(i, tokenizer(answer, add_special_tokens=False).input_ids) for i, answer in said]
+            tokens = [(i, list(rendered_ids(answer, tokenizer))) for i, answer in said]
             going = [i for i, answer in tokens if rows[i].take_answer(answer, budget)]
         if not anyone(bool(going)):
             break
