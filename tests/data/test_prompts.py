@@ -61,6 +61,14 @@ def test_each_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert list(load_rows(str(tmp_path / name), "train")) == ROWS
 
 
+def test_nobody_is_told_of_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load.get_session", lambda: told.append("a server"))
+    write_rows(tmp_path / "x.jsonl")
+    assert list(load_rows(str(tmp_path / "x.jsonl"), "train")) == ROWS and told == []
+
+
 def test_json_lines_under_the_other_suffix(tmp_path: Path) -> None:
     source = write(tmp_path / "x.json", '{"prompt": "a"}\n{"prompt": "b"}\n')
     assert table(source)["prompt"][:] == ["a", "b"]

@@ -23,10 +23,12 @@ from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.card import ROWS, _numbers, card, push, write_card
 from rlhf_toolkit.export.card_kinds import KINDS
 from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.reporting.seal import SEAL, sealed
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import RewardExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.support.builders import tiny_tokenizer
+from tests.support.offenders import for_each
 from tests.support.tiny import WORDS
 from tests.trainers.test_fine_tuning import prepared, sections
 from tests.trainers.test_full_fine_tuning import prepared as prepared_whole
@@ -78,11 +80,18 @@ def test_settings_and_adapters(folder: Path) -> None:
     assert list(settings) == list(mine)
 
 
-def test_no_place_of_this_machine_and_no_secret(folder: Path) -> None:
-    settings = json.loads((folder / "run.json").read_text())
-    settings["reward"]["kwargs"] = {"api_key": "hf_secret"}
-    settings["reward"]["functions"] = [{"function": "/home/me/a.py:f", "kwargs": {"token": "hf_secret"}}]
+def with_settings(folder: Path, section: str, **changes: Any) -> None:
+    """As if the run had had these settings."""
+    settings, summary = (json.loads((folder / name).read_text()) for name in ("run.json", "summary.json"))
+    settings[section] |= changes
     (folder / "run.json").write_text(json.dumps(settings))
+    del summary[SEAL]
+    (folder / "summary.json").write_text(json.dumps(sealed(folder, summary)))
+
+
+def test_no_place_of_this_machine_and_no_secret(folder: Path) -> None:
+    functions = [{"function": "/home/me/a.py:f", "kwargs": {"token": "hf_secret"}}]
+    with_settings(folder, "reward", kwargs={"api_key": "hf_secret"}, functions=functions)
     text = card(read_run(folder))
     assert "hf_secret" not in text and "/home/me" not in text and str(folder.parent) not in text
     assert block(text, "yaml").count("(not shown)") == 2 and "a.py:f" in text
@@ -90,9 +99,7 @@ def test_no_place_of_this_machine_and_no_secret(folder: Path) -> None:
 
 
 def test_a_base_of_the_hub_is_named_in_the_metadata(folder: Path) -> None:
-    settings = json.loads((folder / "run.json").read_text())
-    settings["model"]["name"] = "Qwen/Qwen2.5-7B"
-    (folder / "run.json").write_text(json.dumps(settings))
+    with_settings(folder, "model", name="Qwen/Qwen2.5-7B")
     text = card(read_run(folder), "me/mine")
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen2.5-7B"
     assert "\n# mine\n" in text and 'from_pretrained(base, "me/mine", subfolder="policy")' in text
@@ -303,6 +310,23 @@ def test_the_real_hub_takes_what_the_fake_one_takes(
 
 
 # ---- folders that hold no finished run -------------------------------------------------------------------------------
+
+
+@for_each("name", ["run.json", "log.jsonl", "samples.jsonl", "summary.json"])
+def test_a_file_that_is_not_as_the_run_left_it_is_named(finished_run: Path, tmp_path: Path, name: str) -> None:
+    """One digit is another one: nothing but the hashes in the summary can tell."""
+    folder = Path(shutil.copytree(finished_run / "run", tmp_path / name))
+    assert read_run(folder).summary[SEAL].keys() == {"run.json", "log.jsonl", "samples.jsonl", "summary.json"}
+    text = (folder / name).read_text()
+    digit = next(match for match in re.finditer(r"(?<=\d\.)[1-8]", text))
+    (folder / name).write_text(f"{text[: digit.start()]}9{text[digit.end() :]}")
+    with pytest.raises(
+        CheckpointError, match=rf"{name} is not as it was when the run ended; restore that file, or let"
+    ):
+        read_run(folder)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError):
+        read_run(folder)
 
 
 def test_unfinished_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:

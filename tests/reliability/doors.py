@@ -27,7 +27,8 @@ SECONDS = 60
 """What a case may take on a busy machine; on a quiet one it takes two seconds."""
 ONE_LINE = re.compile(r"^(\w*Error): ", flags=re.MULTILINE)
 TYPED = "import io, sys; sys.stdin = io.StringIO('w1 w2 w3\\n')\n"
-PASSED = ("refused", "previous", "harmless")
+PASSED = ("refused", "previous", "harmless", "named")
+NAMED = re.compile(r"log\.jsonl has lost \d+ of \d+ records")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def judge(door: Door, world: World, sound: Any, *, previous: bool = False, hashe
 
 def _of_success(world: World, finished: Finished, door: Door, sound: Any, *, previous: bool) -> Verdict:
     if door.result(world, finished) != sound:
+        if door.name == "--resume" and NAMED.search(finished.output):
+            return Verdict("named", "the run goes on without records that nothing else holds")
         return Verdict("ACCEPTED", "with another result")
     if previous and _resumed_step(world) != 2:
         return Verdict("harmless", f"it went on from step {_resumed_step(world)}, with the same end")

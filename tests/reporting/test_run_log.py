@@ -25,6 +25,7 @@ from rlhf_toolkit.reporting.run_log import (
     write_fine_tuning_summary,
     write_summary,
 )
+from rlhf_toolkit.reporting.seal import SEAL, require_seal
 
 ARGUMENTS = TrainingArguments(output_dir="unused", use_cpu=True)
 SAMPLES = {
@@ -186,7 +187,8 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
     logged(tmp_path)
     summary = write_summary(tmp_path, seconds=9.0, world_size=2, device="cpu")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert summary == {
+    require_seal(tmp_path, summary)
+    assert {name: value for name, value in summary.items() if name != SEAL} == {
         "mean_scores": [1.0, 2.0],
         "mean_raw_scores": [3.0, 4.0],
         "ref_kl": [0.5, None],

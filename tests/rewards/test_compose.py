@@ -273,10 +273,9 @@ def test_a_function_that_cannot_be_loaded(keys: dict[str, int], tmp_path: Path) 
         assert str(caught.value).startswith(f"reward.functions[0].function{message}")
 
 
-@pytest.mark.parametrize("deed", ["nan", "raise"])
-def test_a_long_prompt_is_cut_in_the_message(deed: str) -> None:
+def test_a_long_prompt_is_cut_in_the_message() -> None:
     with rewards_of(of("act")) as rewards, pytest.raises(RewardError) as caught:
-        rewards.collect([Prompt(7, "long\n" * 1000, (1,), {})], [deed], [[1]])
+        rewards.collect([Prompt(7, "long\n" * 1000, (1,), {})], ["raise"], [[1]])
     message = str(caught.value)
     assert r"its prompt was 'long\nlong\n" in message and message.endswith("... (row 7 of the dataset)")
     assert len(message) < 400 and "\n" not in message

@@ -1039,3 +1039,28 @@ def test_an_evaluation_needs_held_out_rows(evaluation: dict[str, Any]) -> None:
         supervised(run={"evaluate_every": 2}, data=evaluation)
     assert line_of(caught) == told
     assert experiment(run={"evaluate_every": 2}, data={"train": "t.jsonl", "evaluation": "e"}).run.evaluate_every == 2
+
+
+@for_each(
+    "name", ["model.name", "model.attention", "model.policy_adapter", "data.train", "run.output_dir", "reward.adapter"]
+)
+@for_each("value", ["x" * 256, "\u00e9" * 128, "a/" * 2049, f"a/{'x' * 256}/b"])
+def test_a_name_longer_than_any_path_is_refused(name: str, value: str) -> None:
+    section, setting = name.split(".")
+    said = error_of(section, **{setting: value})
+    assert (
+        said.startswith(f"{name}='") and "is longer than any path (255 bytes a name, 4096 in all); give a sho" in said
+    )
+    assert len(said) < 400
+
+
+def test_long_texts_that_are_no_path_are_taken() -> None:
+    layers = "|".join(["q_proj"] * 60)
+    found = experiment(data={"system_prompt": "be kind " * 600}, model={"target_modules": layers})
+    assert len(found.data.system_prompt or "") == 4800 and len(found.model.target_modules) > 256
+
+
+@for_each("value", [[], ""])
+def test_no_layer_to_adapt_is_refused(value: Any) -> None:
+    said = error_of("model", target_modules=value)
+    assert said == f"model.target_modules={value} must name a layer; the default is all-linear"

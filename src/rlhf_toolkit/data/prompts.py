@@ -27,6 +27,7 @@ from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or it tells a server of every file that is read, local ones too
 NO_ROWS = "holds no rows; give it at least one prompt, or name another split"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 OTHER_KINDS = ("text", "imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder", "meshfolder")

@@ -16,6 +16,7 @@ from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file
 from rlhf_toolkit.models.folders import MOST_BYTES, check_model_folder
+from rlhf_toolkit.reporting.seal import require_seal
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("value_head.safetensors", "reward_head.safetensors")
@@ -72,7 +73,8 @@ def adapter_folder(name: str) -> Path:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run. Raises CheckpointError where the folder holds none, or a link to something outside."""
+    """Read a finished run. Raises CheckpointError where the folder holds none, a link to something outside, or files
+    that are not as the run left them."""
     if not (folder / RUN_FILE).is_file():
         raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is not a run folder; give a run's run.output_dir")
     link = link_outside(folder, passing_over=WANDB_LOGS)
@@ -90,7 +92,9 @@ def read_run(folder: Path) -> FinishedRun:
     settings = read_json(folder / RUN_FILE)
     if not all(isinstance(section, dict) for section in settings.values()):
         raise CheckpointError(f"{folder / RUN_FILE} holds no settings; restore that file")
-    return FinishedRun(folder, settings, read_json(folder / "summary.json"), adapters)
+    summary = read_json(folder / "summary.json")
+    require_seal(folder, summary)
+    return FinishedRun(folder, settings, summary, adapters)
 
 
 @contextmanager

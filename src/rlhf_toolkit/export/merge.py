@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError, described, nearest
 from rlhf_toolkit.export.folders import adapter_folder, model_folder
 from rlhf_toolkit.export.lora_weights import LoraWeights, read_lora
-from rlhf_toolkit.export.shards import FLOATING, INDEX, Shard, read_headers, rewrite
+from rlhf_toolkit.export.shards import FLOATING, INDEX, Shard, Stored, read_headers, rewrite
 
 CONFIG = "config.json"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".index.json")
@@ -114,6 +114,7 @@ def stored_updates(
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     keys = names_in_memory(model, stored)
+    require_shapes(model, stored, keys, base)
     updates: dict[str, Callable[[], Tensor]] = {}
     for layer, lora in weights.items():
         module = _linear(model, layer, adapter, base)
@@ -157,6 +158,20 @@ def names_in_memory(model: PreTrainedModel, stored: Mapping[str, Any]) -> dict[s
     return names
 
 
+def require_shapes(model: PreTrainedModel, stored: Mapping[str, Stored], keys: Mapping[str, str], base: str) -> None:
+    """Raise ModelError for a stored tensor that has another shape than the model's, or whole numbers for the model's
+    fractions: it would be copied as it is, and no adapter looks at it."""
+    for name, tensor in model.state_dict().items():
+        found = stored[keys[name]] if name in keys else None
+        if found is None:
+            continue
+        if found.shape != tuple(tensor.shape) or (tensor.is_floating_point() and found.dtype not in FLOATING):
+            raise ModelError(
+                f"{base} stores {keys[name]} as {found.dtype} {_by(found.shape)}, where its config asks for "
+                f"{tensor.dtype} {_by(tuple(tensor.shape))}; fetch the model again"
+            )
+
+
 # ---- one tensor ------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +185,8 @@ class _Sums:
     def of(self, name: str, weight: Tensor) -> Tensor:
         """The stored tensor ``name`` after merging, in the dtype it will be stored in."""
         wanted = self.dtype if self.dtype is not None and weight.is_floating_point() else weight.dtype
+        if not weight.isfinite().all():
+            raise ModelError(f"{name} of the base holds NaN or infinity; fetch the model again")
         if name not in self.adapted:
             return _rounded(name, weight, wanted)
         update = self.adapted[name]()

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.files import appended, write_text
+from rlhf_toolkit.reporting.seal import SUMMARY, sealed
 from rlhf_toolkit.texts import printable, say
 
 Record = dict[str, Any]
@@ -216,8 +217,13 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
         "device": device,
         "versions": versions(),
     }
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+    return _write_sealed(folder, summary)
+
+
+def _write_sealed(folder: Path, summary: Record) -> Record:
+    whole = sealed(folder, summary)
+    write_text(folder / SUMMARY, json.dumps(whole, indent=2) + "\n")
+    return whole
 
 
 def versions() -> dict[str, str]:
@@ -245,8 +251,7 @@ def write_fine_tuning_summary(
         "versions": versions(),
         **extra,
     }
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+    return _write_sealed(folder, summary)
 
 
 def _kind(logs: Record) -> str | None:

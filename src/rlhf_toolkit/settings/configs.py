@@ -23,6 +23,7 @@ from rlhf_toolkit.settings.knobs import (
     FROM_0_TO_1,
     FROM_0_TO_BELOW_1,
     NO_DROPOUT,
+    NOT_EMPTY,
     NOT_NEGATIVE,
     WITHIN_0_AND_1,
     Section,
@@ -67,7 +68,9 @@ class ModelConfig(Section):
     lora_alpha: int = knob(32, "adapters are scaled by lora_alpha / lora_rank", ABOVE_0)
     lora_dropout: float = knob(0.0, "must be 0: old and new log-probs would differ before any update", NO_DROPOUT)
     rslora: bool = knob(False, "scale by lora_alpha / sqrt(lora_rank) instead")
-    target_modules: str | list[str] = knob("all-linear", "layers to adapt: all-linear or a list of name endings")
+    target_modules: str | list[str] = knob(
+        "all-linear", "layers to adapt: all-linear or a list of name endings", NOT_EMPTY
+    )
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
     policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
     value_adapter: str | None = knob(None, "reward adapter (LoRA folder with its head) that the value starts from")
@@ -306,9 +309,7 @@ class UpdateConfig(OptimizerConfig):
     """The optimizer of PPO: three named parameter groups."""
 
     policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
-    value_lr: float = knob(
-        1e-4, "learning rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE
-    )
+    value_lr: float = knob(1e-4, "rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE)
     value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
 
 

@@ -21,6 +21,9 @@ COUNTER_BITS = 63
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 SPOKEN = ".system_prompt"
+PATTERN = ".target_modules"
+LONGEST_PART, LONGEST_PATH = 255, 4096
+"""Bytes of a folder's or a file's name, and of a path: no file system takes more."""
 
 LARGEST_FLOAT = 3.4028234663852886e38
 """Of float32."""
@@ -43,6 +46,7 @@ FROM_0_TO_1 = Rule("be in [0, 1]", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
 ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1)
 NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
+NOT_EMPTY = Rule("name a layer", bool)
 
 
 def knob(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -129,7 +133,8 @@ def require_plain(name: str, value: Any) -> None:
 
 def _require_sane(name: str, value: Any) -> None:
     """Raise ConfigError for a number that no counter or no float32 holds, and for a name with characters that do not
-    print: it becomes a path, a label or a line. Only ``SPOKEN`` is read by a model, and may have line breaks."""
+    print or more of them than a path can have: it becomes a path, a label or a line. Only ``SPOKEN`` is read by a
+    model, and may have line breaks; ``PATTERN`` may be long."""
     if isinstance(value, int) and value.bit_length() > COUNTER_BITS:
         raise ConfigError(f"{name}={shortened(value)} is beyond 64 bits; give a smaller number")
     if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
@@ -138,3 +143,9 @@ def _require_sane(name: str, value: Any) -> None:
         odd = SURROGATE.search(value) if name.endswith(SPOKEN) else UNPRINTED.search(value)
         if odd is not None:
             raise ConfigError(f"{name}={shortened(value)} holds {odd[0]!a}, which does not print; write it without")
+        longest = max(len(part.encode()) for part in value.split("/"))
+        if not name.endswith((SPOKEN, PATTERN)) and (longest > LONGEST_PART or len(value.encode()) > LONGEST_PATH):
+            raise ConfigError(
+                f"{name}={shortened(value)} is longer than any path ({LONGEST_PART} bytes a name, {LONGEST_PATH} in "
+                "all); give a shorter one"
+            )
