@@ -121,7 +121,14 @@ def tokenise_examples(
             examples.append(Example(index, token_ids, tuple(trained)))
     if not examples:
         raise dropped.nothing_left()
-    return ExampleSet(tuple(examples), total, dict(dropped.reasons), _source(shape, rows.column_names))
+    read_from = columns_read(shape[0], rows.column_names)
+    if shape == ("text",):
+        source = "loss on every token of text but the first"
+    elif len(shape) == 1:
+        source = f"loss on every assistant message of {read_from}"
+    else:
+        source = f"prompts from {read_from}, loss on {shape[1]}"
+    return ExampleSet(tuple(examples), total, dict(dropped.reasons), source)
 
 
 def _shape(rows: Rows) -> tuple[str, ...]:
@@ -147,14 +154,6 @@ def _shape(rows: Rows) -> tuple[str, ...]:
     raise unknown_columns(columns, UNDERSTOOD)
 
 
-def _source(shape: tuple[str, ...], columns: list[str]) -> str:
-    if shape == ("text",):
-        return "loss on every token of text but the first"
-    if len(shape) == 1:
-        return f"loss on every assistant message of {columns_read(shape[0], columns)}"
-    return f"prompts from {columns_read(shape[0], columns)}, loss on {shape[1]}"
-
-
 @dataclass(frozen=True)
 class _Reader:
     """Turns a row into token ids and the spans that are trained on, or into None where its response is empty."""
@@ -166,7 +165,19 @@ class _Reader:
     types: ColumnTypes
 
     def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> tuple[Ids, list[Span]] | None:
-        values = [self._value(row, column, index) for column in shape]
+        values = []
+        for column in shape:
+            outer, _, inner = column.partition(".")
+            value = row[outer]
+            if inner:
+                value = value.get(inner) if isinstance(value, Mapping) else None
+                if not isinstance(value, str):
+                    raise DataError(
+                        f"row {index}: {column} {shortened(value)} is no response; every row has to have one there as "
+                        "a string, or in a column completion or response"
+                    )
+            self.types.check(value, index=index, column=column)
+            values.append(value)
         if shape == ("text",):
             ids = plain_text(values[0], self.tokenizer, stop_ids=self.stop_ids, index=index)
             return None if ids is None else (ids, [(1, len(ids))])
@@ -184,19 +195,6 @@ class _Reader:
             return given + own, [(len(given), len(given) + len(own))]
         before = prompt_messages(prompt, self.system_prompt, index=index)
         return self._conversation([*before, *response_messages(response, shape[1], index=index)], len(before), index)
-
-    def _value(self, row: Mapping[str, Any], column: str, index: int) -> Any:
-        outer, _, inner = column.partition(".")
-        value = row[outer]
-        if inner:
-            value = value.get(inner) if isinstance(value, Mapping) else None
-            if not isinstance(value, str):
-                raise DataError(
-                    f"row {index}: {column} {shortened(value)} is no response; every row has to have one there as a "
-                    "string, or in a column completion or response"
-                )
-        self.types.check(value, index=index, column=column)
-        return value
 
     def _conversation(self, messages: list[Message], first: int, index: int) -> tuple[Ids, list[Span]] | None:
         check_order(messages, index=index)

@@ -80,7 +80,12 @@ def packed_layout(sequences: Tensor, prompt_lengths: Tensor, response_lengths: T
     sequences, starts = sequences.cpu(), prompt_lengths.tolist()
     lengths = (prompt_lengths + response_lengths).tolist()
     trie = share_prefixes([tuple(row[:p]) for row, p in zip(sequences.tolist(), starts, strict=True)], lengths)
-    keys = _places(trie)
+    keys: list[Tensor] = []  # of each segment: every token from the sequence's beginning to the segment's end
+    start = 0
+    for segment in trie.segments:
+        own = torch.arange(start, start + segment.size)
+        keys.append(own if segment.parent is None else torch.cat([keys[segment.parent], own]))
+        start += segment.size
     tokens = torch.cat([sequences[s.row, s.start : s.stop] for s in trie.segments])
     positions = torch.cat([torch.arange(s.start, s.stop) for s in trie.segments])
     before = [keys[leaf][p - 1 : n - 1] for leaf, p, n in zip(trie.leaves, starts, lengths, strict=True)]
@@ -89,17 +94,6 @@ def packed_layout(sequences: Tensor, prompt_lengths: Tensor, response_lengths: T
     return TokenLayout(
         tokens[None], torch.cat(before), torch.cat(targets), last, positions[None], trie, tuple(keys)
     ).to(prompt_lengths.device)
-
-
-def _places(trie: Trie) -> list[Tensor]:
-    """For each segment the indices of every token from the sequence's beginning to the segment's end."""
-    found: list[Tensor] = []
-    start = 0
-    for segment in trie.segments:
-        own = torch.arange(start, start + segment.size)
-        found.append(own if segment.parent is None else torch.cat([found[segment.parent], own]))
-        start += segment.size
-    return found
 
 
 def unpack(positions: Tensor, lengths: Tensor, width: int) -> Tensor:

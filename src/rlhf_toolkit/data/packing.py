@@ -31,8 +31,15 @@ def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], *, ranks: 
     dealt by length in snake order so that their tokens balance; rows of similar length sit together so that little is
     padding.
     """
-    shares = _deal(rows, lengths, ranks)
-    return _in_step([_fill(share, lengths, budget) for share in shares])
+    found: list[list[Rows]] = []
+    for share in _deal(rows, lengths, ranks):
+        batches: list[Rows] = []
+        for row in share:  # longest first: a batch's first row sets its width
+            if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+                batches.append([])
+            batches[-1].append(row)
+        found.append(batches)
+    return _in_step(found)
 
 
 def packed_micro_batches(
@@ -55,16 +62,6 @@ def _deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[Rows]
         turn, place = divmod(i, ranks)
         shares[place if turn % 2 == 0 else ranks - 1 - place].append(row)
     return shares
-
-
-def _fill(share: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
-    """Put rows, longest first, into batches whose first row sets the width."""
-    batches: list[Rows] = []
-    for row in share:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
 
 
 def _deal_by_prompt(rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Tokens], ranks: int) -> list[Rows]:

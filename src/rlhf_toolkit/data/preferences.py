@@ -103,7 +103,11 @@ def tokenise_pairs(
     ``max_tokens`` together, are dropped, never truncated. DataError where columns, a row or the chat template cannot be
     used, or no row is left.
     """
-    source = _source(rows)
+    first, columns = first_row(rows), rows.column_names
+    if first is None:
+        raise DataError(f"the dataset {NO_ROWS}")
+    if not {"chosen", "rejected"} <= set(columns):
+        raise unknown_columns(columns, UNDERSTOOD)
     reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
     dropped, pairs, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):
@@ -117,18 +121,10 @@ def tokenise_pairs(
             pairs.append(pair)
     if not pairs:
         raise dropped.nothing_left()
-    return PairSet(tuple(pairs), total, dict(dropped.reasons), source)
-
-
-def _source(rows: Rows) -> str:
-    first, columns = first_row(rows), rows.column_names
-    if first is None:
-        raise DataError(f"the dataset {NO_ROWS}")
-    if not {"chosen", "rejected"} <= set(columns):
-        raise unknown_columns(columns, UNDERSTOOD)
     prompt = _prompt_column(first)
     read = [columns_read(prompt, columns)] if prompt else []
-    return f"from columns {', '.join([*read, 'chosen', 'rejected', *(['margin'] if 'margin' in columns else [])])}"
+    read += ["chosen", "rejected", *(["margin"] if "margin" in columns else [])]
+    return PairSet(tuple(pairs), total, dict(dropped.reasons), f"from columns {', '.join(read)}")
 
 
 def _prompt_column(row: Mapping[str, Any]) -> str | None:
@@ -191,7 +187,19 @@ class _Reader:
 
         A prompt beside whole conversations is their last user message, or all of what they share.
         """
-        sides = [_side(row, column, index) for column in ("chosen", "rejected")]
+        sides = []
+        for column in ("chosen", "rejected"):
+            side = row[column]
+            if not isinstance(side, str):
+                sides.append(messages_of(side, index=index, column=column))
+            elif "prompt" in row:  # the assistant's answer to it
+                sides.append(response_messages(side, column, index=index))
+            else:
+                raise DataError(
+                    f"row {index}: {column} {shortened(side, 80)} is a string and there is no column prompt, so that "
+                    "nothing says where the response begins; add prompt, or give whole conversations as lists of "
+                    "messages"
+                )
         if sides[0][0]["role"] != "assistant" or "prompt" not in row:
             prompt = _common_prompt(sides, index)
             beside, said = row.get("prompt"), prompt[-1]["content"].strip()
@@ -207,18 +215,6 @@ class _Reader:
             ]
             _common_prompt(sides, index)
         return prompt, [side[-1] for side in sides]
-
-
-def _side(row: Mapping[str, Any], column: str, index: int) -> list[Message]:
-    """The column ``chosen`` or ``rejected`` as messages. A string is the assistant's answer; it needs a prompt."""
-    if isinstance(row[column], str) and "prompt" in row:
-        return response_messages(row[column], column, index=index)
-    if isinstance(row[column], str):
-        raise DataError(
-            f"row {index}: {column} {shortened(row[column], 80)} is a string and there is no column prompt, so that "
-            "nothing says where the response begins; add prompt, or give whole conversations as lists of messages"
-        )
-    return messages_of(row[column], index=index, column=column)
 
 
 def _common_prompt(sides: list[list[Message]], index: int) -> list[Message]:

@@ -65,7 +65,11 @@ def share_prefixes(prompts: Sequence[Tokens], lengths: Sequence[int], *, least: 
     open_groups: list[tuple[list[int], int, int, int | None]] = [(list(range(len(prompts))), 0, 0, None)]
     while open_groups:
         rows, start, agree, parent = open_groups.pop()
-        for group in _by_next_token(rows, prompts, agree):
+        groups: dict[tuple[str, int], list[int]] = {}  # by the next token; a row whose prompt has ended stands alone
+        for row in rows:
+            ended = len(prompts[row]) == agree
+            groups.setdefault(("row", row) if ended else ("token", prompts[row][agree]), []).append(row)
+        for group in groups.values():
             if len(group) == 1:
                 trie.leaves[group[0]] = _add(trie, Segment(group[0], start, lengths[group[0]], parent))
                 continue
@@ -107,23 +111,19 @@ class GrowingRow:
     def add(self, prompt: Tokens, length: int) -> None:
         """A sequence joins; its prompt must not be smaller than that of the one before."""
         common = 0 if self._last is None else _agree(self._last, prompt)
-        self._close(common)
-        for node in self._path:
-            node.rows += 1
-        self._lengths, self._last = self._lengths + length, prompt
-
-    def _close(self, common: int) -> None:
-        """Leave the nodes below depth ``common``, and make sure that there is one at that depth."""
-        left: _Shared | None = None
+        left: _Shared | None = None  # the nodes below depth common are left, and one at that depth has to be there
         while self._path[-1].depth > common:
             left = self._path.pop()
             if self._path[-1].depth >= common:
                 self._path[-1].close(left)
         if self._path[-1].depth < common:
-            node = _Shared(depth=common, rows=left.rows if left else 1)
+            shared = _Shared(depth=common, rows=left.rows if left else 1)
             if left:
-                node.close(left)
-            self._path.append(node)
+                shared.close(left)
+            self._path.append(shared)
+        for node in self._path:
+            node.rows += 1
+        self._lengths, self._last = self._lengths + length, prompt
 
 
 class _Shared:
@@ -165,12 +165,3 @@ def _agree(first: Tokens, last: Tokens) -> int:
 def _add(trie: Trie, segment: Segment) -> int:
     trie.segments.append(segment)
     return len(trie.segments) - 1
-
-
-def _by_next_token(rows: list[int], prompts: Sequence[Tokens], position: int) -> list[list[int]]:
-    """Rows by their prompt's token at ``position``, in order of appearance; one whose prompt has ended stands alone."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for row in rows:
-        ended = len(prompts[row]) == position
-        groups.setdefault(("row", row) if ended else ("token", prompts[row][position]), []).append(row)
-    return list(groups.values())

@@ -118,7 +118,13 @@ class _Renderer:
         """The answer to one request."""
         deadline = time.monotonic() + SECONDS
         try:
-            self._send(struct.pack("<Q", len(request)) + request, deadline)
+            os.set_blocking(self.request, False)
+            unsent = memoryview(struct.pack("<Q", len(request)) + request)
+            while unsent:
+                _, ready, _ = select.select([], [self.request], [], max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise TimeoutError
+                unsent = unsent[os.write(self.request, unsent) :]
             (size,) = struct.unpack("<Q", self._read(8, deadline))
             if size > 8 * MOST_CHARACTERS:
                 raise TimeoutError
@@ -147,15 +153,6 @@ class _Renderer:
             with contextlib.suppress(OSError):
                 os.kill(self.child, signal.SIGKILL)
                 os.waitpid(self.child, 0)
-
-    def _send(self, content: bytes, deadline: float) -> None:
-        os.set_blocking(self.request, False)
-        view = memoryview(content)
-        while view:
-            _, ready, _ = select.select([], [self.request], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            view = view[os.write(self.request, view) :]
 
     def _read(self, size: int, deadline: float) -> bytes:
         parts, left = [], size

@@ -116,8 +116,18 @@ def stored_updates(
     keys = names_in_memory(model, stored)
     require_shapes(model, stored, keys, base)
     updates: dict[str, Callable[[], Tensor]] = {}
+    modules = dict(model.named_modules())
     for layer, lora in weights.items():
-        module = _linear(model, layer, adapter, base)
+        if layer not in modules:
+            raise ModelError(
+                f"{adapter} adapts {layer}, which {base} has not{nearest(layer, modules)}; the adapter belongs to "
+                "another base"
+            )
+        module = modules[layer]
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise ModelError(
+                f"{adapter} adapts {layer}, a {type(module).__name__}; only linear layers can be merged here"
+            )
         if f"{layer}.weight" in tied:
             raise ModelError(
                 f"{adapter} adapts {layer}, which {base} ties to another layer: the sum would change both; use the "
@@ -209,19 +219,6 @@ def _rounded(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != exact.dtype and not torch.equal(result.isfinite(), exact.isfinite()):
         raise ModelError(f"{name} has numbers beyond the range of {str(dtype)[6:]}; use --dtype bfloat16 or float32")
     return result
-
-
-def _linear(model: nn.Module, layer: str, adapter: str, base: str) -> nn.Linear | Conv1D:
-    modules = dict(model.named_modules())
-    if layer not in modules:
-        raise ModelError(
-            f"{adapter} adapts {layer}, which {base} has not{nearest(layer, modules)}; the adapter belongs to another "
-            "base"
-        )
-    module = modules[layer]
-    if not isinstance(module, nn.Linear | Conv1D):
-        raise ModelError(f"{adapter} adapts {layer}, a {type(module).__name__}; only linear layers can be merged here")
-    return module
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
-from torch import Tensor
 
 from rlhf_toolkit.errors import ModelError, described, shortened
 
@@ -49,7 +48,17 @@ def check_adapter_config(folder: Path, config: Mapping[str, Any]) -> None:
         if key in config:
             _check_number(path, key, config[key])
     for key in KEYED:
-        _check_keyed(path, key, config.get(key))
+        values = config.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, Mapping) or len(values) > MOST_KEYS:
+            raise ModelError(
+                f"{path} has {key}={shortened(values)}, not at most {MOST_KEYS} numbers by name; restore it"
+            )
+        for name, value in values.items():
+            _check_number(path, f"{key}.{name}", value)
+        if sum(steps(path, key, name) for name in values) > 4 * MOST_STEPS:
+            raise ModelError(f"{path} has {key} with patterns that take long to match; write the layers' names")
     for key in PATTERNS:
         _check_pattern(path, key, config.get(key))
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
@@ -69,24 +78,25 @@ def check_adapter_weights(path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
-                _check_tensor(path, name, file.get_tensor(name))
+                tensor = file.get_tensor(name)
+                if not _is_name(name):
+                    raise ModelError(
+                        f"{path} holds a tensor of the name {shortened(name, 80)}, which is none; save it again"
+                    )
+                if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dim() == 0:
+                    words = f"{str(tensor.dtype)[6:]} of shape {tuple(tensor.shape)}"
+                    raise ModelError(f"{path} holds {name} as {words}, no matrix of floats; save the adapter again")
+                largest = float(tensor.abs().max())  # NaN where one of them is
+                if not math.isfinite(largest):
+                    raise ModelError(f"{path} holds NaN or infinity in {name}; take an earlier checkpoint")
+                if largest > LARGEST:
+                    raise ModelError(
+                        f"{path} holds {largest:.3g} in {name}, which no training leaves; take an earlier checkpoint"
+                    )
     except ModelError:
         raise
     except Exception as error:  # a header may say anything
         raise ModelError(f"{path} has no readable weights ({described(error)}); save the adapter again") from error
-
-
-def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    if not _is_name(name):
-        raise ModelError(f"{path} holds a tensor of the name {shortened(name, 80)}, which is none; save it again")
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dim() == 0:
-        words = f"{str(tensor.dtype)[6:]} of shape {tuple(tensor.shape)}"
-        raise ModelError(f"{path} holds {name} as {words}, no matrix of floats; save the adapter again")
-    largest = float(tensor.abs().max())  # NaN where one of them is
-    if not math.isfinite(largest):
-        raise ModelError(f"{path} holds NaN or infinity in {name}; take an earlier checkpoint")
-    if largest > LARGEST:
-        raise ModelError(f"{path} holds {largest:.3g} in {name}, which no training leaves; take an earlier checkpoint")
 
 
 def read_lora_config(folder: str | Path) -> LoraConfig:
@@ -115,17 +125,6 @@ def _check_number(path: Path, key: str, value: Any) -> None:
         )
     if not good:
         raise ModelError(f"{path} has {key}={shortened(value)}, which is not {rule}; restore it")
-
-
-def _check_keyed(path: Path, key: str, values: Any) -> None:
-    if values is None:
-        return
-    if not isinstance(values, Mapping) or len(values) > MOST_KEYS:
-        raise ModelError(f"{path} has {key}={shortened(values)}, not at most {MOST_KEYS} numbers by name; restore it")
-    for name, value in values.items():
-        _check_number(path, f"{key}.{name}", value)
-    if sum(steps(path, key, name) for name in values) > 4 * MOST_STEPS:
-        raise ModelError(f"{path} has {key} with patterns that take long to match; write the layers' names")
 
 
 def _check_pattern(path: Path, key: str, value: Any) -> None:

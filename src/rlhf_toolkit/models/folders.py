@@ -55,16 +55,21 @@ def check_model_folder(name: str) -> None:
     for index in INDEX_FILES:
         if (folder / index).is_file():
             weight_map(folder / index)
-    for config in CONFIGS:
-        if (folder / config).is_file():
-            found = _object(folder / config)
-            _check_names(folder / config, found)
-            _check_counts(folder / config, found)
-            for key, value in found.items():
-                if key.removeprefix("_") in KERNELS and any("/" in str(each) for each in _each(value)):
-                    raise ModelError(f"{folder / config} has {key}={shortened(value)}, code of the hub's; remove it")
-            if config == "adapter_config.json":
-                check_adapter_config(folder, found)
+    for path in (folder / config for config in CONFIGS if (folder / config).is_file()):
+        found = _object(path)
+        for key in NAMES_A_FILE:
+            for file in _each(found.get(key)):
+                if not is_plain_name(file):
+                    raise _foreign(path, key, file)
+        for code in _each(found.get("auto_map")):
+            if not isinstance(code, str) or not CLASS.fullmatch(code) or ".." in code:
+                raise _foreign(path, "auto_map", code)
+        _check_counts(path, found)
+        for key, value in found.items():
+            if key.removeprefix("_") in KERNELS and any("/" in str(each) for each in _each(value)):
+                raise ModelError(f"{path} has {key}={shortened(value)}, code of the hub's; remove it")
+        if path.name == "adapter_config.json":
+            check_adapter_config(folder, found)
 
 
 def check_weights_are_here(name: str) -> None:
@@ -110,16 +115,6 @@ def check_growth(path: Path) -> None:
             waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
             if growth > MOST_GROWTH:
                 raise ModelError(f"{path} has a {part} that may make a text {MOST_GROWTH} times longer; repair it")
-
-
-def _check_names(path: Path, config: Mapping[str, Any]) -> None:
-    for key in NAMES_A_FILE:
-        for file in _each(config.get(key)):
-            if not is_plain_name(file):
-                raise _foreign(path, key, file)
-    for name in _each(config.get("auto_map")):
-        if not isinstance(name, str) or not CLASS.fullmatch(name) or ".." in name:
-            raise _foreign(path, "auto_map", name)
 
 
 def _check_counts(path: Path, config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 
@@ -51,7 +51,12 @@ class LanguageModelHead(nn.Module):
         self._output_layer = [output_layer]  # in a list: nn.Module must not register it a second time
         share_parameters(self, output_layer.parameters(recurse=False))
         config = base.config.get_text_config()
-        self.scale = _logit_scale(config)
+        if config.model_type == "hyperclovax":  # multiplies by the name that divides elsewhere
+            self.scale = float(config.logits_scaling)
+        elif config.model_type == "mpt":  # names a logit_scale that transformers' model does not apply
+            self.scale = 1.0
+        else:  # Cohere's logit_scale, or one over Granite's logits_scaling
+            self.scale = float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(
@@ -187,7 +192,16 @@ class RunningScores:
         z, bend = self.logits(weight, bias)
         here, index = self.targets_in(start, len(weight))
         self.target_z = torch.where(here, z.gather(-1, index).squeeze(-1), self.target_z)
-        self._rescale(torch.maximum(self.largest, z.amax(-1)))
+        largest = torch.maximum(self.largest, z.amax(-1))
+        growth = largest - self.largest
+        factor = (-growth).exp()
+        self.sum_z = (self.sum_z - growth * self.sum) * factor
+        self.sum = self.sum * factor
+        if len(self.products) > 1:
+            self.products[1].addcmul_(self.products[0], growth[:, None], value=-1).mul_(factor[:, None])
+        if self.products:
+            self.products[0].mul_(factor[:, None])
+        self.largest = largest
         z.sub_(self.largest[:, None])
         e = torch.exp(z, out=self.space.matrix("e", z.shape, z.dtype))
         e.scatter_(-1, index, e.gather(-1, index).masked_fill_(here[:, None], 0))
@@ -196,28 +210,28 @@ class RunningScores:
         if self.products and bend is not None:
             self.target_bend = torch.where(here, bend.gather(-1, index).squeeze(-1), self.target_bend)
             e, z = e.mul_(bend), z.mul_(bend)
-        for product, factor in zip(self.products, (e, z), strict=False):
-            self.add_product(product, factor, weight)
+        for product, of_tokens in zip(self.products, (e, z), strict=False):
+            self.add_product(product, of_tokens, weight)
 
     def logits(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z of the tokens whose rows of the output layer these are, with softcap's bend (``LogitTransform.apply_``)."""
-        raw = self._raw_logits(weight)
+        """z of the tokens whose rows of the output layer these are, with softcap's bend (``LogitTransform.apply_``).
+
+        h W^T is in fp32: bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the
+        device does not give products of bf16 factors in fp32, the factors must be fp32.
+        """
+        if self.widens and weight.dtype != self.dtype:
+            raw = torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
+        else:
+            if weight.dtype != self.dtype:
+                weight = self.space.matrix("weight", weight.shape, self.dtype).copy_(weight)
+            shape = torch.Size((len(self.hidden), len(weight)))
+            raw = torch.mm(self.hidden, weight.t(), out=self.space.matrix("z", shape, self.dtype))
         return self.transform.apply_(raw if bias is None else raw.add_(bias))
 
     def targets_in(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which targets are among ``count`` tokens from ``start`` on (C,), and their places there (C, 1)."""
         index = self.targets - start
         return (index >= 0) & (index < count), index.clamp(0, count - 1)[:, None]
-
-    def _raw_logits(self, weight: torch.Tensor) -> torch.Tensor:
-        """h W^T in fp32: bf16 logits near 20 are 0.125 apart, which is noise of that size in every log-prob. Where the
-        device does not give products of bf16 factors in fp32, the factors must be fp32."""
-        if self.widens and weight.dtype != self.dtype:
-            return torch.mm(self.hidden, weight.t(), out_dtype=self.dtype)
-        if weight.dtype != self.dtype:
-            weight = self.space.matrix("weight", weight.shape, self.dtype).copy_(weight)
-        shape = torch.Size((len(self.hidden), len(weight)))
-        return torch.mm(self.hidden, weight.t(), out=self.space.matrix("z", shape, self.dtype))
 
     def add_product(self, product: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> None:
         """Add ``factor @ weight`` to ``product``."""
@@ -229,17 +243,6 @@ class RunningScores:
             product.add_(torch.mm(rounded, weight, out_dtype=self.dtype))
         else:
             product.add_(torch.mm(rounded, weight, out=self.space.matrix("product", product.shape, weight.dtype)))
-
-    def _rescale(self, largest: torch.Tensor) -> None:
-        growth = largest - self.largest
-        factor = (-growth).exp()
-        self.sum_z = (self.sum_z - growth * self.sum) * factor
-        self.sum = self.sum * factor
-        if len(self.products) > 1:
-            self.products[1].addcmul_(self.products[0], growth[:, None], value=-1).mul_(factor[:, None])
-        if self.products:
-            self.products[0].mul_(factor[:, None])
-        self.largest = largest
 
     def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies (C,), after the last tile."""
@@ -321,15 +324,6 @@ def tile_of(size: int, tile: Tile) -> tuple[int, int]:
     """The most positions taken at a time where states have ``size`` numbers, and the tokens beside so many."""
     positions = max(1, min(tile.positions, tile.elements // size))
     return positions, max(1, min(tile.tokens, tile.elements // max(positions, size)))
-
-
-def _logit_scale(config: PretrainedConfig) -> float:
-    """What a model multiplies its raw logits by: Cohere's ``logit_scale``, or one over Granite's ``logits_scaling``."""
-    if config.model_type == "hyperclovax":  # multiplies by the name that divides elsewhere
-        return float(config.logits_scaling)
-    if config.model_type == "mpt":  # names a logit_scale that transformers' model does not apply
-        return 1.0
-    return float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
 
 
 class ScalarHead(nn.Module):

@@ -179,23 +179,20 @@ class SharedBase(PeftModel):
         stands, by default at the end. Without autograd; the whole base lies here, or ZeRO's hooks bring it layer by
         layer.
         """
+        if input_ids.shape[1] == 1 and self._masks_are_plain and attention_mask.device.type != "cpu":
+            # (B, 1, 1, columns) bool, which transformers hands on to every layer. Left to make it, it launches a dozen
+            # small kernels a token and waits to hear whether there is any padding.
+            attention_mask = attention_mask.bool()[:, None, None]
         with self.slices.layout((POLICY,), input_ids.shape[0]):
             hidden = self.causal_lm.base_model(
                 input_ids=input_ids,
-                attention_mask=self._as_layers_take_it(attention_mask, input_ids.shape[1]),
+                attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_argument: cache},
             ).last_hidden_state
         ends = hidden[:, -1] if last is None else hidden[torch.arange(len(hidden), device=hidden.device), last]
         return self.policy_head.next_token_logits(ends)
-
-    def _as_layers_take_it(self, mask: torch.Tensor, length: int) -> torch.Tensor:
-        """On a GPU, for one token a row, (B, columns) becomes (B, 1, 1, columns) bool, which transformers hands on to
-        every layer. Left to make it, it launches a dozen small kernels a token and waits to hear whether there is any
-        padding."""
-        plain = length == 1 and self._masks_are_plain and mask.device.type != "cpu"
-        return mask.bool()[:, None, None] if plain else mask
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by name of their group: a role such as ``policy``, or a head such as ``value_head``. Names

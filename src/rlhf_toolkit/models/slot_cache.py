@@ -116,19 +116,21 @@ class SlotCache(Cache):
 
     def __init__(self, config: PretrainedConfig, *, slots: int, capacity: int, device: torch.device) -> None:
         self.columns = Columns(0, 0, capacity)
-        super().__init__(layers=[self._slot_layer(layer, slots) for layer in DynamicCache(config=config).layers])
+        layers: list[Any] = []
+        for layer in DynamicCache(config=config).layers:
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
+                layers.append(SlotLayer(slots, self.columns, is_sliding=is_sliding))
+            elif type(layer) is LinearAttentionLayer:
+                layers.append(layer)
+            else:
+                raise ModelError(
+                    f"decoding in slots does not know cache layers of kind {type(layer).__name__}; use a model of "
+                    "full, sliding-window or short-convolution layers"
+                )
+        super().__init__(layers=layers)
         self.mask = torch.zeros(slots, capacity, dtype=torch.long, device=device)
         self.starts = [0] * slots
-
-    def _slot_layer(self, layer: Any, slots: int) -> Any:
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            return SlotLayer(slots, self.columns, is_sliding=isinstance(layer, DynamicSlidingWindowLayer))
-        if type(layer) is LinearAttentionLayer:
-            return layer
-        raise ModelError(
-            f"decoding in slots does not know cache layers of kind {type(layer).__name__}; use a model of "
-            "full, sliding-window or short-convolution layers"
-        )
 
     @property
     def step_mask(self) -> torch.Tensor:
@@ -152,8 +154,16 @@ class SlotCache(Cache):
         for mine, layer in zip(self.layers, prefilled.layers, strict=True):
             if isinstance(mine, SlotLayer):
                 mine.admit(cast(CacheLayerMixin, layer), source, target)
-            else:
-                _admit_state(mine, layer, source, target, len(self.starts))
+                continue
+            held: Any = mine  # the states of a short convolution, which has no columns
+            for index, state in cast(Any, layer).conv_states.items():
+                if state is None:
+                    continue
+                if held.conv_states[index] is None:
+                    empty = state.new_zeros(len(self.starts), *state.shape[1:])
+                    held.lazy_initialization(conv_states=empty, state_idx=index)
+                    held.has_previous_state[index] = True
+                held.conv_states[index][target] = state[source]
         self.mask[target] = 0
         self.mask[target, now - mask.shape[1] : now] = mask[source]
         for row, slot in zip(rows, slots, strict=True):
@@ -212,17 +222,6 @@ def close_holes(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
 def full_attention_only(config: PretrainedConfig) -> bool:
     """Whether a hole of masked columns between two parts of a sequence changes nothing: no windows, no states."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-
-
-def _admit_state(mine: Any, layer: Any, rows: torch.Tensor, slots: torch.Tensor, count: int) -> None:
-    """Copy the states of a short convolution, which has no columns."""
-    for index, state in layer.conv_states.items():
-        if state is None:
-            continue
-        if mine.conv_states[index] is None:
-            mine.lazy_initialization(conv_states=state.new_zeros(count, *state.shape[1:]), state_idx=index)
-            mine.has_previous_state[index] = True
-        mine.conv_states[index][slots] = state[rows]
 
 
 def column_bytes(cache: DynamicCache) -> int:

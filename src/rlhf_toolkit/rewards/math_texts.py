@@ -35,21 +35,16 @@ def is_small(formula: str) -> bool:
         return False
     if "!" in _FACTORIAL.sub("", plain) or len(re.findall(r"[-+,;&%=]", plain)) > MOST_SEPARATORS:
         return False
-    return _depth(plain) <= DEEPEST_FORMULA and all(_is_small_power(plain, m) for m in _POWER.finditer(plain))
+    depth = deepest = 0
+    for letter in plain:
+        depth += (letter in "{([") - (letter in "})]")
+        deepest = max(deepest, abs(depth))  # closing ones that were never opened count, too
+    return deepest <= DEEPEST_FORMULA and all(_is_small_power(plain, m) for m in _POWER.finditer(plain))
 
 
 def without_large(text: str) -> str:
     """``text`` with a space in place of each formula, in ``$`` or of digits and signs, that is not small."""
     return _FORMULAS.sub(lambda found: found[0] if is_small(found[0]) else " ", text)
-
-
-def _depth(text: str) -> int:
-    """A bound on how deep brackets lie in one another; closing ones that were never opened count, too."""
-    depth = deepest = 0
-    for letter in text:
-        depth += (letter in "{([") - (letter in "})]")
-        deepest = max(deepest, abs(depth))
-    return deepest
 
 
 def _is_small_power(text: str, power: re.Match[str]) -> bool:

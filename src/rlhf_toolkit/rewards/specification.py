@@ -66,7 +66,19 @@ class RewardSpec:
         given = {key: value for key, value in given.items() if value is not None}
         if ("function" in given) == ("url" in given):
             raise ConfigError(f"{setting} {_BOTH if 'url' in given else _NEITHER}")
-        _check_effects(setting, given)
+        # Keys without effect; whether ``timeout`` has one without workers, only the loaded function tells.
+        if "url" in given and given.get("workers") == 0:
+            raise ConfigError(f"{setting}.workers=0 would send no request; give 1 or more, or leave it out")
+        for key in ("batch_size", "retries"):
+            if key in given and "url" not in given and not given.get("workers", 0) > 0:
+                raise ConfigError(
+                    f"{setting}.{key} has no effect in the rank's own process; set {setting}.workers, too"
+                )
+        for key in ("environment", "network"):
+            if key in given and not (given.get("workers", 0) and "function" in given):
+                raise ConfigError(f"{setting}.{key} has no effect without worker processes; set {setting}.workers, too")
+        if "failure_score" in given and given.get("on_failure") != "score":
+            raise ConfigError(f"{setting}.failure_score has no effect; set {setting}.on_failure: score, too")
         if "url" in given:
             given.setdefault("workers", REQUESTS)
             given.setdefault("timeout", REQUEST_SECONDS)
@@ -74,18 +86,3 @@ class RewardSpec:
         else:
             name = given["function"].rpartition(":")[2]
         return cls(setting=setting, **{"name": name, **given})
-
-
-def _check_effects(setting: str, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a key has no effect; of ``timeout`` without workers only the loaded function tells."""
-    if "url" in given and given.get("workers") == 0:
-        raise ConfigError(f"{setting}.workers=0 would send no request; give 1 or more, or leave it out")
-    elsewhere = "url" in given or given.get("workers", 0) > 0
-    for key in ("batch_size", "retries"):
-        if key in given and not elsewhere:
-            raise ConfigError(f"{setting}.{key} has no effect in the rank's own process; set {setting}.workers, too")
-    for key in ("environment", "network"):
-        if key in given and not (given.get("workers", 0) and "function" in given):
-            raise ConfigError(f"{setting}.{key} has no effect without worker processes; set {setting}.workers, too")
-    if "failure_score" in given and given.get("on_failure") != "score":
-        raise ConfigError(f"{setting}.failure_score has no effect; set {setting}.on_failure: score, too")

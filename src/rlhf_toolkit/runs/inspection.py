@@ -83,7 +83,13 @@ class Inspection:
         for number, finding in enumerate(self.findings):
             yield f"{'first: ' if number == 0 else '       '}{self._place(finding)}: {finding.words}"
         for i, row in sorted({(f.micro_batch, f.row) for f in self.findings if f.row is not None}):
-            yield from self._row(i, row)
+            part = batch.parts[i]
+            start, length = int(part["prompt_lengths"][row]), int(part["response_lengths"][row])
+            ids = part["sequences"][row]
+            place = f", row {int(part['row'][row])} of the rollout" if "row" in part else ""
+            yield f"micro-batch {i}, row {row}{place}: {start} + {length} tokens"
+            yield f"  prompt   {shortened(self._text(ids[:start]), 400)}"
+            yield f"  response {shortened(self._text(ids[start : start + length]), 400)}"
 
     def _place(self, finding: Finding) -> str:
         row = "" if finding.row is None else f", row {finding.row}"
@@ -96,15 +102,6 @@ class Inspection:
         inside = finding.token - start
         where = f"token {inside + 1} of the response" if inside >= 0 else f"token {finding.token + 1} of the prompt"
         return f"{place}, {where} ({shortened(self._text(ids[finding.token : finding.token + 1]), 40)})"
-
-    def _row(self, i: int, row: int) -> Iterator[str]:
-        part = self.batch.parts[i]
-        start, length = int(part["prompt_lengths"][row]), int(part["response_lengths"][row])
-        ids = part["sequences"][row]
-        number = f", row {int(part['row'][row])} of the rollout" if "row" in part else ""
-        yield f"micro-batch {i}, row {row}{number}: {start} + {length} tokens"
-        yield f"  prompt   {shortened(self._text(ids[:start]), 400)}"
-        yield f"  response {shortened(self._text(ids[start : start + length]), 400)}"
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
