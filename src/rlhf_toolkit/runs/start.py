@@ -148,7 +148,7 @@ def prepare_run(
 
 def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
     """Add what watches the run to its trainer: engine check, alarms, log, evaluations, and the keeping of the best."""
-    settings = parts.experiment.run
+    settings, alarms = parts.experiment.run, parts.alarms(notifier(progress, mirror))
     log = RunLog(
         Path(settings.output_dir),
         updates_per_rollout=parts.updates_per_round,
@@ -160,7 +160,6 @@ def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: W
         cast(Evaluating, trainer), lambda step: on_main(lambda: log.lacks_evaluation(step))
     )
     keepers = [KeepBest(trainer)] if settings.keep_best else []
-    alarms = parts.alarms(notifier(progress, mirror))
     for callback in (parts.engine_check(trainer), *alarms, log, evaluation, *keepers):
         trainer.add_callback(callback)
 
