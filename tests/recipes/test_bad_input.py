@@ -443,9 +443,9 @@ def low_words(prompts, responses, **columns):
 WANTED = "return one number for each of the 4 responses; the first of its 4 prompts was 'w"
 REWARDS = {
     "wrong count": ("return scores[1:]", f"returned 3 scores; {WANTED}"),
-    "NaN": (
-        'return [*scores[:3], float("nan")]',
-        "gave score nan (float); return a finite number for each response, or one for each of its tokens; "
+    "None": (
+        "return [*scores[:3], None]",
+        "gave score None (NoneType); return a finite number for each response, or one for each of its tokens; "
         "its prompt was 'w",
     ),
     "string": ('return "good"', f"returned 'good' (str); {WANTED}"),

@@ -271,10 +271,12 @@ def test_a_row_cannot_make_the_library_read_a_file() -> None:
             score("spell_backward", "a", first_entry("spell_backward"), config=[json.dumps({"data_file": place})])
 
 
-def test_a_composite_cannot_be_built_from_json() -> None:
-    """Its scorer hands entries to others, past our lists, so that it would need a rule once it can be built."""
+def test_a_composite_is_refused() -> None:
+    """Its scorer hands entries to others, past our lists."""
     config = json.dumps({"datasets": [{"name": "number_sorting", "weight": 1.0, "config": {}}]})
-    with pytest.raises(ConfigError, match="cannot build composite"):
+    with pytest.raises(
+        DataError, match="dataset composite mixes others; write the name of the one that each entry com"
+    ):
         score("composite", "1", {"question": "q", "answer": "1", "metadata": {}}, config=[config])
 
 
