@@ -48,15 +48,20 @@ def messages_of(value: Any, *, index: int, column: str) -> list[Message]:
 
 def user_message(text: str, system_prompt: str | None) -> list[Message]:
     """A string prompt as one user message, after ``system_prompt`` if there is one."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": text}]
+    return with_system([{"role": "user", "content": text}], system_prompt)
+
+
+def with_system(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+    """``messages`` after a system message of ``system_prompt``, unless there is none or they bring their own."""
+    own = any(message["role"] in ("system", "developer") for message in messages)
+    return [*messages] if system_prompt is None or own else [{"role": "system", "content": system_prompt}, *messages]
 
 
 def prompt_messages(value: Any, system_prompt: str | None, *, index: int) -> list[Message]:
     """A prompt, string or messages, as messages. DataError where it is neither, or ends with the assistant's."""
     if isinstance(value, str):
         return user_message(value, system_prompt)
-    messages = messages_of(value, index=index, column="prompt")
+    messages = with_system(messages_of(value, index=index, column="prompt"), system_prompt)
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"row {index}: prompt ends with the assistant's message {shortened(messages[-1]['content'], 80)}; move it "
@@ -112,6 +117,23 @@ def render(
         ) from error
 
 
+def prompt_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, index: int) -> str:
+    """The text that a response to ``messages`` continues: the template's, with its generation prompt.
+
+    An assistant's message at the end is the beginning of the response (a prefill): it stands behind the generation
+    prompt as it is, and nothing closes it. DataError where nobody speaks before it, or as ``render`` raises it.
+    """
+    beginning = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    if beginning is None:
+        return render(messages, tokenizer, index=index, add_generation_prompt=True)
+    if not {"user", "tool"} & {message["role"] for message in messages[:-1]}:
+        raise DataError(
+            f"row {index}: the prompt has nothing but the assistant's message {shortened(beginning, 80)}, to nobody; "
+            "put a user's message before it"
+        )
+    return render(messages[:-1], tokenizer, index=index, add_generation_prompt=True) + str(beginning)
+
+
 def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The token ids of a rendered text, which has its special tokens already."""
     with tokenising(tokenizer):
@@ -119,14 +141,17 @@ def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token ids of the beginning of a plain text: with the tokenizer's bos, once, and without an eos it appends."""
+    """The token ids of a plain text that goes on: with the tokenizer's bos, once, and without an eos it appends.
+
+    An eos that also separates, as BERT's ``[SEP]`` does, belongs to the text and stays.
+    """
     bare = rendered_ids(text, tokenizer)
     if bare and bare[0] == tokenizer.bos_token_id:
         return bare
     with tokenising(tokenizer):
-        full = tuple(tokenizer(text).input_ids)
-    eos = tokenizer.eos_token_id
-    return full[:-1] if full[-1:] == (eos,) and bare[-1:] != (eos,) else full
+        full, eos = tuple(tokenizer(text).input_ids), tokenizer.eos_token_id
+    appended = full[-1:] == (eos,) and bare[-1:] != (eos,) and eos != tokenizer.sep_token_id
+    return full[:-1] if appended else full
 
 
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
+from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages, with_system
 from rlhf_toolkit.data.prompts import NO_ROWS
 from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response, plain_text
 from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
@@ -99,8 +99,8 @@ def tokenise_examples(
     its end-of-turn token included, and on nothing else; in ``text`` on every token but the first. With
     ``chat_template`` a string prompt becomes one user message, after ``system_prompt``, and a string response the
     assistant's; without, both are tokenised as they stand and EOS is appended, as it is to ``text``. Lists of messages
-    always go through the chat template and bring their own system message. ``stop_ids`` are the tokens that may end a
-    turn beside the tokenizer's EOS (``tokenizers.stop_token_ids``).
+    always go through the chat template, after ``system_prompt`` where they bring no system message. ``stop_ids`` are
+    the tokens that may end a turn beside the tokenizer's EOS (``tokenizers.stop_token_ids``).
 
     Rows with an empty response, and those longer than ``max_tokens``, are dropped, never truncated. DataError where
     columns, a row or the chat template cannot be used, or no row is left.
@@ -182,9 +182,11 @@ class _Reader:
             ids = plain_text(values[0], self.tokenizer, stop_ids=self.stop_ids, index=index)
             return None if ids is None else (ids, [(1, len(ids))])
         if shape == ("messages",):
-            return self._conversation(messages_of(values[0], index=index, column="messages"), 0, index)
+            return self._conversation(
+                with_system(messages_of(values[0], index=index, column="messages"), self.system_prompt), 0, index
+            )
         if shape == CONVERSATIONS:
-            return self._conversation(sharegpt_messages(row, index=index), 0, index)
+            return self._conversation(with_system(sharegpt_messages(row, index=index), self.system_prompt), 0, index)
         prompt, response = values
         if shape == ALPACA:
             prompt = alpaca_prompt(row, index=index)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
+from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages, with_system
 from rlhf_toolkit.data.prompts import NO_ROWS
 from rlhf_toolkit.data.responses import chat_response, checked_stop_ids, plain_response
 from rlhf_toolkit.data.rows import (
@@ -208,6 +208,7 @@ class _Reader:
                     f"row {index}: prompt {shortened(beside, 80)} is not what chosen and rejected begin with, "
                     f"{shortened(said, 80)}; repair it, or remove the column prompt"
                 )
+            prompt = with_system(prompt, self.system_prompt)
         else:
             prompt = prompt_messages(row["prompt"], self.system_prompt, index=index)
             sides = [

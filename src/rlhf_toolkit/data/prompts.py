@@ -18,11 +18,19 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, is_message_list, render, user_message
+from rlhf_toolkit.data.chat import (
+    Message,
+    is_message_list,
+    messages_of,
+    plain_ids,
+    prompt_text,
+    rendered_ids,
+    user_message,
+    with_system,
+)
 from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
-from rlhf_toolkit.data.tokenizers import tokenising
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
@@ -44,6 +52,11 @@ class PromptSet:
     dropped_too_long: int
     total: int
 
+    @property
+    def prefilled(self) -> list[Prompt]:
+        """Those that end with an assistant's message, which the response continues."""
+        return [prompt for prompt in self.prompts if prompt.messages and prompt.messages[-1]["role"] == "assistant"]
+
     @classmethod
     def fitting(cls, prompts: Sequence[Prompt], max_prompt_tokens: int) -> PromptSet:
         """Those of ``prompts`` that have at most ``max_prompt_tokens``. DataError where there is none."""
@@ -60,11 +73,17 @@ class PromptSet:
 
     def summary(self) -> str:
         """One line for a log."""
-        lengths = [len(prompt.token_ids) for prompt in self.prompts]
-        return (
+        lengths, prefilled = [len(prompt.token_ids) for prompt in self.prompts], self.prefilled
+        told = (
             f"{len(self.prompts)} of {self.total} prompts, {min(lengths)} to {max(lengths)} tokens; "
             f"{self.dropped_too_long} dropped as too long"
         )
+        if prefilled:
+            told += (
+                f"; {len(prefilled)} end with a message of the assistant, which the response continues: prompt "
+                f"{prefilled[0].index} ends in {shortened(prefilled[0].text[-80:])}"
+            )
+        return told
 
 
 @dataclass(frozen=True)
@@ -285,8 +304,9 @@ def tokenise_prompts(
 ) -> PromptSet:
     """Render and tokenise ``column`` of every row; prompts longer than ``max_prompt_tokens`` are dropped and counted.
 
-    With ``chat_template`` a string becomes one user message, after ``system_prompt`` if there is one; without, it is
-    tokenised as it stands. A list of messages always goes through the chat template and brings its own system message.
+    With ``chat_template`` a string becomes one user message; without, it is tokenised as it stands, with the
+    tokenizer's bos and without an eos. A list of messages always goes through the chat template; where it ends with the
+    assistant's, the response continues that one. ``system_prompt`` stands before messages that bring no system message.
     All other columns stay with their prompt for the reward. DataError where a column, a row or the chat template cannot
     be used, or where no prompt fits.
     """
@@ -305,10 +325,8 @@ def tokenise_prompts(
             messages, text = None, value
         else:
             messages = _messages(value, index, system_prompt)
-            text = render(messages, tokenizer, index=index, add_generation_prompt=True)
-        # A chat template has put its special tokens into the text.
-        with tokenising(tokenizer):
-            token_ids = tuple(tokenizer(text, add_special_tokens=messages is None).input_ids)
+            text = prompt_text(messages, tokenizer, index=index)
+        token_ids = plain_ids(text, tokenizer) if messages is None else rendered_ids(text, tokenizer)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
         others = {name: value for name, value in row.items() if name != column}
@@ -321,7 +339,7 @@ def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message
     if isinstance(value, str):
         return user_message(value, system_prompt)
     if is_message_list(value):
-        return list(value)
+        return with_system(messages_of(value, index=index, column="the prompt"), system_prompt)
     raise DataError(
         f"row {index}: the prompt {shortened(value)} is neither a string nor a list of messages with role and content "
         "as strings; repair that row or name another data.prompt_column"

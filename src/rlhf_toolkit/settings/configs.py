@@ -104,7 +104,7 @@ class DataConfig(Section):
     max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     prompt_column: str = knob("prompt", "column of strings or lists of chat messages; other columns go to the reward")
     chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
-    system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
+    system_prompt: str | None = knob(None, "system message of conversations that bring none; needs the chat template")
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
     curriculum: str | None = knob(
         None, "chooses each rollout's prompts: near_target, or path/to/file.py:name; none: all of them in random order"
@@ -336,7 +336,7 @@ class DatasetConfig(Section):
     streaming: bool = knob(False, STREAMING)
     max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     chat_template: bool = knob(True, "wrap strings as messages in the tokenizer's chat template")
-    system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
+    system_prompt: str | None = knob(None, "system message of conversations that bring none; needs the chat template")
     max_tokens: int = knob(1024, "longer rows, prompt and response together, are dropped and counted", ABOVE_0)
 
 
