@@ -21,6 +21,7 @@ from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.models.context import check_context
 from rlhf_toolkit.models.loading import adapter_config, generation_eos_of, load_base, load_tokenizer
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
@@ -104,6 +105,11 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
             tokenizer = load_tokenizer(name, trust_remote_code=trusted)
             stop_ids = stop_token_ids(tokenizer, generation_eos_of(name, config), stop_strings=())
         items, held_out = load_items(self.experiment, tokenizer, stop_ids)
+        longest = max(length for item in (*items, *held_out) for length in item.lengths)
+        way_out = f"lower data.max_tokens={self.experiment.data.max_tokens}"
+        warning = check_context(name, config, longest, what="the longest row", way_out=way_out)
+        if warning is not None:
+            on_main(lambda: say(warning))
         vocabulary = config.get_text_config().vocab_size
         return TrainingItems(
             tokenizer, pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary), items, held_out
