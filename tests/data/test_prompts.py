@@ -69,6 +69,27 @@ def test_nobody_is_told_of_a_local_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(load_rows(str(tmp_path / "x.jsonl"), "train")) == ROWS and told == []
 
 
+CSV = """prompt,zeros,words,whole,parts,yes,gaps,long
+"a, b",0012,NA,1,1.50,True,,123456789012345678901
+c,13,null,-2,2,False,3,1
+"""
+
+
+@for_each("streaming", [False, True])
+def test_csv_holds_numbers_only_where_nothing_of_the_text_is_lost(tmp_path: Path, streaming: bool) -> None:
+    rows = list(load_rows(write(tmp_path / "x.csv", CSV), "train", streaming=streaming))
+    assert [list(row.values()) for row in rows] == [
+        ["a, b", "0012", "NA", 1, 1.5, True, None, "123456789012345678901"],
+        ["c", "13", "null", -2, 2.0, False, 3.0, "1"],
+    ]
+    assert [type(value) for value in rows[0].values()] == [str, str, str, int, float, bool, type(None), str]
+
+
+def test_csv_with_names_that_pandas_would_make_up(tmp_path: Path) -> None:
+    (row,) = load_rows(write(tmp_path / "x.csv", ",prompt\n0,NA\n"), "train")
+    assert row == {"Unnamed: 0": 0, "prompt": "NA"}
+
+
 def test_json_lines_under_the_other_suffix(tmp_path: Path) -> None:
     source = write(tmp_path / "x.json", '{"prompt": "a"}\n{"prompt": "b"}\n')
     assert table(source)["prompt"][:] == ["a", "b"]

@@ -61,7 +61,7 @@ def test_what_fails_beyond_its_positions_is_refused_and_what_goes_on_is_not(kind
 
 def test_a_run_says_it_before_any_weights_are_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = write_task(tmp_path)
-    sizes = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 1, "max_position_embeddings": 8}
+    sizes: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 1, "max_position_embeddings": 8}
     changes = {"rollout.max_new_tokens": 12}
     LlamaConfig(
         **sizes, **{name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}

@@ -189,7 +189,8 @@ def test_a_row_s_score_alone_is_its_score_in_a_batch_where_the_text_config_is_ne
     """Kinds that can also see keep another pad id, or none, inside their config; padding must not be read as text."""
     torch.manual_seed(3)
     text = {**SIZES, "vocab_size": 40, "head_dim": 8, "pad_token_id": pad, "eos_token_id": 1, "bos_token_id": 2}
-    config = Gemma3Config(text_config=text, vision_config=VISION, num_labels=1)
+    config = Gemma3Config(text_config=text, vision_config=VISION)
+    config.num_labels = 1
     tokenizer = tiny_tokenizer(words=WORDS[::-1], pad="<pad>")
     model = RewardModel("rm", Gemma3ForSequenceClassification(config), tokenizer)
     prompts, responses = [Prompt(i, "w1", (1,), {}) for i in range(2)], [" w2", " w3 w4 w5 w6 w7 w8"]

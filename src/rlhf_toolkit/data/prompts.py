@@ -28,6 +28,7 @@ from rlhf_toolkit.data.chat import (
     user_message,
     with_system,
 )
+from rlhf_toolkit.data.csv_types import csv_features
 from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
@@ -178,7 +179,7 @@ class _File:
             blank = is_blank(self.path)
             what = f"it {NO_ROWS}" if blank else json_fault(self.path, max_rows=max_rows, fatal_only=streaming)
             if what is not None:
-                way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
+                way_out = "; repair that line" if what.startswith("line") else ""
                 raise DataError(f"cannot read {self.path} (split {self.split}): {what}{way_out}")
             return
         try:
@@ -193,6 +194,8 @@ class _File:
     def load(self, **options: Any) -> Any:
         """What ``datasets.load_dataset`` makes of the file."""
         files = {self.split.partition("[")[0]: glob.escape(str(self.path))}
+        if self.kind == "csv":
+            options |= {"features": csv_features(self.path), "keep_default_na": False, "na_values": [""]}
         return stored(datasets.load_dataset(self.kind, data_files=files, split=self.split, **options))
 
     def load_whole(self) -> datasets.Dataset:
@@ -215,7 +218,7 @@ class _File:
         if self.path.stat().st_size == 0 or "corresponds to no data" in str(error):
             what = f"it {NO_ROWS}"
         elif line := json_fault(self.path) if self.kind == "json" else None:
-            what = f"{line}; repair that line"
+            what = f"{line}; repair that line" if line.startswith("line") else line
         else:
             what = f"{described(error.__cause__ or error)}; repair the file or name another split"
         return DataError(f"cannot read {self.path} (split {self.split}){_after(count)}: {what}")
