@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import (
+    NOTHING,
     Message,
     is_message_list,
     messages_of,
@@ -32,6 +33,8 @@ from rlhf_toolkit.data.csv_types import csv_features
 from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
+from rlhf_toolkit.data.template_values import Unread
+from rlhf_toolkit.data.template_values import template_values as values_of
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
@@ -47,11 +50,13 @@ RESERVED_COLUMNS = ("prompts", "responses")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that fit, in the dataset's order. ``total`` counts all rows, ``dropped_too_long`` those left out."""
+    """The prompts that fit, in the dataset's order. ``total`` counts all rows, ``dropped_too_long`` those left out;
+    ``unread`` says what their chat template does not read."""
 
     prompts: tuple[Prompt, ...]
     dropped_too_long: int
     total: int
+    unread: str = ""
 
     @property
     def prefilled(self) -> list[Prompt]:
@@ -84,7 +89,7 @@ class PromptSet:
                 f"; {len(prefilled)} end with a message of the assistant, which the response continues: prompt "
                 f"{prefilled[0].index} ends in {shortened(prefilled[0].text[-80:])}"
             )
-        return told
+        return told + self.unread
 
 
 @dataclass(frozen=True)
@@ -304,14 +309,16 @@ def tokenise_prompts(
     chat_template: bool,
     system_prompt: str | None,
     max_prompt_tokens: int,
+    template_values: Mapping[str, Any] = NOTHING,
 ) -> PromptSet:
     """Render and tokenise ``column`` of every row; prompts longer than ``max_prompt_tokens`` are dropped and counted.
 
     With ``chat_template`` a string becomes one user message; without, it is tokenised as it stands, with the
     tokenizer's bos and without an eos. A list of messages always goes through the chat template; where it ends with the
     assistant's, the response continues that one. ``system_prompt`` stands before messages that bring no system message.
-    All other columns stay with their prompt for the reward. DataError where a column, a row or the chat template cannot
-    be used, or where no prompt fits.
+    ``template_values`` and the row's own (``template_values.template_values``) go to the template; what it does not
+    read is counted. All other columns stay with their prompt for the reward. DataError where a column, a row or the
+    chat template cannot be used, or where no prompt fits.
     """
     columns = rows.column_names
     if column not in columns:
@@ -321,20 +328,22 @@ def tokenise_prompts(
             raise DataError(
                 f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
             )
-    prompts = []
+    prompts, unread = [], Unread(tokenizer)
     for index, row in enumerate(rows):
         value = row[column]
         if isinstance(value, str) and not chat_template:
             messages, text = None, value
         else:
             messages = _messages(value, index, system_prompt)
-            text = prompt_text(messages, tokenizer, index=index)
+            values = values_of(row, template_values, index=index)
+            unread.look(messages, values)
+            text = prompt_text(messages, tokenizer, values, index=index)
         token_ids = plain_ids(text, tokenizer) if messages is None else rendered_ids(text, tokenizer)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
         others = {name: value for name, value in row.items() if name != column}
         prompts.append(Prompt(index, text, token_ids, others, None if messages is None else tuple(messages)))
-    return PromptSet.fitting(prompts, max_prompt_tokens)
+    return replace(PromptSet.fitting(prompts, max_prompt_tokens), unread=unread.text())
 
 
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
