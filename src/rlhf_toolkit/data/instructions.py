@@ -122,7 +122,7 @@ def tokenise_examples(
     columns, a row or the chat template cannot be used, or no row is left.
     """
     shape = _shape(rows)
-    stops, unread = checked_stop_ids(tokenizer, stop_ids), Unread(tokenizer)
+    stops, unread = checked_stop_ids(tokenizer, stop_ids), Unread(tokenizer, template_values)
     reader = _Reader(tokenizer, stops, system_prompt, chat_template, template_values, turns, ColumnTypes(), unread)
     dropped, examples, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):

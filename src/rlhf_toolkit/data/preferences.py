@@ -120,7 +120,7 @@ def tokenise_pairs(
         raise DataError(f"the dataset {NO_ROWS}")
     if not {"chosen", "rejected"} <= set(columns):
         raise unknown_columns(columns, UNDERSTOOD)
-    stops, unread = checked_stop_ids(tokenizer, stop_ids), Unread(tokenizer)
+    stops, unread = checked_stop_ids(tokenizer, stop_ids), Unread(tokenizer, template_values)
     reader = _Reader(tokenizer, stops, system_prompt, chat_template, template_values, ColumnTypes(), unread)
     dropped, pairs, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):

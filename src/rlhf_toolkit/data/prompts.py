@@ -328,7 +328,7 @@ def tokenise_prompts(
             raise DataError(
                 f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
             )
-    prompts, unread = [], Unread(tokenizer)
+    prompts, unread = [], Unread(tokenizer, template_values)
     for index, row in enumerate(rows):
         value = row[column]
         if isinstance(value, str) and not chat_template:

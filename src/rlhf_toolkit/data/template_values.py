@@ -31,9 +31,7 @@ def template_values(row: Mapping[str, Any], values: Mapping[str, Any], *, index:
     own = _from_json(row.get(VALUES), VALUES, index)
     if own is not None and not isinstance(own, Mapping):
         raise DataError(f"row {index}: {VALUES} {shortened(own)} is not a mapping of names to values; repair that row")
-    taken = sorted(OWN & set(own or {}))
-    if taken:
-        raise DataError(f"row {index}: {VALUES} has {taken[0]}, which no template reads; take it out")
+    refuse_own_names(own or {}, f"row {index}: {VALUES}")
     found = {**values, **without_none(own or {})}
     tools = _from_json(row.get(TOOLS), TOOLS, index)
     if tools:
@@ -44,6 +42,13 @@ def template_values(row: Mapping[str, Any], values: Mapping[str, Any], *, index:
             )
         found[TOOLS] = without_none(tools)
     return found
+
+
+def refuse_own_names(values: Mapping[str, Any], where: str) -> None:
+    """Raise DataError where ``values`` has a name of ``OWN``; ``where`` is the column or setting."""
+    taken = sorted(OWN & set(values))
+    if taken:
+        raise DataError(f"{where} has {taken[0]}, which is no value of a template; take it out")
 
 
 def _from_json(value: Any, column: str, index: int) -> Any:
@@ -73,9 +78,13 @@ def without_none(value: Any) -> Any:
 
 
 class Unread:
-    """Counts what rows bring and the chat template does not read, by the name that it would have there."""
+    """Counts what rows bring and the chat template does not read, by the name that it would have there.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Raises DataError where ``values``, the experiment's, has a name of ``OWN``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
+        refuse_own_names(values, "data.chat_template_kwargs")
         self._words = frozenset(re.findall(r"\w+", str(tokenizer.chat_template or "")))
         self.rows: Counter[str] = Counter()
 

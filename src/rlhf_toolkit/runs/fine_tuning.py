@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -245,9 +246,12 @@ def load_items(
         "max_tokens": data.max_tokens,
         "system_prompt": data.system_prompt,
         "chat_template": data.chat_template,
+        "template_values": data.chat_template_kwargs,
         "stop_ids": stop_ids,
     }
-    tokenise = tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs
+    tokenise: Callable[..., ExampleSet | PairSet] = tokenise_pairs
+    if isinstance(experiment, SFTExperiment):
+        tokenise = partial(tokenise_examples, turns=experiment.sft.turns)
 
     def load(source: str, split: str) -> list[Item]:
         with agreement("loading"):

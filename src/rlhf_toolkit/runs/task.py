@@ -114,6 +114,7 @@ def load_prompts(
             column=data.prompt_column,
             chat_template=data.chat_template,
             system_prompt=data.system_prompt,
+            template_values=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
         )
     on_main(lambda: say(f"{source}: {found.summary()}"))
