@@ -89,6 +89,7 @@ class TrainingItems:
     """What is trained on and evaluated on, with the tokenizer that made it."""
 
     tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
     pad_id: int
     items: list[Item]
     held_out: list[Item]
@@ -112,9 +113,8 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
         if warning is not None:
             on_main(lambda: say(warning))
         vocabulary = config.get_text_config().vocab_size
-        return TrainingItems(
-            tokenizer, pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary), items, held_out
-        )
+        pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary)
+        return TrainingItems(tokenizer, stop_ids, pad_id, items, held_out)
 
     def load_model(self, config: PretrainedConfig) -> SharedBase | WholeModel:
         """Adapters on a frozen base, or the whole model."""
@@ -134,7 +134,9 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
         return self.experiment.steps(len(data.items))
 
     def make_trainer(self, data: TrainingItems, model: SharedBase | WholeModel, progress: Progress) -> FineTuner:
-        """The trainer of the experiment's objective."""
+        """The trainer of the experiment's objective. A model that is saved whole names all its stop tokens."""
+        if isinstance(model, WholeModel) and model.causal_lm.generation_config is not None:
+            model.causal_lm.generation_config.eos_token_id = list(data.stop_ids)
         return make_fine_tuner(self.experiment, self.topology, data, model, progress)
 
     def engine_check(self, trainer: FineTuner) -> EngineCheck:
