@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
+from rlhf_toolkit.data.json_files import DEEPEST
 from rlhf_toolkit.data.preferences import tokenise_pairs
 from rlhf_toolkit.data.prompts import tokenise_prompts
-from rlhf_toolkit.data.template_values import DEEPEST, OWN
+from rlhf_toolkit.data.template_values import OWN
 from rlhf_toolkit.errors import DataError
 from tests.support.builders import tiny_tokenizer
 from tests.support.offenders import for_each
@@ -24,10 +25,13 @@ TEMPLATE = (
     "{{ '<assistant> ' if add_generation_prompt else '' }}"
 )
 WORDS = ["<user>", "<assistant>", "<tool>", "<tools>", "<thinks>", "call", "f", "g", "hello", "world", *"0123ab"]
-TOOLS = [{"type": "function", "function": {"name": "f", "description": None}}, {"function": {"name": "g", "b": 1}}]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "f", "description": None}},
+    {"function": {"name": "g", "b": 1}},
+]
 CALL = {"function": {"name": "f", "arguments": {"x": 2}}}
 ASKED = {"role": "user", "content": "hello"}
-CALLS = [
+CALLS: list[dict[str, Any]] = [
     ASKED,
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "content": "a"},
@@ -80,13 +84,14 @@ def test_tools_and_calls_reach_the_template(tools: Any, arguments: Any) -> None:
 
 
 def test_a_message_of_weight_0_is_read_and_not_trained_on() -> None:
-    turns = [ASKED, {"role": "assistant", "content": "a", "weight": 0}, ASKED, {"role": "assistant", "content": "b"}]
+    first, second = ({"role": "assistant", "content": text} for text in "ab")
+    turns: list[dict[str, Any]] = [ASKED, {**first, "weight": 0}, ASKED, second]
     whole = "<user> hello <assistant> a </s> <user> hello <assistant> b </s>"
     assert texts(examples({"messages": turns})) == [(whole, "b </s>")]
-    swapped = [turns[0], {**turns[1], "weight": 1}, turns[2], {**turns[3], "weight": 0}]
+    swapped = [ASKED, {**first, "weight": 1}, ASKED, {**second, "weight": 0}]
     assert texts(examples({"messages": swapped})) == [("<user> hello <assistant> a </s>", "a </s>")]
     with pytest.raises(
-        DataError, match="row 0: messages has a message of weight 0.5; it is 1, or 0 for one that is no"
+        DataError, match=r"row 0: messages has a message of weight 0\.5; it is 1, or 0 for one that is no"
     ):
         examples({"messages": [ASKED, {"role": "assistant", "content": "a", "weight": 0.5}]})
 

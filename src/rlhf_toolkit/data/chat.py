@@ -8,21 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.json_files import DEEPEST, is_deeper
 from rlhf_toolkit.data.template_values import without_none
-from rlhf_toolkit.data.templates import TemplateFailed, rendered
+from rlhf_toolkit.data.templates import NOTHING, TemplateFailed, rendered
 from rlhf_toolkit.data.tokenizers import require_chat_template, tokenising
 from rlhf_toolkit.errors import DataError, shortened
 from rlhf_toolkit.texts import printable
 
 Message = dict[str, Any]
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 

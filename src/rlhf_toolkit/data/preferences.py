@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import (
-    NOTHING,
     Message,
     check_order,
     messages_of,
@@ -42,6 +41,7 @@ from rlhf_toolkit.data.shapes import (
 from rlhf_toolkit.data.streams import Rows, first_row
 from rlhf_toolkit.data.template_values import Unread
 from rlhf_toolkit.data.template_values import template_values as values_of
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
 
 UNDERSTOOD = (

@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import (
-    NOTHING,
     Message,
     is_message_list,
     messages_of,
@@ -35,6 +34,7 @@ from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
 from rlhf_toolkit.data.template_values import Unread
 from rlhf_toolkit.data.template_values import template_values as values_of
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt

@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import NOTHING, Message, plain_ids, render, rendered_ids, template_name
+from rlhf_toolkit.data.chat import Message, plain_ids, render, rendered_ids, template_name
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
 
 Ids = tuple[int, ...]

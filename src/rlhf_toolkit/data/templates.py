@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ MOST_CHARACTERS = 2**24
 """Of one rendered conversation."""
 MOST_MEMORY = 2**30
 """Bytes that rendering may take beside what the process had."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 SURROGATE = re.compile("[\ud800-\udfff]")
 PR_SET_PDEATHSIG = 1
 REQUEST, RESULT = 3, 4  # the child's file descriptors
@@ -52,7 +54,7 @@ class _Ended(Exception):
 def rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
-    values: Mapping[str, Any],
+    values: Mapping[str, Any] = NOTHING,
     *,
     add_generation_prompt: bool,
 ) -> str:

@@ -29,7 +29,12 @@ def check_context(name: str, config: PretrainedConfig, tokens: int, *, what: str
     limit = longest_context(config)
     if limit is None or tokens <= limit:
         return None
-    said = f"{what} has {tokens} tokens, but {name} was made for at most {limit}"
     if config.get_text_config().model_type in TABLES:
-        raise ConfigError(f"{said}, where its table of positions ends; {way_out}")
-    return f"{said}: beyond them nothing was trained; {way_out}, unless you mean it"
+        raise ConfigError(
+            f"{what} has {tokens} tokens, but {name} was made for at most {limit}, where its table of positions ends; "
+            f"{way_out}"
+        )
+    return (
+        f"{what} has {tokens} tokens, but {name} was made for at most {limit}: beyond them nothing was trained; "
+        f"{way_out}, unless you mean it"
+    )
