@@ -180,10 +180,19 @@ def test_a_completion_of_several_messages_leaves_the_prompt_s_alone() -> None:
     assert text_of(example).startswith("<user> a <assistant> b </s> <user> c <assistant> be </s> <user> hello")
 
 
-def test_a_system_prompt_goes_before_strings_alone() -> None:
-    for prompt, expected in (("hello", "<system> be brief " + HELLO), (ask("hello"), HELLO)):
-        (example,) = examples([{"prompt": prompt, "completion": "world"}], system_prompt="be brief").examples
-        assert text_of(example) == expected
+def test_a_system_prompt_goes_before_what_has_none() -> None:
+    own = [said("system", "a b"), *ask("hello")]
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "completion": "world"} for prompt in ("hello", ask("hello"))]
+    rows += [
+        {"messages": ask("hello", "world")},
+        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "world"}]},
+    ]
+    for row in rows:
+        (example,) = examples([row], system_prompt="be brief").examples
+        assert text_of(example) == "<system> be brief " + HELLO
+        assert trained_text(example) == ["world </s>"]
+    (example,) = examples([{"prompt": own, "completion": "world"}], system_prompt="be brief").examples
+    assert text_of(example) == "<system> a b " + HELLO
 
 
 VERL = {"data_source": "x", "prompt": ask("hello"), "reward_model": {"style": "rule", "ground_truth": "world"}}

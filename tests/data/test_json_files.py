@@ -12,6 +12,7 @@ from rlhf_toolkit.data import json_files
 from rlhf_toolkit.data.json_files import DEEPEST, json_fault
 from rlhf_toolkit.data.prompts import load_rows
 from rlhf_toolkit.errors import DataError
+from tests.support.offenders import for_each
 
 GOOD, DEEP = b'{"prompt": "a"}\n', 100_000
 NESTED = {
@@ -64,6 +65,16 @@ def test_a_list_of_something_else_is_refused(tmp_path: Path) -> None:
                 except DataError as error:
                     accepted += [] if f"{path}" in str(error) and "line" in str(error) else [(written[:40], error)]
     assert not accepted
+
+
+@for_each("indent", [None, 1])
+def test_rows_inside_an_object_are_pointed_at(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"version": "1", "data": [{"prompt": "a"}, {"prompt": "b"}]}, indent=indent))
+    with pytest.raises(DataError, match=r"x\.json \(split train\): it is one object, whose 'data' has 2 objects: save"):
+        load_rows(str(path), "train")
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}, indent=indent))
+    assert len(list(load_rows(str(path), "train"))) == 1
 
 
 def test_files_with_nothing_in_them(tmp_path: Path) -> None:

@@ -135,11 +135,17 @@ def test_bos_is_there_once() -> None:
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
-def test_a_system_prompt_goes_before_strings_alone() -> None:
-    (pair,) = pairs([STRINGS], system_prompt="be brief").pairs
-    assert texts(pair)[0] == "<system> be brief <user> hello <assistant>"
-    (pair,) = pairs([sides(ask("hello"), "world", "a b")], system_prompt="be brief").pairs
-    assert texts(pair)[0] == "<user> hello <assistant>"
+def test_a_system_prompt_goes_before_what_has_none() -> None:
+    own = sides([said("system", "a b"), *ask("hello")], "world", "a b")
+    for row in (
+        STRINGS,
+        sides(ask("hello"), "world", "a b"),
+        {**sides(ask("hello"), "world", "a b"), "prompt": "hello"},
+    ):
+        (pair,) = pairs([row], system_prompt="be brief").pairs
+        assert texts(pair)[0] == "<system> be brief <user> hello <assistant>"
+    (pair,) = pairs([own], system_prompt="be brief").pairs
+    assert texts(pair)[0] == "<system> a b <user> hello <assistant>"
 
 
 def test_a_prompt_beside_whole_conversations_has_to_be_theirs() -> None:

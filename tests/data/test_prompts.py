@@ -69,6 +69,27 @@ def test_nobody_is_told_of_a_local_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(load_rows(str(tmp_path / "x.jsonl"), "train")) == ROWS and told == []
 
 
+CSV = """prompt,zeros,words,whole,parts,yes,gaps,long
+"a, b",0012,NA,1,1.50,True,,123456789012345678901
+c,13,null,-2,2,False,3,1
+"""
+
+
+@for_each("streaming", [False, True])
+def test_csv_holds_numbers_only_where_nothing_of_the_text_is_lost(tmp_path: Path, streaming: bool) -> None:
+    rows = list(load_rows(write(tmp_path / "x.csv", CSV), "train", streaming=streaming))
+    assert [list(row.values()) for row in rows] == [
+        ["a, b", "0012", "NA", 1, 1.5, True, None, "123456789012345678901"],
+        ["c", "13", "null", -2, 2.0, False, 3.0, "1"],
+    ]
+    assert [type(value) for value in rows[0].values()] == [str, str, str, int, float, bool, type(None), str]
+
+
+def test_csv_with_names_that_pandas_would_make_up(tmp_path: Path) -> None:
+    (row,) = load_rows(write(tmp_path / "x.csv", ",prompt\n0,NA\n"), "train")
+    assert row == {"Unnamed: 0": 0, "prompt": "NA"}
+
+
 def test_json_lines_under_the_other_suffix(tmp_path: Path) -> None:
     source = write(tmp_path / "x.json", '{"prompt": "a"}\n{"prompt": "b"}\n')
     assert table(source)["prompt"][:] == ["a", "b"]
@@ -278,13 +299,42 @@ def test_special_tokens_are_added_once() -> None:
     assert chat.token_ids == plain.token_ids == (bos, hello)
 
 
+@for_each("text", ["hello", "<s> hello"])
+@for_each("appends_eos", [False, True])
+def test_plain_text_has_its_bos_once_and_never_an_eos(text: str, appends_eos: bool) -> None:
+    tokenizer = tiny_tokenizer(bos="<s>", appends_eos=appends_eos)
+    (prompt,) = tokenised([text], tokenizer=tokenizer, chat_template=False).prompts
+    assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == ["<s>", "hello"]
+
+
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
-def test_messages_always_use_the_template_and_bring_their_own_system_message(chat_template: bool) -> None:
-    (prompt,) = tokenised([MESSAGES], chat_template=chat_template, system_prompt="a b c").prompts
-    assert prompt.text == "<system> be brief <user> hello <assistant>"
+def test_messages_always_use_the_template_and_keep_their_own_system_message(chat_template: bool) -> None:
+    found = tokenised([MESSAGES, MESSAGES[1:]], chat_template=chat_template, system_prompt="a b c").prompts
+    expected = [f"<system> {system} <user> hello <assistant>" for system in ("be brief", "a b c")]
+    assert [prompt.text for prompt in found] == expected
+
+
+def test_the_assistant_s_message_at_the_end_is_the_beginning_of_the_response() -> None:
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "be a"}]
+    found = tokenised([MESSAGES, begun])
+    assert [prompt.text for prompt in found.prompts] == [
+        "<system> be brief <user> hello <assistant>",
+        "<user> hello <assistant>be a",
+    ]
+    assert found.summary().endswith(
+        "; 1 end with a message of the assistant, which the response continues: prompt 1 ends in "
+        "'<user> hello <assistant>be a'"
+    )
+
+
+def test_what_no_prompt_of_messages_can_be() -> None:
+    with pytest.raises(DataError, match=r"row 0: the prompt has a message of unknown role 'human'; the roles are sys"):
+        tokenised([[{"role": "human", "content": "hello"}]])
+    with pytest.raises(DataError, match=r"row 0: the prompt has nothing but the assistant's message 'be', to nobody"):
+        tokenised([[{"role": "assistant", "content": "be"}]])
 
 
 def test_token_ids_are_those_of_the_tokenizer_s_own_chat_template() -> None:

@@ -40,7 +40,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "batch row": {"settings/experiment.py": "rows of a mini-batch"},
     "beta": {
         "algorithms/policy_losses.py": "DRO's constant, under the paper's name",
-        "algorithms/preference_losses.py settings/configs.py trainers/objectives.py": "DPO's, a setting",
+        "algorithms/preference_losses.py settings/supervised.py trainers/objectives.py": "DPO's, a setting",
     },
     "eps": {"models/fused.py": "a norm's epsilon, under the name that transformers gives it"},
 }

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError
 from rlhf_toolkit.export import merge as merging
@@ -26,7 +26,7 @@ from rlhf_toolkit.export import shards
 from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.export.shards import INDEX
 from rlhf_toolkit.export.verify import verify
-from rlhf_toolkit.models.loading import load_tokenizer
+from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 from tests.support.exports import peft_model, tiny_gpt2, write_adapter, write_base
 from tests.support.offenders import for_each
 from tests.support.roles import lora
@@ -64,6 +64,25 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 # ---- the sum ---------------------------------------------------------------------------------------------------------
+
+
+@for_each("named", [None, 7, [7, 9]])
+def test_the_merged_model_stops_where_training_ends_a_response(tmp_path: Path, named: int | list[int] | None) -> None:
+    """The tokenizer's eos is another token than those that the base's generation config names."""
+    base = write_base(tmp_path / "base")
+    eos = load_tokenizer(str(base)).eos_token_id
+    path = base / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if named is not None:
+        path.write_text(json.dumps({"eos_token_id": named, "top_k": 5}))
+    merge(str(base), str(write_adapter(tmp_path / "policy", base)), tmp_path / "out")
+    known = generation_eos_of(str(base), AutoConfig.from_pretrained(base))
+    found = loaded(tmp_path / "out").generation_config
+    assert set(found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]) == {
+        eos,
+        *(known if isinstance(known, list) else [known]),
+    }
+    assert named is None or found.top_k == 5
 
 
 @for_each("name", SETTINGS)

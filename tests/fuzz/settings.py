@@ -37,6 +37,8 @@ WITHOUT_TRACE = {
     "alarms.stop": "two updates may cause no alarm",
     "run.most_not_finite": "all numbers are finite",
     "model.trust_remote_code": "the model is local and brings no code",
+    "data.chat_template_kwargs": "the tiny template reads none",
+    "sft.turns": "rows have one turn of the assistant's",
     "run.timeout_minutes": "nobody is late",
     "run.stall_minutes": "nobody stands still",
     "run.wandb_project": "W&B is off",

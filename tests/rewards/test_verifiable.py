@@ -284,6 +284,9 @@ def test_format_by_hand(response: str, expected: int) -> None:
         assert think_answer_format(["p"], [continued], prefilled=True) == [1]
         assert think_answer_format(["p"], [response], prefilled=True) == [0]
         assert think_answer_format(["p"], [continued]) == [0]
+        prompts = ["p", "<assistant> <think>\n", "a <think> in the middle"]  # each prompt's own end decides
+        assert think_answer_format(prompts, [response, continued, response]) == [1, 1, 1]
+        assert think_answer_format(prompts, [continued, response, continued]) == [0, 0, 0]
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

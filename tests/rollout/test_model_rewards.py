@@ -11,7 +11,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rlhf_toolkit.distributed.topology import Launch, Topology
 from rlhf_toolkit.errors import ConfigError, ModelError, OutOfMemoryError, RewardError
@@ -24,9 +30,12 @@ from rlhf_toolkit.types import Prompt
 from tests.rollout.test_evaluated import sampled as evaluated
 from tests.support.builders import tiny_tokenizer
 from tests.support.launch import run_recipe
+from tests.support.offenders import for_each
 from tests.support.roles import lora
 from tests.support.tiny import SIZES, WORDS, merged, tiny_llama, write_experiment, write_task
 from tests.support.values import named
+
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 
 
 def write_reward_adapter(folder: Path, *, rank: int = 5) -> Path:
@@ -173,6 +182,45 @@ def test_a_score_that_is_not_finite_spoils_its_row_alone() -> None:
     assert found.parts["model"].isnan().tolist() == [False, True, False, True]
     assert torch.equal(found.token_rewards[0], rows.token_rewards[0]) and not found.token_rewards[1:].any()
     assert not rows.plus("model", scores[:1].expand(4), 2.0).failures
+
+
+@for_each("pad", [0, None])
+def test_a_row_s_score_alone_is_its_score_in_a_batch_where_the_text_config_is_nested(pad: int | None) -> None:
+    """Kinds that can also see keep another pad id, or none, inside their config; padding must not be read as text."""
+    torch.manual_seed(3)
+    text = {**SIZES, "vocab_size": 40, "head_dim": 8, "pad_token_id": pad, "eos_token_id": 1, "bos_token_id": 2}
+    config = Gemma3Config(text_config=text, vision_config=VISION)
+    config.num_labels = 1
+    tokenizer = tiny_tokenizer(words=WORDS[::-1], pad="<pad>")
+    model = RewardModel("rm", Gemma3ForSequenceClassification(config), tokenizer)
+    prompts, responses = [Prompt(i, "w1", (1,), {}) for i in range(2)], [" w2", " w3 w4 w5 w6 w7 w8"]
+    alone = [model.scores([prompts[i]], [responses[i]])[0] for i in range(2)]
+    assert model.scores(prompts, responses) == pytest.approx(alone, abs=1e-6) and abs(alone[0] - alone[1]) > 1e-3
+
+
+def test_the_reward_model_continues_what_the_prompt_begins(tmp_path: Path) -> None:
+    model = reward_model(write_reward_model(tmp_path / "rm"))
+    begun = ({"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"})
+    found = model.scores([Prompt(0, "<user> w4 <assistant>w5", (1,), {}, begun)], [" w6"])
+    assert found == pytest.approx(plain_scores(tmp_path / "rm", ["<user> w4 <assistant> w5 w6 "]), abs=1e-5)
+
+
+def test_a_reward_model_that_cannot_read_the_prompts_is_found_at_the_start(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
+    for name, given, expected in (
+        ("none", None, r"reward\.model=\S*rm cannot read the prompts: the tokenizer of \S*rm has no chat template; "),
+        ("no system", template, r"cannot read the prompts: row 0: the chat template of .* rejects messages of roles "),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_reward_model(folder / "rm").joinpath("chat_template.jinja").unlink()
+        tiny_tokenizer(words=WORDS[::-1], pad="</s>", chat_template=given).save_pretrained(folder / "rm")
+        task = write_task(folder)
+        template_of_policy = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        tiny_tokenizer(chat_template=template_of_policy).save_pretrained(folder / "model")
+        chat = {"data.chat_template": True, "data.system_prompt": "w1", "data.max_prompt_tokens": 40}
+        with pytest.raises(ModelError, match=expected):
+            prepare(experiment_from_dict(merged(task, {"reward.model": str(folder / "rm"), **chat})))
 
 
 def test_what_a_reward_model_cannot_be(tmp_path: Path) -> None:

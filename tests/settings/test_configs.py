@@ -100,6 +100,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "prompt_column": "prompt",
         "chat_template": True,
         "system_prompt": None,
+        "chat_template_kwargs": {},
         "max_prompt_tokens": 512,
         "curriculum": None,
         "curriculum_kwargs": {},
@@ -221,10 +222,11 @@ def test_defaults_of_supervised_runs() -> None:
     update = {name: value for name, value in DEFAULTS["update"].items() if name not in PPO_RATES}
     data: dict[str, Any] = {"train": "t.jsonl", "train_split": "train", "evaluation": None, "evaluation_split": "train"}
     data |= {"chat_template": True, "system_prompt": None, "max_tokens": 1024, "streaming": False, "max_rows": None}
+    data["chat_template_kwargs"] = {}
     common = {"model": DEFAULTS["model"], "run": DEFAULTS["run"], "data": data}
     common["update"] = {**update, "lr": None, "head_lr": 1e-3}
     own: dict[Any, dict[str, Any]] = {
-        SFTExperiment: {"sft": {"full": False, "epochs": 1.0, "batch_size": 32}},
+        SFTExperiment: {"sft": {"full": False, "turns": "all", "epochs": 1.0, "batch_size": 32}},
         RewardExperiment: {"reward_model": {"epochs": 1.0, "batch_size": 32, "centring": 0.01, "normalise": True}},
         DPOExperiment: {
             "dpo": {"epochs": 1.0, "batch_size": 32, "beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0}

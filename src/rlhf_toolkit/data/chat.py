@@ -5,12 +5,16 @@ Special tokens are put in once: a chat template writes its own into the text, fo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.templates import TemplateFailed, rendered
+from rlhf_toolkit.data.json_files import DEEPEST, is_deeper
+from rlhf_toolkit.data.template_values import without_none
+from rlhf_toolkit.data.templates import NOTHING, TemplateFailed, rendered
 from rlhf_toolkit.data.tokenizers import require_chat_template, tokenising
 from rlhf_toolkit.errors import DataError, shortened
 from rlhf_toolkit.texts import printable
@@ -21,8 +25,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def is_message(value: Any) -> bool:
-    """True for a mapping with role and content as strings."""
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+    """True for a mapping with role and content as strings; beside calls of tools the content may be missing."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    calls = value.get("tool_calls")
+    return isinstance(value.get("content"), str) or (
+        value.get("content") is None
+        and isinstance(calls, list)
+        and bool(calls)
+        and all(isinstance(call, Mapping) for call in calls)
+    )
 
 
 def is_message_list(value: Any) -> bool:
@@ -31,7 +43,8 @@ def is_message_list(value: Any) -> bool:
 
 
 def messages_of(value: Any, *, index: int, column: str) -> list[Message]:
-    """``value`` of ``column`` in row ``index`` as messages whose roles are known. DataError where it is not."""
+    """``value`` of ``column`` in row ``index`` as messages whose roles are known, each with a content; arguments of
+    calls that are JSON are what it says, as templates want them. DataError where it is no such list."""
     if not is_message_list(value):
         raise DataError(
             f"row {index}: {column} {shortened(value)} is not a list of messages with role and content as strings; "
@@ -43,20 +56,59 @@ def messages_of(value: Any, *, index: int, column: str) -> list[Message]:
                 f"row {index}: {column} has a message of unknown role {shortened(message['role'])}; the roles are "
                 f"{', '.join(ROLES)}: rename it"
             )
-    return list(value)
+        if message.get("weight") not in (None, 0, 1):
+            raise DataError(
+                f"row {index}: {column} has a message of weight {shortened(message['weight'])}; it is 1, or 0 for one "
+                "that is not trained on"
+            )
+    return [_complete(message) for message in value]
+
+
+def _complete(message: Mapping[str, Any]) -> Message:
+    found = {name: value for name, value in message.items() if value is not None}
+    if "tool_calls" in found:
+        found["tool_calls"] = [with_arguments(without_none(call)) for call in found["tool_calls"]]
+    return {**found, "content": found.get("content", "")}
+
+
+def with_arguments(call: Message) -> Message:
+    """A call of a tool, whose arguments are a mapping also where they came as its JSON."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(function["arguments"])
+        if isinstance(arguments, dict) and not is_deeper(arguments, DEEPEST):
+            return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether an assistant's message has neither text nor calls of tools."""
+    return not message["content"].strip() and not message.get("tool_calls")
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a conversation trains on this message: it is the assistant's, and its weight is not 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def user_message(text: str, system_prompt: str | None) -> list[Message]:
     """A string prompt as one user message, after ``system_prompt`` if there is one."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": text}]
+    return with_system([{"role": "user", "content": text}], system_prompt)
+
+
+def with_system(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+    """``messages`` after a system message of ``system_prompt``, unless there is none or they bring their own."""
+    own = any(message["role"] in ("system", "developer") for message in messages)
+    return [*messages] if system_prompt is None or own else [{"role": "system", "content": system_prompt}, *messages]
 
 
 def prompt_messages(value: Any, system_prompt: str | None, *, index: int) -> list[Message]:
     """A prompt, string or messages, as messages. DataError where it is neither, or ends with the assistant's."""
     if isinstance(value, str):
         return user_message(value, system_prompt)
-    messages = messages_of(value, index=index, column="prompt")
+    messages = with_system(messages_of(value, index=index, column="prompt"), system_prompt)
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"row {index}: prompt ends with the assistant's message {shortened(messages[-1]['content'], 80)}; move it "
@@ -94,22 +146,51 @@ def check_order(messages: Sequence[Message], *, index: int) -> None:
 
 
 def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, index: int, add_generation_prompt: bool
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, Any] = NOTHING,
+    *,
+    index: int,
+    add_generation_prompt: bool,
 ) -> str:
-    """The chat template's text of ``messages``, special tokens written out. DataError where it rejects them.
+    """The chat template's text of ``messages`` and ``values`` (``template_values``), special tokens written out.
+    DataError where it rejects them.
 
     Keys that ``datasets`` fills with None are left out; ``apply_chat_template`` does so since transformers 5.24.
     """
     require_chat_template(tokenizer)
-    stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    stated = [{k: value for k, value in message.items() if value is not None and k != "weight"} for message in messages]
     try:
-        return rendered(tokenizer, stated, add_generation_prompt=add_generation_prompt)
+        return rendered(tokenizer, stated, values, add_generation_prompt=add_generation_prompt)
     except TemplateFailed as error:
         roles = shortened([message["role"] for message in messages])
         raise DataError(
             f"row {index}: {template_name(tokenizer)} rejects messages of roles {roles}: "
             f"{printable(str(error), longest=400)}; change them or drop data.system_prompt"
         ) from error
+
+
+def prompt_text(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, Any] = NOTHING,
+    *,
+    index: int,
+) -> str:
+    """The text that a response to ``messages`` continues: the template's, with its generation prompt.
+
+    An assistant's message at the end is the beginning of the response (a prefill): it stands behind the generation
+    prompt as it is, and nothing closes it. DataError where nobody speaks before it, or as ``render`` raises it.
+    """
+    beginning = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    if beginning is None:
+        return render(messages, tokenizer, values, index=index, add_generation_prompt=True)
+    if not {"user", "tool"} & {message["role"] for message in messages[:-1]}:
+        raise DataError(
+            f"row {index}: the prompt has nothing but the assistant's message {shortened(beginning, 80)}, to nobody; "
+            "put a user's message before it"
+        )
+    return render(messages[:-1], tokenizer, values, index=index, add_generation_prompt=True) + str(beginning)
 
 
 def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -119,14 +200,17 @@ def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token ids of the beginning of a plain text: with the tokenizer's bos, once, and without an eos it appends."""
+    """The token ids of a plain text that goes on: with the tokenizer's bos, once, and without an eos it appends.
+
+    An eos that also separates, as BERT's ``[SEP]`` does, belongs to the text and stays.
+    """
     bare = rendered_ids(text, tokenizer)
     if bare and bare[0] == tokenizer.bos_token_id:
         return bare
     with tokenising(tokenizer):
-        full = tuple(tokenizer(text).input_ids)
-    eos = tokenizer.eos_token_id
-    return full[:-1] if full[-1:] == (eos,) and bare[-1:] != (eos,) else full
+        full, eos = tuple(tokenizer(text).input_ids), tokenizer.eos_token_id
+    appended = full[-1:] == (eos,) and bare[-1:] != (eos,) and eos != tokenizer.sep_token_id
+    return full[:-1] if appended else full
 
 
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,12 +12,24 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
+from rlhf_toolkit.data.chat import (
+    Message,
+    check_order,
+    is_trained,
+    messages_of,
+    prompt_messages,
+    response_messages,
+    says_nothing,
+    with_system,
+)
 from rlhf_toolkit.data.prompts import NO_ROWS
 from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversation, plain_response, plain_text
 from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
 from rlhf_toolkit.data.shapes import alpaca_prompt, columns_read, sharegpt_messages
 from rlhf_toolkit.data.streams import Rows, first_row
+from rlhf_toolkit.data.template_values import Unread
+from rlhf_toolkit.data.template_values import template_values as values_of
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
 
 UNDERSTOOD = (
@@ -88,6 +100,8 @@ def tokenise_examples(
     max_tokens: int,
     system_prompt: str | None = None,
     chat_template: bool = True,
+    template_values: Mapping[str, Any] = NOTHING,
+    turns: str = "all",
     stop_ids: Collection[int] | None = None,
 ) -> ExampleSet:
     """Render and tokenise every row; what is left out is counted by reason.
@@ -96,17 +110,20 @@ def tokenise_examples(
     ``response``, strings or lists of messages; verl's, ``prompt`` as messages with ``extra_info.answer`` or
     ``reward_model.ground_truth``; ``conversations``, lists of turns with ``from`` and ``value``; ``output`` with
     ``instruction`` and ``input``; ``text``. The loss is on every message of the assistant that is not part of a prompt,
-    its end-of-turn token included, and on nothing else; in ``text`` on every token but the first. With
+    its end-of-turn token included, and on nothing else: not on one of ``weight`` 0, and with ``turns`` "last" on the
+    last one alone; in ``text`` on every token but the first. ``template_values`` and the row's own go to the template
+    (``template_values.template_values``); what it does not read of a row is counted. With
     ``chat_template`` a string prompt becomes one user message, after ``system_prompt``, and a string response the
     assistant's; without, both are tokenised as they stand and EOS is appended, as it is to ``text``. Lists of messages
-    always go through the chat template and bring their own system message. ``stop_ids`` are the tokens that may end a
-    turn beside the tokenizer's EOS (``tokenizers.stop_token_ids``).
+    always go through the chat template, after ``system_prompt`` where they bring no system message. ``stop_ids`` are
+    the tokens that may end a turn beside the tokenizer's EOS (``tokenizers.stop_token_ids``).
 
     Rows with an empty response, and those longer than ``max_tokens``, are dropped, never truncated. DataError where
     columns, a row or the chat template cannot be used, or no row is left.
     """
     shape = _shape(rows)
-    reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
+    stops, unread = checked_stop_ids(tokenizer, stop_ids), Unread(tokenizer, template_values)
+    reader = _Reader(tokenizer, stops, system_prompt, chat_template, template_values, turns, ColumnTypes(), unread)
     dropped, examples, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):
         total += 1
@@ -128,7 +145,7 @@ def tokenise_examples(
         source = f"loss on every assistant message of {read_from}"
     else:
         source = f"prompts from {read_from}, loss on {shape[1]}"
-    return ExampleSet(tuple(examples), total, dict(dropped.reasons), source)
+    return ExampleSet(tuple(examples), total, dict(dropped.reasons), source + unread.text())
 
 
 def _shape(rows: Rows) -> tuple[str, ...]:
@@ -162,7 +179,10 @@ class _Reader:
     stop_ids: frozenset[int]
     system_prompt: str | None
     chat_template: bool
+    template_values: Mapping[str, Any]
+    turns: str
     types: ColumnTypes
+    unread: Unread
 
     def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> tuple[Ids, list[Span]] | None:
         values = []
@@ -182,9 +202,11 @@ class _Reader:
             ids = plain_text(values[0], self.tokenizer, stop_ids=self.stop_ids, index=index)
             return None if ids is None else (ids, [(1, len(ids))])
         if shape == ("messages",):
-            return self._conversation(messages_of(values[0], index=index, column="messages"), 0, index)
+            whole = with_system(messages_of(values[0], index=index, column="messages"), self.system_prompt)
+            return self._conversation(row, whole, 0, index)
         if shape == CONVERSATIONS:
-            return self._conversation(sharegpt_messages(row, index=index), 0, index)
+            whole = with_system(sharegpt_messages(row, index=index), self.system_prompt)
+            return self._conversation(row, whole, 0, index)
         prompt, response = values
         if shape == ALPACA:
             prompt = alpaca_prompt(row, index=index)
@@ -194,11 +216,17 @@ class _Reader:
             given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
             return given + own, [(len(given), len(given) + len(own))]
         before = prompt_messages(prompt, self.system_prompt, index=index)
-        return self._conversation([*before, *response_messages(response, shape[1], index=index)], len(before), index)
+        whole = [*before, *response_messages(response, shape[1], index=index)]
+        return self._conversation(row, whole, len(before), index)
 
-    def _conversation(self, messages: list[Message], first: int, index: int) -> tuple[Ids, list[Span]] | None:
+    def _conversation(
+        self, row: Mapping[str, Any], messages: list[Message], first: int, index: int
+    ) -> tuple[Ids, list[Span]] | None:
         check_order(messages, index=index)
-        own = [message for message in messages[first:] if message["role"] == "assistant"]
-        if not all(message["content"].strip() for message in own):
+        own = [number for number in range(first, len(messages)) if is_trained(messages[number])]
+        own = own[-1:] if self.turns == "last" else own
+        if not own or any(says_nothing(messages[number]) for number in own):
             return None
-        return conversation(messages, self.tokenizer, first=first, stop_ids=self.stop_ids, index=index)
+        values = values_of(row, self.template_values, index=index)
+        self.unread.look(messages, values, also_read=("weight",))
+        return conversation(messages, self.tokenizer, values, trained=own, stop_ids=self.stop_ids, index=index)

@@ -26,6 +26,10 @@ AHEAD = 2**26
 """Bytes behind the last row wanted that are looked at as well: ``datasets`` reads further than it is asked to."""
 SURVIVED = ("Expecting", "Unterminated", "Invalid", "Illegal")
 """How faults of syntax begin that leave no second value on the line."""
+COLUMNS = frozenset(
+    ("messages", "conversations", "prompt", "completion", "response", "chosen", "rejected", "instruction", "text")
+)
+"""Columns of rows, some of which hold lists of objects."""
 OBJECT = 'an object such as {"prompt": "..."}'
 
 
@@ -43,8 +47,9 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
             beginning = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
         if beginning.startswith(b"["):
             return _fault_of_whole(path)
-    fault, names = None, Names()
+    fault, names, rows, only = None, Names(), 0, ""
     for number, line in _lines(path, max_rows):
+        rows, only = rows + 1, "" if rows else line
         fault = _fault_of_object(line, names)
         if fault is not None and not (fatal_only and fault.startswith(SURVIVED) and line.startswith("{")):
             fault = f"line {number}: {fault}"
@@ -52,9 +57,24 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
         fault = None
     if fault is not None and is_json:
         with suppress(UnicodeDecodeError):  # one object, written over several lines
-            if _fault_of_object(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(), Names()) is None:
-                return None
-    return fault
+            whole = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+            if _fault_of_object(whole, Names()) is None:
+                fault, only = None, whole
+    return rows_inside(json.loads(only)) if fault is None and only else fault
+
+
+def rows_inside(value: Mapping[str, Any]) -> str | None:
+    """Why ``value``, the only object of a file, is no row: it holds the rows in a list, as ``{"data": [...]}`` does.
+
+    None where it may be one: it has a column of a row, or no list of objects.
+    """
+    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if not lists or not COLUMNS.isdisjoint(value):
+        return None
+    return (
+        f"it is one object, whose {shortened(lists[0])} has {len(value[lists[0]])} objects: save that list alone, or "
+        "one of them on each line"
+    )
 
 
 def is_blank(path: Path) -> bool:

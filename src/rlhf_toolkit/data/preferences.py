@@ -9,7 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, check_order, messages_of, prompt_messages, response_messages
+from rlhf_toolkit.data.chat import (
+    Message,
+    check_order,
+    messages_of,
+    prompt_messages,
+    response_messages,
+    says_nothing,
+    with_system,
+)
 from rlhf_toolkit.data.prompts import NO_ROWS
 from rlhf_toolkit.data.responses import chat_response, checked_stop_ids, plain_response
 from rlhf_toolkit.data.rows import (
@@ -31,6 +39,9 @@ from rlhf_toolkit.data.shapes import (
     turns_of,
 )
 from rlhf_toolkit.data.streams import Rows, first_row
+from rlhf_toolkit.data.template_values import Unread
+from rlhf_toolkit.data.template_values import template_values as values_of
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
 
 UNDERSTOOD = (
@@ -88,6 +99,7 @@ def tokenise_pairs(
     max_tokens: int,
     system_prompt: str | None = None,
     chat_template: bool = True,
+    template_values: Mapping[str, Any] = NOTHING,
     stop_ids: Collection[int] | None = None,
 ) -> PairSet:
     """Render and tokenise every row; what is left out is counted by reason.
@@ -96,8 +108,8 @@ def tokenise_pairs(
     conversations that differ in the last message alone, the rest being the prompt: lists of messages, or transcripts
     with ``Human:`` and ``Assistant:``, which become messages. A ``prompt`` beside whole conversations has to be what
     they begin with. The prompt may also stand in ``conversations``, a list of turns with ``from`` and ``value``, or in
-    ``instruction`` and ``input``. A column ``margin`` holds finite numbers. ``system_prompt``, ``chat_template`` and
-    ``stop_ids`` are as in ``instructions.tokenise_examples``.
+    ``instruction`` and ``input``. A column ``margin`` holds finite numbers. ``system_prompt``,
+    ``chat_template``, ``template_values`` and ``stop_ids`` are as in ``instructions.tokenise_examples``.
 
     Rows with an empty response, with equal responses, and those where the prompt and one of them are longer than
     ``max_tokens`` together, are dropped, never truncated. DataError where columns, a row or the chat template cannot be
@@ -108,7 +120,8 @@ def tokenise_pairs(
         raise DataError(f"the dataset {NO_ROWS}")
     if not {"chosen", "rejected"} <= set(columns):
         raise unknown_columns(columns, UNDERSTOOD)
-    reader = _Reader(tokenizer, checked_stop_ids(tokenizer, stop_ids), system_prompt, chat_template, ColumnTypes())
+    stops, unread = checked_stop_ids(tokenizer, stop_ids), Unread(tokenizer, template_values)
+    reader = _Reader(tokenizer, stops, system_prompt, chat_template, template_values, ColumnTypes(), unread)
     dropped, pairs, total = DropCount(max_tokens), [], 0
     for index, row in enumerate(rows):
         total += 1
@@ -124,7 +137,7 @@ def tokenise_pairs(
     prompt = _prompt_column(first)
     read = [columns_read(prompt, columns)] if prompt else []
     read += ["chosen", "rejected", *(["margin"] if "margin" in columns else [])]
-    return PairSet(tuple(pairs), total, dict(dropped.reasons), f"from columns {', '.join(read)}")
+    return PairSet(tuple(pairs), total, dict(dropped.reasons), f"from columns {', '.join(read)}{unread.text()}")
 
 
 def _prompt_column(row: Mapping[str, Any]) -> str | None:
@@ -160,7 +173,9 @@ class _Reader:
     stop_ids: frozenset[int]
     system_prompt: str | None
     chat_template: bool
+    template_values: Mapping[str, Any]
     types: ColumnTypes
+    unread: Unread
 
     def read(self, row: Mapping[str, Any], index: int) -> Pair | None:
         for column in (_prompt_column(row), "chosen", "rejected"):
@@ -176,9 +191,11 @@ class _Reader:
             parts = [plain_response(texts[0], text, **known) for text in texts[1:]]
         else:
             prompt, answers = self._messages(row, index)
-            if not all(answer["content"].strip() for answer in answers):
+            if any(map(says_nothing, answers)):
                 return None
-            parts = [chat_response(prompt, answer, **known) for answer in answers]
+            values = values_of(row, self.template_values, index=index)
+            self.unread.look([*prompt, *answers], values)
+            parts = [chat_response(prompt, answer, values=values, **known) for answer in answers]
             margin = _margin(row, index)
         return Pair(index, parts[0][0], parts[0][1], parts[1][1], margin)
 
@@ -208,6 +225,7 @@ class _Reader:
                     f"row {index}: prompt {shortened(beside, 80)} is not what chosen and rejected begin with, "
                     f"{shortened(said, 80)}; repair it, or remove the column prompt"
                 )
+            prompt = with_system(prompt, self.system_prompt)
         else:
             prompt = prompt_messages(row["prompt"], self.system_prompt, index=index)
             sides = [

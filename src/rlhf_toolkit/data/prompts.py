@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,23 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import Message, is_message_list, render, user_message
+from rlhf_toolkit.data.chat import (
+    Message,
+    is_message_list,
+    messages_of,
+    plain_ids,
+    prompt_text,
+    rendered_ids,
+    user_message,
+    with_system,
+)
+from rlhf_toolkit.data.csv_types import csv_features
 from rlhf_toolkit.data.json_files import is_blank, json_fault
 from rlhf_toolkit.data.streams import Rows, StreamedRows, first_row
 from rlhf_toolkit.data.tables import check_values, csv_fault, folder_fault, parquet_fault, stored
-from rlhf_toolkit.data.tokenizers import tokenising
+from rlhf_toolkit.data.template_values import Unread
+from rlhf_toolkit.data.template_values import template_values as values_of
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, described, shortened
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
@@ -38,11 +50,18 @@ RESERVED_COLUMNS = ("prompts", "responses")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that fit, in the dataset's order. ``total`` counts all rows, ``dropped_too_long`` those left out."""
+    """The prompts that fit, in the dataset's order. ``total`` counts all rows, ``dropped_too_long`` those left out;
+    ``unread`` says what their chat template does not read."""
 
     prompts: tuple[Prompt, ...]
     dropped_too_long: int
     total: int
+    unread: str = ""
+
+    @property
+    def prefilled(self) -> list[Prompt]:
+        """Those that end with an assistant's message, which the response continues."""
+        return [prompt for prompt in self.prompts if prompt.messages and prompt.messages[-1]["role"] == "assistant"]
 
     @classmethod
     def fitting(cls, prompts: Sequence[Prompt], max_prompt_tokens: int) -> PromptSet:
@@ -60,11 +79,17 @@ class PromptSet:
 
     def summary(self) -> str:
         """One line for a log."""
-        lengths = [len(prompt.token_ids) for prompt in self.prompts]
-        return (
+        lengths, prefilled = [len(prompt.token_ids) for prompt in self.prompts], self.prefilled
+        told = (
             f"{len(self.prompts)} of {self.total} prompts, {min(lengths)} to {max(lengths)} tokens; "
             f"{self.dropped_too_long} dropped as too long"
         )
+        if prefilled:
+            told += (
+                f"; {len(prefilled)} end with a message of the assistant, which the response continues: prompt "
+                f"{prefilled[0].index} ends in {shortened(prefilled[0].text[-80:])}"
+            )
+        return told + self.unread
 
 
 @dataclass(frozen=True)
@@ -159,7 +184,7 @@ class _File:
             blank = is_blank(self.path)
             what = f"it {NO_ROWS}" if blank else json_fault(self.path, max_rows=max_rows, fatal_only=streaming)
             if what is not None:
-                way_out = "" if what.endswith(NO_ROWS) else "; repair that line"
+                way_out = "; repair that line" if what.startswith("line") else ""
                 raise DataError(f"cannot read {self.path} (split {self.split}): {what}{way_out}")
             return
         try:
@@ -174,6 +199,8 @@ class _File:
     def load(self, **options: Any) -> Any:
         """What ``datasets.load_dataset`` makes of the file."""
         files = {self.split.partition("[")[0]: glob.escape(str(self.path))}
+        if self.kind == "csv":
+            options |= {"features": csv_features(self.path), "keep_default_na": False, "na_values": [""]}
         return stored(datasets.load_dataset(self.kind, data_files=files, split=self.split, **options))
 
     def load_whole(self) -> datasets.Dataset:
@@ -196,7 +223,7 @@ class _File:
         if self.path.stat().st_size == 0 or "corresponds to no data" in str(error):
             what = f"it {NO_ROWS}"
         elif line := json_fault(self.path) if self.kind == "json" else None:
-            what = f"{line}; repair that line"
+            what = f"{line}; repair that line" if line.startswith("line") else line
         else:
             what = f"{described(error.__cause__ or error)}; repair the file or name another split"
         return DataError(f"cannot read {self.path} (split {self.split}){_after(count)}: {what}")
@@ -282,13 +309,16 @@ def tokenise_prompts(
     chat_template: bool,
     system_prompt: str | None,
     max_prompt_tokens: int,
+    template_values: Mapping[str, Any] = NOTHING,
 ) -> PromptSet:
     """Render and tokenise ``column`` of every row; prompts longer than ``max_prompt_tokens`` are dropped and counted.
 
-    With ``chat_template`` a string becomes one user message, after ``system_prompt`` if there is one; without, it is
-    tokenised as it stands. A list of messages always goes through the chat template and brings its own system message.
-    All other columns stay with their prompt for the reward. DataError where a column, a row or the chat template cannot
-    be used, or where no prompt fits.
+    With ``chat_template`` a string becomes one user message; without, it is tokenised as it stands, with the
+    tokenizer's bos and without an eos. A list of messages always goes through the chat template; where it ends with the
+    assistant's, the response continues that one. ``system_prompt`` stands before messages that bring no system message.
+    ``template_values`` and the row's own (``template_values.template_values``) go to the template; what it does not
+    read is counted. All other columns stay with their prompt for the reward. DataError where a column, a row or the
+    chat template cannot be used, or where no prompt fits.
     """
     columns = rows.column_names
     if column not in columns:
@@ -298,22 +328,22 @@ def tokenise_prompts(
             raise DataError(
                 f"column {name!r} collides with the argument {name} of the reward; rename or remove that column"
             )
-    prompts = []
+    prompts, unread = [], Unread(tokenizer, template_values)
     for index, row in enumerate(rows):
         value = row[column]
         if isinstance(value, str) and not chat_template:
             messages, text = None, value
         else:
             messages = _messages(value, index, system_prompt)
-            text = render(messages, tokenizer, index=index, add_generation_prompt=True)
-        # A chat template has put its special tokens into the text.
-        with tokenising(tokenizer):
-            token_ids = tuple(tokenizer(text, add_special_tokens=messages is None).input_ids)
+            values = values_of(row, template_values, index=index)
+            unread.look(messages, values)
+            text = prompt_text(messages, tokenizer, values, index=index)
+        token_ids = plain_ids(text, tokenizer) if messages is None else rendered_ids(text, tokenizer)
         if not token_ids:
             raise DataError(f"row {index}: the prompt {shortened(text)} tokenises to nothing; fill or remove that row")
         others = {name: value for name, value in row.items() if name != column}
         prompts.append(Prompt(index, text, token_ids, others, None if messages is None else tuple(messages)))
-    return PromptSet.fitting(prompts, max_prompt_tokens)
+    return replace(PromptSet.fitting(prompts, max_prompt_tokens), unread=unread.text())
 
 
 def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message]:
@@ -321,7 +351,7 @@ def _messages(value: Any, index: int, system_prompt: str | None) -> list[Message
     if isinstance(value, str):
         return user_message(value, system_prompt)
     if is_message_list(value):
-        return list(value)
+        return with_system(messages_of(value, index=index, column="the prompt"), system_prompt)
     raise DataError(
         f"row {index}: the prompt {shortened(value)} is neither a string nor a list of messages with role and content "
         "as strings; repair that row or name another data.prompt_column"

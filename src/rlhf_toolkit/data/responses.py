@@ -11,11 +11,13 @@ what generation sees.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, plain_ids, render, rendered_ids, template_name
+from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
 
 Ids = tuple[int, ...]
@@ -38,30 +40,29 @@ def checked_stop_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[in
 def conversation(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, Any] = NOTHING,
     *,
-    first: int,
+    trained: Collection[int],
     stop_ids: Collection[int],
     index: int,
 ) -> tuple[Ids, list[Span]]:
-    """The token ids of ``messages``, up to the last stop token, and where the assistant speaks from message ``first``
-    on, each span with its stop token.
+    """The token ids of ``messages``, up to the last stop token that is trained on, and where the assistant speaks in
+    the messages with the numbers ``trained``, each span with its stop token. ``values`` go to the template.
 
     The last message is the assistant's. DataError where the template's text of a prefix is not a prefix of the whole,
     where it changes or hides the assistant's text, or where no stop token follows.
     """
-    text = render(messages, tokenizer, index=index, add_generation_prompt=False)
+    text = render(messages, tokenizer, values, index=index, add_generation_prompt=False)
     whole = rendered_ids(text, tokenizer)
     spans = []
-    for number in range(first, len(messages)):
-        if messages[number]["role"] != "assistant":
-            continue
-        given = render(messages[:number], tokenizer, index=index, add_generation_prompt=True)
+    for number in sorted(trained):
+        given = render(messages[:number], tokenizer, values, index=index, add_generation_prompt=True)
         start = len(_prefix(given, text, whole, tokenizer, index))
         upto, end = text, len(whole)
         if number + 1 < len(messages):
-            upto = render(messages[: number + 1], tokenizer, index=index, add_generation_prompt=False)
+            upto = render(messages[: number + 1], tokenizer, values, index=index, add_generation_prompt=False)
             end = len(_prefix(upto, text, whole, tokenizer, index))
-        _check_content(messages, number, given, upto, tokenizer, index)
+        _check_content(messages, number, given, upto, tokenizer, values, index)
         spans.append((start, _behind_stop(whole, start, end, tokenizer, stop_ids, index)))
     return whole[: spans[-1][1]], spans
 
@@ -70,6 +71,7 @@ def chat_response(
     prompt: Sequence[Message],
     answer: Message,
     tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, Any] = NOTHING,
     *,
     stop_ids: Collection[int],
     index: int,
@@ -79,7 +81,7 @@ def chat_response(
     DataError as ``conversation`` raises it.
     """
     messages = [*prompt, answer]
-    ids, spans = conversation(messages, tokenizer, first=len(prompt), stop_ids=stop_ids, index=index)
+    ids, spans = conversation(messages, tokenizer, values, trained=[len(prompt)], stop_ids=stop_ids, index=index)
     return ids[: spans[0][0]], ids[spans[0][0] :]
 
 
@@ -139,7 +141,13 @@ def _prefix(part: str, text: str, whole: Ids, tokenizer: PreTrainedTokenizerBase
 
 
 def _check_content(
-    messages: Sequence[Message], number: int, given: str, upto: str, tokenizer: PreTrainedTokenizerBase, index: int
+    messages: Sequence[Message],
+    number: int,
+    given: str,
+    upto: str,
+    tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, Any],
+    index: int,
 ) -> None:
     """Raise DataError unless the assistant's text, whitespace aside, stands behind what was given."""
     content, own = _squeezed(messages[number]["content"]), _squeezed(upto[len(given) :])
@@ -151,7 +159,7 @@ def _check_content(
         )
     if own.startswith(content):
         return
-    if given == render(messages[:number], tokenizer, index=index, add_generation_prompt=False):
+    if given == render(messages[:number], tokenizer, values, index=index, add_generation_prompt=False):
         raise DataError(
             f"row {index}: {template_name(tokenizer)} ignores add_generation_prompt but writes "
             f"{shortened(own[: own.index(content)], 80)} before the assistant's text, so that this would be trained "

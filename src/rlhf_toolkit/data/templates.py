@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ MOST_CHARACTERS = 2**24
 """Of one rendered conversation."""
 MOST_MEMORY = 2**30
 """Bytes that rendering may take beside what the process had."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 SURROGATE = re.compile("[\ud800-\udfff]")
 PR_SET_PDEATHSIG = 1
 REQUEST, RESULT = 3, 4  # the child's file descriptors
@@ -50,11 +52,16 @@ class _Ended(Exception):
 
 
 def rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any] = NOTHING,
+    *,
+    add_generation_prompt: bool,
 ) -> str:
-    """What ``apply_chat_template`` makes of ``messages``, as text. Raises TemplateFailed where the template raises,
-    takes more than ``SECONDS`` or ``MOST_MEMORY``, or makes more than ``MOST_CHARACTERS``."""
-    request = pickle.dumps(([dict(message) for message in messages], add_generation_prompt))
+    """What ``apply_chat_template`` makes of ``messages`` and ``values``, as text. Raises TemplateFailed where the
+    template raises, takes more than ``SECONDS`` or ``MOST_MEMORY``, or makes more than ``MOST_CHARACTERS``."""
+    options = {**values, "add_generation_prompt": add_generation_prompt}
+    request = pickle.dumps(([dict(message) for message in messages], options))
     with _lock:
         try:
             return _renderer(tokenizer).asked(request)
@@ -178,8 +185,8 @@ def _serve(tokenizer: PreTrainedTokenizerBase, request: int, result: int) -> NoR
         _leave_everything(request, result)
         with os.fdopen(REQUEST, "rb") as asked:
             while head := asked.read(8):
-                messages, add_generation_prompt = pickle.loads(asked.read(struct.unpack("<Q", head)[0]))
-                answer = json.dumps(_answer(tokenizer, messages, add_generation_prompt)).encode()
+                messages, options = pickle.loads(asked.read(struct.unpack("<Q", head)[0]))
+                answer = json.dumps(_answer(tokenizer, messages, options)).encode()
                 content = struct.pack("<Q", len(answer)) + answer
                 while content:
                     content = content[os.write(RESULT, content) :]
@@ -206,9 +213,11 @@ def _leave_everything(request: int, result: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], prompt: bool) -> tuple[str, str]:
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], options: dict[str, Any]
+) -> tuple[str, str]:
     try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except MemoryError:
         return "failed", f"it takes more than {MOST_MEMORY // 2**20} MiB of memory"
     except BaseException as error:  # a template is a program: it may raise whatever it likes

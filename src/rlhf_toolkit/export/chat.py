@@ -22,8 +22,7 @@ from transformers import (
     TextStreamer,
 )
 
-from rlhf_toolkit.data.chat import render
-from rlhf_toolkit.data.tokenizers import tokenising
+from rlhf_toolkit.data.chat import plain_ids, render, rendered_ids
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.export.folders import adapter_folder, model_folder
 from rlhf_toolkit.models.adapter_files import read_lora_config
@@ -154,13 +153,11 @@ class Chat:
             system = [{"role": "system", "content": self.system}] if self.system else []
             messages = [*system, *contestant.messages, {"role": "user", "content": text}]
             whole = render(messages, self.tokenizer, index=self.turn, add_generation_prompt=True)
-            with tokenising(self.tokenizer):
-                found: Any = self.tokenizer(whole, add_special_tokens=False, return_tensors="pt")
+            ids = rendered_ids(whole, self.tokenizer)
         else:
-            with tokenising(self.tokenizer):
-                found = self.tokenizer(contestant.text + text, return_tensors="pt")
-        device = self.model.device
-        return found["input_ids"].to(device), found["attention_mask"].to(device)
+            ids = plain_ids(contestant.text + text, self.tokenizer)
+        tokens = torch.tensor([ids], device=self.model.device)
+        return tokens, torch.ones_like(tokens)
 
     def _say(self, text: str) -> None:
         say(text, self.out)

@@ -21,17 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_toolkit.data.tokenizers import stop_token_ids
 from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError, described, nearest
 from rlhf_toolkit.export.folders import adapter_folder, model_folder
 from rlhf_toolkit.export.lora_weights import LoraWeights, read_lora
 from rlhf_toolkit.export.shards import FLOATING, INDEX, Shard, Stored, read_headers, rewrite
+from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".index.json")
 """Endings of weights, in whatever format: they are the base's."""
 
@@ -83,6 +86,7 @@ def merge(
             rewrite(source / file, folder / file, shard, sums.of, dtype=dtype)
         merged.rounding = sums.rounding
         merged.left_out = _copy_the_rest(source, folder, dtype, size)
+        name_stop_tokens(folder, model.config, trust_remote_code=trust_remote_code)
     return merged
 
 
@@ -270,6 +274,27 @@ def _copy_the_rest(source: Path, folder: Path, dtype: torch.dtype | None, size: 
         told = told if isinstance(told, dict) else {}
         _write(folder / INDEX, {**index, "metadata": {**told, "total_size": size}})
     return left_out
+
+
+def name_stop_tokens(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
+    """Have the generation config of a model's ``folder`` name every token that ends a response.
+
+    That is the tokenizer's eos, with which training ends each, beside those that the config names itself: ``generate``
+    knows no others and would never stop.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    named = generation_eos_of(str(folder), config)
+    already = {named} if isinstance(named, int) else set(named or ())
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in already:
+        return
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        content = GenerationConfig.from_model_config(config).to_diff_dict()
+    _write(path, {**content, "eos_token_id": list(stop_token_ids(tokenizer, named))})
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

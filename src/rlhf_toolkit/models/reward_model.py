@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.chat import render, rendered_ids
-from rlhf_toolkit.data.tokenizers import tokenising
+from rlhf_toolkit.data.chat import plain_ids, render, rendered_ids
 from rlhf_toolkit.distributed.collectives import agreement, largest
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
-from rlhf_toolkit.errors import ModelError, OutOfMemoryError, RewardError
+from rlhf_toolkit.errors import DataError, ModelError, OutOfMemoryError, RewardError
 from rlhf_toolkit.models.loading import (
     explained,
     load_tokenizer,
@@ -31,7 +30,8 @@ class RewardModel:
     """Scores responses with a sequence classifier of one label, which reads the text that its own tokenizer makes.
 
     A prompt of chat messages goes through the reward model's own chat template, with the response as the assistant's
-    message; one of plain text is followed by the response. Higher is better; nothing is scaled.
+    message, or as the rest of the one that it ends with; one of plain text is followed by the response. Higher is
+    better; nothing is scaled.
 
     Raises ModelError for a model with several labels, or without a token to pad with.
     """
@@ -47,10 +47,24 @@ class RewardModel:
         if tokenizer.pad_token_id is None:
             raise ModelError(f"reward.model={name}: its tokenizer has neither a pad nor an end token; add one of them")
         self.name, self.model, self.tokenizer = name, model.eval().requires_grad_(False), tokenizer
-        self.model.config.pad_token_id = tokenizer.pad_token_id  # the classifier reads the last token that is not this
+        for config in (model.config, model.config.get_text_config()):  # kinds of classifiers ask one or the other
+            config.pad_token_id = tokenizer.pad_token_id  # the classifier reads the last token that is not this
         self.model.config.get_text_config().use_cache = False  # nobody goes on from here: no layer's keys are kept
         self.batch_tokens = BATCH_TOKENS
         self.most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ModelError where the model's chat template cannot render one of the kinds of conversations among
+        ``prompts``, one of each order of roles: before anything is sampled, not at the first score."""
+        kinds = {tuple(each["role"] for each in prompt.messages or ()): prompt for prompt in reversed(prompts)}
+        for prompt in kinds.values():
+            try:
+                self._ids(prompt, "")
+            except DataError as error:
+                raise ModelError(
+                    f"reward.model={self.name} cannot read the prompts: {error}; use another reward model, or "
+                    "data.chat_template: false with prompts as strings"
+                ) from error
 
     def scores(
         self,
@@ -85,10 +99,11 @@ class RewardModel:
 
     def _ids(self, prompt: Prompt, response: str) -> list[int]:
         if prompt.messages is None:
-            with tokenising(self.tokenizer):
-                ids = self.tokenizer(prompt.text + response).input_ids
+            ids = list(plain_ids(prompt.text + response, self.tokenizer))
         else:
-            messages: list[Any] = [*prompt.messages, {"role": "assistant", "content": response}]
+            messages: list[Any] = list(prompt.messages)
+            beginning = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+            messages.append({"role": "assistant", "content": beginning + response})
             text = render(messages, self.tokenizer, index=prompt.index, add_generation_prompt=False)
             ids = list(rendered_ids(text, self.tokenizer))
         if self.most is not None and len(ids) > self.most:

@@ -131,16 +131,19 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def think_answer_format(
-    prompts: list[str], responses: list[str], *, prefilled: bool = False, **columns: Any
+    prompts: list[str], responses: list[str], *, prefilled: bool | None = None, **columns: Any
 ) -> list[float]:
     """1.0 where a whole response is ``<think>...</think> <answer>...</answer>``, each tag exactly once, else 0.0.
 
-    White space may stand around and between the two blocks, any text or none inside them. With ``prefilled`` the prompt
-    already ended in ``<think>``, so that the response goes on behind it and must not write it again.
+    White space may stand around and between the two blocks, any text or none inside them. Behind a prompt that ends in
+    ``<think>``, which the chat templates of thinking models write, the response goes on and must not write it again;
+    ``prefilled`` says whether that is so of all prompts, without a look at them.
     Source: DeepSeek-R1 (2025), section 2.2.2, format rewards.
     """
-    texts = ["<think>" + response if prefilled else response for response in responses]
-    return [
-        float(all(text.count(tag) == 1 for tag in _TAGS) and _FORM.fullmatch(text.strip()) is not None)
-        for text in texts
-    ]
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        begun = prompt.rstrip().endswith("<think>") if prefilled is None else prefilled
+        text = "<think>" + response if begun else response
+        good = all(text.count(tag) == 1 for tag in _TAGS) and _FORM.fullmatch(text.strip()) is not None
+        scores.append(float(good))
+    return scores

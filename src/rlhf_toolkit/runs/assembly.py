@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rlhf_toolkit.distributed.collectives import world_size
+from rlhf_toolkit.distributed.collectives import agreement, world_size
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.models.reward_model import load_reward_model
@@ -133,6 +133,8 @@ def make_model_rewards(setup: Setup, cutting: Cutting) -> list[ModelReward]:
             dtype=getattr(torch, model.dtype),
             trust_remote_code=model.trust_remote_code,
         )
+        with agreement("loading"):
+            loaded.check_prompts((*setup.task.prompts, *setup.task.held_out))
         rewards.append(TextReward(loaded, reward.model_weight))
     return rewards
 

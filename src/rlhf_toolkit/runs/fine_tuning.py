@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.models.context import check_context
 from rlhf_toolkit.models.loading import adapter_config, generation_eos_of, load_base, load_tokenizer
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
@@ -87,6 +89,7 @@ class TrainingItems:
     """What is trained on and evaluated on, with the tokenizer that made it."""
 
     tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
     pad_id: int
     items: list[Item]
     held_out: list[Item]
@@ -104,10 +107,14 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
             tokenizer = load_tokenizer(name, trust_remote_code=trusted)
             stop_ids = stop_token_ids(tokenizer, generation_eos_of(name, config), stop_strings=())
         items, held_out = load_items(self.experiment, tokenizer, stop_ids)
+        longest = max(length for item in (*items, *held_out) for length in item.lengths)
+        way_out = f"lower data.max_tokens={self.experiment.data.max_tokens}"
+        warning = check_context(name, config, longest, what="the longest row", way_out=way_out)
+        if warning is not None:
+            on_main(lambda: say(warning))
         vocabulary = config.get_text_config().vocab_size
-        return TrainingItems(
-            tokenizer, pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary), items, held_out
-        )
+        pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary)
+        return TrainingItems(tokenizer, stop_ids, pad_id, items, held_out)
 
     def load_model(self, config: PretrainedConfig) -> SharedBase | WholeModel:
         """Adapters on a frozen base, or the whole model."""
@@ -127,7 +134,9 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
         return self.experiment.steps(len(data.items))
 
     def make_trainer(self, data: TrainingItems, model: SharedBase | WholeModel, progress: Progress) -> FineTuner:
-        """The trainer of the experiment's objective."""
+        """The trainer of the experiment's objective. A model that is saved whole names all its stop tokens."""
+        if isinstance(model, WholeModel) and model.causal_lm.generation_config is not None:
+            model.causal_lm.generation_config.eos_token_id = list(data.stop_ids)
         return make_fine_tuner(self.experiment, self.topology, data, model, progress)
 
     def engine_check(self, trainer: FineTuner) -> EngineCheck:
@@ -239,9 +248,12 @@ def load_items(
         "max_tokens": data.max_tokens,
         "system_prompt": data.system_prompt,
         "chat_template": data.chat_template,
+        "template_values": data.chat_template_kwargs,
         "stop_ids": stop_ids,
     }
-    tokenise = tokenise_examples if isinstance(experiment, SFTExperiment) else tokenise_pairs
+    tokenise: Callable[..., ExampleSet | PairSet] = tokenise_pairs
+    if isinstance(experiment, SFTExperiment):
+        tokenise = partial(tokenise_examples, turns=experiment.sft.turns)
 
     def load(source: str, split: str) -> list[Item]:
         with agreement("loading"):

@@ -12,6 +12,7 @@ from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
+from rlhf_toolkit.models.context import check_context
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions
@@ -55,7 +56,24 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     if data.evaluation:
         held_out = load_prompts(data, tokenizer, data.evaluation, data.evaluation_split, processes)
     schedule = PromptSchedule(len(prompts), experiment.rollout.prompts_per_rollout, experiment.run.seed)
-    return Task(tokenizer, sampling, prompts, held_out, schedule, reward)
+    task = Task(tokenizer, sampling, prompts, held_out, schedule, reward)
+    check_length(experiment.model.name, config, task)
+    return task
+
+
+def check_length(name: str, config: PretrainedConfig, task: Task) -> None:
+    """Raise ConfigError where the longest prompt with its response cannot be read by the model ``name``; say so where
+    it can, but untrained."""
+    budget, longest = task.sampling.max_new_tokens, task.longest_prompt
+    warning = check_context(
+        name,
+        config,
+        longest + budget,
+        what=f"the longest prompt ({longest} tokens) with its response (rollout.max_new_tokens={budget})",
+        way_out="lower rollout.max_new_tokens or data.max_prompt_tokens",
+    )
+    if warning is not None:
+        on_main(lambda: say(warning))
 
 
 def load_rewards(experiment: Experiment) -> Scorer:
@@ -96,6 +114,7 @@ def load_prompts(
             column=data.prompt_column,
             chat_template=data.chat_template,
             system_prompt=data.system_prompt,
+            template_values=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
         )
     on_main(lambda: say(f"{source}: {found.summary()}"))

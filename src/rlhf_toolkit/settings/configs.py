@@ -48,6 +48,7 @@ SCHEDULES = (
 )
 """Those of transformers' ``SchedulerType`` that need nothing but a number of steps."""
 STREAMING = "read rows while they are tokenised; the source is never stored as a whole"
+TEMPLATE_VALUES = "values that the chat template reads, such as enable_thinking; a row's own come after these"
 MAX_ROWS = "only so many rows are read, the first ones, of train and of evaluation each; none: all"
 
 
@@ -104,7 +105,8 @@ class DataConfig(Section):
     max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     prompt_column: str = knob("prompt", "column of strings or lists of chat messages; other columns go to the reward")
     chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
-    system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
+    system_prompt: str | None = knob(None, "system message of conversations that bring none; needs the chat template")
+    chat_template_kwargs: dict[str, Any] = knob({}, TEMPLATE_VALUES)
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
     curriculum: str | None = knob(
         None, "chooses each rollout's prompts: near_target, or path/to/file.py:name; none: all of them in random order"
@@ -311,65 +313,6 @@ class UpdateConfig(OptimizerConfig):
     policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
     value_lr: float = knob(1e-4, "rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE)
     value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
-
-
-@dataclass(frozen=True)
-class FineTuneUpdateConfig(OptimizerConfig):
-    """The optimizer of SFT, reward models and DPO."""
-
-    lr: float | None = knob(
-        None, "learning rate; none: 1e-4, which suits adapters; sft.full needs one of its own, about 1e-5", NOT_NEGATIVE
-    )
-    head_lr: float = knob(1e-3, "learning rate of the reward head", NOT_NEGATIVE)
-
-
-@dataclass(frozen=True)
-class DatasetConfig(Section):
-    """Examples or pairs to train on and to evaluate on."""
-
-    SECTION = "data"
-
-    train: str = knob("", "hub dataset name, or a local json, jsonl, csv or parquet file")
-    train_split: str = knob("train", "split of the training rows")
-    evaluation: str | None = knob(None, "held-out rows: hub name or file; none: no evaluation")
-    evaluation_split: str = knob("train", "split of the held-out rows")
-    streaming: bool = knob(False, STREAMING)
-    max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
-    chat_template: bool = knob(True, "wrap strings as messages in the tokenizer's chat template")
-    system_prompt: str | None = knob(None, "system message put before string prompts when a chat template is used")
-    max_tokens: int = knob(1024, "longer rows, prompt and response together, are dropped and counted", ABOVE_0)
-
-
-@dataclass(frozen=True)
-class SFTConfig(Section):
-    """Supervised fine-tuning."""
-
-    full: bool = knob(False, "train all of the model's weights instead of an adapter")
-    epochs: float = knob(1.0, "passes over the training rows", ABOVE_0)
-    batch_size: int = knob(32, "examples of one optimizer step, over all ranks", ABOVE_0)
-
-
-@dataclass(frozen=True)
-class RewardModelConfig(Section):
-    """A reward adapter from pairs."""
-
-    SECTION = "reward_model"
-
-    epochs: float = knob(1.0, "passes over the training pairs", ABOVE_0)
-    batch_size: int = knob(32, "pairs of one optimizer step, over all ranks", ABOVE_0)
-    centring: float = knob(0.01, "weight of (chosen + rejected)^2, which keeps scores around 0", NOT_NEGATIVE)
-    normalise: bool = knob(True, "at the end, scores of all training responses get mean 0 and variance 1")
-
-
-@dataclass(frozen=True)
-class DPOConfig(Section):
-    """Direct preference optimisation."""
-
-    epochs: float = knob(1.0, "passes over the training pairs", ABOVE_0)
-    batch_size: int = knob(32, "pairs of one optimizer step, over all ranks", ABOVE_0)
-    beta: float = knob(0.1, "strength of the tie to the reference", ABOVE_0)
-    loss: str = knob("sigmoid", "DPO's own, or IPO's", choices=("sigmoid", "ipo"))
-    label_smoothing: float = knob(0.0, "share of pairs that are taken to be labelled the wrong way", FROM_0_TO_BELOW_1)
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,21 @@ from rlhf_toolkit.secrets import masked
 from rlhf_toolkit.settings.alarms import AlarmsConfig
 from rlhf_toolkit.settings.configs import (
     DataConfig,
-    DatasetConfig,
-    DPOConfig,
-    FineTuneUpdateConfig,
     ModelConfig,
     PPOConfig,
     RewardConfig,
-    RewardModelConfig,
     RolloutConfig,
     RunConfig,
-    SFTConfig,
     UpdateConfig,
 )
 from rlhf_toolkit.settings.idle import ABOUT_NEW_ADAPTERS, idle_in_fine_tuning, idle_in_ppo, refuse_idle
+from rlhf_toolkit.settings.supervised import (
+    DatasetConfig,
+    DPOConfig,
+    FineTuneUpdateConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 
 MOST_UPDATES = 2**53
 """Of a run: a float counts no further, and a schedule is one."""
