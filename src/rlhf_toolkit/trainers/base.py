@@ -18,7 +18,14 @@ from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkp
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, stop_together, world_size
 from rlhf_toolkit.distributed.engine import step
-from rlhf_toolkit.distributed.moments import Named, moments_on_main, require_moments, restore_moments, weights_on_main
+from rlhf_toolkit.distributed.moments import (
+    Gathered,
+    Named,
+    moments_on_main,
+    require_moments,
+    restore_moments,
+    weights_on_main,
+)
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -208,12 +215,15 @@ class RoleTrainer(Trainer):
                 "schedule": schedule.state_dict(),
                 "learning_rates": [group["lr"] for group in optimizer.param_groups],
             }
-            tensors = {OPTIMIZER: moments, EXPERIENCE: settled.experience, PLUGINS: of_plugins}
-            contents = Contents(step, state, {file: each for file, each in tensors.items() if each})
+
+            def contents() -> Contents:
+                tensors = {OPTIMIZER: moments.put_together(), EXPERIENCE: settled.experience, PLUGINS: of_plugins}
+                return Contents(step, state, {file: each for file, each in tensors.items() if each})
+
             best = None if self.best is None else self.best[0]
             # transformers reads the model's own parameters when it writes a whole one: under ZeRO-3 a thread must not.
             at_once = isinstance(self.model, WholeModel)
-            self.writer.write(contents, partial(self._write_roles, weights), best=best, at_once=at_once)
+            self.writer.write(step, contents, partial(self._write_roles, weights), best=best, at_once=at_once)
 
     def keep_if_best(self, value: float) -> None:
         """Note an evaluation of the state after the last step: where ``value``, which is the better the larger it is,
@@ -255,10 +265,10 @@ class RoleTrainer(Trainer):
         """The parameters that a checkpoint's role folders hold: of a whole model its frozen tables, too."""
         return list(self.model.named_parameters()) if isinstance(self.model, WholeModel) else trained
 
-    def _write_roles(self, weights: dict[str, Tensor], folder: Path) -> None:
+    def _write_roles(self, weights: Gathered, folder: Path) -> None:
         buffers = self.model.kept_constants() if isinstance(self.model, WholeModel) else {}
         with filling:
-            self.model.save_pretrained(folder, state_dict={**buffers, **weights})
+            self.model.save_pretrained(folder, state_dict={**buffers, **weights.put_together()})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write roles and tokenizer to the run folder, or to ``output_dir``. A collective. Trainer's own way adds its
