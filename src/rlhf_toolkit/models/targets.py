@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.errors import ModelError, nearest, shortened
+from rlhf_toolkit.models.recurrent import read_themselves
 
 ALL_LINEAR = "all-linear"
 SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same product in their own words
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
+OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
+"""Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -28,16 +31,21 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
 
     PEFT's own reading also takes vision towers, routers that return more than a product and, in models whose experts
     transformers 5 has fused, those experts: no role slice can reach them. A linear layer whose name PEFT would take for
-    such an expert's is left out too.
+    such an expert's is left out too, and so is one whose weight the layer around it reads itself.
     """
     config = deepcopy(config)
     if str(config.target_modules).lower() != ALL_LINEAR:
         return config
     inside, output = set(base.get_decoder().modules()), base.get_output_embeddings()
+    passed_over = {getattr(module, name) for module in base.modules() for name in read_themselves(module)}
     config.target_modules = [
         name
         for name, module in base.named_modules()
-        if module in inside and module is not output and _is_plain(module) and not ROUTED_EXPERT.search(f".{name}.")
+        if module in inside - passed_over
+        and module is not output
+        and _is_plain(module)
+        and not ROUTED_EXPERT.search(f".{name}.")
+        and not OF_ANOTHER_LAYER.search(name)
     ]
     reread = deepcopy(config)
     convert_peft_config_for_transformers(reread, base, None)
@@ -91,7 +99,13 @@ def refuse_settings(role: str, config: LoraConfig) -> None:
 def refuse_layers(base: PreTrainedModel) -> None:
     """Raise ModelError where PEFT has put an adapter that role slices cannot route, naming the first one."""
     output = base.get_output_embeddings()
+    passed_over = {getattr(module, name) for module in base.modules() for name in read_themselves(module)}
     for name, module in base.named_modules():
+        if module in passed_over and isinstance(module, BaseTunerLayer):
+            raise ModelError(
+                f"{name}: the layer around it reads its weight itself, so an adapter would be passed over; choose "
+                "model.target_modules without it, or name it in model.exclude_modules"
+            )
         if module is output and isinstance(module, BaseTunerLayer):
             raise ModelError(f"{name}: policy and reference share the output layer; leave it out of the targets")
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):

@@ -19,6 +19,7 @@ from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
+from rlhf_toolkit.models.recurrent import layer_memory
 from rlhf_toolkit.models.reward_model import BATCH_TOKENS
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.segment_attention import SHARES_HEADS
@@ -126,8 +127,9 @@ class Estimate(NamedTuple):
         }
 
 
-def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
-    """The numbers of ``shared``, whose keys and values take ``column`` bytes a token."""
+def model_size(shared: SharedBase, column: int, *, on_cpu: bool, state: int = 0) -> ModelSize:
+    """The numbers of ``shared``, whose keys and values take ``column`` bytes a token, and its states ``state`` bytes a
+    sequence."""
     output, widths = shared.causal_lm.get_output_embeddings().weight, dimensions(shared.causal_lm.config)
     trained = [p for p in shared.parameters() if p.requires_grad]
     largest_trained = max((element_count(p) for p in trained), default=0)
@@ -135,6 +137,7 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
     sizes = [(element_count(p), element_count(p) * p.element_size()) for p in frozen]
     adapted = [module for module in shared.modules() if isinstance(module, LoraLinear)]
     weights: list[Any] = [module.get_base_layer().weight for module in adapted]
+    recurrence = layer_memory(shared.causal_lm)
     return ModelSize(
         base=sum(size for _, size in sizes),
         kept=sum(size for count, size in sizes if count <= largest_trained),
@@ -149,6 +152,10 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
         column=column,
         tile=tile_of(widths["hidden"], CPU_TILE if on_cpu else GPU_TILE),
         plain=_plain(shared),
+        recurrent=recurrence.layers,
+        state=state,
+        scratch=recurrence.scratch,
+        scan=recurrence.kept,
     )
 
 
@@ -241,11 +248,12 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     return RolloutNeeds(
         window_bytes=window,
         live_bytes=min(window, live_bytes(model, how)) + prefetched_bytes(model, how),
-        slot_bytes=model.column * size.slot_columns,
+        slot_bytes=model.column * size.slot_columns + model.state,
         choice_bytes=size.logit_rows(model.vocabulary) * model.vocabulary * FP32,
         column_bytes=model.column,
         prefill_bytes=pass_token_bytes(model, on_device, prefill),
         longest_prompt=size.widest_prompt,
+        state_bytes=model.state,
         weights_bytes=0 if weights == MERGED else model.policy * model.element,
         copied_bytes=copied_bytes(model, how, weights),
         role_pass_bytes=pass_bytes(model, how, role_pass),
