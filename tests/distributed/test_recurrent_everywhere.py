@@ -46,7 +46,7 @@ def test_parameters_after_four_updates_equal_those_of_one_process(
     oracle, result = results["one process"], results[name]
     assert oracle.keys() == result.keys()
     for key, tensor in oracle.items():
-        torch.testing.assert_close(result[key], tensor, rtol=1e-4, atol=1e-5, msg=named(key))
+        torch.testing.assert_close(result[key], tensor, rtol=1e-5, atol=1e-5, msg=named(key))
 
 
 def test_the_updates_moved_every_adapter(results: dict[str, dict[str, torch.Tensor]]) -> None:
