@@ -1,8 +1,7 @@
-"""A model with recurrent states makes the same updates on every topology, and what is streamed what the window samples."""
+"""A model with recurrent states makes the same updates on every topology, in the window and streamed."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.models.slot_cache import SlotCache, column_bytes
+from rlhf_toolkit.models.slot_cache import SlotCache, column_bytes, state_bytes, states_of
 from rlhf_toolkit.planning.memory import RolloutNeeds, place
 from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import one_token
@@ -178,10 +178,13 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     one = torch.ones(2, 1, dtype=torch.long)
     with torch.no_grad():
         shared.next_token_logits(one, cache.step_mask, one, cache)
-        column = column_bytes(one_token(shared, Alone()))
+        found = one_token(shared, Alone())
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "columns")]
     buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
-    assert 2 * columns * column == sum(buffer.nbytes for buffer in buffers) > 0
+    assert 2 * columns * column_bytes(found) == sum(buffer.nbytes for buffer in buffers)
+    states = [state for layer in cache.layers for _, _, state in states_of(layer)]
+    assert 2 * state_bytes(found) == sum(state.nbytes for state in states)
+    assert buffers or states
 
 
 def test_the_bytes_of_a_column_by_hand() -> None:

@@ -67,7 +67,8 @@ def tiny_recurrent(**options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     settings = {**RECURRENT, "eos_token_id": 1, "pad_token_id": 1, "bos_token_id": None, **options}
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**settings))
-    model.get_input_embeddings().weight.data[1].normal_(std=0.1)
+    embedding: Any = model.get_input_embeddings()
+    embedding.weight.data[1].normal_(std=0.1)
     return model
 
 

@@ -168,8 +168,10 @@ def dimensions(config: Any) -> dict[str, int]:
     """``layers``, ``hidden``, ``intermediate``, ``queries``, ``keys`` and ``heads`` of ``ModelSize``, by any name that
     an architecture's config has for them."""
     config = config.get_text_config()
-    hidden, heads = _named(config, "hidden_size"), _named(config, "num_attention_heads")
-    width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
+    hidden, heads, width = _named(config, "hidden_size"), 1, 0
+    if set(getattr(config, "layer_types", None) or ()) != {"linear_attention"}:  # else there is no attention at all
+        heads = _named(config, "num_attention_heads")
+        width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
     return {
         "layers": _named(config, "num_hidden_layers"),
         "hidden": hidden,
