@@ -6,7 +6,11 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
+
+CACHELESS: tuple[type, ...] = tuple(vars(cache_utils)[name] for name in ("DummyLayer",) if name in vars(cache_utils))
+"""Layers of a cache that keep nothing: the decoder's layer reads the keys and values of an earlier one, or has no
+attention. Older versions have none in such a place."""
 
 
 def cache_argument(base: PreTrainedModel) -> str | None:

@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.renamed import CACHELESS
 
 
 class Columns:
@@ -121,7 +122,7 @@ class SlotCache(Cache):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
                 layers.append(SlotLayer(slots, self.columns, is_sliding=is_sliding))
-            elif type(layer) is LinearAttentionLayer:
+            elif type(layer) is LinearAttentionLayer or isinstance(layer, CACHELESS):
                 layers.append(layer)
             else:
                 raise ModelError(
@@ -154,6 +155,7 @@ class SlotCache(Cache):
         for mine, layer in zip(self.layers, prefilled.layers, strict=True):
             if isinstance(mine, SlotLayer):
                 mine.admit(cast(CacheLayerMixin, layer), source, target)
+            if isinstance(mine, (SlotLayer, *CACHELESS)):
                 continue
             held: Any = mine  # the states of a short convolution, which has no columns
             for index, state in cast(Any, layer).conv_states.items():
@@ -221,7 +223,8 @@ def close_holes(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
 
 def full_attention_only(config: PretrainedConfig) -> bool:
     """Whether a hole of masked columns between two parts of a sequence changes nothing: no windows, no states."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) is DynamicLayer or isinstance(layer, CACHELESS) for layer in layers)
 
 
 def column_bytes(cache: DynamicCache) -> int:
