@@ -40,9 +40,9 @@ from tests.support.tiny import WORDS
 
 LONGEST, BUDGET = 24, 9  # tokens of a prompt; of a response
 TEMPLATE = tuple(range(3, 15))
-MODELS = ("llama", "mistral, window 4", "gemma3 text", "lfm2", "gpt2", "mpt")
-"""Full attention, a window in every layer, in some, a short convolution, positions that end at the longest row, and
-biases by the distance of columns."""
+MODELS = ("llama", "mistral, window 4", "gemma3 text", "gemma4, shared keys", "lfm2", "gpt2", "mpt")
+"""Full attention, a window in every layer, in some, layers that read others' keys, a short convolution, positions that
+end at the longest row, and biases by the distance of columns."""
 POSITIONS = {name: {"n_positions": LONGEST + BUDGET} for name in ("gpt2",)}
 
 
