@@ -64,6 +64,16 @@ class Case:
     attention: str = "sdpa"
 
 
+WINDOW_AND_FULL: Sizes = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+PER_LAYER: Sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40, "num_kv_shared_layers": 2}
+GEMMA4: Sizes = {
+    **{**TINY, **WINDOW_AND_FULL, **PER_LAYER, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4},
+    **{"use_double_wide_mlp": True, "final_logit_softcapping": 0.9},
+}
+GEMMA3N: Sizes = {
+    **{**TINY, **WINDOW_AND_FULL, **PER_LAYER, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.9},
+    **{"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+}
 GEMMA2 = {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.9, "attn_logit_softcapping": 1.0}
 WORKS = {
     "llama": Case("llama", TINY),
@@ -81,6 +91,11 @@ WORKS = {
             "mm_tokens_per_image": 4,
             "image_token_index": 39,
         },
+    ),
+    "gemma3n, shared keys": Case("gemma3n_text", GEMMA3N),
+    "gemma4, shared keys": Case("gemma4_text", GEMMA4),
+    "gemma4, shared keys without windows": Case(
+        "gemma4_text", {**GEMMA4, "num_kv_shared_layers": 3, "layer_types": ["full_attention"] * 4}
     ),
     "gpt2": Case("gpt2", GPT),
     "gpt_neox": Case("gpt_neox", {**without(TINY, "num_key_value_heads"), "rotary_pct": 0.5, "hidden_dropout": 0.3}),
@@ -205,8 +220,11 @@ RECURRENT = {
 WORKS |= RECURRENT
 # Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own, and StableLM's
 # decoder does not hand arguments down to its layers.
-PADDED = ("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss")
-PADDED_ONLY = [WORKS[name] for name in (*PADDED, *RECURRENT)]
+PADDED = (
+    *("gemma3n, shared keys", "gemma4, shared keys", "gemma4, shared keys without windows"),
+    *("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss", *RECURRENT),
+)
+PADDED_ONLY = [WORKS[name] for name in PADDED]
 HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
 PROMPT_LENGTHS = (2, 7, 4, 3, 1)
 NEW_TOKENS = 8
@@ -229,6 +247,8 @@ def build(case: Case, folder: Path) -> Built:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(3)  # larger than a fresh model's: attention and routing that matter
+        elif not parameter.any():  # biases, and scales that would switch parts of the model off
+            parameter.data.normal_(std=0.1)
     model.get_input_embeddings().weight.data[0].normal_(std=0.1)  # a checkpoint's padding token is not zero
     model.save_pretrained(folder)
     bases = [

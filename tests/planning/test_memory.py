@@ -191,3 +191,11 @@ def test_the_bytes_of_a_column_by_hand() -> None:
     with torch.no_grad():
         column = column_bytes(one_token(tiny_shared(tiny_llama()), Alone()))
     assert column == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+
+
+def test_a_layer_that_reads_the_keys_of_another_takes_none_of_its_own() -> None:
+    case = WORKS["gemma4, shared keys"]
+    base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes))
+    with torch.no_grad():
+        column = measured_column(tiny_shared(base), Alone())
+    assert column == (2 * 2 * 8 + 2 * 2 * 16) * 4  # of four layers the first two: one with a window, one without

@@ -41,9 +41,12 @@ from tests.support.tiny import WORDS
 
 LONGEST, BUDGET = 24, 9  # tokens of a prompt; of a response
 TEMPLATE = tuple(range(3, 15))
-MODELS = ("llama", "mistral, window 4", "gemma3 text", "lfm2", "qwen3_5", "falcon_h1", "mamba2", "gpt2", "mpt")
-"""Full attention, a window in every layer, in some, a short convolution, states in some layers, beside attention, and
-alone, positions that end at the longest row, and biases by the distance of columns."""
+MODELS = (
+    *("llama", "mistral, window 4", "gemma3 text", "gemma4, shared keys", "lfm2", "qwen3_5", "falcon_h1", "mamba2"),
+    *("gpt2", "mpt"),
+)
+"""Full attention, a window in every layer, in some, layers that read others' keys, a short convolution, states in some
+layers, beside attention, and alone, positions that end at the longest row, and biases by the distance of columns."""
 EXAMPLES = {"llama": 30, "falcon_h1": 4, "mamba2": 4}
 POSITIONS = {name: {"n_positions": LONGEST + BUDGET} for name in ("gpt2",)}
 

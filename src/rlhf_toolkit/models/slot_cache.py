@@ -31,10 +31,10 @@ from transformers.cache_utils import (
 )
 
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.renamed import CACHELESS
 
 STATES = ("conv_states", "recurrent_states")
 """What a layer without columns may keep, each a dictionary of tensors (rows, ...) or None by their number."""
-KEEPS_NOTHING = "DummyLayer"  # transformers' place holder for a layer such as an MLP's; older versions have none
 
 
 class Columns:
@@ -196,7 +196,7 @@ class SlotCache(Cache):
                 DynamicLayer,
             ):
                 layers.append(StateAndSlotLayer(slots, self.columns, layer.number_of_states))
-            elif type(layer).__name__ == KEEPS_NOTHING:
+            elif isinstance(layer, CACHELESS):
                 layers.append(layer)
             else:
                 raise ModelError(
@@ -287,7 +287,8 @@ def close_holes(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
 
 def full_attention_only(config: PretrainedConfig) -> bool:
     """Whether a hole of masked columns between two parts of a sequence changes nothing: no windows, no states."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) is DynamicLayer or isinstance(layer, CACHELESS) for layer in layers)
 
 
 def column_bytes(cache: DynamicCache) -> int:

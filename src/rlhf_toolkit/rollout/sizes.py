@@ -20,6 +20,7 @@ from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
 from rlhf_toolkit.models.recurrent import layer_memory
+from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.reward_model import BATCH_TOKENS
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.segment_attention import SHARES_HEADS
@@ -186,15 +187,18 @@ def _named(config: Any, *names: str, default: int | None = None) -> int:
     """The first of the config's attributes ``names`` that has a value. It is asked for each, since what is called
     ``n_layer`` in a file is ``num_hidden_layers`` as an attribute only (``attribute_map``). Raises ModelError where
     there is none and no ``default``."""
-    found = next((value for value in (getattr(config, name, None) for name in names) if value), default)
+    found = next((value for value in (config_value(config, name) for name in names) if value), default)
     if found is None:
         raise ModelError(f"{type(config).__name__} has no {names[0]}; give it that attribute: memory follows from it")
     return max(found) if isinstance(found, list | tuple) else int(found)  # one for each layer, or one
 
 
 def mlp_width(config: Any, hidden: int) -> int:
-    """The MLP's width for a token, over the experts that it goes through, shared ones included."""
+    """The MLP's width for a token, over the experts that it goes through, shared ones included. Gemma 4's is twice as
+    wide in layers without keys of their own."""
     dense = _named(config, "ffn_hidden_size", "ffn_dim", "n_inner", "intermediate_size", default=4 * hidden)
+    if getattr(config, "use_double_wide_mlp", False) and config.num_kv_shared_layers:
+        dense *= 2
     expert = _named(config, "moe_intermediate_size", default=dense)
     shared = _named(config, "n_shared_experts", default=0) * expert
     routed = _named(config, "num_experts_per_tok", default=0) * expert
