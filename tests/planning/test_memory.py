@@ -197,5 +197,5 @@ def test_a_layer_that_reads_the_keys_of_another_takes_none_of_its_own() -> None:
     case = WORKS["gemma4, shared keys"]
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes))
     with torch.no_grad():
-        column = measured_column(tiny_shared(base), Alone())
+        column = column_bytes(one_token(tiny_shared(base), Alone()))
     assert column == (2 * 2 * 8 + 2 * 2 * 16) * 4  # of four layers the first two: one with a window, one without

@@ -36,7 +36,7 @@ UNFIT_STATES = {
     "xlstm": "decodes with a cache of its own kind",
 }
 READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
-TRIED = 256  # tokens of a pass that a layer's memory is measured with, at most; scans go in pieces of 64 to 256
+TRIED = 1024  # tokens of the pass that a layer's memory is measured with: so many that the state itself is little
 
 
 def keeps_state(base: PreTrainedModel) -> bool:

@@ -130,9 +130,6 @@ class StateLayer(LinearAttentionLayer):
                 self.has_previous_state[index] = True
             held[index][slots] = state[rows]
 
-    def shift(self, by: int) -> None:
-        """Do nothing: there are no columns to move."""
-
     def keep(self, slots: torch.Tensor) -> None:
         """Keep only ``slots``, in the order given."""
         self.slots = len(slots)
@@ -156,10 +153,6 @@ class StateAndSlotLayer(StateLayer, SlotLayer):  # type: ignore[override]
         """Copy ``rows`` of a prefilled layer to ``slots``, so that their columns end at ``now``."""
         StateLayer.admit(self, layer, rows, slots)
         SlotLayer.admit(self, layer, rows, slots)
-
-    def shift(self, by: int) -> None:
-        """Move the columns in use ``by`` to the right, or to the left where ``by`` is negative."""
-        SlotLayer.shift(self, by)
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keep only ``slots``, in the order given."""

@@ -1,0 +1,139 @@
+"""Recurrent states: prompts longer than a piece of the scan, what padding and packing would do, what states take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
+from rlhf_toolkit.models import recurrent
+from rlhf_toolkit.models.attention import ROLE_ATTENTION, packing_obstacle
+from rlhf_toolkit.models.recurrent import LayerMemory, layer_memory, read_themselves
+from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.slot_cache import state_bytes
+from rlhf_toolkit.rollout.decoding import Alone, Sampling, decode
+from rlhf_toolkit.rollout.prefill import left_padded
+from rlhf_toolkit.rollout.sampler import one_token
+from rlhf_toolkit.types import Prompt, PromptBatch
+from tests.models.test_architectures import RECURRENT, argmax_decode, own_logprobs
+from tests.planning.test_sizes import built
+from tests.support.builders import tiny_tokenizer
+from tests.support.offenders import for_each
+from tests.support.roles import plain_peft, tiny_shared
+from tests.support.tiny import tiny_llama, tiny_recurrent
+
+LENGTHS = (2, 70, 5, 130, 1, 64)
+"""Of prompts. The scan goes in pieces of 64."""
+
+
+def strong(**options: Any) -> PreTrainedModel:
+    """States and gates that matter."""
+    return tiny_recurrent(initializer_range=0.2, attn_implementation=ROLE_ATTENTION, **options).eval()
+
+
+def prompts() -> list[Prompt]:
+    drawn = torch.randint(2, 32, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1)).tolist()
+    return [Prompt(i, "", tuple(drawn[i][:length]), {}) for i, length in enumerate(LENGTHS)]
+
+
+def test_long_prompts_in_two_slots_are_what_each_is_alone() -> None:
+    shared = tiny_shared(strong()).eval()
+    policy = plain_peft(shared, "policy", strong())
+    batch = PromptBatch(tuple(prompts()), (0,) * len(LENGTHS))
+    sampling = Sampling(max_new_tokens=8, stop_ids=(), pad_id=1, greedy=True)
+    with torch.no_grad():
+        found = decode(shared, tiny_tokenizer(), batch, sampling, stream=(), slots=2)
+    for row, prompt in enumerate(prompts()):
+        tokens, logprobs = argmax_decode(policy, prompt.token_ids, None)
+        assert found.responses[row].tolist() == tokens
+        torch.testing.assert_close(found.rollout_logprobs[row], torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_that_no_mask_names_would_reach_the_state() -> None:
+    """So that the tests of prompts beside one another say something about masks."""
+    shared = tiny_shared(strong()).eval()
+    ids, mask = left_padded(prompts()[:2], pad_id=1)
+    with torch.no_grad():
+        right, wrong = (
+            shared.next_token_logits(
+                ids, each, (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=shared.causal_lm.config)
+            )
+            for each in (mask, torch.ones_like(mask))
+        )
+    assert (right[0] - wrong[0]).abs().max() > 0.1
+    assert torch.equal(right[1], wrong[1])
+
+
+def test_a_packed_row_would_carry_a_state_into_the_next_sequence() -> None:
+    """Which nothing would say: that is why these models never pack."""
+    base = strong()
+    shared = tiny_shared(base).eval()
+    assert packing_obstacle(base) == "qwen3_5_text would carry one sequence's state into the next"
+    ids = torch.randint(2, 32, (3, 12), generator=torch.Generator().manual_seed(2))
+    lengths = torch.tensor([6, 6, 6])
+    padded, packed = (said(shared, layout(ids, lengths, lengths)) for layout in (padded_layout, packed_layout))
+    mask = (torch.arange(12) >= 6).expand(3, 12)
+    policy = own_logprobs(plain_peft(shared, "policy", strong()), ids, mask)
+    torch.testing.assert_close(padded, policy, rtol=1e-4, atol=1e-5)
+    assert (packed - policy).abs().max() > 0.1
+
+
+@torch.no_grad()
+def said(shared: SharedBase, layout: TokenLayout) -> Tensor:
+    return shared(layout, roles=("policy",)).policy_logprobs
+
+
+# ---- what states take ------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_a_sequences_states_by_hand() -> None:
+    shared = tiny_shared(tiny_recurrent()).eval()
+    with torch.no_grad():
+        found = state_bytes(one_token(shared, Alone()))
+        none = state_bytes(one_token(tiny_shared(tiny_llama()).eval(), Alone()))
+    assert found == 2 * (4 * 8 * 8 + (2 * 2 * 8 + 4 * 8) * 4) * 4  # layers, heads x keys x values, channels x kernel
+    assert none == 0
+
+
+def test_a_layer_of_a_model_of_9_billion_takes_210_kib_a_token() -> None:
+    config = Qwen3_5TextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with torch.device("meta"):
+        base = Qwen3_5ForCausalLM(config).to(torch.bfloat16)
+    found = layer_memory(base)
+    assert (found.layers, found.scratch // 1024) == (1, 210)  # its input and output not counted
+    assert found.kept > 2 * found.scratch
+    assert layer_memory(tiny_llama()) == LayerMemory()
+
+
+def test_kernels_that_know_no_tensors_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_recurrent()
+    kind: Any = type(next(module for module in base.modules() if read_themselves(module)))
+
+    def compiled(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Pointer argument cannot be accessed")
+
+    monkeypatch.setattr(kind, "forward", compiled)
+    with pytest.raises(RuntimeError, match="Pointer"):
+        layer_memory(base)
+    monkeypatch.setattr(type(base), "device", torch.device("cuda"))
+    assert layer_memory(base) == LayerMemory()
+
+
+@for_each("name", RECURRENT)
+def test_every_convolution_is_read_by_its_owner(name: str) -> None:
+    """Whatever a forward pass reads without calling its owner, ZeRO-3 must be told of."""
+    model = built(RECURRENT[name])
+    calls, reads = set[nn.Module](), set[nn.Module]()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda it, args: calls.add(it))
+        reads |= {getattr(module, each) for each in read_themselves(module)}
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 5, dtype=torch.long))
+    owners = {module for module in model.modules() if any(True for _ in module.parameters(recurse=False))}
+    unseen = {type(module).__name__ for module in owners - calls - reads}
+    assert unseen <= {"Embedding", "Linear"}, unseen
+    assert recurrent.keeps_state(model) and any(isinstance(module, nn.Conv1d) for module in reads)
