@@ -23,6 +23,7 @@ from rlhf_toolkit.models.inference import bare, inference
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes, state_bytes
+from rlhf_toolkit.models.state_steps import steps_in_place
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, place
 from rlhf_toolkit.rollout.decoding import Alone, Pace, Sampling, decode
 from rlhf_toolkit.rollout.sizes import Estimate, RolloutSize, model_size, needs_of, sharding
@@ -155,7 +156,8 @@ class Sampler:
 
         # Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes.
         agreeing = agreement("sampling") if alone else nullcontext()
-        with agreeing, decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
+        policy = decoding_weights(shared, POLICY, self.weights)
+        with agreeing, policy, steps_in_place(shared), bare_tensors(self._pace):
             if environment is None:
                 rollout = turn(batch, None, 0)
             else:
