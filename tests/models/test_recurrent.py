@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from rlhf_toolkit.data.layout import TokenLayout, packed_layout, padded_layout
 from rlhf_toolkit.models import recurrent, state_steps
 from rlhf_toolkit.models.attention import ROLE_ATTENTION, packing_obstacle
 from rlhf_toolkit.models.recurrent import LayerMemory, layer_memory, read_themselves
+from rlhf_toolkit.models.reward_model import RewardModel
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import state_bytes
 from rlhf_toolkit.models.state_steps import delta_step, steps_in_place
@@ -26,7 +33,8 @@ from tests.planning.test_sizes import built
 from tests.support.builders import tiny_tokenizer
 from tests.support.offenders import for_each
 from tests.support.roles import plain_peft, tiny_shared
-from tests.support.tiny import tiny_llama, tiny_recurrent
+from tests.support.tiny import RECURRENT as SETTINGS
+from tests.support.tiny import WORDS, tiny_llama, tiny_recurrent
 
 LENGTHS = (2, 70, 5, 130, 1, 64)
 """Of prompts. The scan goes in pieces of 64."""
@@ -46,13 +54,13 @@ def test_long_prompts_in_two_slots_are_what_each_is_alone() -> None:
     shared = tiny_shared(strong()).eval()
     policy = plain_peft(shared, "policy", strong())
     batch = PromptBatch(tuple(prompts()), (0,) * len(LENGTHS))
-    sampling = Sampling(max_new_tokens=8, stop_ids=(), pad_id=1, greedy=True)
-    with torch.no_grad():
-        found = decode(shared, tiny_tokenizer(), batch, sampling, stream=(), slots=2)
-    for row, prompt in enumerate(prompts()):
-        tokens, logprobs = argmax_decode(policy, prompt.token_ids, None)
-        assert found.responses[row].tolist() == tokens
-        torch.testing.assert_close(found.rollout_logprobs[row], torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
+    sampling, budgets = Sampling(max_new_tokens=8, stop_ids=(), pad_id=1, greedy=True), [8, 3, 2, 8, 3, 8]
+    with torch.no_grad(), steps_in_place(shared):
+        found = decode(shared, tiny_tokenizer(), batch, sampling, stream=(), slots=2, budgets=budgets)
+    for row, (prompt, budget) in enumerate(zip(prompts(), budgets, strict=True)):
+        tokens, logprobs = (each[:budget] for each in argmax_decode(policy, prompt.token_ids, None))
+        assert found.responses[row, :budget].tolist() == tokens
+        torch.testing.assert_close(found.rollout_logprobs[row, :budget], torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_that_no_mask_names_would_reach_the_state() -> None:
@@ -74,7 +82,9 @@ def test_a_packed_row_would_carry_a_state_into_the_next_sequence() -> None:
     """Which nothing would say: that is why these models never pack."""
     base = strong()
     shared = tiny_shared(base).eval()
-    assert packing_obstacle(base) == "qwen3_5_text would carry one sequence's state into the next"
+    assert (
+        packing_obstacle(base) == "qwen3_5_text keeps recurrent state, which packing and shared prefixes would mix up"
+    )
     ids = torch.randint(2, 32, (3, 12), generator=torch.Generator().manual_seed(2))
     lengths = torch.tensor([6, 6, 6])
     padded, packed = (said(shared, layout(ids, lengths, lengths)) for layout in (padded_layout, packed_layout))
@@ -87,6 +97,17 @@ def test_a_packed_row_would_carry_a_state_into_the_next_sequence() -> None:
 @torch.no_grad()
 def said(shared: SharedBase, layout: TokenLayout) -> Tensor:
     return shared(layout, roles=("policy",)).policy_logprobs
+
+
+def test_a_reward_model_with_states_gives_a_response_its_score_in_any_company() -> None:
+    settings = {**SETTINGS, "pad_token_id": 1, "eos_token_id": 1, "num_labels": 1, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_config(Qwen3_5TextConfig(**settings))
+    classifier.get_input_embeddings().weight.data[1].normal_(std=0.3)
+    model = RewardModel("states", classifier, tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None))
+    responses, same = ["w3", "w4 w5 w6 w7", " ".join(["w9"] * 70)], [Prompt(0, "w1 w2", (1,), {})]
+    alone = [model.scores(same, [response])[0] for response in responses]
+    assert model.scores(same * 3, responses) == pytest.approx(alone, rel=1e-5)
 
 
 # ---- one token -------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def packing_obstacle(base: PreTrainedModel) -> str | None:
     """
     config = base.config.get_text_config()
     if keeps_state(base):
-        return f"{base.config.model_type} would carry one sequence's state into the next"
+        return f"{base.config.model_type} keeps recurrent state, which packing and shared prefixes would mix up"
     if base.config.model_type not in PACKABLE:
         return f"{base.config.model_type} is not among the architectures that were tested packed"
     if config._attn_implementation != ROLE_ATTENTION:

@@ -220,6 +220,7 @@ def reward_bytes(model: PreTrainedModel, columns: int, *, on_cpu: bool) -> int:
         column=0,
         tile=(1, 1),
         plain=_plain(model),
+        scratch=layer_memory(model).scratch,
     )
     how = Sharding(1, 0, 0, 0, 0, on_cpu=on_cpu)
     tokens = max(BATCH_TOKENS, columns)
