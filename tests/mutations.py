@@ -414,6 +414,7 @@ OF_MODELS = [
 
 IN_SLOTS = "the_number_of_slots_does_not_matter[0.01-2]"
 IN_COMMON = "what_prompts_have_in_common_is_computed_once"
+STATES, STEP = "long_prompts_in_two_slots_are_what_each_is_alone", "a_step_in_place_is_transformers_own"
 COLUMNS = "a_step_reads_the_columns_of_the_longest_living_sequence[100]"
 OF_SLOTS = [
     *within("models/slot_cache.py", "tests/rollout/test_decoding.py",
@@ -429,6 +430,18 @@ OF_SLOTS = [
          "        self.mask[target] = 0\n", ""),
         ("slots: a short one as wide as the longest beside it", COLUMNS,
          "now - lengths[row]", "now - mask.shape[1]")),
+    *within("models/slot_cache.py", "tests/models/test_recurrent.py",
+        ("slots: a recurrent state stays behind", STATES,
+         '("conv_states", "recurrent_states")', '("conv_states",)'),
+        ("slots: entering states change places", STATES,
+         "held[index][slots] = state[rows]", "held[index][slots] = state[rows.flip(0)]"),
+        ("slots: who stays gets another's state", STATES,
+         "[index] = state[slots]", "[index] = state[: len(slots)]")),
+    *within("models/state_steps.py", "tests/models/test_recurrent.py",
+        ("step in place: what the state says is added", STEP,
+         "v, k, s, alpha=-1", "v, k, s, alpha=1"),
+        ("step in place: the state does not decay", STEP,
+         ".mul_(g.float().exp()", ".mul_(g.float().mul(0).exp()")),
     *within("rollout/prefill.py", "tests/rollout/test_decoding.py",
         ("slots: holes stay", IN_COMMON,
          "close_holes(cache, mask), logits", "mask, logits"),

@@ -16,6 +16,7 @@ from rlhf_toolkit.distributed.engine import backward, step
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.reporting.meters import Meter, combined
 from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.first_gradients import FirstGradients
 from rlhf_toolkit.trainers.left_out import UPDATES_LEFT_OUT, LeftOutUpdates
 
 LOSSES = {
@@ -77,6 +78,7 @@ def updates(numbers: list[float], counted: Counted) -> dict[str, float]:
     """Make updates of one micro-batch each; what was metered."""
     layer = linear()
     trainer: Any = SimpleNamespace(meter=Meter(), model=layer, state=SimpleNamespace(global_step=0), not_finite=counted)
+    trainer.first_gradients = FirstGradients()
     trainer.kept_parts, trainer.kept_details, trainer.failed_rewards = list, dict, list
 
     def micro_batch(part: dict[str, Tensor], first: bool) -> Tensor:

@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.recurrent import keeps_state
+from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.segment_attention import SegmentAttention
 
 ROLE_ATTENTION = "sdpa_roles"
@@ -135,11 +137,13 @@ def packing_obstacle(base: PreTrainedModel) -> str | None:
     not among them runs padded.
     """
     config = base.config.get_text_config()
+    if keeps_state(base):
+        return f"{base.config.model_type} keeps recurrent state, which packing and shared prefixes would mix up"
     if base.config.model_type not in PACKABLE:
         return f"{base.config.model_type} is not among the architectures that were tested packed"
     if config._attn_implementation != ROLE_ATTENTION:
         return f"it runs with model.attention={config._attn_implementation}, packing needs sdpa"
-    if base.config.model_type in WINDOW_IN_MASK and getattr(config, "sliding_window", None):
+    if base.config.model_type in WINDOW_IN_MASK and config_value(config, "sliding_window"):
         return f"{base.config.model_type} tells attention of its sliding window in a mask only"
     return None
 

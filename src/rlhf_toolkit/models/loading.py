@@ -25,6 +25,7 @@ from rlhf_toolkit.errors import DISK_FULL, ModelError, RLHFError, described, sho
 from rlhf_toolkit.models.adapter_files import read_lora_config, steps
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
+from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 
@@ -78,7 +79,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning, else the whole on
     its own device."""
-    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+    if attention == "sdpa" and config_value(config.get_text_config(), "attn_logit_softcapping") is not None:
         raise ModelError(
             f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
         )
@@ -120,9 +121,9 @@ def refuse_larger(name: str, config: PretrainedConfig) -> None:
     text, sides = config.get_text_config(), ["vocab_size", "hidden_size", "intermediate_size"]
     if getattr(text, "rope_parameters", None) is None:  # positions may be learned
         sides.append("max_position_embeddings")
-    hidden = getattr(text, "hidden_size", 0)
+    hidden = config_value(text, "hidden_size")
     for side in sides:
-        size = getattr(text, side, 0)
+        size = config_value(text, side)
         if not all(isinstance(each, int) for each in (hidden, size)):
             continue  # None, or one for each layer
         # Projections may be a fraction of hidden_size squared, where heads share keys or weights are factored.

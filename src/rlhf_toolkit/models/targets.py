@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
@@ -20,6 +22,8 @@ from rlhf_toolkit.errors import ModelError, nearest, shortened
 ALL_LINEAR = "all-linear"
 SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same product in their own words
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
+OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
+"""Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -28,7 +32,7 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
 
     PEFT's own reading also takes vision towers, routers that return more than a product and, in models whose experts
     transformers 5 has fused, those experts: no role slice can reach them. A linear layer whose name PEFT would take for
-    such an expert's is left out too.
+    such an expert's is left out too, and one whose weight the model reads itself (``read_past``).
     """
     config = deepcopy(config)
     if str(config.target_modules).lower() != ALL_LINEAR:
@@ -37,7 +41,12 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
     config.target_modules = [
         name
         for name, module in base.named_modules()
-        if module in inside and module is not output and _is_plain(module) and not ROUTED_EXPERT.search(f".{name}.")
+        if module in inside
+        and module is not output
+        and _is_plain(module)
+        and not ROUTED_EXPERT.search(f".{name}.")
+        and not OF_ANOTHER_LAYER.search(name)
+        and not read_past(base, name)
     ]
     reread = deepcopy(config)
     convert_peft_config_for_transformers(reread, base, None)
@@ -103,6 +112,11 @@ def refuse_layers(base: PreTrainedModel) -> None:
                     "model.exclude_modules"
                 )
         if isinstance(module, LoraLinear):
+            if read_past(base, name):
+                raise ModelError(
+                    f"{name}: the model reads this layer's weight itself, past an adapter; name it in "
+                    "model.exclude_modules"
+                )
             if module.lora_variant or any(module.lora_bias.values()):
                 raise ModelError(
                     f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
@@ -117,3 +131,27 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether ``module`` is x W^T + b and nothing else."""
     kind = type(module)
     return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in SAME_PRODUCT
+
+
+def read_past(base: nn.Module, name: str) -> bool:
+    """Whether the module that holds the layer ``name`` has code for a product of its own with ``self.<layer>.weight``.
+
+    An adapter on such a layer would be passed over, at times or always: Gemma 3n's AltUp reads the weight in training
+    and calls the layer otherwise, Mamba's kernels read it on a GPU alone. Where code asks for the weight's dtype, device
+    or shape, cuts it (BLOOM's way for tensor parallelism, off by default) or writes to its ``data``, the layer itself is
+    called."""
+    holder, _, attribute = name.rpartition(".")
+    while attribute.isdigit() and holder:  # in a list: the module that has the list reads it
+        holder, _, attribute = holder.rpartition(".")
+    return _reads_weight(type(base.get_submodule(holder)), attribute)
+
+
+@cache
+def _reads_weight(kind: type[nn.Module], attribute: str) -> bool:
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # a class made at run time has none; the first update tells
+        return False
+    of_it = r"dtype|device|shape|size|ndim|is_cuda|data"
+    reading = rf"\bself\.{re.escape(attribute)}(\[[^\]]*\])*\.weight\b(?!\[|\.({of_it})\b)"
+    return re.search(reading, source) is not None

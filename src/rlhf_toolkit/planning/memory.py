@@ -5,8 +5,8 @@ A rollout needs, beside what already lies on the device (shards, adapters, optim
     gathered  window: the part of the base that other ranks hold; stream: what streaming keeps gathered
     rollout   max(sampling, gathered + role pass, gathered + reward model)
     sampling  copies of weights + max(entering, choosing)
-    entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x slot_bytes
-    choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + choice_bytes)
+    entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x (slot_bytes + state_bytes)
+    choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + state_bytes + choice_bytes)
 
 Slots are allocated once the first prefill is over: where all rows enter in that one, its activations and the slots are
 never there together. While streaming, nothing is gathered when a token is chosen: the last layer has been let go.
@@ -48,11 +48,12 @@ class RolloutNeeds:
     Args:
         window_bytes: what gathering the base adds.
         live_bytes: the most that streaming keeps gathered.
-        slot_bytes: keys and values of one sequence.
+        slot_bytes: keys and values of one sequence, and its states.
         choice_bytes: logits of one sequence while its next token is chosen.
         column_bytes: keys and values of one token of an entering prompt.
         prefill_bytes: what the pass over entering prompts holds for one token.
         longest_prompt: tokens that a prefill must hold at least.
+        state_bytes: states of one sequence, once more: in the prefilled cache that enters, or in what a step makes.
         weights_bytes: copies of adapters that decoding makes.
         copied_bytes: copies of weights that decoding makes, in the window only.
         role_pass_bytes: a role pass, after sampling and the reward model.
@@ -75,6 +76,7 @@ class RolloutNeeds:
     column_bytes: int
     prefill_bytes: int
     longest_prompt: int
+    state_bytes: int = 0
     weights_bytes: int = 0
     copied_bytes: int = 0
     role_pass_bytes: int = 0
@@ -95,7 +97,7 @@ class RolloutNeeds:
 
     def sampling(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
-        held, columns = slots * self.slot_bytes, prefill * self.column_bytes
+        held, columns = slots * self.slot_bytes, prefill * self.column_bytes + slots * self.state_bytes
         passing = columns + prefill * self.prefill_bytes
         enter_at_once = slots >= rows and prefill >= rows * self.longest_prompt  # so none is left for a second prefill
         if not enter_at_once:
@@ -122,8 +124,9 @@ class RolloutNeeds:
         if usable < self.base(mode) + self.after_sampling:
             return 0
         usable -= self._copies(mode) + self.longest_prompt * self.column_bytes
-        while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
-        while_choosing = (usable - self._base_while_choosing(mode)) // (self.slot_bytes + self.choice_bytes)
+        slot = self.slot_bytes + self.state_bytes
+        while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // slot
+        while_choosing = (usable - self._base_while_choosing(mode)) // (slot + self.choice_bytes)
         return max(0, min(while_entering, while_choosing))
 
     def largest_prefill(self, mode: str, slots: int, rows: int, free: int) -> int:

@@ -27,7 +27,9 @@ class ModelSize:
     the largest one, ``adapted`` the weights that have adapters, ``column`` keys and values of one token. Elements:
     ``trained``; ``policy``, those of the policy's adapters; ``low_rank``, what the x A^T of one role have together for
     a token; ``queries`` and ``keys``, a token's in one layer. ``tile``: positions and tokens of a tile of the output
-    layer. ``plain``: norms and MLP are transformers' own, which keep more for backward.
+    layer. ``plain``: norms and MLP are transformers' own, which keep more for backward. Where ``recurrent`` layers keep
+    states: bytes of them all for a sequence, ``state``; and of one such layer for a token of a pass, at its peak
+    without gradient, ``scratch``, and for backward, ``scan``.
     """
 
     base: int
@@ -48,6 +50,10 @@ class ModelSize:
     column: int
     tile: tuple[int, int]
     plain: bool = False
+    recurrent: int = 0
+    state: int = 0
+    scratch: int = 0
+    scan: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,12 +155,12 @@ def _pass(model: ModelSize, how: Sharding, size: PassSize) -> int:
 
 
 def pass_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """Bytes that a pass without gradient holds for a token, in the MLP or in attention."""
+    """Bytes that a pass without gradient holds for a token, in the MLP, in attention or in a recurrence."""
     mlp = PASS_WIDTHS * model.hidden + (5 if model.plain else 3) * model.intermediate
     attention = 4 * model.hidden + 4 * model.queries + 4 * model.keys + _taken_keys(model, size)
     if how.on_cpu:
         attention += 2 * model.heads * size.columns
-    return max(mlp, attention) * model.element
+    return max(max(mlp, attention) * model.element, 2 * model.hidden * model.element + model.scratch)
 
 
 def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: bool = False) -> int:
@@ -184,16 +190,16 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: b
 def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """What backward needs of the forward pass, and the largest thing that is made on the way: the last norm, the output
     layer, or the backward of an MLP, in a layer that is computed again where there is checkpointing."""
-    backward = size.tokens * (2 * model.hidden + 3 * model.intermediate) * model.element
+    backward = size.tokens * max((2 * model.hidden + 3 * model.intermediate) * model.element, model.scratch)
     if size.checkpointing:
-        backward += size.tokens * layer_token_bytes(model, how, size)
+        backward += size.tokens * (layer_token_bytes(model, how, size) + model.scan)
     made = max(_last_norm(model, size), _head(model, how, size, gradient=True), backward)
     return _kept_of_forward(model, how, size) + made
 
 
 def _kept_of_forward(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """What the whole forward pass leaves behind."""
-    layers = model.layers * size.tokens * layer_token_bytes(model, how, size)
+    layers = size.tokens * (model.layers * layer_token_bytes(model, how, size) + model.recurrent * model.scan)
     return _states(model, size) + (_inputs_of_layers(model, size) if size.checkpointing else layers)
 
 

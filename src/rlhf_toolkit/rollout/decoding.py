@@ -195,7 +195,7 @@ class InFlight:
     def _forward(
         self,
         ids: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         positions: torch.Tensor,
         cache: DynamicCache | SlotCache,
         *last: torch.Tensor,

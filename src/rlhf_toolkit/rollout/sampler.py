@@ -22,7 +22,8 @@ from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
 from rlhf_toolkit.models.inference import bare, inference
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.models.slot_cache import column_bytes
+from rlhf_toolkit.models.slot_cache import column_bytes, state_bytes
+from rlhf_toolkit.models.state_steps import steps_in_place
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, place
 from rlhf_toolkit.rollout.decoding import Alone, Pace, Sampling, decode
 from rlhf_toolkit.rollout.sizes import Estimate, RolloutSize, model_size, needs_of, sharding
@@ -61,9 +62,9 @@ class Sampler:
             shared = bare(model)
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
             with streamed(model) as pace, inference(model), pace.together("the first pass"):
-                column = measured_column(shared, pace)
+                cache = one_token(shared, pace)
             on_cpu = next(shared.parameters()).device.type == "cpu"
-            size = model_size(shared, column, on_cpu=on_cpu)
+            size = model_size(shared, column_bytes(cache), state=state_bytes(cache), on_cpu=on_cpu)
             offloaded = offloads_optimizer(model)
             how = sharding(size, ranks=world_size(), stage=zero_stage(model), on_cpu=on_cpu, offloaded=offloaded)
             self.estimate = Estimate(size, how, needs_of(size, how, self.size, self.weights))
@@ -155,7 +156,8 @@ class Sampler:
 
         # Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes.
         agreeing = agreement("sampling") if alone else nullcontext()
-        with agreeing, decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
+        policy = decoding_weights(shared, POLICY, self.weights)
+        with agreeing, policy, steps_in_place(shared), bare_tensors(self._pace):
             if environment is None:
                 rollout = turn(batch, None, 0)
             else:
@@ -194,8 +196,9 @@ def bare_tensors(pace: Pace) -> AbstractContextManager[object]:
     return torch.inference_mode() if isinstance(pace, Alone) else nullcontext()
 
 
-def measured_column(shared: SharedBase, pace: Pace) -> int:
-    """Bytes of keys and values of one token, from one token that every rank decodes: exact for every architecture."""
+def one_token(shared: SharedBase, pace: Pace) -> DynamicCache:
+    """The cache of one token that every rank decodes: what keys, values and states take is measured in it, exact for
+    every architecture."""
     one = torch.ones(1, 1, dtype=torch.long, device=next(shared.parameters()).device)
 
     def decode_one() -> DynamicCache:
@@ -206,4 +209,4 @@ def measured_column(shared: SharedBase, pace: Pace) -> int:
     with pace.forward_pass(decode_one):
         cache = decode_one()
     pace.until_others_finish(decode_one)
-    return column_bytes(cache)
+    return cache

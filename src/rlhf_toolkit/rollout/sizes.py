@@ -19,6 +19,8 @@ from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
+from rlhf_toolkit.models.recurrent import layer_memory
+from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.reward_model import BATCH_TOKENS
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.segment_attention import SHARES_HEADS
@@ -126,8 +128,9 @@ class Estimate(NamedTuple):
         }
 
 
-def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
-    """The numbers of ``shared``, whose keys and values take ``column`` bytes a token."""
+def model_size(shared: SharedBase, column: int, *, on_cpu: bool, state: int = 0) -> ModelSize:
+    """The numbers of ``shared``, whose keys and values take ``column`` bytes a token, and its states ``state`` bytes a
+    sequence."""
     output, widths = shared.causal_lm.get_output_embeddings().weight, dimensions(shared.causal_lm.config)
     trained = [p for p in shared.parameters() if p.requires_grad]
     largest_trained = max((element_count(p) for p in trained), default=0)
@@ -135,6 +138,7 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
     sizes = [(element_count(p), element_count(p) * p.element_size()) for p in frozen]
     adapted = [module for module in shared.modules() if isinstance(module, LoraLinear)]
     weights: list[Any] = [module.get_base_layer().weight for module in adapted]
+    recurrence = layer_memory(shared.causal_lm)
     return ModelSize(
         base=sum(size for _, size in sizes),
         kept=sum(size for count, size in sizes if count <= largest_trained),
@@ -149,6 +153,10 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
         column=column,
         tile=tile_of(widths["hidden"], CPU_TILE if on_cpu else GPU_TILE),
         plain=_plain(shared),
+        recurrent=recurrence.layers,
+        state=state,
+        scratch=recurrence.scratch,
+        scan=recurrence.kept,
     )
 
 
@@ -161,8 +169,10 @@ def dimensions(config: Any) -> dict[str, int]:
     """``layers``, ``hidden``, ``intermediate``, ``queries``, ``keys`` and ``heads`` of ``ModelSize``, by any name that
     an architecture's config has for them."""
     config = config.get_text_config()
-    hidden, heads = _named(config, "hidden_size"), _named(config, "num_attention_heads")
-    width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
+    hidden, heads, width = _named(config, "hidden_size"), 1, 0
+    if set(getattr(config, "layer_types", None) or ()) != {"linear_attention"}:  # else there is no attention at all
+        heads = _named(config, "num_attention_heads")
+        width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
     return {
         "layers": _named(config, "num_hidden_layers"),
         "hidden": hidden,
@@ -177,15 +187,18 @@ def _named(config: Any, *names: str, default: int | None = None) -> int:
     """The first of the config's attributes ``names`` that has a value. It is asked for each, since what is called
     ``n_layer`` in a file is ``num_hidden_layers`` as an attribute only (``attribute_map``). Raises ModelError where
     there is none and no ``default``."""
-    found = next((value for value in (getattr(config, name, None) for name in names) if value), default)
+    found = next((value for value in (config_value(config, name) for name in names) if value), default)
     if found is None:
         raise ModelError(f"{type(config).__name__} has no {names[0]}; give it that attribute: memory follows from it")
     return max(found) if isinstance(found, list | tuple) else int(found)  # one for each layer, or one
 
 
 def mlp_width(config: Any, hidden: int) -> int:
-    """The MLP's width for a token, over the experts that it goes through, shared ones included."""
+    """The MLP's width for a token, over the experts that it goes through, shared ones included. Gemma 4's is twice as
+    wide in layers without keys of their own."""
     dense = _named(config, "ffn_hidden_size", "ffn_dim", "n_inner", "intermediate_size", default=4 * hidden)
+    if getattr(config, "use_double_wide_mlp", False) and config.num_kv_shared_layers:
+        dense *= 2
     expert = _named(config, "moe_intermediate_size", default=dense)
     shared = _named(config, "n_shared_experts", default=0) * expert
     routed = _named(config, "num_experts_per_tok", default=0) * expert
@@ -207,6 +220,7 @@ def reward_bytes(model: PreTrainedModel, columns: int, *, on_cpu: bool) -> int:
         column=0,
         tile=(1, 1),
         plain=_plain(model),
+        scratch=layer_memory(model).scratch,
     )
     how = Sharding(1, 0, 0, 0, 0, on_cpu=on_cpu)
     tokens = max(BATCH_TOKENS, columns)
@@ -241,11 +255,12 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     return RolloutNeeds(
         window_bytes=window,
         live_bytes=min(window, live_bytes(model, how)) + prefetched_bytes(model, how),
-        slot_bytes=model.column * size.slot_columns,
+        slot_bytes=model.column * size.slot_columns + model.state,
         choice_bytes=size.logit_rows(model.vocabulary) * model.vocabulary * FP32,
         column_bytes=model.column,
         prefill_bytes=pass_token_bytes(model, on_device, prefill),
         longest_prompt=size.widest_prompt,
+        state_bytes=model.state,
         weights_bytes=0 if weights == MERGED else model.policy * model.element,
         copied_bytes=copied_bytes(model, how, weights),
         role_pass_bytes=pass_bytes(model, how, role_pass),

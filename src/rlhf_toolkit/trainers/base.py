@@ -34,6 +34,7 @@ from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.texts import printable
 from rlhf_toolkit.trainers.attempts import accumulate
+from rlhf_toolkit.trainers.first_gradients import FirstGradients
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
 from rlhf_toolkit.trainers.plugin_state import States, plugin_states, put_together, restore_plugins, taken_apart
@@ -85,6 +86,7 @@ class RoleTrainer(Trainer):
         self.writer: CheckpointWriter | None = None
         self.resumed: Checkpoint | None = None
         self.best: tuple[int, float] | None = None
+        self.first_gradients = FirstGradients()
         self._settled: Settled | None = None
         self._about: Mapping[str, Any] = {}
         self.update_retries, self._logged_retries = 0, 0
@@ -129,14 +131,17 @@ class RoleTrainer(Trainer):
         loss. ``least(part)`` is as little of a micro-batch as its loss can be had of. A collective.
 
         None where a number is not finite on any rank. Then nothing has changed, what the micro-batches have metered is
-        forgotten, and the batch is kept. Raises NotFiniteError, on all ranks, where the run cannot go on, and what a
-        micro-batch has failed with on any rank; then, too, nothing has changed.
+        forgotten, and the batch is kept. Raises NotFiniteError, on all ranks, where the run cannot go on, ModelError
+        where the first update leaves a tensor without a gradient, and what a micro-batch has failed with on any rank;
+        then, too, nothing has changed.
         """
         before, self.meter = self.meter, Meter()
+        self.first_gradients.watch(self.model)
         try:
             losses = accumulate(model, parts, loss_of, least)
         finally:
             ours, self.meter = self.meter, before
+        self.first_gradients.check()
         if not step(model):
             number = self.state.global_step + 1
             kept = self.kept_parts(parts)
