@@ -85,6 +85,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "rollout.top_k": (0, 1, 5, 10**9),
     "rollout.top_p": (1.0, 0.5, 1e-9),
     "rollout.stop_strings": ([], ["w3"], ["w3", "w4 w5"]),
+    "rollout.keep_special_tokens": (False, True),
     "rollout.environment": (None, "HERE/plugins.py:answering"),
     "rollout.max_turns": (1, 2, 4),
     "rollout.mode": ("auto", "window", "stream"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_toolkit.data.response_texts import response_texts
 from rlhf_toolkit.errors import RewardError
 from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
 from rlhf_toolkit.runs.ppo import prepare
@@ -60,12 +62,15 @@ class Script:
         )
 
 
-def decoded(script: Script, answers: Any, *, budget: int = 10, max_turns: int = 3) -> Rollout:
+def decoded(
+    script: Script, answers: Any, *, budget: int = 10, max_turns: int = 3, left_out: frozenset[int] | None = None
+) -> Rollout:
     prompts = tuple(Prompt(i, f"w{i}", (40 + i,), {"n": i}) for i in script.scripts)
     batch = PromptBatch(prompts, (0,) * len(prompts))
     environment = Environment(answers, max_turns, "rollout.environment=x.py:f")
     tokenizer = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
-    return decode_with_turns(script, tokenizer, batch, environment, budget=budget, pad_id=PAD)
+    texts_of = partial(response_texts, tokenizer=tokenizer, left_out=left_out)
+    return decode_with_turns(script, tokenizer, batch, environment, texts_of=texts_of, budget=budget, pad_id=PAD)
 
 
 def test_a_rank_without_rows_has_an_empty_rollout_of_the_same_kind() -> None:

@@ -130,6 +130,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "top_k": 0,
         "top_p": 1.0,
         "stop_strings": [],
+        "keep_special_tokens": False,
         "mode": "auto",
         "slots": None,
         "replace_uniform_groups": 0,

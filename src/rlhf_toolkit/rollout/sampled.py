@@ -63,6 +63,11 @@ class Sampled:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()
 
+    def tokens_of(self, row: int) -> list[int]:
+        """The response of ``row``."""
+        start = int(self.prompt_lengths[row])
+        return self.sequences[row, start : start + int(self.response_lengths[row])].tolist()
+
     def __len__(self) -> int:
         return len(self.finished)
 

@@ -93,14 +93,14 @@ class ScoredSampler:
 
         def submit(row: int, tokens: list[int]) -> None:
             """Slow rewards work on a response while others are still being decoded."""
-            self.scorer.submit(row, batch.prompts[row], self._texts([tokens])[0], tokens)
+            self.scorer.submit(row, batch.prompts[row], self.sampler.texts([tokens])[0], tokens)
 
         with self.clock.phase("gen"):
             rollout = self.sampler.decode(
                 shared, batch, sampling, stream=names, expected=self.expected, on_finished=submit
             )
         tokens = tokens_of(rollout)
-        texts = self._texts(tokens)
+        texts = self.sampler.texts(tokens)
         with self.clock.phase("reward"), agreement("the reward"), stopping.interruptible():
             scores = self.scorer.collect(batch.prompts, texts, tokens)
         mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
@@ -151,6 +151,3 @@ class ScoredSampler:
     def baselines(self, greedy: Sampled, sampled: Sampled) -> Tensor:
         """(B,) scores of ``greedy`` on the scale of those of ``sampled``."""
         return self.score_shaping.baselines(greedy, sampled, budget=self.sampling.max_new_tokens)
-
-    def _texts(self, tokens: list[list[int]]) -> list[str]:
-        return list(self.sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True))

@@ -90,6 +90,7 @@ def decode_with_turns(
     batch: PromptBatch,
     environment: Environment,
     *,
+    texts_of: Callable[[list[list[int]]], list[str]],
     budget: int,
     pad_id: int,
     anyone: Callable[[bool], bool] = bool,
@@ -97,7 +98,8 @@ def decode_with_turns(
 ) -> Rollout:
     """Sample one response of at most ``budget`` tokens, answers included, for each row of ``batch``.
 
-    After each turn the environment is asked about the responses that stopped by themselves. One whose answer leaves no
+    After each turn the environment is asked about the responses that stopped by themselves, by the text that
+    ``texts_of`` makes of their tokens, and its answer is tokenised as it stands. One whose answer leaves no
     token to write counts as cut off by the budget, without the answer. Where all ranks run in step, ``anyone(flag)`` is
     whether any of them goes on, and what the environment raises inside ``agreeing()`` on one of them ends all.
     """
@@ -112,7 +114,7 @@ def decode_with_turns(
             break
         stopped = [i for i in going if rows[i].finished]
         with agreeing():
-            texts = list(tokenizer.batch_decode([rows[i].tokens for i in stopped], skip_special_tokens=True))
+            texts = texts_of([rows[i].tokens for i in stopped])
             answers = environment.answers([rows[i].prompt for i in stopped], texts, turn) if stopped else []
             said = [(i, answer) for i, answer in zip(stopped, answers, strict=True) if answer is not None]
             tokens = [(i, list(rendered_ids(answer, tokenizer))) for i, answer in said]

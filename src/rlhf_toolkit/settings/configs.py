@@ -177,6 +177,9 @@ class RolloutConfig(Section):
     top_k: int = knob(0, "sample from the k most likely tokens; 0: all", NOT_NEGATIVE)
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability; 1: all", ABOVE_0_TO_1)
     stop_strings: list[str] = knob([], "texts that end a response, beside the model's stop tokens")
+    keep_special_tokens: bool = knob(
+        False, "rewards, environment and samples read special tokens too, all but those that end a response or pad it"
+    )
     environment: str | None = knob(
         None, "path/to/file.py:name of (prompts, responses, turn, **columns) -> answers, after which the policy goes on"
     )
