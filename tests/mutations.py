@@ -565,7 +565,7 @@ OF_TRAINER = [
          "policy_weight * (policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss)",
          "policy_weight * policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss"),
         ("importance: sampler and policy swapped", f"{TERMS_WRITTEN_OUT}[1.0]",
-         "weights(old_logprobs, batch.rollout_logprobs,", "weights(batch.rollout_logprobs, old_logprobs,"),
+         "weights(old_logprobs, batch.sampler_logprobs,", "weights(batch.sampler_logprobs, old_logprobs,"),
         ("clip bounds swapped on the way", f"{TERMS_WRITTEN_OUT}[1.0]",
          "\"clip_range_low\": self.clip_range_low,\n                \"clip_range_high\": self.clip_range_high,",
          "\"clip_range_low\": self.clip_range_high,\n                \"clip_range_high\": self.clip_range_low,")),

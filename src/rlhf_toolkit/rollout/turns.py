@@ -57,6 +57,7 @@ class Conversation:
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
     finished: bool = False
 
@@ -70,6 +71,7 @@ class Conversation:
         length = int(rollout.lengths[row])
         self.tokens += rollout.responses[row, :length].tolist()
         self.logprobs += rollout.rollout_logprobs[row, :length].tolist()
+        self.drawn += [] if rollout.drawn_logprobs is None else rollout.drawn_logprobs[row, :length].tolist()
         self.written += [True] * length
         self.finished = bool(rollout.finished[row])
 
@@ -80,6 +82,7 @@ class Conversation:
             return False
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens)
+        self.drawn += [0.0] * len(tokens)
         self.written += [False] * len(tokens)
         return True
 
@@ -121,11 +124,12 @@ def decode_with_turns(
             going = [i for i, answer in tokens if rows[i].take_answer(answer, budget)]
         if not anyone(bool(going)):
             break
-    return joined(rows, pad_id)
+    return joined(rows, pad_id, whole=rollout.drawn_logprobs is None)
 
 
-def joined(rows: Sequence[Conversation], pad_id: int) -> Rollout:
-    """The responses as one padded rollout. A process may have none of them: dimensions and dtypes are the same then."""
+def joined(rows: Sequence[Conversation], pad_id: int, *, whole: bool) -> Rollout:
+    """The responses as one padded rollout; ``whole``: drawn from the policy's whole distribution. A process may have
+    none of them: dimensions and dtypes are the same then."""
     width = max((len(row.tokens) for row in rows), default=1)
 
     def block(column: str, fill: float, dtype: torch.dtype) -> torch.Tensor:
@@ -139,4 +143,5 @@ def joined(rows: Sequence[Conversation], pad_id: int) -> Rollout:
         rollout_logprobs=block("logprobs", 0.0, torch.float32),
         finished=torch.tensor([row.finished for row in rows], dtype=torch.bool),
         written=block("written", False, torch.bool),
+        drawn_logprobs=None if whole else block("drawn", 0.0, torch.float32),
     )
