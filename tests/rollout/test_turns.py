@@ -183,11 +183,21 @@ def test_an_environment_that_says_nothing_changes_nothing(tmp_path: Path) -> Non
 
 
 def test_two_ranks_in_window_and_stream_train_as_one_process_does(tmp_path: Path) -> None:
+    """With rules that look at what is written, in turns too, and weights by what tokens were drawn from."""
     runs = {"alone": (1, None, "auto"), "window": (2, 3, "window"), "stream": (2, 3, "stream")}
+    drawn = {
+        "rollout.repetition_penalty": 1.3,
+        "rollout.min_p": 0.02,
+        "rollout.bad_words": ["w5 w6", "w8"],
+        "rollout.logit_bias": {"1": 1.5},
+        "ppo.importance_correction": "token",
+    }
     found = {}
     for name, (processes, stage, mode) in runs.items():
         (tmp_path / name).mkdir()
-        path = write_experiment(tmp_path / name / "run.yaml", task(tmp_path / name, "tool", **{"rollout.mode": mode}))
+        path = write_experiment(
+            tmp_path / name / "run.yaml", task(tmp_path / name, "tool", **drawn, **{"rollout.mode": mode})
+        )
         run_recipe(path, processes=processes, stage=stage).succeeded()
         files = sorted((tmp_path / name / "run").glob("*/*.safetensors"))
         found[name] = {f"{f.parent.name}/{key}": t for f in files for key, t in load_file(f).items()}

@@ -58,7 +58,7 @@ def uncorrected(experiment: Experiment) -> list[str]:
     settings = ", ".join(f"{name}={shortened(value_of(experiment, name), 60)}" for name in changed)
     return [
         f"{settings}: tokens are drawn from another distribution than the policy's own, whose log-probs PPO uses, so "
-        "that its gradient is biased; ppo.importance_correction=token weighs for that (docs/ppo_details.md)"
+        "that its gradient is biased; ppo.importance_correction weighs for that (docs/ppo_details.md)"
     ]
 
 
