@@ -58,6 +58,7 @@ class Script:
             responses=torch.tensor([row + [PAD] * (width - len(row)) for row in rows]).reshape(len(rows), width),
             lengths=torch.tensor([len(row) for row in rows], dtype=torch.long),
             rollout_logprobs=-torch.ones(len(rows), width),
+            drawn_logprobs=-2 * torch.ones(len(rows), width),
             finished=torch.tensor([bool(row) and row[-1] == STOP for row in rows], dtype=torch.bool),
         )
 
@@ -75,7 +76,7 @@ def decoded(
 
 def test_a_rank_without_rows_has_an_empty_rollout_of_the_same_kind() -> None:
     nobody, somebody = decoded(Script({}), None), decoded(Script({0: [[5]]}), lambda prompts, responses, turn, n: [])
-    for name in ("responses", "lengths", "rollout_logprobs", "finished", "written"):
+    for name in ("responses", "lengths", "rollout_logprobs", "finished", "written", "drawn_logprobs"):
         none, one = getattr(nobody, name), getattr(somebody, name)
         assert (none.dtype, none.shape) == (one.dtype, (0, *one.shape[1:]))
 
@@ -95,6 +96,8 @@ def test_turns_alternate_until_the_environment_is_content() -> None:
     assert found.written is not None
     assert found.written[0].tolist() == [True, True, False, False, True, True] + [False] * 4
     assert found.rollout_logprobs[0].tolist() == [-1, -1, 0, 0, -1, -1, 0, 0, 0, 0]
+    assert found.drawn_logprobs is not None
+    assert found.drawn_logprobs[0].tolist() == [-2, -2, 0, 0, -2, -2, 0, 0, 0, 0]
     assert script.seen[-1] == (1, (40, *first[:4]), 6), "the second turn reads all of it and has the rest of the budget"
 
 
