@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.data.response_texts import ends_and_padding, response_texts
+from rlhf_toolkit.data.response_texts import ends_and_padding, response_texts, unread_tokens
 from rlhf_toolkit.rewards.verifiable import think_answer_format
 from tests.support.builders import tiny_tokenizer
 from tests.support.chat_tokenizers import byte_tokenizer
@@ -42,6 +42,16 @@ def test_every_end_and_the_tokenizers_own_padding_are_left_out() -> None:
     assert response_texts([row], tokenizer, ends_and_padding(tokenizer, (of["</s>"],))) == ["a <call> b <call>"]
     assert response_texts([row], tokenizer, ends_and_padding(tokenizer, (of["</s>"], of["<call>"]))) == ["a b"]
     assert ends_and_padding(tiny_tokenizer(), (7, 9)) == {7, 9}
+
+
+def test_tags_that_nobody_reads_are_found() -> None:
+    tokenizer = bytes_with_tags()
+    rows = [tokenizer(text).input_ids for text in (THOUGHT, "<think>a<|im_end|>", "plain <b>", "<think><think>")]
+    expected = {"<think>": 3, "</think>": 1, "<answer>": 1, "</answer>": 1}
+    assert unread_tokens(rows, tokenizer, ()) == expected
+    assert next(iter(unread_tokens(rows, tokenizer, ()))) == "<think>"
+    assert "<think>" not in unread_tokens(rows, tokenizer, tokenizer("<think>").input_ids)
+    assert unread_tokens([], tokenizer, ()) == {}
 
 
 def test_a_format_of_special_tokens_is_seen_where_they_are_kept() -> None:

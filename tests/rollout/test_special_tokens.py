@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from rlhf_toolkit.runs.ppo import prepare
@@ -56,7 +57,7 @@ def collected(folder: Path, **changes: Any) -> Any:
 
 
 @for_each("keep", [False, True])
-def test_who_reads_special_tokens(tmp_path: Path, keep: bool) -> None:
+def test_who_reads_special_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: bool) -> None:
     trainer, found, seen = collected(tmp_path, **{"rollout.keep_special_tokens": keep})
     tokenizer, tokens = trainer.processing_class, found.tokens
     words = [
@@ -70,6 +71,8 @@ def test_who_reads_special_tokens(tmp_path: Path, keep: bool) -> None:
     assert {tag for tag in TAGS for text in expected if tag in text.split()} == (set(TAGS) if keep else set())
     ends = [text.split()[-1:] for _, text in seen["ASKED"]]
     assert (["w20"] in ends) == keep and len(ends) > 4, "a turn ends with a special token that is a stop string"
+    told = [line for line in capsys.readouterr().out.splitlines() if "special tokens that neither" in line]
+    assert len(told) == (not keep) and all("'w3' in " in line for line in told)
     scores = [float(sample["score"]) for sample in found.samples]
     prompts = [tokenizer.decode(row[:n]) for row, n in zip(tokens.sequences, tokens.prompt_lengths, strict=True)]
     by_model = plain_scores(tmp_path / "rm", [p + r for p, r in zip(prompts, without, strict=True)])
