@@ -185,7 +185,7 @@ class RolloutConfig(Section):
     )
     logit_bias: dict[str, Any] = knob({}, "numbers added to logits, by token id, as in OpenAI's API", BIASES)
     bad_words: list[str] = knob([], "words that cannot be written, as their tokens", WORDS_TO_AVOID)
-    stop_strings: list[str] = knob([], "texts that end a response, beside the model's stop tokens")
+    stop_strings: list[str] = knob([], "texts, of special tokens too, that end a response, as stop tokens do")
     keep_special_tokens: bool = knob(
         False, "rewards, environment and samples read special tokens too, all but those that end a response or pad it"
     )
