@@ -457,6 +457,31 @@ OF_SLOTS = [
         ("slots: the longest prompt has the largest budget", "the_columns_of_a_rollout_are_those_of_its_longest_row",
          "len(p.token_ids) + budget for", "len(p.token_ids) + max(budgets) for")),
 ]
+CHANGED = "logits_are_changed_as_transformers_changes_them"
+DRAWN = "what_is_drawn_has_the_log_prob_that_transformers_gives_it"
+IN_LOSS = "loss_and_gradient_equal_ppo_written_out[sequence weights]"
+OF_DRAWING = [
+    *within("rollout/logit_changes.py", "tests/rollout/test_logit_changes.py",
+        ("drawing: a penalty that raises negative logits", CHANGED,
+         "own < 0, own * self.rules.penalty,", "own < 0, own / self.rules.penalty,"),
+        ("drawing: a row goes by another's tokens", CHANGED,
+         "there = self.history[rows]", "there = self.history[: len(rows)]"),
+        ("drawing: the beginning of a bad word shifted", CHANGED,
+         "torch.arange(-reach, 0,", "torch.arange(-reach - 1, -1,"),
+        ("drawing: a prompt ends where the longest does", CHANGED,
+         "torch.tensor([len(row) for row in ids],", "torch.tensor([width - budget for row in ids],")),
+    *within("rollout/sampling.py", "tests/rollout/test_logit_changes.py",
+        ("drawing: min-p of the whole mass", DRAWN,
+         "min_p * weights.amax(", "min_p * weights.sum("),
+        ("drawing: drawn log-probs without their own total", DRAWN,
+         "_log_prob(free, tokens, _log_total(kept))", "_log_prob(free, tokens, log_total)")),
+    *within("rollout/turns.py", "tests/rollout/test_turns.py",
+        ("drawing: an answer pushes drawn log-probs out of place", "turns_alternate_until_the_environment_is_content",
+         "self.drawn += [0.0] * len(tokens)", "self.drawn += []")),
+    *within("trainers/ppo_loss.py:PPOLoss", "tests/trainers/test_ppo_loss.py",
+        ("importance: weights by the policy's own log-probs", IN_LOSS,
+         "weights(old_logprobs, batch.sampler_logprobs,", "weights(old_logprobs, batch.rollout_logprobs,")),
+]
 CUTTING = "tests/rollout/test_cutting.py"
 OF_ROLLOUT = [
     *within("data/packing.py:mini_batches", CUTTING,
@@ -578,7 +603,7 @@ OF_TRAINER = [
          "policy_weight * (policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss)",
          "policy_weight * policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss"),
         ("importance: sampler and policy swapped", f"{TERMS_WRITTEN_OUT}[1.0]",
-         "weights(old_logprobs, batch.rollout_logprobs,", "weights(batch.rollout_logprobs, old_logprobs,"),
+         "weights(old_logprobs, batch.sampler_logprobs,", "weights(batch.sampler_logprobs, old_logprobs,"),
         ("clip bounds swapped on the way", f"{TERMS_WRITTEN_OUT}[1.0]",
          "\"clip_range_low\": self.clip_range_low,\n                \"clip_range_high\": self.clip_range_high,",
          "\"clip_range_low\": self.clip_range_high,\n                \"clip_range_high\": self.clip_range_low,")),
@@ -698,6 +723,7 @@ MUTATIONS: list[Mutation] = [
     *OF_REDUCTION,
     *OF_MODELS,
     *OF_SLOTS,
+    *OF_DRAWING,
     *OF_ROLLOUT,
     *OF_TRAINER,
     *OF_EVALUATION,

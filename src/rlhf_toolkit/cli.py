@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -103,6 +104,11 @@ def chat(options: Options) -> None:
         trust_remote_code=options.trust_remote_code,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        keep_special_tokens=options.keep_special_tokens,
     )
     try:
         chat.run(typed())
@@ -194,10 +200,35 @@ def _at_least_1(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    return _number(text, 0.0, 1.0)
+
+
+def _penalty(text: str) -> float:
+    return _number(text, 0.01, 100.0)
+
+
+def _number(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least < value <= most:
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no number above {least:g} and up to {most:g}")
+    return value
+
+
 DTYPES = ("bfloat16", "float16", "float32")
 RUN = Argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
 BASE = Argument("base", help="hub name or folder of the base model")
 TRUST = Argument("--trust-remote-code", action="store_true", help="run model code from the hub")
+FILTERS = (
+    Argument("--top-k", type=_at_least_1, default=0, metavar="K", help="draw from the K likeliest tokens"),
+    Argument("--top-p", type=_share, default=1.0, metavar="P", help="from the smallest set with this probability"),
+    Argument("--min-p", type=_share, default=0.0, metavar="P", help="from tokens P times as likely as the likeliest"),
+    Argument("--repetition-penalty", type=_penalty, metavar="X", help="without it, the model's generation config's"),
+    Argument("--keep-special-tokens", action="store_true", help="in answers, but those that end them"),
+)
 COMMANDS = (
     Command("report", "print what a finished run came to", report, (RUN,)),
     Command(
@@ -234,6 +265,7 @@ COMMANDS = (
             Argument("--dtype", choices=DTYPES, help="of the base; without it, the one it is stored in"),
             Argument("--max-new-tokens", type=_at_least_1, default=256, metavar="N", help="of an answer (256)"),
             Argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature above 0 (0)"),
+            *FILTERS,
             TRUST,
         ),
     ),

@@ -46,6 +46,7 @@ WITHOUT_TRACE = {
     "run.keep_best": "two updates leave no more checkpoints than are kept",
     "run.keep_checkpoints": "two updates leave two checkpoints",
     "rollout.slots": "results do not depend on it",
+    "rollout.keep_special_tokens": "the tiny tokenizer's special tokens are no words",
     "rollout.max_turns": "three tokens rarely leave room for a second turn",
     "update.packing": "rounding alone",
     "model.attention": "rounding alone",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 from peft import PeftModel
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rlhf_toolkit.data.chat import plain_ids, render, rendered_ids
+from rlhf_toolkit.data.response_texts import ends_and_padding, response_texts
 from rlhf_toolkit.errors import ModelError, described
 from rlhf_toolkit.export.folders import adapter_folder, model_folder
 from rlhf_toolkit.models.adapter_files import read_lora_config
@@ -51,9 +52,10 @@ class Contestant:
 class Chat:
     """The conversation of every contestant, and how they speak.
 
-    Temperature 0 takes the likeliest token. Above it, tokens are drawn from the whole distribution, as in a rollout
-    with its defaults, every contestant from the same random stream; what else the model's generation config asks for,
-    such as a repetition penalty, stays as ``generate`` has it.
+    Temperature 0 takes the likeliest token. Above it, tokens are drawn from the whole distribution as far as ``top_k``,
+    ``top_p`` and ``min_p`` leave it, as in a rollout with these settings, every contestant from the same random stream.
+    ``repetition_penalty`` None, like what else the model's generation config asks for, stays as ``generate`` has it.
+    With ``keep_special_tokens`` answers, which later turns read, keep all special tokens but those that end them.
     """
 
     model: Any  # PreTrainedModel, or PeftModel around it
@@ -62,6 +64,11 @@ class Chat:
     out: TextIO
     max_new_tokens: int = 256
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    keep_special_tokens: bool = False
     seed: int = 0
     system: str = ""
     turn: int = 0
@@ -118,12 +125,15 @@ class Chat:
         if isinstance(limit, (int, float)) and length + self.max_new_tokens > limit:
             self._say(f"{length} tokens and an answer of {self.max_new_tokens} exceed the model's {limit}; /reset")
             return
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        if self.temperature != 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        filters: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        sampling = {"do_sample": True, "temperature": self.temperature, **filters}
+        if self.temperature == 0:
+            sampling = {"do_sample": False, **dict.fromkeys(("temperature", *filters))}
+        if self.repetition_penalty is not None:
+            sampling["repetition_penalty"] = self.repetition_penalty
         if self.model.generation_config.pad_token_id is None:  # nothing is padded; generate only wants to be told
             sampling["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        stream = _Stream(self.tokenizer, self.out)
+        stream = _Stream(self.tokenizer, self.out, self.left_out)
         torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
         with self._explained(contestant), speaking(self.model, contestant.adapter):
             tokens = self.model.generate(
@@ -144,8 +154,17 @@ class Chat:
                 "generation_config.json"
             ) from error
 
+    @property
+    def left_out(self) -> frozenset[int] | None:
+        """The ids that no answer's text has; None: the tokenizer's special tokens."""
+        if not self.keep_special_tokens:
+            return None
+        ends = self.model.generation_config.eos_token_id
+        named = ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
+        return ends_and_padding(self.tokenizer, [end for end in named if end is not None])
+
     def _text(self, tokens: Tensor) -> str:
-        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return response_texts([tokens.tolist()], self.tokenizer, self.left_out)[0]
 
     def prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
         """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
@@ -227,9 +246,14 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
 class _Stream(TextStreamer):
     """transformers' streamer, into a file of our choice."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        self.file = out
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO, left_out: frozenset[int] | None = None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=left_out is None)  # type: ignore[arg-type]
+        self.file, self.left_out = out, left_out or frozenset()
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then token after token."""
+        if self.next_tokens_are_prompt or int(value) not in self.left_out:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what has become certain."""

@@ -32,6 +32,17 @@ from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 REWARD_HEAD = "reward_head.safetensors"
 MOST_PER_BYTE, SMALL = 4, 10**7
 """Numbers that one byte of a file may hold, which quantised ones come to, and how many more a matrix may have."""
+ABOUT_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings"),
+    *("exponential_decay_length_penalty", "min_length", "min_new_tokens", "guidance_scale", "penalty_alpha"),
+)
+"""What a generation config may say about the choice of a token; ``NEUTRAL`` are values that say nothing."""
+NEUTRAL = dict.fromkeys(
+    ("temperature", "top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale"),
+    (None, 1, 1.0),
+)
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
 
@@ -54,14 +65,27 @@ def load_model_config(name: str, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
-def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
-    """The tokens that end the model's text, by its generation config or, without one, by its config."""
+def generation_config_of(name: str) -> GenerationConfig | None:
+    """The model's generation config, where it has one. ModelError where that cannot be used."""
     try:
-        found = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a model without generation_config.json says all it has to say in its config
-        found = config.get_text_config().eos_token_id
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return None
     except Exception as error:
         raise ModelError(f"{name} has a generation_config.json that cannot be used ({described(error)})") from error
+
+
+def sampling_wishes_of(name: str) -> dict[str, Any]:
+    """How the model's generation config asks to sample: what changes the choice of a token, and nothing neutral."""
+    found = generation_config_of(name)
+    wishes = {wish: getattr(found, wish, None) for wish in ABOUT_SAMPLING}
+    return {wish: value for wish, value in wishes.items() if value not in NEUTRAL.get(wish, (None, 0, 0.0, [], {}))}
+
+
+def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
+    """The tokens that end the model's text, by its generation config or, without one, by its config."""
+    generation = generation_config_of(name)
+    found = config.get_text_config().eos_token_id if generation is None else generation.eos_token_id
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens):
         raise ModelError(f"{name} has eos_token_id={shortened(found)}, which is no token's number; repair its configs")

@@ -179,6 +179,7 @@ class ExperienceMaker:
             response_mask=self.shaping.trained(sampled),
             rollout_logprobs=sampled.rollout_logprobs,
             ref_logprobs=outputs.get("reference_logprobs"),
+            drawn_logprobs=sampled.drawn_logprobs,
         )
 
     def _finish(self, collected: Collected, sampled: Sampled, outputs: RoleOutputs) -> Experience:
@@ -215,6 +216,7 @@ class ExperienceMaker:
                 entropies=outputs.policy_entropies,
                 ref_logprobs=experience.ref_logprobs,
                 rollout_logprobs=sampled.rollout_logprobs,
+                drawn_logprobs=sampled.drawn_logprobs,
                 token_mask=sampled.token_mask,
                 trained=mask,
             )

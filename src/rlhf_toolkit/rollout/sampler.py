@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from rlhf_toolkit.data.response_texts import response_texts
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, any_rank, rank, world_size
 from rlhf_toolkit.distributed.streaming import streamed
@@ -34,7 +35,8 @@ from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 class Sampler:
     """Samples with the policy of an engine's model. ``mode``, ``slots`` and ``weights`` are those of the experiment;
-    what is left open is chosen at first use from the memory that is free then, the same on every rank."""
+    what is left open is chosen at first use from the memory that is free then, the same on every rank. ``left_out`` are
+    the ids that no text of a response has; None: the tokenizer's special tokens (``response_texts``)."""
 
     placement: Placement | None = None
     estimate: Estimate | None = None
@@ -51,10 +53,15 @@ class Sampler:
         weights: str = EXACT,
         on_tokens: Callable[[int], None] = lambda count: None,
         environment: Environment | None = None,
+        left_out: Collection[int] | None = None,
     ) -> None:
-        self.tokenizer, self.size, self.environment = tokenizer, size, environment
+        self.tokenizer, self.size, self.environment, self.left_out = tokenizer, size, environment, left_out
         self.mode, self.slots, self.weights, self.on_tokens = mode, slots, weights, on_tokens
         self._pace: Pace = Alone()
+
+    def texts(self, rows: list[list[int]]) -> list[str]:
+        """What rewards, the environment and samples read of responses of these tokens."""
+        return response_texts(rows, self.tokenizer, self.left_out)
 
     def place(self, model: nn.Module) -> Placement:
         """Decide, once, how rollouts run. A collective. Raises ConfigError where nothing fits."""
@@ -166,6 +173,7 @@ class Sampler:
                     self.tokenizer,
                     batch,
                     environment,
+                    texts_of=self.texts,
                     budget=sampling.max_new_tokens,
                     pad_id=sampling.pad_id,
                     # In the window ranks take as many turns as they need; while streaming, all take as many.

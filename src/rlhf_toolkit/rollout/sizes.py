@@ -59,7 +59,8 @@ class RolloutSize:
             nothing is updated.
         checkpointing: layers are computed again in backward.
         packing: micro-batches are packed, and the ``responses`` to one prompt share its tokens.
-        temperature, top_k, top_p: of sampling.
+        temperature, top_k, top_p, min_p: of sampling.
+        changes_logits: a bias, a penalty or bad words do, before anything is sampled.
         shares_heads: the packed kernel reads the keys of grouped heads once.
         reward_bytes: what a reward model needs (``reward_bytes``).
     """
@@ -78,6 +79,8 @@ class RolloutSize:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    changes_logits: bool = False
     shares_heads: bool = SHARES_HEADS
     reward_bytes: int = 0
 
@@ -102,12 +105,15 @@ class RolloutSize:
 
     def logit_rows(self, vocabulary: int) -> int:
         """Rows of V fp32 logits that choosing one token holds at once (``choose_tokens``): the pass's own and those of
-        the slots that go on, shifted and exponentiated; tempered ones; for top-k the chosen and their mask, for top-p
-        the sorted, their places in int64, sums and masks; else blocks padded to whole ones."""
-        rows = 4 + (self.temperature != 1.0)
+        the slots that go on, shifted and exponentiated; changed ones; for top-p the sorted, their places in int64, sums
+        and masks; for top-k and min-p what they leave and a mask; else tempered ones, or blocks padded to whole ones.
+        """
+        rows, filters = 4 + self.changes_logits, bool(self.top_k) + bool(self.min_p)
         if self.top_p < 1.0:
             return rows + bool(self.top_k) + 8
-        return rows + (2 if self.top_k else vocabulary % BLOCK > 0)
+        if filters:
+            return rows + filters + 1
+        return rows + self.changes_logits + (self.temperature != 1.0 or vocabulary % BLOCK > 0)
 
 
 class Estimate(NamedTuple):

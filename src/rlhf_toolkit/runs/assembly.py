@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rlhf_toolkit.data.response_texts import ends_and_padding
 from rlhf_toolkit.distributed.collectives import agreement, world_size
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
@@ -160,13 +161,14 @@ def sampler_size(
 
 def make_sampler(setup: Setup, size: RolloutSize, on_tokens: Callable[[int], None]) -> Sampler:
     """What decodes, for training and for evaluation."""
-    rollout = setup.experiment.rollout
+    rollout, tokenizer = setup.experiment.rollout, setup.task.tokenizer
     return Sampler(
-        setup.task.tokenizer,
+        tokenizer,
         size,
         mode=rollout.mode,
         slots=rollout.slots,
         weights=rollout.weights,
         on_tokens=on_tokens,
         environment=setup.algorithm.environment,
+        left_out=ends_and_padding(tokenizer, setup.task.sampling.stop_ids) if rollout.keep_special_tokens else None,
     )

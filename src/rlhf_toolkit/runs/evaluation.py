@@ -37,7 +37,7 @@ from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.runs.assembly import Setup, make_scored_sampler
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import with_dtype
-from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling
+from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling, say_how_tokens_are_drawn
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
@@ -159,6 +159,7 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
     prompts = load_prompts(data, tokenizer, str(data.evaluation), data.evaluation_split, 1)
     schedule = PromptSchedule(len(prompts), 1, experiment.run.seed)
+    say_how_tokens_are_drawn(experiment, trains=False)
     return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
 
 

@@ -13,13 +13,14 @@ from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.models.context import check_context
-from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
+from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer, sampling_wishes_of
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions
 from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.rewards.values import READERS
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.scored_sampler import Scorer
+from rlhf_toolkit.runs.sampling_rules import logit_rules, uncorrected, unheeded
 from rlhf_toolkit.secrets import resolved
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import Experiment
@@ -50,6 +51,7 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
         reward = load_rewards(experiment)
         tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
         sampling = make_sampling(experiment, tokenizer, config)
+    say_how_tokens_are_drawn(experiment)
     data, processes = experiment.data, topology.world_size
     prompts = load_prompts(data, tokenizer, data.train, data.train_split, processes)
     held_out: tuple[Prompt, ...] = ()
@@ -126,17 +128,31 @@ def load_prompts(
     return found.prompts
 
 
+def say_how_tokens_are_drawn(experiment: Experiment, *, trains: bool = True) -> None:
+    """Say on rank 0 what of the model's own wishes about sampling is not followed, and, where a policy ``trains``, that
+    nothing corrects for how its tokens are drawn. A collective."""
+    with agreement("loading"):
+        wishes = sampling_wishes_of(experiment.model.name)
+    lines = unheeded(experiment.model.name, wishes, experiment.rollout)
+    lines += uncorrected(experiment) if trains else []
+    if lines:
+        on_main(lambda: say("\n".join(lines)))
+
+
 def make_sampling(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Sampling:
     """Sampling settings with the model's own stop tokens and a pad token that is never resized for."""
     rollout = experiment.rollout
     generation_eos = generation_eos_of(experiment.model.name, config)
     stop_ids = stop_token_ids(tokenizer, generation_eos, stop_strings=tuple(rollout.stop_strings))
+    vocab_size = config.get_text_config().vocab_size
     return Sampling(
         max_new_tokens=rollout.max_new_tokens,
         stop_ids=stop_ids,
-        pad_id=pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size),
+        pad_id=pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocab_size),
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        rules=logit_rules(rollout, tokenizer, stop_ids=stop_ids, vocab_size=vocab_size),
         stop_strings=tuple(rollout.stop_strings),
     )

@@ -20,12 +20,15 @@ from rlhf_toolkit.settings.knobs import (
     ABOVE_0_TO_1,
     ABOVE_1,
     AT_LEAST_1,
+    BIASES,
     FROM_0_TO_1,
     FROM_0_TO_BELOW_1,
     NO_DROPOUT,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    PENALTY,
     WITHIN_0_AND_1,
+    WORDS_TO_AVOID,
     Section,
     knob,
 )
@@ -176,7 +179,16 @@ class RolloutConfig(Section):
     temperature: float = knob(1.0, "divides the logits, in sampling and in every log-prob", ABOVE_0)
     top_k: int = knob(0, "sample from the k most likely tokens; 0: all", NOT_NEGATIVE)
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability; 1: all", ABOVE_0_TO_1)
-    stop_strings: list[str] = knob([], "texts that end a response, beside the model's stop tokens")
+    min_p: float = knob(0.0, "sample from tokens at least this times as likely as the likeliest; 0: all", FROM_0_TO_1)
+    repetition_penalty: float = knob(
+        1.0, "logits of tokens in prompt and response are divided by this, negative ones multiplied; 1: off", PENALTY
+    )
+    logit_bias: dict[str, Any] = knob({}, "numbers added to logits, by token id, as in OpenAI's API", BIASES)
+    bad_words: list[str] = knob([], "words that cannot be written, as their tokens", WORDS_TO_AVOID)
+    stop_strings: list[str] = knob([], "texts, of special tokens too, that end a response, as stop tokens do")
+    keep_special_tokens: bool = knob(
+        False, "rewards, environment and samples read special tokens too, all but those that end a response or pad it"
+    )
     environment: str | None = knob(
         None, "path/to/file.py:name of (prompts, responses, turn, **columns) -> answers, after which the policy goes on"
     )
