@@ -26,6 +26,7 @@ def load_adapted_base(
         dtype=getattr(torch, model.dtype),
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
+        quantization=model.quantization,
     )
     for setting in ("target_modules", "exclude_modules"):
         refuse_unknown(base, f"model.{setting}", getattr(model, setting))
