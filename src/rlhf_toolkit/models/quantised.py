@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.errors import ModelError, described
 
 
@@ -93,6 +94,13 @@ def matrix_of(layer: nn.Module) -> Matrix:
 def products_of(layer: Any) -> torch.dtype:
     """The dtype in which a plain linear layer multiplies."""
     return layer.products if isinstance(layer, QuantisedLinear) else layer.weight.dtype  # type: ignore[no-any-return]
+
+
+def matrix_bytes(layer: Any) -> int:
+    """What the matrix of a plain linear layer takes, whatever its weight takes and wherever that lies."""
+    if isinstance(layer, QuantisedLinear):
+        return layer.shape.numel() * layer.products.itemsize
+    return element_count(layer.weight) * int(layer.weight.element_size())
 
 
 def as_stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
