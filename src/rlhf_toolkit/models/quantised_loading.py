@@ -69,8 +69,9 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         """What transformers calls with each of these tensors."""
         return _Placing(self)
 
-    def placed(self, model: PreTrainedModel, name: str, tensor: Tensor) -> nn.Parameter:
-        """The parameter ``name`` of ``model`` with what the file has for it."""
+    def placed(self, model: PreTrainedModel, name: str, tensor: Tensor) -> nn.Parameter | None:
+        """The parameter ``name`` of ``model`` with what the file has for it; None where its shape is not that of the
+        config: it then counts as missing, which ``require_all_weights`` tells."""
         layer: Any = model.get_submodule(name.rpartition(".")[0])
         tensor = tensor.to(self.how.device)
         if isinstance(layer, QuantisedLinear) and name.endswith(".weight"):
@@ -78,7 +79,7 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         else:
             layer, wanted = None, model.get_parameter(name).shape
         if tensor.shape != wanted:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its config asks for {tuple(wanted)}")
+            return None
         parameter = nn.Parameter(tensor if layer is None else layer.stored(tensor), requires_grad=False)
         if self.how.shard is not None:
             self.how.shard(nn.ParameterList([parameter]))
@@ -106,9 +107,10 @@ class _Placing(ConversionOps):  # type: ignore[misc]
         self.quantiser = quantiser
 
     def convert(self, input_dict: dict[str, Any], *names: Any, model: Any = None, **options: Any) -> dict[str, Any]:
-        """Every tensor of ``input_dict``, by its name in the model."""
+        """Every tensor of ``input_dict`` that fits, by its name in the model."""
         tensors = {name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()}
-        return {name: self.quantiser.placed(model, name, tensor) for name, tensor in tensors.items()}
+        placed = {name: self.quantiser.placed(model, name, tensor) for name, tensor in tensors.items()}
+        return {name: parameter for name, parameter in placed.items() if parameter is not None}
 
 
 def quantise_layers(model: PreTrainedModel, kind: Quantisation) -> list[str]:
