@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.errors import ModelError
@@ -115,6 +116,20 @@ def test_the_base_is_never_whole_while_it_is_loaded(folder: str, monkeypatch: py
     base = base_on(folder, ALONE, "int8")
     others = sum(p.numel() for p in base.parameters() if p.dtype != torch.uint8)
     assert 0 < most <= others
+
+
+def test_nf4_is_what_bitsandbytes_makes_of_a_model(folder: str) -> None:
+    """So an adapter trained here is loaded over the very same weights elsewhere."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    ours, ids = base_on(folder, ALONE, "nf4"), torch.tensor([[3, 4, 5]])
+    for name, layer in ours.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            weight = theirs.get_submodule(name).weight
+            right = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+            assert torch.equal(layer.matrix(layer.weight, torch.float32), right), name
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 ODD = ("gpt2", "falcon, rotary", "qwen2_moe", "mixtral", "gemma3 with vision", "llama tied", "opt, projected")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,31 @@ def matrix_bytes(layer: Any) -> int:
     if isinstance(layer, QuantisedLinear):
         return layer.shape.numel() * layer.products.itemsize
     return element_count(layer.weight) * int(layer.weight.element_size())
+
+
+class StoredBytes(NamedTuple):
+    """What a base takes, over all ranks: its quantised layers as they are and as matrices, and all the rest."""
+
+    layers: int
+    quantised: int
+    matrices: int
+    rest: int
+
+    def sentence(self, kind: str, dtype: str) -> str:
+        """For the start of a run."""
+        return (
+            f"model.quantization {kind}: {self.layers} layers in {self.quantised / 2**30:.2f} GiB instead of "
+            f"{self.matrices / 2**30:.2f}; {self.rest / 2**30:.2f} GiB of the base stay in {dtype}"
+        )
+
+
+def stored_bytes(base: nn.Module) -> StoredBytes:
+    """Counted without looking at a number, so of shards as well."""
+    layers = [layer for layer in base.modules() if isinstance(layer, QuantisedLinear)]
+    parameters = [(p.dtype, element_count(p) * p.element_size()) for p in base.parameters()]
+    few = sum(size for dtype, size in parameters if dtype == torch.uint8)
+    rest = sum(size for dtype, size in parameters if dtype != torch.uint8)
+    return StoredBytes(len(layers), few, sum(map(matrix_bytes, layers)), rest)
 
 
 def as_stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
