@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -188,7 +189,7 @@ def test_a_device_without_the_kernel_or_with_a_broken_one(monkeypatch: pytest.Mo
 
 
 def test_a_stored_matrix_of_another_shape_or_none_at_all(tmp_path: Path) -> None:
-    for name, changes in {"missing": None, "turned": torch.zeros(128, 100)}.items():
+    for name, changes in {"missing": None, "narrow": torch.zeros(128, 100)}.items():
         model = tiny_llama(hidden_size=128, intermediate_size=192)
         weights = model.state_dict()
         odd = "model.layers.1.mlp.down_proj.weight"
@@ -199,4 +200,64 @@ def test_a_stored_matrix_of_another_shape_or_none_at_all(tmp_path: Path) -> None
         model.save_pretrained(tmp_path / name, state_dict=weights)
         with pytest.raises(ModelError, match="down_proj") as caught:
             base_on(str(tmp_path / name), ALONE, "int8")
+        assert "\n" not in str(caught.value)
+
+
+# ---- what lies in 4 bits already -------------------------------------------------------------------------------------
+
+
+def save_by_bitsandbytes(folder: str, place: Path, **settings: Any) -> dict[str, Tensor]:
+    """Write the model to ``place`` in 4 bits, and return its matrices by the library's own reckoning."""
+    config = BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **settings})
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    layers = {name: layer.weight for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"}
+    found = {
+        name: bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state) for name, weight in layers.items()
+    }
+    model.save_pretrained(place)
+    return found
+
+
+def test_a_model_that_is_stored_in_nf4_is_loaded_as_it_is(folder: str, tmp_path: Path) -> None:
+    """With single and double quantisation, whatever dtype its bytes are said to have, and layers that it left whole."""
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "double": {"bnb_4bit_use_double_quant": True},
+        "bfloat16": {"bnb_4bit_quant_storage": torch.bfloat16},
+        "but": {"llm_int8_skip_modules": ["lm_head", "down_proj"]},
+    }
+    for name, settings in ways.items():
+        matrices = save_by_bitsandbytes(folder, tmp_path / name, **settings)
+        base = base_on(str(tmp_path / name), ALONE, "nf4")
+        ours = {n: layer for n, layer in base.named_modules() if isinstance(layer, QuantisedLinear)}
+        assert ours.keys() == matrices.keys() and len(ours) == (12 if name == "but" else 14)
+        for n, layer in ours.items():
+            assert torch.equal(layer.matrix(layer.weight, torch.float32), matrices[n].float()), (name, n)
+        plain, left = base_on(folder, ALONE, "none"), 0
+        for n, parameter in base.named_parameters():
+            if parameter.dtype != torch.uint8:
+                assert torch.equal(parameter, plain.get_parameter(n)), (name, n)
+                left += 1
+        assert left >= 6
+
+
+def test_what_is_stored_in_other_bits_is_refused_by_name(folder: str, tmp_path: Path) -> None:
+    save_by_bitsandbytes(folder, tmp_path / "nf4")
+    save_by_bitsandbytes(folder, tmp_path / "fp4", bnb_4bit_quant_type="fp4")
+    save_by_bitsandbytes(folder, tmp_path / "spoiled")
+    weights = load_file(tmp_path / "spoiled/model.safetensors")
+    state = next(name for name in weights if "quant_state" in name)
+    save_file({**weights, state: weights[state][:-9].clone()}, tmp_path / "spoiled/model.safetensors", {"format": "pt"})
+    for place, kind, words in (
+        (
+            "nf4",
+            "none",
+            r"quantised already \(quant_method='bitsandbytes', nf4\).* is none; set model.quantization to nf4",
+        ),
+        ("nf4", "int8", "set model.quantization to nf4, as it is stored"),
+        ("fp4", "nf4", "give the model it was made from"),
+        ("spoiled", "nf4", "first model.layers.0.mlp.down_proj.weight: its quant_state cannot be read .*fetch"),
+    ):
+        with pytest.raises(ModelError, match=words) as caught:
+            base_on(str(tmp_path / place), ALONE, kind)
         assert "\n" not in str(caught.value)

@@ -30,11 +30,11 @@ from rlhf_toolkit.models.quantised import Quantisation, require_kernels
 from rlhf_toolkit.models.quantised_loading import QuantisedLoading
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
+from rlhf_toolkit.models.stored_nf4 import check_stored, kept_whole, plain_config
 
 REWARD_HEAD = "reward_head.safetensors"
 MOST_PER_BYTE, SMALL = 4, 10**7
 """Numbers that one byte of a file may hold, which quantised ones come to, and how many more a matrix may have."""
-ONLY_EXPERTS = "mxfp4"  # of GPT-OSS: transformers reads it, and routed experts have no adapters
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
 
@@ -93,20 +93,20 @@ def load_base(
     kind = Quantisation(quantization)
     with agreement("loading"):
         refuse_larger(name, config)
-        refuse_quantised(name, config, kind)
+        stored = check_stored(name, config, kind)
         if kind != Quantisation.NONE:
             require_kernels(kind, topology.device)
     try:
         with loading_weights(name, topology, dtype, kind):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
-                config=config,
+                config=plain_config(config) if stored else config,
                 dtype=dtype,
                 attn_implementation=chosen,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **straight_to_device(topology),
-                **quantised_while_loading(topology, kind),
+                **quantised_while_loading(topology, kind, kept_whole(config) if stored else None),
             )
     except ModelError as error:
         cause = error.__cause__
@@ -154,29 +154,15 @@ def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_quantised(name: str, config: PretrainedConfig, kind: Quantisation) -> None:
-    """Raise ModelError for a model that is stored in few bits already, where ``kind`` asks for others or its layers are
-    none that an adapter can adapt."""
-    stored = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if stored is None:
-        return
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    if method == ONLY_EXPERTS and kind == Quantisation.NONE:
-        return
-    raise ModelError(
-        f"{name} is quantised already (quant_method={shortened(str(method))}); give the model it was made from, which "
-        "model.quantization can quantise"
-    )
-
-
-def quantised_while_loading(topology: Topology, kind: Quantisation) -> dict[str, Any]:
-    """What has ``from_pretrained`` quantise each tensor as it comes, and shard it where ZeRO-3 runs."""
+def quantised_while_loading(
+    topology: Topology, kind: Quantisation, stored_but: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What has ``from_pretrained`` quantise each tensor as it comes, and shard it where ZeRO-3 runs. ``stored_but``:
+    the files have the bytes already, but for these layers."""
     if kind == Quantisation.NONE:
         return {}
     sharding = partial(shard, topology) if shards_while_loading(topology) else None
-    return {"quantization_config": QuantisedLoading(kind, topology.device, sharding)}
+    return {"quantization_config": QuantisedLoading(kind, topology.device, sharding, stored_but)}
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def number_bytes(shape: torch.Size, kind: Quantisation) -> int:
 def quantised(matrix: Tensor, kind: Quantisation) -> Tensor:
     """The bytes of ``matrix`` (out, in): a flat uint8 tensor, scales first, since as fp32 they have to be aligned."""
     if kind == Quantisation.NF4:
-        functions = _bitsandbytes()
+        functions = bitsandbytes_functions()
         numbers, state = functions.quantize_4bit(
             matrix, blocksize=PER_SCALE, quant_type="nf4", quant_storage=torch.uint8, compress_statistics=False
         )
@@ -176,7 +176,7 @@ def dequantised(stored: Tensor, shape: torch.Size, kind: Quantisation, dtype: to
         scales = scales.clone()
     scales = scales.view(torch.float32)
     if kind == Quantisation.NF4:
-        functions = _bitsandbytes()
+        functions = bitsandbytes_functions()
         state = functions.QuantState(scales, shape, None, PER_SCALE, "nf4", dtype)
         return functions.dequantize_4bit(numbers, state)  # type: ignore[no-any-return]
     if kind == Quantisation.FLOAT8 and stored.device.type == "cpu":  # PyTorch's own conversion takes nine times as long
@@ -192,7 +192,7 @@ def _all_float8(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
 
 
-def _bitsandbytes() -> Any:
+def bitsandbytes_functions() -> Any:
     """bitsandbytes' functions: an optional extra, which ``require_kernels`` has looked for."""
     from bitsandbytes import functional
 
