@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import pytest
@@ -13,16 +14,17 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 
 from rlhf_toolkit.distributed.engine import backward
 from rlhf_toolkit.distributed.streaming import streamed
 from rlhf_toolkit.distributed.topology import Launch, Topology, check_engine, deepspeed_settings
-from rlhf_toolkit.distributed.zero3 import element_count, gathered, is_here, is_partitioned
+from rlhf_toolkit.distributed.zero3 import element_count, gathered, is_here, is_partitioned, whole
 from rlhf_toolkit.models.decoding_weights import decoding_weights
 from rlhf_toolkit.models.inference import inference
 from rlhf_toolkit.models.loading import build_ppo_roles, load_base, load_model_config, lora_config
 from rlhf_toolkit.models.quantised import QuantisedLinear
+from rlhf_toolkit.models.quantised_loading import Quantiser
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.runs.weights import fingerprint_of
 from tests.support.launch import run_worker
@@ -86,7 +88,7 @@ class Oracle:
             of_roles(said).backward()
             self.outputs.append({name: column.detach() for name, column in said.items()})
         self.gradients = {
-            name.replace("base_model.model", "base_model.model"): parameter.grad
+            name: parameter.grad
             for model in models.values()
             for name, parameter in model.named_parameters()
             if "lora_" in name
@@ -118,8 +120,9 @@ def engine_of(model: SharedBase, topology: Topology) -> Any:
     return engine
 
 
-def check_everything(topology: Topology, base: str) -> dict[str, Any]:
+def check_everything(topology: Topology, base: str, stored: str) -> dict[str, Any]:
     """On each rank; returns of each kind the fingerprint and the bytes of the base that stay on a rank."""
+    check_loading(topology, base, stored)
     found: dict[str, Any] = {}
     parts = parts_of(topology.world_size)
     for kind in KINDS:
@@ -133,6 +136,26 @@ def check_everything(topology: Topology, base: str) -> dict[str, Any]:
             check_sampling(engine, model, oracle)
             assert kept(model) == found[kind]["bytes"], "something of the base has stayed whole"
     return found
+
+
+def check_loading(topology: Topology, base: str, stored: str) -> None:
+    """Whenever a tensor comes, nothing that came before lies here whole under ZeRO-3; and bytes that bitsandbytes has
+    stored are sharded as those that are made here."""
+    own, wholes = Quantiser.placed, list[str]()
+
+    def placed(self: Quantiser, model: Any, name: str, tensor: Tensor) -> Any:
+        wholes.extend(n for n, p in model.named_parameters() if p.device.type != "meta" and is_here(p))
+        return own(self, model, name, tensor)
+
+    with patch.object(Quantiser, "placed", placed):
+        made = base_on(base, topology, "nf4")
+    assert (not wholes) == (topology.launch.zero_stage == 3)
+    for (name, p), (other, q) in zip(
+        made.named_parameters(), base_on(stored, topology, "nf4").named_parameters(), strict=True
+    ):
+        assert name == other and is_here(p) == is_here(q) == (topology.launch.zero_stage != 3)
+        with whole([p]), whole([q]):
+            assert torch.equal(p, q), name
 
 
 def kept(model: SharedBase) -> int:
@@ -185,7 +208,10 @@ def logits(shared: SharedBase) -> Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    tiny_llama(hidden_size=128, intermediate_size=192, attention_bias=True).save_pretrained(folder)
+    tiny_llama(hidden_size=128, intermediate_size=192, attention_bias=True).save_pretrained(folder / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    stored: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, quantization_config=config)
+    stored.save_pretrained(folder / "stored")
     return folder
 
 
@@ -194,7 +220,12 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     function = "tests.distributed.test_quantised_base:check_everything"
     return {
         (ranks, stage): run_worker(
-            function, tmp_path_factory.mktemp(f"{ranks}_{stage}"), processes=ranks, stage=stage, base=str(folder)
+            function,
+            tmp_path_factory.mktemp(f"{ranks}_{stage}"),
+            processes=ranks,
+            stage=stage,
+            base=str(folder / "base"),
+            stored=str(folder / "stored"),
         )
         for ranks, stage in LAUNCHES
     }
@@ -202,14 +233,16 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
 
 def test_one_process_without_an_engine(folder: Path) -> None:
     """Where the same checks run as on ranks."""
-    check_everything(ALONE, str(folder))
+    check_everything(ALONE, str(folder / "base"), str(folder / "stored"))
 
 
 def test_a_base_is_the_same_everywhere_and_shared_by_ranks(folder: Path, found: dict[Any, Any]) -> None:
     """One fingerprint a kind, under all stages; a rank of two holds half the bytes, scales included, under ZeRO-3."""
-    alone = {kind: roles_on(base_on(str(folder), ALONE, kind)) for kind in KINDS}
+    alone = {kind: roles_on(base_on(str(folder / "base"), ALONE, kind)) for kind in KINDS}
     prints = {kind: fingerprint_of(model) for kind, model in alone.items()}
-    assert len({*prints.values(), fingerprint_of(roles_on(base_on(str(folder), ALONE, "none")))}) == 1 + len(KINDS)
+    assert len({*prints.values(), fingerprint_of(roles_on(base_on(str(folder / "base"), ALONE, "none")))}) == 1 + len(
+        KINDS
+    )
     for (ranks, stage), results in found.items():
         for kind, model in alone.items():
             layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
@@ -221,8 +254,8 @@ def test_a_base_is_the_same_everywhere_and_shared_by_ranks(folder: Path, found: 
 
 
 def test_an_adapter_loads_in_plain_peft_over_the_same_quantised_base(folder: Path, tmp_path: Path) -> None:
-    shared = roles_on(base_on(str(folder), ALONE, "nf4")).eval()
+    shared = roles_on(base_on(str(folder / "base"), ALONE, "nf4")).eval()
     shared.save_pretrained(tmp_path)
-    plain = PeftModel.from_pretrained(base_on(str(folder), ALONE, "nf4"), str(tmp_path / "policy")).eval()
+    plain = PeftModel.from_pretrained(base_on(str(folder / "base"), ALONE, "nf4"), str(tmp_path / "policy")).eval()
     with torch.no_grad():
         torch.testing.assert_close(logits(shared), plain(input_ids=IDS).logits[:, -1], rtol=1e-4, atol=1e-5)

@@ -216,8 +216,8 @@ def place(
 
 def _keeps_matrices(needs: RolloutNeeds, free: int, rows: int, slots: int | None) -> bool:
     """Whether a quantised base becomes matrices once a rollout: where the window then has the slots that are asked for,
-    or enough of them, and not less than half as many. To make them anew for every token takes one to two and a half
-    times as long as products of few rows (docs/performance.md), so half the slots are no loss."""
+    or enough of them, and not less than half as many. To make them anew for every token takes longer than the products
+    of few rows, which half the slots outweigh."""
     if not needs.matrices_bytes:
         return False
     wanted = min(rows, slots or rows)
