@@ -16,7 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models import quantised as module
 from rlhf_toolkit.models.loading import load_base, load_model_config
-from rlhf_toolkit.models.quantised import ERROR, Quantisation, QuantisedLinear, dequantised, quantised, require_kernels
+from rlhf_toolkit.models.quantised import (
+    ERROR,
+    Quantisation,
+    QuantisedLinear,
+    dequantised,
+    quantised,
+    require_kernels,
+    stored_bytes,
+    weight_count,
+)
 from rlhf_toolkit.models.quantised_loading import Quantiser
 from tests.distributed.test_quantised_base import ALONE, base_on, dense, roles_on
 from tests.models.test_architectures import WORKS
@@ -88,6 +97,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(hidden_size=128, intermediate_size=192).save_pretrained(folder)
     return str(folder)
+
+
+def test_weights_are_counted_whatever_their_bits(folder: str) -> None:
+    plain, few = (base_on(folder, ALONE, kind) for kind in ("none", "nf4"))
+    assert weight_count(few) == weight_count(plain) == sum(p.numel() for p in plain.parameters())
+    stored = stored_bytes(few)
+    assert stored.layers == 14 and stored.quantised + stored.rest == sum(p.nbytes for p in few.parameters())
+    assert stored.matrices + stored.rest == sum(p.nbytes for p in plain.parameters())
 
 
 def test_backward_keeps_bytes_and_no_matrix(folder: str) -> None:

@@ -128,6 +128,12 @@ def stored_bytes(base: nn.Module) -> StoredBytes:
     return StoredBytes(len(layers), few, sum(map(matrix_bytes, layers)), rest)
 
 
+def weight_count(model: nn.Module) -> int:
+    """The numbers that the parameters of ``model`` stand for, in however many bits."""
+    layers = {layer.weight: layer for layer in model.modules() if isinstance(layer, QuantisedLinear)}
+    return sum(layers[p].shape.numel() if p in layers else element_count(p) for p in model.parameters())
+
+
 def as_stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix of a weight that is kept as (out, in)."""
     return weight
