@@ -73,6 +73,8 @@ def merge(options: Options) -> None:
     word = str(merged.dtype).removeprefix("torch.")
     say(f"{merged.folder}: {len(merged.layers)} layers merged, {merged.bytes / 2**30:.2f} GiB in {word}")
     say(f"rounding to {word} changed {merged.rounding:.2%} of what the adapter adds")
+    if merged.note:
+        say(merged.note)
     if merged.left_out:
         say(f"not copied from the base: {', '.join(merged.left_out)}")
     if options.verify:

@@ -33,6 +33,7 @@ SMALLEST, LARGEST = 5e-324, 1.7976931348623157e308
 
 LEGAL: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantization": ("none", "nf4", "int8", "float8"),
     "model.attention": ("sdpa", "eager"),
     "model.trust_remote_code": (False, True),
     "model.lora_rank": (1, 2, 4, 7, 64),

@@ -64,6 +64,22 @@ def test_what_is_given_is_kept() -> None:
     assert choice(10**6, slots=500) == ("window", 64)
 
 
+def test_a_quantised_base_becomes_matrices_where_that_costs_at_most_half_the_slots() -> None:
+    """1350 bytes less base, weights and a prompt leave 170: 17 slots of 10 without matrices."""
+
+    def kept(matrices: int, **changes: Any) -> tuple[bool, int]:
+        needs = replace(NEEDS, matrices_bytes=matrices)
+        placed = place(needs, **{"free": 1500, "rows": 64, "mode": "auto", "slots": None, **changes})
+        return placed.keeps_matrices, placed.slots
+
+    assert kept(0) == (False, 17)  # nothing is quantised
+    assert kept(70) == (True, 10)  # 100 for slots while choosing
+    assert kept(80) == (False, 17)  # 8, of 70 while a prompt of 20 enters, would be less than half of 17
+    assert kept(80, rows=8) == (True, 8)
+    assert kept(80, slots=10) == (False, 10)  # what is given is kept
+    assert kept(70, mode="stream", free=1380) == (False, 64)  # there each layer comes and goes
+
+
 def test_what_is_not_sharded_is_not_streamed() -> None:
     assert choice(1380, sharded=False) == ("window", 5)
     with pytest.raises(ConfigError, match=r"rollout\.mode=stream.*ZeRO-3"):

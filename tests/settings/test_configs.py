@@ -76,6 +76,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "name": "m",
         "dtype": "auto",
+        "quantization": "none",
         "attention": "sdpa",
         "trust_remote_code": False,
         "lora_rank": 16,
@@ -299,6 +300,12 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
             {"policy_adapter": "runs/a/policy"},
             "model.policy_adapter=runs/a/policy is an adapter to go on with, but sft.full trains none; add it to its "
             "base with rlhf merge and name the merged model in model.name",
+        ),
+        (
+            "model",
+            {"quantization": "nf4"},
+            "model.quantization=nf4 freezes the base's weights, and sft.full trains them; drop sft.full to train an "
+            "adapter on it, or set model.quantization to none",
         ),
         (
             "model",
@@ -530,6 +537,7 @@ def test_what_must_not_be_negative(section: str, name: str, bad: float) -> None:
     "section, name, close, nearest, known",
     [
         ("model", "dtype", "float23", "float32", ("auto", "bfloat16", "float16", "float32")),
+        ("model", "quantization", "nf44", "nf4", ("none", "nf4", "int8", "float8")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
         ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")),
         ("model", "value_on", "policy_trunks", "policy_trunk", ("adapter", "policy_trunk")),

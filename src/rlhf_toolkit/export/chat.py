@@ -25,7 +25,7 @@ from transformers import (
 from rlhf_toolkit.data.chat import plain_ids, render, rendered_ids
 from rlhf_toolkit.data.response_texts import ends_and_padding, response_texts
 from rlhf_toolkit.errors import ModelError, described
-from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.export.folders import adapter_folder, model_folder, trained_quantised
 from rlhf_toolkit.models.adapter_files import read_lora_config
 from rlhf_toolkit.models.loading import require_all_weights
 from rlhf_toolkit.seeding import derive_seed
@@ -217,6 +217,9 @@ def load_chat(
             raise ModelError(
                 f"{label} does not fit {base}: only one of them has {odd[0]}; give the base that it was trained on"
             )
+        note = trained_quantised(place)
+        if note is not None:
+            say(note, out)
         contestants.append(Contestant(label, name))
     return Chat(model.eval(), tokenizer, contestants, out, **options)
 

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.checkpoints import RUN_FILE
-from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described
+from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described, shortened
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file
 from rlhf_toolkit.models.folders import MOST_BYTES, check_model_folder
 from rlhf_toolkit.reporting.seal import require_seal
@@ -70,6 +70,22 @@ def adapter_folder(name: str) -> Path:
                 "give the policy's folder"
             )
     return folder
+
+
+def trained_quantised(adapter: Path) -> str | None:
+    """A line for those who put this adapter on a base of full precision although its run trained it on a quantised
+    one; None where its run did not, or where the adapter lies in no run folder that says so."""
+    for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint too
+        if (folder / RUN_FILE).is_file():
+            model = read_json(folder / RUN_FILE).get("model")
+            kind = str(model.get("quantization", "none")) if isinstance(model, dict) else "none"
+            if kind == "none":
+                return None
+            return (
+                f"{adapter} was trained on its base in {shortened(kind, 20)} and is put on weights of full precision "
+                "here: what the two say differs a little"
+            )
+    return None
 
 
 def read_run(folder: Path) -> FinishedRun:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.data.tokenizers import stop_token_ids
 from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError, described, nearest
-from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.export.folders import adapter_folder, model_folder, trained_quantised
 from rlhf_toolkit.export.lora_weights import LoraWeights, read_lora
 from rlhf_toolkit.export.shards import FLOATING, INDEX, Shard, Stored, read_headers, rewrite
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
@@ -44,7 +44,8 @@ class Merged:
     """What was done: the folder, the adapted layers, the base's files that were left out, and what rounding took.
 
     ``rounding`` is the norm of what rounding changed, over the norm of what the adapter adds, over all adapted layers:
-    at 1 the merged model is as far from the trained one as the base is.
+    at 1 the merged model is as far from the trained one as the base is. ``note`` says where the adapter was trained on
+    the base in fewer bits.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Merged:
     bytes: int
     left_out: list[str] = field(default_factory=list)
     rounding: float = 0.0
+    note: str | None = None
 
 
 def merge(
@@ -79,7 +81,7 @@ def merge(
     adapted = stored_updates(model, weights, shards, adapter=adapter, base=base)
     size = sum(tensor.cast(dtype).bytes for shard in shards.values() for tensor in shard.values())
     first = next(tensor for shard in shards.values() for name, tensor in shard.items() if name in adapted)
-    merged = Merged(out, sorted(weights), dtype or FLOATING[first.dtype], size)
+    merged = Merged(out, sorted(weights), dtype or FLOATING[first.dtype], size, note=trained_quantised(lora))
     with _made_whole(out, size) as folder:
         sums = _Sums(adapted, dtype)
         for file, shard in shards.items():

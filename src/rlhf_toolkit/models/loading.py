@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +21,17 @@ from transformers import (
 )
 
 from rlhf_toolkit.distributed.collectives import agreement
-from rlhf_toolkit.distributed.topology import Topology, sharded_loading
+from rlhf_toolkit.distributed.topology import Topology, shard, sharded_loading, shards_while_loading
 from rlhf_toolkit.errors import DISK_FULL, ModelError, RLHFError, described, shortened
 from rlhf_toolkit.models.adapter_files import read_lora_config, steps
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
+from rlhf_toolkit.models.quantised import Quantisation, require_kernels
+from rlhf_toolkit.models.quantised_loading import QuantisedLoading
 from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
+from rlhf_toolkit.models.stored_nf4 import check_stored, kept_whole, plain_config
 
 REWARD_HEAD = "reward_head.safetensors"
 MOST_PER_BYTE, SMALL = 4, 10**7
@@ -100,28 +104,34 @@ def load_base(
     dtype: torch.dtype,
     attention: str,
     trust_remote_code: bool = False,
+    quantization: str = Quantisation.NONE,
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning, else the whole on
-    its own device."""
+    its own device. With ``quantization`` its linear layers are quantised one by one while it is loaded."""
     if attention == "sdpa" and config_value(config.get_text_config(), "attn_logit_softcapping") is not None:
         raise ModelError(
             f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
         )
     on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
-    kind = ROLE_ATTENTION if ours else attention
+    chosen = ROLE_ATTENTION if ours else attention
+    kind = Quantisation(quantization)
     with agreement("loading"):
         refuse_larger(name, config)
+        stored = check_stored(name, config, kind)
+        if kind != Quantisation.NONE:
+            require_kernels(kind, topology.device)
     try:
-        with loading_weights(name, topology, dtype):
+        with loading_weights(name, topology, dtype, kind):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
-                config=config,
+                config=plain_config(config) if stored else config,
                 dtype=dtype,
-                attn_implementation=kind,
+                attn_implementation=chosen,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **straight_to_device(topology),
+                **quantised_while_loading(topology, kind, kept_whole(config) if stored else None),
             )
     except ModelError as error:
         cause = error.__cause__
@@ -169,16 +179,31 @@ def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
+def quantised_while_loading(
+    topology: Topology, kind: Quantisation, stored_but: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What has ``from_pretrained`` quantise each tensor as it comes, and shard it where ZeRO-3 runs. ``stored_but``:
+    the files have the bytes already, but for these layers."""
+    if kind == Quantisation.NONE:
+        return {}
+    sharding = partial(shard, topology) if shards_while_loading(topology) else None
+    return {"quantization_config": QuantisedLoading(kind, topology.device, sharding, stored_but)}
+
+
 @contextmanager
-def loading_weights(name: str, topology: Topology, dtype: torch.dtype) -> Iterator[None]:
+def loading_weights(
+    name: str, topology: Topology, dtype: torch.dtype, kind: Quantisation = Quantisation.NONE
+) -> Iterator[None]:
     """Around the loading of a model's weights, sharded where ZeRO-3 runs. That is then a collective itself, in which a
     rank cannot tell the others of a failure; so what may be missing on one machine is looked for before. Without shards
     what one rank fails with, all raise."""
-    sharded = topology.launch.zero_stage == 3 and topology.launch.shard_while_loading
+    sharded = shards_while_loading(topology)
     if sharded:
         with agreement("loading"):
             check_weights_are_here(name)
-    with nullcontext() if sharded else agreement("loading"), explained(name), sharded_loading(topology, dtype):
+    # What is quantised its quantiser shards.
+    sharding = sharded_loading(topology, dtype) if kind == Quantisation.NONE else nullcontext()
+    with nullcontext() if sharded else agreement("loading"), explained(name), sharding:
         yield
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,14 @@ from rlhf_toolkit.models.adapter_files import check_adapter_weights
 from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
+from rlhf_toolkit.models.quantised import products_of
 from rlhf_toolkit.models.recurrent import refuse_state, share_read_weights
 from rlhf_toolkit.models.renamed import cache_argument, recompute_layers
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
 from rlhf_toolkit.models.roles import LANGUAGE_ROLES, POLICY, REWARD, SCALAR_ROLES, TRAINED_ROLES, VALUE
 from rlhf_toolkit.models.slot_cache import full_attention_only
-from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
+from rlhf_toolkit.models.targets import is_plain, refuse_layers, refuse_settings, spelt_out
 
 
 class ValueSite(StrEnum):
@@ -86,9 +88,10 @@ class SharedBase(PeftModel):
             refuse_settings(role, config)
         adapters = {role: spelt_out(config, base) for role, config in adapters.items()}
         first, *others = sorted(adapters, key=lambda role: (role != POLICY, role))
-        super().__init__(base, adapters[first], adapter_name=first)
-        for role in others:
-            self.add_adapter(role, adapters[role])
+        with unrounded_starts(base):
+            super().__init__(base, adapters[first], adapter_name=first)
+            for role in others:
+                self.add_adapter(role, adapters[role])
         refuse_layers(base)
         _, hidden_size = full_shape(base.get_output_embeddings().weight)  # OPT-350m's config names a wider one
         self.policy_head = LanguageModelHead(base)
@@ -283,6 +286,24 @@ def _head_weights(role: str, path: str | os.PathLike[str]) -> dict[str, torch.Te
         raise CheckpointError(f"there is no file {path}; it should hold the {role} head that save_pretrained writes")
     check_adapter_weights(Path(path))
     return load_file(path)
+
+
+@contextmanager
+def unrounded_starts(base: nn.Module) -> Iterator[None]:
+    """Inside, PEFT makes adapters in float32 and leaves them so: it would round what it has drawn to the dtype of the
+    base's layer, which leaves A half of its values in bfloat16, and only then widen it."""
+    halves: list[Any] = [
+        module
+        for module in base.modules()
+        if is_plain(module) and products_of(module) in (torch.bfloat16, torch.float16)
+    ]
+    for module in halves:
+        module.compute_dtype = torch.float32  # what PEFT asks a layer for whose weight says nothing
+    try:
+        yield
+    finally:
+        for module in halves:
+            del module.compute_dtype
 
 
 def refuse_architecture(base: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ prefilled in several. Numbers of bytes in, a decision out: nothing here measures
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from rlhf_toolkit.errors import ConfigError
@@ -56,6 +56,7 @@ class RolloutNeeds:
         state_bytes: states of one sequence, once more: in the prefilled cache that enters, or in what a step makes.
         weights_bytes: copies of adapters that decoding makes.
         copied_bytes: copies of weights that decoding makes, in the window only.
+        matrices_bytes: what the matrices of a quantised base take, which the window may keep; 0: it has none to keep.
         role_pass_bytes: a role pass, after sampling and the reward model.
         update_bytes: the update, after the rollout.
         streamed_update_bytes: the same where rollouts stream.
@@ -79,6 +80,7 @@ class RolloutNeeds:
     state_bytes: int = 0
     weights_bytes: int = 0
     copied_bytes: int = 0
+    matrices_bytes: int = 0
     role_pass_bytes: int = 0
     update_bytes: int = 0
     streamed_update_bytes: int = 0
@@ -150,7 +152,8 @@ class RolloutNeeds:
 @dataclass(frozen=True)
 class Placement:
     """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, ``prefill_tokens`` of prompts that enter
-    at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free."""
+    at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free.
+    ``keeps_matrices``: decoding makes those of a quantised base once, and not anew for every token."""
 
     mode: RolloutMode
     slots: int
@@ -160,10 +163,12 @@ class Placement:
     sampling: int = 0
     role_pass: int = 0
     update: int = 0
+    keeps_matrices: bool = False
 
     def description(self) -> str:
         """One line for the start of a run."""
         how = "base gathered once a rollout" if self.mode == WINDOW else "base streamed layer by layer"
+        how += " and dequantised once" if self.keeps_matrices else ""
         phases = f"sampling {_gib(self.sampling)}, role pass {_gib(self.role_pass)}, update {_gib(self.update)}"
         return (
             f"rollout: {how}, {self.slots} slot(s), {self.prefill_tokens} tokens a prefill; {phases} of "
@@ -183,6 +188,9 @@ def place(
         raise ConfigError(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
+    keeps_matrices = mode != STREAM and _keeps_matrices(needs, free, rows, slots)
+    if keeps_matrices:
+        needs = replace(needs, copied_bytes=needs.copied_bytes + needs.matrices_bytes)
     enough = min(rows, slots or ENOUGH_SLOTS)
     fits = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
     chosen = fits if mode == AUTO else RolloutMode(mode)
@@ -205,7 +213,20 @@ def place(
         sampling=needs.sampling(chosen, wanted, prefill, rows),
         role_pass=needs.base(chosen) + needs.after_sampling,
         update=needs.update(chosen),
+        keeps_matrices=keeps_matrices,
     )
+
+
+def _keeps_matrices(needs: RolloutNeeds, free: int, rows: int, slots: int | None) -> bool:
+    """Whether a quantised base becomes matrices once a rollout: where the window then has the slots that are asked for,
+    or enough of them, and not less than half as many. To make them anew for every token takes longer than the products
+    of few rows, which half the slots outweigh."""
+    if not needs.matrices_bytes:
+        return False
+    wanted = min(rows, slots or rows)
+    kept = replace(needs, copied_bytes=needs.copied_bytes + needs.matrices_bytes)
+    most, without = (min(wanted, each.most_slots(WINDOW, free)) for each in (kept, needs))
+    return most >= (wanted if slots else min(wanted, ENOUGH_SLOTS)) and 2 * most >= without
 
 
 def _refuse_update(needs: RolloutNeeds, mode: str, free: int) -> None:

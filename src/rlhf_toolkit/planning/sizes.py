@@ -16,6 +16,7 @@ from math import ceil
 
 FP32 = 4  # bytes of an element
 CHECKSUM_BYTES = 24 * 2**18  # three int64 of each element that the fingerprint looks at together
+QUANTISING = 5  # matrices in the base's dtype that quantising one takes: as read, and twice in fp32
 PASS_WIDTHS = 5  # rows of H that a pass without gradient holds where it is largest, beside 3 of I, in the MLP
 
 
@@ -24,7 +25,8 @@ class ModelSize:
     """A model in numbers.
 
     Bytes: ``base`` all frozen parameters, ``kept`` those of them that ZeRO-3 leaves whole on every rank, ``largest``
-    the largest one, ``adapted`` the weights that have adapters, ``column`` keys and values of one token. Elements:
+    the largest one, ``adapted`` the weights that have adapters, as matrices, ``matrix`` the largest matrix that a
+    quantised layer becomes while it is used, 0 where none is, ``column`` keys and values of one token. Elements:
     ``trained``; ``policy``, those of the policy's adapters; ``low_rank``, what the x A^T of one role have together for
     a token; ``queries`` and ``keys``, a token's in one layer. ``tile``: positions and tokens of a tile of the output
     layer. ``plain``: norms and MLP are transformers' own, which keep more for backward. Where ``recurrent`` layers keep
@@ -54,6 +56,7 @@ class ModelSize:
     state: int = 0
     scratch: int = 0
     scan: int = 0
+    matrix: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def prefetched_bytes(model: ModelSize, how: Sharding) -> int:
 def start_bytes(model: ModelSize, how: Sharding) -> int:
     """The most that a rank holds before the first rollout."""
     trained, own = model.trained * FP32, shard_bytes(model, how)
-    loading = own
+    loading = own + QUANTISING * model.matrix
     if how.sharded:
         copies = 1 if how.on_cpu else 2  # of the matrix being loaded; its new shard comes beside it
         loading += copies * model.largest + model.largest // how.ranks + (model.base if how.on_cpu else 0)
@@ -147,7 +150,7 @@ def start_bytes(model: ModelSize, how: Sharding) -> int:
 
 def pass_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """A role pass without gradient: its activations, or the output layer's tiles."""
-    return max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
+    return model.matrix + max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
 
 
 def _pass(model: ModelSize, how: Sharding, size: PassSize) -> int:
@@ -175,6 +178,7 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: b
     if how.stage == 2:
         share = 0 if how.offloaded else -(-trained // how.ranks)
         gradients = share + how.bucket * FP32 * (2 if how.overlap else 1)
+    gradients += model.matrix  # a layer's at a time, forward and backward
     gathered = live_bytes(model, how)
     ahead = prefetched_bytes(model, how)
     if streamed and gathered == window_bytes(model, how):

@@ -163,8 +163,9 @@ class Sampler:
 
         # Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes.
         agreeing = agreement("sampling") if alone else nullcontext()
-        policy = decoding_weights(shared, POLICY, self.weights)
-        with agreeing, policy, steps_in_place(shared), bare_tensors(self._pace):
+        keep = self.placement is None or self.placement.keeps_matrices
+        weights = decoding_weights(shared, POLICY, self.weights, keep_matrices=keep)
+        with agreeing, weights, steps_in_place(shared), bare_tensors(self._pace):
             if environment is None:
                 rollout = turn(batch, None, 0)
             else:

@@ -19,6 +19,7 @@ from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
+from rlhf_toolkit.models.quantised import QuantisedLinear, matrix_bytes
 from rlhf_toolkit.models.recurrent import layer_memory
 from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.reward_model import BATCH_TOKENS
@@ -143,13 +144,14 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool, state: int = 0)
     frozen = [p for p in shared.parameters() if not p.requires_grad]
     sizes = [(element_count(p), element_count(p) * p.element_size()) for p in frozen]
     adapted = [module for module in shared.modules() if isinstance(module, LoraLinear)]
-    weights: list[Any] = [module.get_base_layer().weight for module in adapted]
+    bases: list[Any] = [module.get_base_layer() for module in adapted]
+    quantised = [module for module in shared.modules() if isinstance(module, QuantisedLinear)]
     recurrence = layer_memory(shared.causal_lm)
     return ModelSize(
         base=sum(size for _, size in sizes),
         kept=sum(size for count, size in sizes if count <= largest_trained),
         largest=max(size for _, size in sizes),
-        adapted=sum(element_count(w) * w.element_size() for w in weights),
+        adapted=sum(map(matrix_bytes, bases)),
         trained=sum(map(element_count, trained)),
         policy=sum(element_count(p) for name, p in shared.named_parameters() if f".{POLICY}." in name),
         low_rank=sum(module.r.get(POLICY, 0) for module in adapted),
@@ -163,6 +165,7 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool, state: int = 0)
         state=state,
         scratch=recurrence.scratch,
         scan=recurrence.kept,
+        matrix=max(map(matrix_bytes, quantised), default=0),
     )
 
 
@@ -267,8 +270,9 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
         prefill_bytes=pass_token_bytes(model, on_device, prefill),
         longest_prompt=size.widest_prompt,
         state_bytes=model.state,
-        weights_bytes=0 if weights == MERGED else model.policy * model.element,
+        weights_bytes=(0 if weights == MERGED else model.policy * model.element) + model.matrix,
         copied_bytes=copied_bytes(model, how, weights),
+        matrices_bytes=model.adapted if model.matrix and weights != MERGED else 0,
         role_pass_bytes=pass_bytes(model, how, role_pass),
         update_bytes=update_bytes(model, how, update) if trains else 0,
         streamed_update_bytes=update_bytes(model, how, update, streamed=True) if trains else 0,
@@ -284,6 +288,7 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
 
 def copied_bytes(model: ModelSize, how: Sharding, weights: str) -> int:
     """Copies that decoding makes of the adapted weights where they lie here (``models/decoding_weights.py``): merged
-    or, in bfloat16 on a CPU, in its kernel's order."""
-    copied = weights == MERGED or (how.on_cpu and model.element == torch.bfloat16.itemsize)
+    or, in bfloat16 on a CPU, in its kernel's order. Quantised ones are copied where there is room (``place``)."""
+    ordered = how.on_cpu and model.element == torch.bfloat16.itemsize and not model.matrix
+    copied = weights == MERGED or ordered
     return model.adapted if copied else 0

@@ -36,6 +36,7 @@ from rlhf_toolkit.settings.knobs import (
 MODES = ("auto", "window", "stream")
 KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTISATIONS = ("none", "nf4", "int8", "float8")
 AUTO = "auto"
 VALUE_SITES = ("adapter", "policy_trunk")
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
@@ -65,6 +66,12 @@ class ModelConfig(Section):
         "of the frozen base, whose adapters and heads are float32; with sft.full of the products of float32 weights; "
         "auto: bfloat16 where the device computes it, else float32",
         choices=(AUTO, *DTYPES),
+    )
+    quantization: str = knob(
+        "none",
+        "how the base's linear layers are stored, for all roles: nf4 takes 4.5 bits a weight, int8 and float8 8; "
+        "embeddings, norms, output layer and routers stay in model.dtype",
+        choices=QUANTISATIONS,
     )
     attention: str = knob("sdpa", "transformers' attn_implementation: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = knob(False, "run model code from the hub")
