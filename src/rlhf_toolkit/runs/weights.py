@@ -26,6 +26,7 @@ def load_adapted_base(
         dtype=getattr(torch, model.dtype),
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
     )
     for setting in ("target_modules", "exclude_modules"):
         refuse_unknown(base, f"model.{setting}", getattr(model, setting))
@@ -35,6 +36,7 @@ def load_adapted_base(
         rslora=model.rslora,
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
+        revision=model.revision,
     )
     return base, adapter
 

@@ -47,6 +47,12 @@ FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
 ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1)
 NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
 NOT_EMPTY = Rule("name a layer", bool)
+TOKENS = Rule("name one token or more", lambda value: bool(value) and all(value))
+TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
+TEMPLATE = Rule(
+    f"be true, false, or a file of Jinja, whose name ends in {', '.join(TEMPLATE_ENDINGS)}",
+    lambda value: isinstance(value, bool) or value.endswith(TEMPLATE_ENDINGS),
+)
 
 
 def knob(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
