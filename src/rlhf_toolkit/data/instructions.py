@@ -175,6 +175,14 @@ def _shape(rows: Rows) -> tuple[str, ...]:
     raise unknown_columns(columns, UNDERSTOOD)
 
 
+def is_example_shape(rows: Rows) -> bool:
+    """Whether the columns of ``rows`` are those of examples, not of prompts alone."""
+    try:
+        return bool(_shape(rows))
+    except DataError:
+        return False
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Turns a row into token ids and the spans that are trained on, or into None where its response is empty."""
