@@ -71,6 +71,10 @@ def merge(options: Options) -> None:
     trust = options.trust_remote_code
     merged = merge(options.base, options.adapter, options.out, dtype=dtype, trust_remote_code=trust)
     word = str(merged.dtype).removeprefix("torch.")
+    if merged.base != options.base:
+        say(f"the base is {merged.base}: the adapter names that revision")
+    if merged.own_tokenizer:
+        say("tokenizer, chat template and stop tokens are those beside the adapter")
     say(f"{merged.folder}: {len(merged.layers)} layers merged, {merged.bytes / 2**30:.2f} GiB in {word}")
     say(f"rounding to {word} changed {merged.rounding:.2%} of what the adapter adds")
     if merged.note:
@@ -79,7 +83,7 @@ def merge(options: Options) -> None:
         say(f"not copied from the base: {', '.join(merged.left_out)}")
     if options.verify:
         found = verify(
-            options.base,
+            merged.base,
             options.adapter,
             merged.folder,
             dtype=merged.dtype,
@@ -150,30 +154,9 @@ def inspect(options: Options) -> None:
 
 def show_data(options: Options) -> None:
     """Print rows of training data token by token."""
-    import logging
+    from rlhf_toolkit.runs.shown_rows import asked, shown_rows
 
-    import datasets
-
-    from rlhf_toolkit.data.instructions import tokenise_examples
-    from rlhf_toolkit.data.preferences import tokenise_pairs
-    from rlhf_toolkit.data.preview import preview
-    from rlhf_toolkit.data.prompts import load_rows
-    from rlhf_toolkit.data.tokenizers import stop_token_ids
-    from rlhf_toolkit.models.loading import generation_eos_of, load_model_config, load_tokenizer
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too
-    tokenizer, config = load_tokenizer(options.model), load_model_config(options.model)
-    read = tokenise_examples if options.kind == "examples" else tokenise_pairs
-    found = read(
-        load_rows(options.source, options.split, streaming=options.streaming, max_rows=options.max_rows),
-        tokenizer,
-        max_tokens=options.max_tokens,
-        system_prompt=options.system_prompt,
-        chat_template=not options.no_chat_template,
-        stop_ids=stop_token_ids(tokenizer, generation_eos_of(options.model, config), stop_strings=()),
-    )
-    say(preview(found, tokenizer, options.count))
+    say(shown_rows(asked(vars(options))))
 
 
 # ---- their words -----------------------------------------------------------------------------------------------------
@@ -222,7 +205,7 @@ def _number(text: str, least: float, most: float) -> float:
 
 DTYPES = ("bfloat16", "float16", "float32")
 RUN = Argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
-BASE = Argument("base", help="hub name or folder of the base model")
+BASE = Argument("base", help="hub name, NAME@REVISION or folder of the base model")
 TRUST = Argument("--trust-remote-code", action="store_true", help="run model code from the hub")
 FILTERS = (
     Argument("--top-k", type=_at_least_1, default=0, metavar="K", help="draw from the K likeliest tokens"),
@@ -306,9 +289,9 @@ DATA_COMMANDS = (
         show_data,
         (
             Argument("source", metavar="SOURCE", help="a hub dataset, or a json, jsonl, csv or parquet file"),
-            Argument("--model", required=True, help="hub name or folder, for its tokenizer"),
+            Argument("--model", required=True, help="hub name, NAME@REVISION or folder, for its tokenizer"),
             Argument(
-                "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
+                "--as", dest="kind", choices=("examples", "pairs", "prompts"), help="without it, as their columns say"
             ),
             Argument("--split", default="train", help="default: %(default)s"),
             Argument("--streaming", action="store_true", help="read rows while they are tokenised, store none"),
@@ -316,7 +299,18 @@ DATA_COMMANDS = (
             Argument("--count", type=int, default=3, help="rows to print; default: %(default)s"),
             Argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s"),
             Argument("--no-chat-template", action="store_true", help="take strings as they stand"),
-            Argument("--system-prompt", help="system message before string prompts"),
+            Argument("--chat-template", metavar="FILE", help="render with this file of Jinja"),
+            Argument(
+                "--template-value",
+                action="append",
+                default=[],
+                metavar="NAME=VALUE",
+                help="what the template reads, such as enable_thinking=false",
+            ),
+            Argument("--eos-token", action="append", default=[], metavar="TOKEN", help="as model.eos_token"),
+            Argument("--column", default="prompt", help="of prompts; default: %(default)s"),
+            Argument("--turns", choices=("all", "last"), default="all", help="as sft.turns; default: %(default)s"),
+            Argument("--system-prompt", help="system message of conversations that bring none"),
         ),
     ),
 )

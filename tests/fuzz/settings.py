@@ -34,6 +34,8 @@ ONE_IN = 3
 WITHOUT_TRACE = {
     "model.lora_dropout": "it has one legal value",
     "reward.model_weight": "there is no reward model",
+    "reward.model_revision": "there is no reward model",
+    "model.revision": "the model is local",
     "alarms.stop": "two updates may cause no alarm",
     "run.most_not_finite": "all numbers are finite",
     "model.trust_remote_code": "the model is local and brings no code",

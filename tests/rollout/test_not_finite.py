@@ -115,7 +115,10 @@ FAILURES = {
         "compose.Rewards.submit = fail(ValueError('no such queue'))",
         "sampling: ValueError: no",
     ),
-    "a file that one machine lacks": ("task.load_tokenizer = fail(DataError('no such file'))", "loading: no such file"),
+    "a file that one machine lacks": (
+        "task.load_tokenizer_of = fail(DataError('no such file'))",
+        "loading: no such file",
+    ),
     "a prompt file that one machine lacks": ("task.load_rows = fail(DataError('no rows'))", "loading: no rows"),
     "a text too long for the reward model": (
         "reward_model.RewardModel.check_prompts = lambda *given: None; "  # else the start would find it

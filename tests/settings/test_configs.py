@@ -75,6 +75,8 @@ def line_of(caught: pytest.ExceptionInfo[ConfigError]) -> str:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "name": "m",
+        "revision": None,
+        "eos_token": None,
         "dtype": "auto",
         "quantization": "none",
         "attention": "sdpa",
@@ -113,6 +115,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "adapter": None,
         "adapter_weight": 1.0,
         "model": None,
+        "model_revision": None,
         "model_weight": 1.0,
         "missing_eos_penalty": 0.0,
         "overlong_buffer": 0,

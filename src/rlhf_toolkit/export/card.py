@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
 from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path, readable
+from rlhf_toolkit.export.own_tokenizer import tokenizer_files
 from rlhf_toolkit.files import write_text
 from rlhf_toolkit.reporting.run_log import Record, read_records
 from rlhf_toolkit.secrets import masked
@@ -107,9 +108,9 @@ model = AutoModelForCausalLM.from_pretrained({place}, subfolder={adapter}, dtype
 tokenizer = AutoTokenizer.from_pretrained({place}, subfolder={adapter})"""
 LOAD_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer{more}
 
-base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{dtype}{bits})
+base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype=torch.{dtype}{bits})
 model = PeftModel.from_pretrained(base, {place}, subfolder={adapter})
-tokenizer = AutoTokenizer.from_pretrained({base})"""
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
 NF4 = """, quantization_config=BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{dtype}
 )"""
@@ -216,7 +217,11 @@ class _Card:
         imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
         kind = str(settings["model"].get("quantization", "none"))  # a run from before that setting has none
         words |= {"more": ", BitsAndBytesConfig", "bits": NF4.format(**words)} if kind == "nf4" else NOTHING_MORE
-        lines = [*imports, LOAD_ADAPTER.format(adapter=_code(adapter), **words)]
+        revision = settings["model"].get("revision")
+        at = "" if revision is None else f", revision={_code(revision)}"
+        beside = tokenizer_files(self.run.folder / adapter)  # another than the base's
+        tokenizer = f"{words['place']}, subfolder={_code(adapter)}" if beside else f"{words['base']}{at}"
+        lines = [*imports, LOAD_ADAPTER.format(adapter=_code(adapter), revision=at, tokenizer=tokenizer, **words)]
         if scores:
             file = f"{adapter}/{REWARD_HEAD}"
             head = f"hf_hub_download({_code(place)}, {_code(file)})" if self.repo else _code(f"{place}/{file}")

@@ -24,10 +24,12 @@ from transformers import (
 
 from rlhf_toolkit.data.chat import plain_ids, render, rendered_ids
 from rlhf_toolkit.data.response_texts import ends_and_padding, response_texts
+from rlhf_toolkit.data.tokenizers import stop_token_ids
 from rlhf_toolkit.errors import ModelError, described
-from rlhf_toolkit.export.folders import adapter_folder, model_folder, trained_quantised
+from rlhf_toolkit.export.folders import adapter_folder, base_name, model_folder, trained_quantised
+from rlhf_toolkit.export.own_tokenizer import own_tokenizer
 from rlhf_toolkit.models.adapter_files import read_lora_config
-from rlhf_toolkit.models.loading import require_all_weights
+from rlhf_toolkit.models.loading import generation_eos_of, require_all_weights
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.texts import WORDS, printable, say
 
@@ -37,13 +39,16 @@ COMMANDS = "/reset  /system TEXT  /temperature NUMBER (0: the likeliest token)  
 
 @dataclass
 class Contestant:
-    """Who answers: a label, PEFT's name of the adapter (None: the base) and the conversation so far.
+    """Who answers: a label, PEFT's name of the adapter (None: the base), the tokenizer, what ends an answer, and the
+    conversation so far.
 
     ``messages`` are those of a chat template; ``text`` is everything said, where there is none.
     """
 
     label: str
     adapter: str | None
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
     messages: list[dict[str, str]] = field(default_factory=list)
     text: str = ""
 
@@ -59,7 +64,6 @@ class Chat:
     """
 
     model: Any  # PreTrainedModel, or PeftModel around it
-    tokenizer: PreTrainedTokenizerBase
     contestants: list[Contestant]
     out: TextIO
     max_new_tokens: int = 256
@@ -92,7 +96,7 @@ class Chat:
         argument = argument.strip()
         if name == "/reset":
             self._reset()
-        elif name == "/system" and not self.tokenizer.chat_template:
+        elif name == "/system" and not all(each.tokenizer.chat_template for each in self.contestants):
             self._say("the tokenizer has no chat template, so there is no system message; say it in a line")
         elif name == "/system":
             self.system = argument
@@ -132,16 +136,18 @@ class Chat:
         if self.repetition_penalty is not None:
             sampling["repetition_penalty"] = self.repetition_penalty
         if self.model.generation_config.pad_token_id is None:  # nothing is padded; generate only wants to be told
-            sampling["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        stream = _Stream(self.tokenizer, self.out, self.left_out)
+            sampling["pad_token_id"] = contestant.tokenizer.pad_token_id or contestant.tokenizer.eos_token_id or 0
+        if contestant.stop_ids:  # training ends a response at each of them, the model's own config may name fewer
+            sampling["eos_token_id"] = list(contestant.stop_ids)
+        stream = _Stream(contestant.tokenizer, self.out, self._left_out(contestant))
         torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
         with self._explained(contestant), speaking(self.model, contestant.adapter):
             tokens = self.model.generate(
                 input_ids=ids, attention_mask=mask, streamer=stream, max_new_tokens=self.max_new_tokens, **sampling
             )
-        answer = self._text(tokens[0, length:])
+        answer = self._text(contestant, tokens[0, length:])
         contestant.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        contestant.text = self._text(tokens[0]) + "\n"
+        contestant.text = self._text(contestant, tokens[0]) + "\n"
 
     @contextmanager
     def _explained(self, contestant: Contestant) -> Iterator[None]:
@@ -154,27 +160,23 @@ class Chat:
                 "generation_config.json"
             ) from error
 
-    @property
-    def left_out(self) -> frozenset[int] | None:
+    def _left_out(self, contestant: Contestant) -> frozenset[int] | None:
         """The ids that no answer's text has; None: the tokenizer's special tokens."""
-        if not self.keep_special_tokens:
-            return None
-        ends = self.model.generation_config.eos_token_id
-        named = ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
-        return ends_and_padding(self.tokenizer, [end for end in named if end is not None])
+        return ends_and_padding(contestant.tokenizer, contestant.stop_ids) if self.keep_special_tokens else None
 
-    def _text(self, tokens: Tensor) -> str:
-        return response_texts([tokens.tolist()], self.tokenizer, self.left_out)[0]
+    def _text(self, contestant: Contestant, tokens: Tensor) -> str:
+        return response_texts([tokens.tolist()], contestant.tokenizer, self._left_out(contestant))[0]
 
     def prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
         """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
-        if self.tokenizer.chat_template:
+        tokenizer = contestant.tokenizer
+        if tokenizer.chat_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
             messages = [*system, *contestant.messages, {"role": "user", "content": text}]
-            whole = render(messages, self.tokenizer, index=self.turn, add_generation_prompt=True)
-            ids = rendered_ids(whole, self.tokenizer)
+            whole = render(messages, tokenizer, index=self.turn, add_generation_prompt=True)
+            ids = rendered_ids(whole, tokenizer)
         else:
-            ids = plain_ids(contestant.text + text, self.tokenizer)
+            ids = plain_ids(contestant.text + text, tokenizer)
         tokens = torch.tensor([ids], device=self.model.device)
         return tokens, torch.ones_like(tokens)
 
@@ -187,9 +189,12 @@ def load_chat(
 ) -> Chat:
     """Load the base once and every adapter on it; ``options`` go to Chat.
 
-    Without ``dtype`` the base has the one it is stored in. Raises ModelError where something does not fit.
+    Without ``dtype`` the base has the one it is stored in. A base of the hub is of the revision that the adapters name;
+    an adapter speaks with the tokenizer that lies beside it, if one does. Raises ModelError where something does not
+    fit.
     """
-    folder, folders = model_folder(base), [adapter_folder(adapter) for adapter in adapters]
+    folders = [adapter_folder(adapter) for adapter in adapters]
+    folder = model_folder(base_name(base, folders))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -201,7 +206,8 @@ def load_chat(
     except Exception as error:  # its files may hold anything
         raise ModelError(f"{base} does not load as a causal language model ({described(error)}); check it") from error
     require_all_weights(base, found)
-    contestants = [Contestant(BASE, None)]
+    named = generation_eos_of(str(folder), model.config)
+    contestants = [Contestant(BASE, None, tokenizer, _stops(tokenizer, named))]
     for number, (label, place) in enumerate(zip(adapters, folders, strict=True)):
         name = f"adapter_{number}"
         try:
@@ -220,8 +226,16 @@ def load_chat(
         note = trained_quantised(place)
         if note is not None:
             say(note, out)
-        contestants.append(Contestant(label, name))
-    return Chat(model.eval(), tokenizer, contestants, out, **options)
+        own, also = own_tokenizer(place, model.config, trust_remote_code=trust_remote_code)
+        contestants.append(Contestant(label, name, own or tokenizer, _stops(own or tokenizer, named, also)))
+    return Chat(model.eval(), contestants, out, **options)
+
+
+def _stops(
+    tokenizer: PreTrainedTokenizerBase, named: int | list[int] | None, also: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """What ends an answer; nothing does where nobody names a token."""
+    return stop_token_ids(tokenizer, named, also=also, stop_strings=("",))
 
 
 @contextmanager

@@ -133,6 +133,7 @@ def make_model_rewards(setup: Setup, cutting: Cutting) -> list[ModelReward]:
             setup.topology,
             dtype=getattr(torch, model.dtype),
             trust_remote_code=model.trust_remote_code,
+            revision=reward.model_revision,
         )
         with agreement("loading"):
             loaded.check_prompts((*setup.task.prompts, *setup.task.held_out))

@@ -30,6 +30,7 @@ def load_adapted_base(
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
         quantization=model.quantization,
+        revision=model.revision,
     )
     if model.quantization != Quantisation.NONE:
         stored = stored_bytes(base)
@@ -42,6 +43,7 @@ def load_adapted_base(
         rslora=model.rslora,
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
+        revision=model.revision,
     )
     return base, adapter
 

@@ -27,6 +27,8 @@ from rlhf_toolkit.settings.knobs import (
     NOT_EMPTY,
     NOT_NEGATIVE,
     PENALTY,
+    TEMPLATE,
+    TOKENS,
     WITHIN_0_AND_1,
     WORDS_TO_AVOID,
     Section,
@@ -52,6 +54,8 @@ SCHEDULES = (
 )
 """Those of transformers' ``SchedulerType`` that need nothing but a number of steps."""
 STREAMING = "read rows while they are tokenised; the source is never stored as a whole"
+REVISION = "branch, tag or commit of a model of the hub; none: its main branch"
+WHICH_TEMPLATE = "the tokenizer's chat template, or in that of a file of Jinja"
 TEMPLATE_VALUES = "values that the chat template reads, such as enable_thinking; a row's own come after these"
 MAX_ROWS = "only so many rows are read, the first ones, of train and of evaluation each; none: all"
 
@@ -61,6 +65,10 @@ class ModelConfig(Section):
     """The frozen base and the adapters on it."""
 
     name: str = knob("", "hub name or local folder of a decoder-only model")
+    revision: str | None = knob(None, REVISION)
+    eos_token: str | list[str] | None = knob(
+        None, "the token that ends a response in place of the tokenizer's own, or that and others that do", TOKENS
+    )
     dtype: str = knob(
         AUTO,
         "of the frozen base, whose adapters and heads are float32; with sft.full of the products of float32 weights; "
@@ -114,7 +122,7 @@ class DataConfig(Section):
     streaming: bool = knob(False, STREAMING)
     max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     prompt_column: str = knob("prompt", "column of strings or lists of chat messages; other columns go to the reward")
-    chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
+    chat_template: bool | str = knob(True, f"wrap string prompts as one user message in {WHICH_TEMPLATE}", TEMPLATE)
     system_prompt: str | None = knob(None, "system message of conversations that bring none; needs the chat template")
     chat_template_kwargs: dict[str, Any] = knob({}, TEMPLATE_VALUES)
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
@@ -145,6 +153,7 @@ class RewardConfig(Section):
     adapter: str | None = knob(None, "folder of a reward adapter on the shared base, whose score is added")
     adapter_weight: float = knob(1.0, "its weight")
     model: str | None = knob(None, "hub name or folder of a reward model with its own tokenizer, whose score is added")
+    model_revision: str | None = knob(None, REVISION)
     model_weight: float = knob(1.0, "its weight")
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that was cut off", NOT_NEGATIVE)
     overlong_buffer: int = knob(0, "tokens before the budget where DAPO's soft penalty begins; 0: off", NOT_NEGATIVE)

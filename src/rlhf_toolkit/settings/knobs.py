@@ -65,6 +65,12 @@ BIASES = Rule(
 )
 PENALTY = Rule("be from 0.01 to 100", lambda value: 0.01 <= value <= 100)
 WORDS_TO_AVOID = Rule("hold texts with more than white space", lambda value: all(text.strip() for text in value))
+TOKENS = Rule("name one token or more", lambda value: bool(value) and all(value))
+TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
+TEMPLATE = Rule(
+    f"be true, false, or a file of Jinja, whose name ends in {', '.join(TEMPLATE_ENDINGS)}",
+    lambda value: isinstance(value, bool) or value.endswith(TEMPLATE_ENDINGS),
+)
 
 
 def knob(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:

@@ -28,6 +28,7 @@ from rlhf_toolkit.distributed.moments import (
 )
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
+from rlhf_toolkit.models.roles import POLICY, REWARD
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
@@ -67,6 +68,7 @@ class RoleTrainer(Trainer):
     that of kept batches; ``most_left_out`` updates in a row may be left out, since their numbers are not finite.
     """
 
+    # ``beside_adapters`` writes what belongs beside the weights of a policy or a reward, into its folder.
     loss_is_scaled_for_ga = True
     model: SharedBase | WholeModel
 
@@ -87,6 +89,7 @@ class RoleTrainer(Trainer):
         self.resumed: Checkpoint | None = None
         self.best: tuple[int, float] | None = None
         self.first_gradients = FirstGradients()
+        self.beside_adapters: Callable[[Path], None] | None = None
         self._settled: Settled | None = None
         self._about: Mapping[str, Any] = {}
         self.update_retries, self._logged_retries = 0, 0
@@ -274,6 +277,9 @@ class RoleTrainer(Trainer):
         buffers = self.model.kept_constants() if isinstance(self.model, WholeModel) else {}
         with filling:
             self.model.save_pretrained(folder, state_dict={**buffers, **weights.put_together()})
+            for place in (folder / role for role in (POLICY, REWARD)):
+                if self.beside_adapters is not None and place.is_dir():
+                    self.beside_adapters(place)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write roles and tokenizer to the run folder, or to ``output_dir``. A collective. Trainer's own way adds its
