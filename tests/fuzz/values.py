@@ -251,7 +251,7 @@ def mistake(setting: Field[Any], hint: Any, random: random.Random) -> Any:
     """A value that no setting of this type and rule may have; the run must be refused."""
     kinds, rule = kinds_of(hint), setting.metadata["rule"]
     choices: list[Any] = [value for value in MISTAKEN_FOR if _never_fits(value, kinds)]
-    if rule is not None:
+    if rule is not None and {int, float} & {*kinds}:
         numbers = (-1, 0, 1, 2, 0.5, -SMALLEST, 1e9)
         choices += [each for each in numbers if not rule.holds(each) and (isinstance(each, int) or float in kinds)]
     if setting.metadata["choices"]:

@@ -28,7 +28,7 @@ from rlhf_toolkit.distributed.moments import (
 )
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
-from rlhf_toolkit.models.roles import POLICY, REWARD
+from rlhf_toolkit.models.roles import ROLES_OF_THEIR_OWN
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
@@ -277,7 +277,7 @@ class RoleTrainer(Trainer):
         buffers = self.model.kept_constants() if isinstance(self.model, WholeModel) else {}
         with filling:
             self.model.save_pretrained(folder, state_dict={**buffers, **weights.put_together()})
-            for place in (folder / role for role in (POLICY, REWARD)):
+            for place in (folder / role for role in ROLES_OF_THEIR_OWN):
                 if self.beside_adapters is not None and place.is_dir():
                     self.beside_adapters(place)
 
