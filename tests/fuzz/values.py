@@ -247,6 +247,13 @@ def border(name: str, hint: Any, random: random.Random) -> Any:
     return 1 if too_much else value
 
 
+BROKEN_RULES: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({"x": 1.0}, {"5": 101.0}, {"05": 1.0}, {"5": "1"}, {"-1": 0.0}),
+    "bad_words": ([" "], ["w3", ""]),
+}
+"""Values of lists and dicts that have the type and break the rule."""
+
+
 def mistake(setting: Field[Any], hint: Any, random: random.Random) -> Any:
     """A value that no setting of this type and rule may have; the run must be refused."""
     kinds, rule = kinds_of(hint), setting.metadata["rule"]
@@ -256,6 +263,7 @@ def mistake(setting: Field[Any], hint: Any, random: random.Random) -> Any:
         choices += [each for each in numbers if not rule.holds(each) and (isinstance(each, int) or float in kinds)]
     if setting.metadata["choices"]:
         choices += [setting.metadata["choices"][0].upper() + "x", ""]
+    choices += BROKEN_RULES.get(setting.name, ())
     return random.choice(choices)
 
 
