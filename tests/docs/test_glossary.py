@@ -20,6 +20,7 @@ WORD = re.compile(r"\w+(?:[ _-]\w+)*")
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "query": {
         "models/attention.py models/segment_attention.py models/slot_cache.py": "attention's query, key and value",
+        "models/state_steps.py": "those of linear attention, by the names that transformers gives them",
     },
     "v": {"models/segment_attention.py": "the same three, as in the equation"},
     "buffer": {
@@ -40,6 +41,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "batch row": {"settings/experiment.py": "rows of a mini-batch"},
     "beta": {
         "algorithms/policy_losses.py": "DRO's constant, under the paper's name",
+        "models/state_steps.py": "the delta rule's step size, by the name that transformers gives it",
         "algorithms/preference_losses.py settings/supervised.py trainers/objectives.py": "DPO's, a setting",
     },
     "eps": {"models/fused.py": "a norm's epsilon, under the name that transformers gives it"},
