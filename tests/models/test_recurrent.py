@@ -54,7 +54,7 @@ def test_long_prompts_in_two_slots_are_what_each_is_alone() -> None:
     shared = tiny_shared(strong()).eval()
     policy = plain_peft(shared, "policy", strong())
     batch = PromptBatch(tuple(prompts()), (0,) * len(LENGTHS))
-    sampling, budgets = Sampling(max_new_tokens=8, stop_ids=(), pad_id=1, greedy=True), [8, 3, 2, 8, 3, 8]
+    sampling, budgets = Sampling(max_new_tokens=8, stop_ids=(), pad_id=1, greedy=True), [2, 8, 2, 2, 2, 2]
     with torch.no_grad(), steps_in_place(shared):
         found = decode(shared, tiny_tokenizer(), batch, sampling, stream=(), slots=2, budgets=budgets)
     for row, (prompt, budget) in enumerate(zip(prompts(), budgets, strict=True)):
