@@ -37,8 +37,8 @@ class ConstantRewards:
     def _why(self) -> str:
         if not self._finished:
             return (
-                "no response has come to its end: raise rollout.max_new_tokens, and look at the stop tokens that the run "
-                "named at its start"
+                "no response has come to its end: raise rollout.max_new_tokens, and look at the stop tokens that the "
+                "run named at its start"
             )
         return (
             "likeliest it looks for what is never there (a format that the prompt has begun already, special tokens, "
