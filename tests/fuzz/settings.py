@@ -48,6 +48,7 @@ WITHOUT_TRACE = {
     "rollout.slots": "results do not depend on it",
     "rollout.max_turns": "three tokens rarely leave room for a second turn",
     "update.packing": "rounding alone",
+    "update.optimizer": "the tiny adapters are too small for 8 bits, which leaves rounding",
     "model.attention": "rounding alone",
 }
 """Settings that two updates on one process may not show, and why."""

@@ -29,6 +29,7 @@ from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, V
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 
 REWARD_HEAD = "reward_head.safetensors"
+PEFTS_START = "kaiming"  # which PEFT calls True
 MOST_PER_BYTE, SMALL = 4, 10**7
 """Numbers that one byte of a file may hold, which quantised ones come to, and how many more a matrix may have."""
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
@@ -166,16 +167,23 @@ def straight_to_device(topology: Topology) -> dict[str, Any]:
 
 
 def lora_config(
-    *, rank: int, alpha: int, rslora: bool, target_modules: str | Sequence[str], exclude_modules: Sequence[str]
+    *,
+    rank: int,
+    alpha: int,
+    rslora: bool,
+    target_modules: str | Sequence[str],
+    exclude_modules: Sequence[str],
+    start: str = PEFTS_START,
 ) -> LoraConfig:
-    """PEFT's settings for one role. ``all-linear`` is spelt out by ``targets.spelt_out``. Raises ModelError for a
-    pattern that might take long to match."""
+    """PEFT's settings for one role, whose A starts as ``start`` says. ``all-linear`` is spelt out by
+    ``targets.spelt_out``. Raises ModelError for a pattern that might take long to match."""
     if isinstance(target_modules, str):
         steps("the experiment", "model.target_modules", target_modules)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
+        init_lora_weights=True if start == PEFTS_START else cast(Any, start),
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         exclude_modules=list(exclude_modules) or None,
         lora_dropout=0.0,

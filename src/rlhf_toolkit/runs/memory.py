@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf_toolkit.rollout.sizes import RolloutSize
 from rlhf_toolkit.runs.algorithm import Algorithm
 from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.trainers.optimizers import EIGHT_BIT
 
 
 def rollout_size(
@@ -42,6 +43,7 @@ def rollout_size(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
+        eight_bit=experiment.update.optimizer in EIGHT_BIT,
     )
 
 

@@ -35,6 +35,7 @@ def load_adapted_base(
         rslora=model.rslora,
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
+        start=model.init_lora_weights,
     )
     return base, adapter
 
