@@ -219,8 +219,8 @@ def sharding(
     size: ModelSize, *, ranks: int, stage: int, on_cpu: bool, offloaded: bool = False, eight_bit: bool = False
 ) -> Sharding:
     """How the run shares a model of this size, with the settings that DeepSpeed gets (``deepspeed_settings``).
-    ``offloaded``: the optimizer lies in the machine's memory, which on a CPU is the same memory. ``eight_bit``: it keeps
-    its moments in 8 bits."""
+    ``offloaded``: the optimizer lies in the machine's memory, which on a CPU is the same memory. ``eight_bit``: it
+    keeps its moments in 8 bits."""
     return Sharding(
         ranks,
         stage,
