@@ -20,7 +20,7 @@ from rlhf_toolkit.errors import ModelError, nearest, shortened
 ALL_LINEAR = "all-linear"
 SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same product in their own words
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # PiSSA, OLoRA and the like change the base
 
 
 def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -105,7 +105,8 @@ def refuse_layers(base: PreTrainedModel) -> None:
         if isinstance(module, LoraLinear):
             if module.lora_variant or any(module.lora_bias.values()):
                 raise ModelError(
-                    f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
+                    f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants "
+                    "(DoRA would keep six times as much for backward: docs/fine_tuning.md)"
                 )
             if any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values()):
                 raise ModelError(

@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers.training_args import OptimizerNames
 
 from rlhf_toolkit.errors import ConfigError, described
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -49,11 +48,12 @@ def named_groups(
 ) -> list[dict[str, Any]]:
     """The optimizer's groups in the order of ``parameter_groups``, each with its rate and its name. With a ratio other
     than 1 a group's matrices B follow as a group of their own, named ``<name>.B``, at that multiple of its rate."""
-    of_b = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    named = model.named_parameters() if loraplus_lr_ratio != 1 else ()
+    of_b = {id(parameter) for name, parameter in named if ".lora_B." in name}
     groups = []
     for name, parameters in model.parameter_groups().items():
-        apart = [p for p in parameters if loraplus_lr_ratio != 1 and id(p) in of_b]
-        rest = [p for p in parameters if loraplus_lr_ratio == 1 or id(p) not in of_b]
+        apart = [p for p in parameters if id(p) in of_b]
+        rest = [p for p in parameters if id(p) not in of_b]
         groups.append({"params": rest, "lr": rates[name], "name": name})
         if apart:
             groups.append({"params": apart, "lr": loraplus_lr_ratio * rates[name], "name": f"{name}{OF_B}"})
@@ -61,8 +61,10 @@ def named_groups(
 
 
 def make_adamw(name: str, groups: list[dict[str, Any]], **constants: Any) -> torch.optim.Optimizer:
-    """The AdamW that ``name`` means (``OptimizerNames``), with ``constants``: betas, eps and weight_decay."""
-    eight_bit = EIGHT_BIT.get(OptimizerNames(name).value)
+    """The AdamW that ``name`` means, ``update.optimizer`` or transformers' enum of it, with ``constants``: betas, eps
+    and weight_decay."""
+    # An enum that equals a text need not have its hash.
+    eight_bit = next((theirs for ours, theirs in EIGHT_BIT.items() if ours == name), None)
     if eight_bit is None:
         return torch.optim.AdamW(groups, **constants)
     kind: type[torch.optim.Optimizer] = getattr(import_module("bitsandbytes.optim"), eight_bit)
