@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BLOCK = 256
+PER_MAGNITUDE = 256
 NUMBERS = {"exp_avg": "1", "exp_avg_sq": "2"}
 """bitsandbytes' names of the moments end with these."""
 
@@ -43,7 +43,7 @@ def elements(state: dict[str, Any], moment: str, offset: int, length: int) -> Te
     if part.dtype != torch.uint8:
         return part
     scale = magnitudes(state, moment)
-    blocks = torch.arange(offset, offset + length, device=scale.device) // BLOCK
+    blocks = torch.arange(offset, offset + length, device=scale.device) // PER_MAGNITUDE
     codes = part.to(scale.device).int()  # pages count as memory of the CPU
     return state[f"qmap{NUMBERS[moment]}"].to(scale.device)[codes] * scale[blocks]
 
@@ -52,9 +52,9 @@ def write_elements(state: dict[str, Any], moment: str, values: Tensor, scale: Te
     """Make all of a moment that is kept in 8 bits ``values`` (n,), in blocks of the magnitudes ``scale`` (blocks,):
     exact for what ``elements`` gave. Without it each block is cut anew, by its largest element."""
     if scale is None:
-        padded = torch.nn.functional.pad(values.abs(), (0, -len(values) % BLOCK))
-        scale = padded.view(-1, BLOCK).amax(dim=1)
-    each = scale.to(values.device).repeat_interleave(BLOCK)[: len(values)]
+        padded = torch.nn.functional.pad(values.abs(), (0, -len(values) % PER_MAGNITUDE))
+        scale = padded.view(-1, PER_MAGNITUDE).amax(dim=1)
+    each = scale.to(values.device).repeat_interleave(PER_MAGNITUDE)[: len(values)]
     book = state[f"qmap{NUMBERS[moment]}"].to(values.device)
     between = (book[1:] + book[:-1]) / 2
     codes = torch.bucketize(torch.where(each > 0, values / each, 0.0), between, out_int32=True)
@@ -71,7 +71,7 @@ def new_state(optimizer: Any, owner: Tensor) -> None:
     group["params"] = before
 
 
-def block_names(place: str, layout: Iterable[tuple[Any, ...]]) -> dict[str, str]:
+def magnitude_names(place: str, layout: Iterable[tuple[Any, ...]]) -> dict[str, str]:
     """Of each moment the name under which a checkpoint has the magnitudes of blocks that hold ``layout`` in this
     ``place``: another name for other blocks."""
     digest = hashlib.sha256(repr((place, *layout)).encode()).hexdigest()[:32]

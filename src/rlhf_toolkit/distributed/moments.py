@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_toolkit.distributed.collectives import all_gather, broadcast, flats_on_main, rank, world_size
 from rlhf_toolkit.distributed.eight_bit import (
     MOMENTS,
-    block_names,
+    magnitude_names,
     elements,
     in_eight_bits,
     magnitudes,
@@ -102,14 +102,14 @@ def moments_on_main(
     steps = {name: count for each in everyone for name, count in each.items()}
     shapes = {f"{moment}.{name}": full_shape(p) for moment in MOMENTS for name, p in parameters if name in steps}
     scales = {
-        block: magnitudes(adamw.state[owner], moment)
-        for owner, blocks in _blocks(model, adamw, parameters, steps)
-        for moment, block in blocks.items()
+        scale_name: magnitudes(adamw.state[owner], moment)
+        for owner, names in _magnitude_names(model, adamw, parameters, steps)
+        for moment, scale_name in names.items()
     }
-    for found in all_gather({block: tuple(scale.shape) for block, scale in scales.items()}):
+    for found in all_gather({name: tuple(scale.shape) for name, scale in scales.items()}):
         shapes |= found
     if rank() == 0 or isinstance(model, DeepSpeedEngine):
-        parts |= {block: Part(scale, 0) for block, scale in scales.items()}
+        parts |= {name: Part(scale, 0) for name, scale in scales.items()}
     return _gathered(parts, shapes), steps
 
 
@@ -155,7 +155,7 @@ def restore_moments(
                 wholes[key] = into
             part = value.flatten()[held.start : held.start + held.length]
             into.view(-1)[held.offset : held.offset + held.length].copy_(part)
-    as_it_was = _write_eight_bits(wholes, adamw, _blocks(model, adamw, parameters, steps), moments)
+    as_it_was = _write_eight_bits(wholes, adamw, _magnitude_names(model, adamw, parameters, steps), moments)
     if isinstance(model, DeepSpeedEngine) and model.zero_optimization_stage() != 3 and steps:
         # ZeRO-2 looks for moments that are there already only at its first step, and would look no more.
         model.optimizer._lazy_init_hp_params_optimizer_state()
@@ -188,7 +188,7 @@ def _set_step(adamw: torch.optim.Optimizer, owner: Tensor, step: float) -> None:
     state[STEP] = state[STEP].fill_(step) if isinstance(state[STEP], Tensor) else int(step)
 
 
-def _blocks(
+def _magnitude_names(
     model: nn.Module, adamw: torch.optim.Optimizer, parameters: Named, steps: Mapping[str, float]
 ) -> list[tuple[Tensor, dict[str, str]]]:
     """Each parameter of AdamW's own that has steps and moments in 8 bits, with the names of its blocks' magnitudes."""
@@ -198,18 +198,18 @@ def _blocks(
         if held is not None and in_eight_bits(adamw.state[held.owner]):
             layouts.setdefault(held.owner, []).append((name, held.offset, held.length, held.start))
     place = f"{rank()} of {world_size()}" if isinstance(model, DeepSpeedEngine) else "any rank"
-    return [(owner, block_names(place, layout)) for owner, layout in layouts.items()]
+    return [(owner, magnitude_names(place, layout)) for owner, layout in layouts.items()]
 
 
 def _write_eight_bits(
     wholes: Mapping[tuple[Tensor, str], Tensor],
     adamw: torch.optim.Optimizer,
-    blocks: Sequence[tuple[Tensor, dict[str, str]]],
+    found: Sequence[tuple[Tensor, dict[str, str]]],
     moments: Mapping[str, Tensor],
 ) -> bool:
     """Write the elements in ``wholes`` with the magnitudes in rank 0's ``moments``, or, where it lacks those of any
     rank, in blocks cut anew. Returns whether it has them all. A collective."""
-    here = {names[moment]: (owner, moment) for owner, names in blocks for moment in MOMENTS}
+    here = {names[moment]: (owner, moment) for owner, names in found for moment in MOMENTS}
     shapes: dict[str, tuple[int, ...]] = {}
     for each in all_gather({name: tuple(magnitudes(adamw.state[o], m).shape) for name, (o, m) in here.items()}):
         shapes |= each
