@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from rlhf_toolkit.distributed.collectives import all_gather, broadcast, flats_on_main, rank, world_size
 from rlhf_toolkit.distributed.eight_bit import (
     MOMENTS,
-    magnitude_names,
     elements,
     in_eight_bits,
+    magnitude_names,
     magnitudes,
     new_state,
     stored,
