@@ -83,7 +83,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 BENCHES := versus_trl rollout traffic "traffic --like-7b" memory checkpoint scaling update roofline "packing prompts" "packing groups" \
-  head role_lora cpu_attention
+  head role_lora cpu_attention adapters
 bench: export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || echo 2)
 bench: install
 	for bench in $(BENCHES); do set -- $$bench; name=$$1; shift; $(BIN)/python bench/$$name.py "$$@" || exit 1; done

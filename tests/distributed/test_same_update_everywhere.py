@@ -54,7 +54,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
     task = merged(
         task, {"ppo.num_ppo_epochs": 2, "ppo.mini_batches": 2, "ppo.entropy_coef": 0.01, "ppo.num_rollouts": 1}
     )
-    task = merged(task, {"rollout.responses_per_prompt": 2, "ppo.truncated": "bootstrap"})
+    task = merged(
+        task, {"rollout.responses_per_prompt": 2, "ppo.truncated": "bootstrap", "update.loraplus_lr_ratio": 2.0}
+    )
     found = {}
     for number, (name, (processes, stage, changes)) in enumerate(RUNS.items()):
         experiment = merged(task, {**changes, "run.output_dir": str(folder / f"run{number}")})

@@ -51,6 +51,7 @@ WITHOUT_TRACE = {
     "rollout.keep_special_tokens": "the tiny tokenizer's special tokens are no words",
     "rollout.max_turns": "three tokens rarely leave room for a second turn",
     "update.packing": "rounding alone",
+    "update.optimizer": "the tiny adapters are too small for 8 bits, which leaves rounding",
     "model.attention": "rounding alone",
 }
 """Settings that two updates on one process may not show, and why."""

@@ -199,7 +199,7 @@ def test_a_refused_start_leaves_the_base_as_it_was() -> None:
         assert torch.equal(base.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
 def test_a_start_that_leaves_the_base_alone_is_accepted(start: Any) -> None:
     base = tiny_llama()
     SharedBase(base, {"policy": lora(r=2, init_lora_weights=start)})

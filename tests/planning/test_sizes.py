@@ -249,3 +249,11 @@ def test_an_offloaded_optimizer_leaves_nothing_on_the_card(policy: Any, stage: i
 def test_on_a_cpu_there_is_one_memory(policy: Any) -> None:
     how = {each: sharding(policy, ranks=2, stage=3, on_cpu=True, offloaded=each) for each in (False, True)}
     assert how[True] == how[False]
+
+
+def test_moments_in_8_bits_take_a_quarter_and_their_blocks_magnitudes(policy: Any) -> None:
+    for stage in (0, 2, 3):
+        how = [sharding(policy, ranks=2, stage=stage, on_cpu=False, eight_bit=each) for each in (False, True)]
+        plain, small = (kept_bytes(policy, each) - kept_bytes(policy, each, moments=False) for each in how)
+        share = policy.trained if stage == 0 else -(-policy.trained // 2)
+        assert plain - small == pytest.approx(2 * share * (4 - 1 - 4 / 256), abs=4)

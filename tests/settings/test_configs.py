@@ -85,6 +85,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lora_alpha": 32,
         "lora_dropout": 0.0,
         "rslora": False,
+        "init_lora_weights": "kaiming",
         "target_modules": "all-linear",
         "exclude_modules": [],
         "policy_adapter": None,
@@ -187,6 +188,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "warmup_steps": 0,
         "max_grad_norm": 1.0,
+        "optimizer": "adamw",
+        "loraplus_lr_ratio": 1.0,
         "weight_decay": 0.0,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -287,12 +290,13 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
         (
             "model",
             {name: value},
-            f"model.{name}={value} does nothing: sft.full trains no adapter; leave one of them out",
+            f"model.{name}={value!r} does nothing: sft.full trains no adapter; leave one of them out",
         )
         for name, value in {
             "lora_rank": 8,
             "lora_alpha": 8,
             "rslora": True,
+            "init_lora_weights": "gaussian",
             "target_modules": ["q_proj"],
             "exclude_modules": ["q_proj"],
         }.items()

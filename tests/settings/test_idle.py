@@ -24,6 +24,7 @@ NEW_ADAPTER = {
     "model.lora_rank": 8,
     "model.lora_alpha": 8,
     "model.rslora": True,
+    "model.init_lora_weights": "gaussian",
     "model.target_modules": ["q_proj"],
     "model.exclude_modules": ["q_proj"],
 }

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from rlhf_toolkit.distributed.collectives import all_gather, broadcast, flats_on_main, rank
+from rlhf_toolkit.distributed.collectives import all_gather, broadcast, flats_on_main, rank, world_size
+from rlhf_toolkit.distributed.eight_bit import (
+    MOMENTS,
+    elements,
+    in_eight_bits,
+    magnitude_names,
+    magnitudes,
+    new_state,
+    stored,
+    write_elements,
+)
 from rlhf_toolkit.distributed.zero3 import element_count, full_shape, is_partitioned, own_part, whole
 from rlhf_toolkit.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 """AdamW's count of steps, by which it corrects its moments."""
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -76,7 +85,8 @@ def moments_on_main(
     model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Named
 ) -> tuple[Gathered, dict[str, float]]:
     """Each moment, under ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; and on every rank the steps that AdamW has made
-    for each parameter. Both are empty before the first step. A collective."""
+    for each parameter. Both are empty before the first step. Of moments in 8 bits also the magnitudes of the blocks. A
+    collective."""
     adamw, parts, steps = _adamw(model, optimizer), dict[str, Part](), dict[str, float]()
     for name, parameter in parameters:
         held = _holding(model, parameter)
@@ -86,11 +96,20 @@ def moments_on_main(
         steps[name] = float(state[STEP])
         if rank() == 0 or isinstance(model, DeepSpeedEngine):
             for moment in MOMENTS:
-                values = state[moment].detach().flatten()[held.offset : held.offset + held.length]
+                values = elements(state, moment, held.offset, held.length)
                 parts[f"{moment}.{name}"] = Part(values, held.start)
     everyone = all_gather(steps)
     steps = {name: count for each in everyone for name, count in each.items()}
     shapes = {f"{moment}.{name}": full_shape(p) for moment in MOMENTS for name, p in parameters if name in steps}
+    scales = {
+        scale_name: magnitudes(adamw.state[owner], moment)
+        for owner, names in _magnitude_names(model, adamw, parameters, steps)
+        for moment, scale_name in names.items()
+    }
+    for found in all_gather({name: tuple(scale.shape) for name, scale in scales.items()}):
+        shapes |= found
+    if rank() == 0 or isinstance(model, DeepSpeedEngine):
+        parts |= {name: Part(scale, 0) for name, scale in scales.items()}
     return _gathered(parts, shapes), steps
 
 
@@ -114,30 +133,33 @@ def restore_moments(
     optimizer: torch.optim.Optimizer,
     parameters: Named,
     steps: Mapping[str, float],
-    read: Callable[[str], Tensor],
-) -> None:
-    """Give AdamW the moments and ``steps`` that ``moments_on_main`` found; only rank 0 asks ``read`` for a moment.
-    Nothing happens to parameters without steps. A collective."""
-    adamw = _adamw(model, optimizer)
+    moments: Mapping[str, Tensor],
+) -> bool:
+    """Give AdamW the ``moments`` and ``steps`` that ``moments_on_main`` found; only rank 0 needs to have the moments.
+    Nothing happens to parameters without steps. Returns whether all is as it was: moments in 8 bits are cut into blocks
+    anew where ranks hold other parts than those that they came from. A collective."""
+    adamw, wholes = _adamw(model, optimizer), dict[tuple[Tensor, str], Tensor]()
     for name, parameter in parameters:
         if name not in steps:
             continue
         held = _holding(model, parameter)
-        state: dict[str, Tensor] | None = None
         if held is not None:
-            state = cast(dict[str, Tensor], adamw.state[held.owner])
-            if STEP not in state:  # as AdamW makes it
-                state[STEP] = torch.tensor(0.0)
-                state |= {name: torch.zeros_like(held.owner, memory_format=torch.preserve_format) for name in MOMENTS}
-            state[STEP].fill_(steps[name])
+            _set_step(adamw, held.owner, steps[name])
         for moment in MOMENTS:
-            value = broadcast(read(f"{moment}.{name}") if rank() == 0 else None, full_shape(parameter))
-            if held is not None and state is not None:
-                part = value.flatten()[held.start : held.start + held.length]
-                state[moment].view(-1)[held.offset : held.offset + held.length].copy_(part)
+            value = broadcast(moments[f"{moment}.{name}"] if rank() == 0 else None, full_shape(parameter))
+            if held is None:
+                continue
+            into, key = stored(adamw.state[held.owner], moment), (held.owner, moment)
+            if in_eight_bits(adamw.state[held.owner]):  # their blocks go over the bounds of parameters
+                into = wholes[key] if key in wholes else torch.zeros(into.numel())
+                wholes[key] = into
+            part = value.flatten()[held.start : held.start + held.length]
+            into.view(-1)[held.offset : held.offset + held.length].copy_(part)
+    as_it_was = _write_eight_bits(wholes, adamw, _magnitude_names(model, adamw, parameters, steps), moments)
     if isinstance(model, DeepSpeedEngine) and model.zero_optimization_stage() != 3 and steps:
         # ZeRO-2 looks for moments that are there already only at its first step, and would look no more.
         model.optimizer._lazy_init_hp_params_optimizer_state()
+    return as_it_was
 
 
 def restore_weights(parameters: Named, read: Callable[[str], Tensor]) -> None:
@@ -153,6 +175,53 @@ def _adamw(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Op
     """The torch optimizer inside of what accelerate and DeepSpeed have wrapped around it."""
     inner = model.optimizer if isinstance(model, DeepSpeedEngine) else optimizer
     return cast(torch.optim.Optimizer, getattr(inner, "optimizer", inner))
+
+
+def _set_step(adamw: torch.optim.Optimizer, owner: Tensor, step: float) -> None:
+    """The steps of one of the optimizer's parameters, whose moments are made where it has none."""
+    state: dict[str, Any] = adamw.state[owner]
+    if STEP not in state and hasattr(adamw, "init_state"):
+        new_state(adamw, owner)
+    elif STEP not in state:  # as AdamW makes it
+        state[STEP] = torch.tensor(0.0)
+        state |= {name: torch.zeros_like(owner, memory_format=torch.preserve_format) for name in MOMENTS}
+    state[STEP] = state[STEP].fill_(step) if isinstance(state[STEP], Tensor) else int(step)
+
+
+def _magnitude_names(
+    model: nn.Module, adamw: torch.optim.Optimizer, parameters: Named, steps: Mapping[str, float]
+) -> list[tuple[Tensor, dict[str, str]]]:
+    """Each parameter of AdamW's own that has steps and moments in 8 bits, with the names of its blocks' magnitudes."""
+    layouts: dict[Tensor, list[tuple[Any, ...]]] = {}
+    for name, parameter in parameters:
+        held = _holding(model, parameter) if name in steps else None
+        if held is not None and in_eight_bits(adamw.state[held.owner]):
+            layouts.setdefault(held.owner, []).append((name, held.offset, held.length, held.start))
+    place = f"{rank()} of {world_size()}" if isinstance(model, DeepSpeedEngine) else "any rank"
+    return [(owner, magnitude_names(place, layout)) for owner, layout in layouts.items()]
+
+
+def _write_eight_bits(
+    wholes: Mapping[tuple[Tensor, str], Tensor],
+    adamw: torch.optim.Optimizer,
+    found: Sequence[tuple[Tensor, dict[str, str]]],
+    moments: Mapping[str, Tensor],
+) -> bool:
+    """Write the elements in ``wholes`` with the magnitudes in rank 0's ``moments``, or, where it lacks those of any
+    rank, in blocks cut anew. Returns whether it has them all. A collective."""
+    here = {names[moment]: (owner, moment) for owner, names in found for moment in MOMENTS}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for each in all_gather({name: tuple(magnitudes(adamw.state[o], m).shape) for name, (o, m) in here.items()}):
+        shapes |= each
+    exact = bool(all_gather(all(name in moments for name in shapes))[0])
+    scales = {}
+    for name, shape in shapes.items() if exact else ():
+        scale = broadcast(moments[name] if rank() == 0 else None, shape)
+        if name in here:
+            scales[name] = scale
+    for name, (owner, moment) in here.items():
+        write_elements(adamw.state[owner], moment, wholes[owner, moment], scales.get(name))
+    return exact
 
 
 def _holding(model: nn.Module, parameter: nn.Parameter) -> _Holding | None:

@@ -22,7 +22,6 @@ from rlhf_toolkit.models.adapter_files import read_lora_config
 from rlhf_toolkit.models.targets import PLAIN_STARTS
 
 PART = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
-HARMLESS_STARTS = (*PLAIN_STARTS, "eva")  # these leave the base as it is; PiSSA, OLoRA and the like do not
 TAKEN_INTO_ACCOUNT = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # which layers: the weights say
@@ -97,7 +96,7 @@ def plain_config(folder: Path) -> LoraConfig:
                 f"{folder} has {field.name}={shortened(value)}, which a sum of base and B A would leave out; merge it "
                 "with PEFT's merge_and_unload, or use the adapter unmerged"
             )
-    if config.init_lora_weights not in HARMLESS_STARTS:
+    if config.init_lora_weights not in PLAIN_STARTS:
         raise ModelError(
             f"{folder} has init_lora_weights={config.init_lora_weights!r}, which changes the base's weights; convert "
             "it to a plain LoRA adapter first"

@@ -36,6 +36,7 @@ from rlhf_toolkit.models.stored_nf4 import check_stored, kept_whole, plain_confi
 REWARD_HEAD = "reward_head.safetensors"
 MAIN = "main"
 """The branch of the hub that is meant where no revision is named."""
+PEFTS_START = "kaiming"  # which PEFT calls True
 MOST_PER_BYTE, SMALL = 4, 10**7
 """Numbers that one byte of a file may hold, which quantised ones come to, and how many more a matrix may have."""
 ABOUT_SAMPLING = (
@@ -234,15 +235,18 @@ def lora_config(
     target_modules: str | Sequence[str],
     exclude_modules: Sequence[str],
     revision: str | None = None,
+    start: str = PEFTS_START,
 ) -> LoraConfig:
-    """PEFT's settings for one role, which name the ``revision`` of the base. ``all-linear`` is spelt out by
-    ``targets.spelt_out``. Raises ModelError for a pattern that might take long to match."""
+    """PEFT's settings for one role, which name the ``revision`` of the base, and whose A starts as ``start`` says.
+    ``all-linear`` is spelt out by ``targets.spelt_out``. Raises ModelError for a pattern that might take long to
+    match."""
     if isinstance(target_modules, str):
         steps("the experiment", "model.target_modules", target_modules)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
+        init_lora_weights=True if start == PEFTS_START else cast(Any, start),
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         exclude_modules=list(exclude_modules) or None,
         lora_dropout=0.0,

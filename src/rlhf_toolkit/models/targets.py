@@ -25,7 +25,7 @@ SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
 """Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # PiSSA, OLoRA and the like change the base
 
 
 def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -120,7 +120,8 @@ def refuse_layers(base: PreTrainedModel) -> None:
                 )
             if module.lora_variant or any(module.lora_bias.values()):
                 raise ModelError(
-                    f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants"
+                    f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants "
+                    "(DoRA would keep six times as much for backward: docs/fine_tuning.md)"
                 )
             if any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values()):
                 raise ModelError(

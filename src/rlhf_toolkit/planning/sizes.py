@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 
 FP32 = 4  # bytes of an element
+EIGHT_BIT = 1 + FP32 / 256  # bytes of a moment's element in 8 bits: its code, and its part of a block's magnitude
 CHECKSUM_BYTES = 24 * 2**18  # three int64 of each element that the fingerprint looks at together
 QUANTISING = 5  # matrices in the base's dtype that quantising one takes: as read, and twice in fp32
 PASS_WIDTHS = 5  # rows of H that a pass without gradient holds where it is largest, beside 3 of I, in the MLP
@@ -69,6 +70,7 @@ class Sharding:
         live, prefetched: elements that ZeRO-3 keeps gathered, and gathers ahead.
         on_cpu: files are mapped into the memory that is counted, and attention of short rows keeps its scores.
         offloaded: the optimizer's copies, gradients and moments lie in other memory.
+        eight_bit: the moments are kept in 8 bits. Paged ones count as well: a step has them on the device.
     """
 
     ranks: int
@@ -79,6 +81,7 @@ class Sharding:
     overlap: bool = False
     on_cpu: bool = False
     offloaded: bool = False
+    eight_bit: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -108,7 +111,8 @@ def kept_bytes(model: ModelSize, how: Sharding, *, moments: bool = True) -> int:
     trained = model.trained * FP32
     share = -(-trained // how.ranks) if how.stage else trained
     of_optimizer = 0 if how.offloaded else share
-    late = 2 * of_optimizer if moments else 0
+    moment = ceil(of_optimizer * EIGHT_BIT / FP32) if how.eight_bit else of_optimizer
+    late = 2 * moment if moments else 0
     if how.sharded:
         # Of each share the partition, DeepSpeed's flat copy of it and its gradient; later whole copies of all of it.
         late += trained if moments else 0

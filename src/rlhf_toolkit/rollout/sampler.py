@@ -72,8 +72,14 @@ class Sampler:
                 cache = one_token(shared, pace)
             on_cpu = next(shared.parameters()).device.type == "cpu"
             size = model_size(shared, column_bytes(cache), state=state_bytes(cache), on_cpu=on_cpu)
-            offloaded = offloads_optimizer(model)
-            how = sharding(size, ranks=world_size(), stage=zero_stage(model), on_cpu=on_cpu, offloaded=offloaded)
+            how = sharding(
+                size,
+                ranks=world_size(),
+                stage=zero_stage(model),
+                on_cpu=on_cpu,
+                offloaded=offloads_optimizer(model),
+                eight_bit=self.size.eight_bit,
+            )
             self.estimate = Estimate(size, how, needs_of(size, how, self.size, self.weights))
             self.placement = place(
                 self.estimate.needs, free=free, rows=self.size.rows, mode=self.mode, slots=self.slots, sharded=sharded

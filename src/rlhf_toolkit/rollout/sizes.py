@@ -64,6 +64,7 @@ class RolloutSize:
         changes_logits: a bias, a penalty or bad words do, before anything is sampled.
         shares_heads: the packed kernel reads the keys of grouped heads once.
         reward_bytes: what a reward model needs (``reward_bytes``).
+        eight_bit: the optimizer keeps its moments in 8 bits.
     """
 
     rows: int
@@ -84,6 +85,7 @@ class RolloutSize:
     changes_logits: bool = False
     shares_heads: bool = SHARES_HEADS
     reward_bytes: int = 0
+    eight_bit: bool = False
 
     @property
     def slot_columns(self) -> int:
@@ -236,9 +238,12 @@ def reward_bytes(model: PreTrainedModel, columns: int, *, on_cpu: bool) -> int:
     return gathered + tokens * pass_token_bytes(size, how, PassSize(tokens, 1, columns))
 
 
-def sharding(size: ModelSize, *, ranks: int, stage: int, on_cpu: bool, offloaded: bool = False) -> Sharding:
+def sharding(
+    size: ModelSize, *, ranks: int, stage: int, on_cpu: bool, offloaded: bool = False, eight_bit: bool = False
+) -> Sharding:
     """How the run shares a model of this size, with the settings that DeepSpeed gets (``deepspeed_settings``).
-    ``offloaded``: the optimizer lies in the machine's memory, which on a CPU is the same memory."""
+    ``offloaded``: the optimizer lies in the machine's memory, which on a CPU is the same memory. ``eight_bit``: it
+    keeps its moments in 8 bits."""
     return Sharding(
         ranks,
         stage,
@@ -248,6 +253,7 @@ def sharding(size: ModelSize, *, ranks: int, stage: int, on_cpu: bool, offloaded
         overlap=not on_cpu,
         on_cpu=on_cpu,
         offloaded=offloaded and not on_cpu,
+        eight_bit=eight_bit,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from rlhf_toolkit.settings.configs import OptimizerConfig, RunConfig
 
@@ -30,6 +31,7 @@ def training_arguments(
         learning_rate=learning_rate,
         lr_scheduler_type=update.schedule,
         warmup_steps=update.warmup_steps,
+        optim=OptimizerNames.ADAMW_TORCH if update.optimizer == "adamw" else update.optimizer,
         weight_decay=update.weight_decay,
         adam_beta1=update.adam_beta1,
         adam_beta2=update.adam_beta2,

@@ -78,6 +78,7 @@ def make_ppo_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PP
         over_mini_batch=algorithm.over_mini_batch,
         held_out=HeldOut(setup.task.held_out, experiment.run.evaluation_samples, algorithm.passing),
         learning_rates={"policy": update.policy_lr, "value": update.value_lr, "value_head": update.value_head_lr},
+        loraplus_lr_ratio=update.loraplus_lr_ratio,
         most_left_out=experiment.run.most_not_finite,
         callbacks=[progress],
     )

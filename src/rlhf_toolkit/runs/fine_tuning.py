@@ -192,6 +192,7 @@ def make_fine_tuner(
         steps=steps,
         pad_id=rows.pad_id,
         learning_rates={name: update.head_lr if name.endswith("_head") else experiment.lr for name in groups},
+        loraplus_lr_ratio=update.loraplus_lr_ratio,
         most_left_out=experiment.run.most_not_finite,
         callbacks=[progress],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf_toolkit.rollout.sizes import RolloutSize
 from rlhf_toolkit.runs.algorithm import Algorithm
 from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.trainers.optimizers import EIGHT_BIT
 
 
 def rollout_size(
@@ -44,6 +45,7 @@ def rollout_size(
         top_p=rollout.top_p,
         min_p=rollout.min_p,
         changes_logits=bool(rollout.logit_bias or rollout.bad_words) or rollout.repetition_penalty != 1.0,
+        eight_bit=experiment.update.optimizer in EIGHT_BIT,
     )
 
 

@@ -35,6 +35,7 @@ from rlhf_toolkit.settings.configs import RunConfig
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.texts import printable, say
 from rlhf_toolkit.trainers.base import RoleTrainer
+from rlhf_toolkit.trainers.optimizers import require_optimizer
 from rlhf_toolkit.trainers.saving import CheckpointWriter
 
 E = TypeVar("E", bound=Experiment | FineTuning)
@@ -113,6 +114,9 @@ def prepare_run(
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     require_same("the setting", flat(settings))
     parts = kind(experiment, topology)
+    with agreement("finding the optimizer"):
+        offloaded = topology.launch.offload_optimizer != "none"
+        require_optimizer(experiment.update.optimizer, topology.device, offloaded=offloaded)
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     with agreement("loading"):
         config = load_model_config(

@@ -44,6 +44,7 @@ def load_adapted_base(
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
         revision=model.revision,
+        start=model.init_lora_weights,
     )
     return base, adapter
 

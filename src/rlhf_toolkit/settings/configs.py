@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
-from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.errors import ConfigError, shortened
 from rlhf_toolkit.settings.knobs import (
     ABOVE_0,
     ABOVE_0_TO_1,
@@ -39,6 +39,16 @@ MODES = ("auto", "window", "stream")
 KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTISATIONS = ("none", "nf4", "int8", "float8")
+STARTS = ("kaiming", "gaussian")
+CHANGES_THE_BASE = "changes the base's weights, which the reference and every other role share"
+OTHER_STARTS = {
+    **dict.fromkeys(("pissa", "olora", "corda", "loftq", "lora_ga"), CHANGES_THE_BASE),
+    "eva": "reads activations of the whole base before anything is sharded; make that adapter with PEFT, name its "
+    "folder in model.policy_adapter, and leave this one out",
+    "orthogonal": "gives B A = 0 up to rounding only: the policy would not start as its reference",
+}
+"""Starts that PEFT knows besides, and why they are refused."""
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 AUTO = "auto"
 VALUE_SITES = ("adapter", "policy_trunk")
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
@@ -87,6 +97,9 @@ class ModelConfig(Section):
     lora_alpha: int = knob(32, "adapters are scaled by lora_alpha / lora_rank", ABOVE_0)
     lora_dropout: float = knob(0.0, "must be 0: old and new log-probs would differ before any update", NO_DROPOUT)
     rslora: bool = knob(False, "scale by lora_alpha / sqrt(lora_rank) instead")
+    init_lora_weights: str = knob(
+        "kaiming", "how a new adapter's A starts: kaiming, PEFT's own, or gaussian; B is zero", choices=STARTS
+    )
     target_modules: str | list[str] = knob(
         "all-linear", "layers to adapt: all-linear or a list of name endings", NOT_EMPTY
     )
@@ -102,7 +115,12 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = knob(False, "recompute layers in backward: less memory, about a third more time")
 
     def __post_init__(self) -> None:
-        """A value adapter to start from needs an adapter to start."""
+        """A value adapter to start from needs an adapter to start. Starts that PEFT knows have reasons of their own."""
+        start = self.init_lora_weights
+        why = OTHER_STARTS.get(start.partition("_niter_")[0]) if isinstance(start, str) else None
+        if why is not None:
+            way_out = "" if start == "eva" else f"; use one of {', '.join(STARTS)}"
+            raise ConfigError(f"model.init_lora_weights={shortened(start)} {why}{way_out}")
         super().__post_init__()
         if self.value_adapter is not None and self.value_on != "adapter":
             raise ConfigError(
@@ -319,6 +337,12 @@ class OptimizerConfig(Section):
     schedule: str = knob("constant", "transformers' scheduler type, of all groups", choices=SCHEDULES)
     warmup_steps: int = knob(0, "optimizer steps of linear warm-up, for schedules that have one", NOT_NEGATIVE)
     max_grad_norm: float = knob(1.0, "the gradient of all groups together is clipped to this norm", ABOVE_0)
+    optimizer: str = knob(
+        "adamw",
+        "adamw; adamw_8bit: bitsandbytes' with moments of 8 bits; paged_adamw_8bit: these paged out of a full GPU",
+        choices=OPTIMIZERS,
+    )
+    loraplus_lr_ratio: float = knob(1.0, "LoRA+: adapters' B train at this multiple of their rate; 1: off", ABOVE_0)
     weight_decay: float = knob(0.0, "AdamW's weight decay on all that is trained", NOT_NEGATIVE)
     adam_beta1: float = knob(0.9, "AdamW", FROM_0_TO_BELOW_1)
     adam_beta2: float = knob(0.95, "AdamW", FROM_0_TO_BELOW_1)

@@ -162,7 +162,8 @@ class SFTExperiment(FineTuning):
         super().__post_init__()
         if not self.full:
             return
-        refuse_idle(self, [(True, ABOUT_NEW_ADAPTERS, "sft.full trains no adapter; leave one of them out")])
+        about = (*ABOUT_NEW_ADAPTERS, "update.loraplus_lr_ratio")
+        refuse_idle(self, [(True, about, "sft.full trains no adapter; leave one of them out")])
         if self.model.policy_adapter is not None:
             raise ConfigError(
                 f"model.policy_adapter={self.model.policy_adapter} is an adapter to go on with, but sft.full trains "

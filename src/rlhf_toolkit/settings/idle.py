@@ -22,7 +22,8 @@ Idle = tuple[bool, tuple[str, ...], str]
 """Whether these settings are idle, their names, and why, with the way out."""
 
 ABOUT_NEW_ADAPTERS = tuple(
-    f"model.{name}" for name in ("lora_rank", "lora_alpha", "rslora", "target_modules", "exclude_modules")
+    f"model.{name}"
+    for name in ("lora_rank", "lora_alpha", "rslora", "init_lora_weights", "target_modules", "exclude_modules")
 )
 ABOUT_VALUES = ("model.value_adapter", "model.value_on", "model.value_head_std")
 OF_THE_FOLDER = "has rank, scale and layers of its own; leave this one out, or train a new adapter without that folder"

@@ -33,11 +33,12 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
 from rlhf_toolkit.seeding import derive_seed
-from rlhf_toolkit.texts import printable
+from rlhf_toolkit.texts import printable, say
 from rlhf_toolkit.trainers.attempts import accumulate
 from rlhf_toolkit.trainers.first_gradients import FirstGradients
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM, LOSS, LeftOutUpdates
+from rlhf_toolkit.trainers.optimizers import make_adamw, named_groups
 from rlhf_toolkit.trainers.plugin_state import States, plugin_states, put_together, restore_plugins, taken_apart
 from rlhf_toolkit.trainers.saving import CheckpointWriter, filling
 
@@ -64,8 +65,9 @@ class RoleTrainer(Trainer):
     """A Trainer over a SharedBase or a WholeModel: one AdamW with named groups, tensors moved but never cast,
     metrics met before they are logged.
 
-    ``learning_rates`` maps the names of ``parameter_groups`` to their rates; one schedule scales them all. ``kind`` is
-    that of kept batches; ``most_left_out`` updates in a row may be left out, since their numbers are not finite.
+    ``learning_rates`` maps the names of ``parameter_groups`` to their rates; one schedule scales them all. Matrices B
+    have ``loraplus_lr_ratio`` times the rate of A. ``kind`` is that of kept batches; ``most_left_out``
+    updates in a row may be left out, since their numbers are not finite.
     """
 
     # ``beside_adapters`` writes what belongs beside the weights of a policy or a reward, into its folder.
@@ -77,12 +79,13 @@ class RoleTrainer(Trainer):
         *args: Any,
         learning_rates: dict[str, float],
         kind: str,
+        loraplus_lr_ratio: float = 1.0,
         most_left_out: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # records go to the run log
-        self.learning_rates = learning_rates
+        self.learning_rates, self.loraplus_lr_ratio = learning_rates, loraplus_lr_ratio
         self.meter = Meter()
         self.not_finite = LeftOutUpdates(kind, Path(str(self.args.output_dir)), most_in_a_row=most_left_out)
         self.writer: CheckpointWriter | None = None
@@ -103,14 +106,11 @@ class RoleTrainer(Trainer):
             tqdm.write(printable(f"{what} is made again with {smaller}: {said}"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One AdamW over the named groups, in the order of ``parameter_groups``."""
+        """One AdamW, that of ``args.optim``, over the named groups (``optimizers.py``)."""
         if self.optimizer is None:
-            groups = self.model.parameter_groups()
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {"params": parameters, "lr": self.learning_rates[name], "name": name}
-                    for name, parameters in groups.items()
-                ],
+            self.optimizer = make_adamw(
+                self.args.optim,
+                named_groups(self.model, self.learning_rates, self.loraplus_lr_ratio),
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
@@ -329,7 +329,9 @@ class RoleTrainer(Trainer):
                 require_moments(self._trained(), state["adamw_steps"], moments)
         experience, of_plugins = on_main(lambda: [load_tensors(folder, file) for file in (EXPERIENCE, PLUGINS)])
         with understood(folder):
-            restore_moments(self.model_wrapped, optimizer, self._trained(), state["adamw_steps"], moments.__getitem__)
+            same = restore_moments(self.model_wrapped, optimizer, self._trained(), state["adamw_steps"], moments)
+            if not same and rank() == 0:
+                say("the checkpoint's 8-bit moments lay on other ranks: their blocks are cut anew, about 1% apart")
             schedule.load_state_dict(state["schedule"])
             for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
                 group["lr"] = rate

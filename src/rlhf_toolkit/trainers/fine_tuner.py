@@ -26,6 +26,7 @@ from rlhf_toolkit.reporting.meters import Meter, combined, peak_memory_gib
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.objectives import Objective
+from rlhf_toolkit.trainers.optimizers import rates_of
 
 T = TypeVar("T")
 
@@ -87,8 +88,8 @@ class FineTuner(RoleTrainer):
         model.train()
         total = self._update(model, inputs["parts"])
         self._left_out = total is None
-        for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
-            self.meter.add(f"{self.objective.prefix}/lr/{name}", group["lr"], 1)
+        for name, rate in rates_of(self.create_optimizer()).items():
+            self.meter.add(f"{self.objective.prefix}/lr/{name}", rate, 1)
         return torch.zeros((), device=self.args.device) if total is None else total * world_size()
 
     def _update(self, model: nn.Module, parts: list[Batch]) -> Tensor | None:

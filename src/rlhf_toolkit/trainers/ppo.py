@@ -45,6 +45,7 @@ from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.kept_batches import Part
 from rlhf_toolkit.trainers.left_out import GRADIENT_NORM
 from rlhf_toolkit.trainers.micro_batches import cut, least
+from rlhf_toolkit.trainers.optimizers import rates_of
 from rlhf_toolkit.trainers.ppo_loss import LossTerms, PPOLoss
 from rlhf_toolkit.types import Experience, Prompt
 
@@ -156,8 +157,8 @@ class PPOTrainer(RoleTrainer):
         else:
             self.decide_whether_to_go_on()
         names = {"policy": "actor/lr", "value": "critic/lr", "value_head": "critic/head_lr"}
-        for name, group in zip(self.model.parameter_groups(), self.create_optimizer().param_groups, strict=True):
-            self.meter.add(names[name], group["lr"], 1)
+        for name, rate in rates_of(self.create_optimizer()).items():
+            self.meter.add(names[name], rate, 1)
         return nothing if total is None else total * world_size()
 
     def _update(self, model: nn.Module, inputs: MiniBatch) -> Tensor | None:
