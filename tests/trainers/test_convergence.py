@@ -17,11 +17,14 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
+from tests.models.test_architectures import GEMMA4
 from tests.support.tiny import merged, tiny_llama, write_task
 
 BOUND = 0.7  # of the mean score of the last rollouts; the first have about 0.5
@@ -48,9 +51,9 @@ OF_ESTIMATOR: dict[str, dict[str, Any]] = {"vapo": {"ppo.advantage_kwargs": {"al
 OF_LOSS: dict[str, dict[str, Any]] = {"dro": {"ppo.policy_loss_kwargs": {"beta": 0.1}}}
 
 
-def scores(folder: Path, estimator: str, changes: dict[str, Any]) -> list[float]:
+def scores(folder: Path, estimator: str, changes: dict[str, Any], model: PreTrainedModel = SHARP) -> list[float]:
     """The mean score of each rollout of a run."""
-    task = write_task(folder, model=SHARP)
+    task = write_task(folder, model=model)
     if estimator in REWARDED_BY_TOKEN:
         (folder / "tokens.py").write_text(LOW_TOKENS)
         changes = {**changes, "reward.function": f"{folder}/tokens.py:low_tokens", "ppo.gamma": 0.0}
@@ -67,4 +70,13 @@ def test_every_estimator_learns(tmp_path: Path, estimator: str) -> None:
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_every_loss_learns(tmp_path: Path, loss: str) -> None:
     found = scores(tmp_path, "reinforce_plus_plus", {"ppo.policy_loss": loss, **OF_LOSS.get(loss, {})})
+    assert mean(found[-4:]) > BOUND > mean(found[:2]), found
+
+
+def test_layers_that_read_the_keys_of_others_learn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 32, "vocab_size_per_layer_input": 32, "pad_token_id": 1, "eos_token_id": 1}
+    sizes = {**GEMMA4, **tokens, "bos_token_id": None, "final_logit_softcapping": None, "initializer_range": 0.3}
+    gemma4 = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma4_text"](**sizes))
+    found = scores(tmp_path, "reinforce_plus_plus", {}, gemma4)
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found
