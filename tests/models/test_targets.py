@@ -12,6 +12,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma3Config,
@@ -32,6 +34,7 @@ from transformers import (
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.targets import spelt_out
+from tests.models.test_architectures import GEMMA3N
 from tests.support.offenders import for_each
 from tests.support.roles import lora
 from tests.support.tiny import tiny_llama
@@ -135,6 +138,57 @@ def test_linear_layers_inside_a_list_of_experts_are_left_alone() -> None:
     base.model.layers[0].mlp = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(32, 32)])})
     names = spelt_out(lora(), base).target_modules or ()
     assert names and not any("experts" in name for name in names)
+
+
+class Reader(nn.Module):
+    """Calls some of its layers, and reads the weights of others past whatever is put around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.clamped, self.listed_and_called = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+            nn.ModuleList([nn.Linear(4, 4)]),
+        )
+        self.read, self.listed, self.called_in_eval = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.called(x.to(self.called.weight.dtype)) + self.listed_and_called[0](x)
+        self.clamped.weight.data.clamp_(-1, 1)
+        x = nn.functional.linear(self.clamped(x), self.read.weight)
+        x = nn.functional.linear(x, self.listed[0].weight)  # type: ignore[arg-type]
+        return x @ self.called_in_eval.weight.float() if self.training else self.called_in_eval(x)
+
+
+def tiny_with_reader() -> PreTrainedModel:
+    base = tiny_llama()
+    base.model.layers[0].reader = Reader()
+    return base
+
+
+def test_layers_whose_weight_the_model_reads_are_left_alone_and_refused_by_name() -> None:
+    base = tiny_with_reader()
+    called = {name.removeprefix("model.layers.0.") for name in spelt_out(lora(), base).target_modules or ()}
+    assert {name for name in called if "reader" in name} == {
+        f"reader.{name}" for name in ("called", "clamped", "listed_and_called.0")
+    }
+    for name in ("reader.read", "reader.listed.0", "reader.called_in_eval"):
+        with pytest.raises(ModelError, match=f"layers.0.{name}: the model reads this layer's weight itself"):
+            SharedBase(tiny_with_reader(), {"policy": lora(target_modules=["q_proj", name])})
+
+
+def config_of(model_type: str, **sizes: Any) -> Any:
+    return CONFIG_MAPPING[model_type](**sizes)
+
+
+def test_of_gemma3n_and_mamba_it_leaves_out_what_is_read_and_of_bloom_nothing() -> None:
+    gemma3n = AutoModelForCausalLM.from_config(config_of("gemma3n_text", **GEMMA3N))
+    linears = {name.rpartition(".")[2] for name, m in gemma3n.named_modules() if isinstance(m, nn.Linear)}
+    assert linears - leaves(gemma3n) == {"lm_head", "correction_coefs"}
+    mamba = AutoModelForCausalLM.from_config(config_of("mamba", vocab_size=32, hidden_size=32, num_hidden_layers=1))
+    assert leaves(mamba) == {"in_proj"}
+    bloom = AutoModelForCausalLM.from_config(config_of("bloom", vocab_size=32, hidden_size=32, n_layer=1, n_head=4))
+    assert leaves(bloom) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
 
 def test_excluded_modules_stay_excluded() -> None:

@@ -18,12 +18,14 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_toolkit.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
+from tests.models.test_architectures import GEMMA4
 from tests.support.tiny import merged, tiny_llama, tiny_recurrent, write_task
 
 BOUND = 0.7  # of the mean score of the last rollouts; the first have about 0.5
@@ -81,4 +83,13 @@ def test_a_model_with_recurrent_states_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_every_loss_learns(tmp_path: Path, loss: str) -> None:
     found = scores(tmp_path, "reinforce_plus_plus", {"ppo.policy_loss": loss, **OF_LOSS.get(loss, {})})
+    assert mean(found[-4:]) > BOUND > mean(found[:2]), found
+
+
+def test_layers_that_read_the_keys_of_others_learn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 32, "vocab_size_per_layer_input": 32, "pad_token_id": 1, "eos_token_id": 1}
+    sizes = {**GEMMA4, **tokens, "bos_token_id": None, "final_logit_softcapping": None, "initializer_range": 0.3}
+    gemma4 = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma4_text"](**sizes))
+    found = scores(tmp_path, "reinforce_plus_plus", {}, gemma4)
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found

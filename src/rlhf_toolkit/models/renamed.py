@@ -27,8 +27,8 @@ def recompute_layers(base: PreTrainedModel, settings: dict[str, Any]) -> None:
 
 
 def config_value(config: PretrainedConfig, name: str) -> Any:
-    """``config.<name>``, or None without such an attribute. Where layers differ in it, the largest that one of them has:
-    newer versions raise where the whole config is asked."""
+    """``config.<name>``, or None without such an attribute. Where layers differ in it, the largest that one of them
+    has: newer versions raise where the whole config is asked."""
     if name not in (getattr(config, "per_layer_attributes", None) or ()):
         return getattr(config, name, None)
     values = [getattr(layer, name, None) for layer in config.per_layer_config]  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
@@ -140,21 +141,22 @@ def read_past(base: nn.Module, name: str) -> bool:
     """Whether the module that holds the layer ``name`` has code for a product of its own with ``self.<layer>.weight``.
 
     An adapter on such a layer would be passed over, at times or always: Gemma 3n's AltUp reads the weight in training
-    and calls the layer otherwise, Mamba's kernels read it on a GPU alone. Where code asks for the weight's dtype, device
-    or shape, cuts it (BLOOM's way for tensor parallelism, off by default) or writes to its ``data``, the layer itself is
-    called."""
+    and calls the layer otherwise, Mamba's kernels read it on a GPU alone. Where code asks for the weight's dtype,
+    device or shape, cuts it (BLOOM's way for tensor parallelism, off by default) or writes to its ``data``, the layer
+    itself is called.
+    """
     holder, _, attribute = name.rpartition(".")
     while attribute.isdigit() and holder:  # in a list: the module that has the list reads it
         holder, _, attribute = holder.rpartition(".")
-    return _reads_weight(type(base.get_submodule(holder)), attribute)
+    of_it = r"dtype|device|shape|size|ndim|is_cuda|data"
+    reading = rf"\bself\.{re.escape(attribute)}(\[[^\]]*\])*\.weight\b(?!\[|\.({of_it})\b)"
+    kind: Any = type(base.get_submodule(holder))
+    return re.search(reading, _source(kind)) is not None
 
 
 @cache
-def _reads_weight(kind: type[nn.Module], attribute: str) -> bool:
+def _source(kind: Any) -> str:
     try:
-        source = inspect.getsource(kind)
+        return inspect.getsource(kind)
     except (OSError, TypeError):  # a class made at run time has none; the first update tells
-        return False
-    of_it = r"dtype|device|shape|size|ndim|is_cuda|data"
-    reading = rf"\bself\.{re.escape(attribute)}(\[[^\]]*\])*\.weight\b(?!\[|\.({of_it})\b)"
-    return re.search(reading, source) is not None
+        return ""

@@ -20,12 +20,12 @@ class FirstGradients:
     """Watches which trained tensors a gradient comes to in the first update that this process makes.
 
     What counts is that a backward pass comes to a tensor, in any micro-batch of any rank, and not what it brings. So a
-    gradient of zeros counts: that of LoRA's A while B is zero, of a policy during value warm-up, of the bias of a reward
-    head, which cancels out. A layer that is never called, or whose weight is read past its adapter, gets none.
+    gradient of zeros counts: that of LoRA's A while B is zero, of a policy during value warm-up, of the bias of a
+    reward head, which cancels out. A layer that is never called, or whose weight is read past its adapter, gets
+    none.
     """
 
     def __init__(self) -> None:
-        self._model: SharedBase | WholeModel | None = None
         self._missing = dict[str, None]()
         self._hooks = list[RemovableHandle]()
         self._is_done = False
@@ -35,7 +35,6 @@ class FirstGradients:
         again, nothing happens."""
         if self._is_done or self._hooks:
             return
-        self._model = model
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self._missing[name] = None
@@ -48,7 +47,7 @@ class FirstGradients:
         """After the first update's last backward pass and before its step: raise ModelError, on all ranks, where a
         tensor has had no gradient on any of them. Single experts of a model that trains as a whole are let off: none of
         the tokens may be theirs. A collective the first time; later nothing happens."""
-        if self._is_done or self._model is None:
+        if self._is_done:
             return
         for hook in self._hooks:
             hook.remove()
@@ -57,22 +56,15 @@ class FirstGradients:
         missing = [name for name in self._missing if all(name in names for names in everyone)]
         missing = [name for name in missing if not ROUTED_EXPERT.search(name)]
         if missing:
-            raise ModelError(said(self._model, missing))
+            raise ModelError(said(missing))
 
 
-def said(model: SharedBase | WholeModel, missing: Sequence[str]) -> str:
-    """What is wrong where the tensors ``missing`` of ``model`` have had no gradient, and the way out."""
-    without = {id(parameter) for name, parameter in model.named_parameters() if name in set(missing)}
-    for group, parameters in model.parameter_groups().items():
-        if all(id(parameter) in without for parameter in parameters):
-            return (
-                f"the loss of the first update does not depend on {group}: none of its {len(parameters)} tensors has had "
-                "a gradient; correct the loss so that it does"
-            )
+def said(missing: Sequence[str]) -> str:
+    """What is wrong where the trained tensors ``missing`` have had no gradient, and the way out."""
     tensor = missing[0].removeprefix("base_model.model.").removeprefix("causal_lm.")
     layer, _, of_adapter = tensor.partition(".lora_")
     way_out = f"set model.exclude_modules: [{layer.rpartition('.')[2]}]" if of_adapter else "train an adapter instead"
     return (
-        f"{tensor} has had no gradient in the first update, one of {len(missing)} such tensors: the model does not call "
-        f"{layer}, or reads its weight itself, so that it would never learn; {way_out}"
+        f"{tensor} has had no gradient in the first update, one of {len(missing)} such tensors: the model does not "
+        f"call {layer.removesuffix('.weight')}, or reads its weight itself, so that it would never learn; {way_out}"
     )
