@@ -64,8 +64,8 @@ def word_tokenizer(chat_template: str | None = TURNS, **options: Any) -> PreTrai
 def byte_tokenizer(
     chat_template: str | None = CHATML, *, merges: Sequence[tuple[str, str]] = (), eos: str = "<|im_end|>"
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's and its descendants': bytes, ``merges`` of them, and the special tokens of ChatML; with
-    another ``eos``, a base model's, that one as well."""
+    """Byte-level BPE, as GPT-2's and its descendants': bytes, ``merges`` of them, and the special tokens of ChatML;
+    with another ``eos``, a base model's, that one as well."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
