@@ -12,7 +12,7 @@ from tests.fuzz.values import LEFT_ALONE, LEGAL, border, knobs, legal, mistake
 
 SHARES = (("legal", 40), ("border", 25), ("mistake", 15), ("rows", 20))
 KIND_SHARES = (("ppo", 64), ("sft", 12), ("reward_model", 12), ("dpo", 12))
-BAD_FUNCTIONS = ("raising", "too_few", "not_a_number", "texts", "NOT_A_FUNCTION", "nowhere")
+BAD_FUNCTIONS = ("raising", "too_few", "texts", "NOT_A_FUNCTION", "nowhere")
 
 
 @dataclass

@@ -62,7 +62,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "data.max_tokens": (2, 8, 16, 32),
     "data.curriculum": (None, "near_target", "HERE/plugins.py:first_ones"),
     "data.curriculum_kwargs": ({}, {"target": 0.3}),
-    "reward.function": ("HERE/plugins.py:low_words", "HERE/plugins.py:by_token"),
+    "reward.function": ("HERE/plugins.py:low_words", "HERE/plugins.py:by_token", "HERE/plugins.py:not_a_number"),
     "reward.kwargs": ({}, {"factor": 2.0}),
     "reward.functions": (
         [],
