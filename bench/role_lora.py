@@ -14,6 +14,7 @@ import torch
 from common import SMOKE, arguments, keep, paired_medians
 from torch.nn.functional import linear
 
+from rlhf_toolkit.models.quantised import as_stored
 from rlhf_toolkit.models.role_slices import RoleLora
 
 ROWS, LENGTH, RANK, SCALE = 2 if SMOKE else 16, 77, 16, 2.0
@@ -32,7 +33,7 @@ def compare(inputs: int, outputs: int) -> dict[str, Any]:
     slices = [(0, ROWS, SCALE), (ROWS, 2 * ROWS, SCALE)]
 
     def one_function() -> None:
-        RoleLora.apply(x, weight, None, False, slices, *adapters).sum().backward()
+        RoleLora.apply(x, weight, None, as_stored, slices, *adapters).sum().backward()
 
     def separate_operations() -> None:
         y, parts = linear(x, weight), []

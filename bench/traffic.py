@@ -9,6 +9,7 @@ its own dtype and a tied output layer once. The first iteration also holds what 
 
 ZeRO-3 keeps, between forward and backward, what it will need again within 1e9 elements (2 GB in bfloat16): the whole of
 a small model, a seventh of a 7B one. ``--like-7b`` scales that down, so that the share kept is a 7B model's.
+``--quantization`` stores the base's layers in fewer bits; the base that is counted in is then that one.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--like-7b", action="store_true", help="keep as small a share of the model as of a 7B one")
+    parser.add_argument("--quantization", default="none", help="model.quantization")
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
@@ -49,11 +51,16 @@ def main() -> None:
         job = {
             "model": model,
             "like_7b": options.like_7b,
-            "changes": {**CHANGES, "model.gradient_checkpointing": options.checkpointing},
+            "changes": {
+                **CHANGES,
+                "model.gradient_checkpointing": options.checkpointing,
+                "model.quantization": options.quantization,
+            },
         }
         counted = on_ranks(__file__, job, ranks=RANKS)
         figures.append(rounded({"model": model, "gradient_checkpointing": options.checkpointing, **figure(counted)}))
     endings = ("_checkpointing" if options.checkpointing else "") + ("_like_7b" if options.like_7b else "")
+    endings += "" if options.quantization == "none" else f"_{options.quantization}"
     keep(f"traffic{endings}", figures, ranks=RANKS)
 
 

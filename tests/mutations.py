@@ -414,6 +414,7 @@ OF_MODELS = [
 
 IN_SLOTS = "the_number_of_slots_does_not_matter[0.01-2]"
 IN_COMMON = "what_prompts_have_in_common_is_computed_once"
+STATES, STEP = "long_prompts_in_two_slots_are_what_each_is_alone", "a_step_in_place_is_transformers_own"
 COLUMNS = "a_step_reads_the_columns_of_the_longest_living_sequence[100]"
 OF_SLOTS = [
     *within("models/slot_cache.py", "tests/rollout/test_decoding.py",
@@ -429,6 +430,18 @@ OF_SLOTS = [
          "        self.mask[target] = 0\n", ""),
         ("slots: a short one as wide as the longest beside it", COLUMNS,
          "now - lengths[row]", "now - mask.shape[1]")),
+    *within("models/slot_cache.py", "tests/models/test_recurrent.py",
+        ("slots: a recurrent state stays behind", STATES,
+         '("conv_states", "recurrent_states")', '("conv_states",)'),
+        ("slots: entering states change places", STATES,
+         "held[index][slots] = state[rows]", "held[index][slots] = state[rows.flip(0)]"),
+        ("slots: who stays gets another's state", STATES,
+         "[index] = state[slots]", "[index] = state[: len(slots)]")),
+    *within("models/state_steps.py", "tests/models/test_recurrent.py",
+        ("step in place: what the state says is added", STEP,
+         "v, k, s, alpha=-1", "v, k, s, alpha=1"),
+        ("step in place: the state does not decay", STEP,
+         ".mul_(g.float().exp()", ".mul_(g.float().mul(0).exp()")),
     *within("rollout/prefill.py", "tests/rollout/test_decoding.py",
         ("slots: holes stay", IN_COMMON,
          "close_holes(cache, mask), logits", "mask, logits"),
@@ -443,6 +456,31 @@ OF_SLOTS = [
          "torch.tensor([lengths[i] for i in source]", "torch.tensor([mask.shape[1] for i in source]"),
         ("slots: the longest prompt has the largest budget", "the_columns_of_a_rollout_are_those_of_its_longest_row",
          "len(p.token_ids) + budget for", "len(p.token_ids) + max(budgets) for")),
+]
+CHANGED = "logits_are_changed_as_transformers_changes_them"
+DRAWN = "what_is_drawn_has_the_log_prob_that_transformers_gives_it"
+IN_LOSS = "loss_and_gradient_equal_ppo_written_out[sequence weights]"
+OF_DRAWING = [
+    *within("rollout/logit_changes.py", "tests/rollout/test_logit_changes.py",
+        ("drawing: a penalty that raises negative logits", CHANGED,
+         "own < 0, own * self.rules.penalty,", "own < 0, own / self.rules.penalty,"),
+        ("drawing: a row goes by another's tokens", CHANGED,
+         "there = self.history[rows]", "there = self.history[: len(rows)]"),
+        ("drawing: the beginning of a bad word shifted", CHANGED,
+         "torch.arange(-reach, 0,", "torch.arange(-reach - 1, -1,"),
+        ("drawing: a prompt ends where the longest does", CHANGED,
+         "torch.tensor([len(row) for row in ids],", "torch.tensor([width - budget for row in ids],")),
+    *within("rollout/sampling.py", "tests/rollout/test_logit_changes.py",
+        ("drawing: min-p of the whole mass", DRAWN,
+         "min_p * weights.amax(", "min_p * weights.sum("),
+        ("drawing: drawn log-probs without their own total", DRAWN,
+         "_log_prob(free, tokens, _log_total(kept))", "_log_prob(free, tokens, log_total)")),
+    *within("rollout/turns.py", "tests/rollout/test_turns.py",
+        ("drawing: an answer pushes drawn log-probs out of place", "turns_alternate_until_the_environment_is_content",
+         "self.drawn += [0.0] * len(tokens)", "self.drawn += []")),
+    *within("trainers/ppo_loss.py:PPOLoss", "tests/trainers/test_ppo_loss.py",
+        ("importance: weights by the policy's own log-probs", IN_LOSS,
+         "weights(old_logprobs, batch.sampler_logprobs,", "weights(old_logprobs, batch.rollout_logprobs,")),
 ]
 CUTTING = "tests/rollout/test_cutting.py"
 OF_ROLLOUT = [
@@ -565,7 +603,7 @@ OF_TRAINER = [
          "policy_weight * (policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss)",
          "policy_weight * policy_loss - self.entropy_coef * entropy + kl_coef * kl_loss"),
         ("importance: sampler and policy swapped", f"{TERMS_WRITTEN_OUT}[1.0]",
-         "weights(old_logprobs, batch.rollout_logprobs,", "weights(batch.rollout_logprobs, old_logprobs,"),
+         "weights(old_logprobs, batch.sampler_logprobs,", "weights(batch.sampler_logprobs, old_logprobs,"),
         ("clip bounds swapped on the way", f"{TERMS_WRITTEN_OUT}[1.0]",
          "\"clip_range_low\": self.clip_range_low,\n                \"clip_range_high\": self.clip_range_high,",
          "\"clip_range_low\": self.clip_range_high,\n                \"clip_range_high\": self.clip_range_low,")),
@@ -685,6 +723,7 @@ MUTATIONS: list[Mutation] = [
     *OF_REDUCTION,
     *OF_MODELS,
     *OF_SLOTS,
+    *OF_DRAWING,
     *OF_ROLLOUT,
     *OF_TRAINER,
     *OF_EVALUATION,

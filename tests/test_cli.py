@@ -187,7 +187,7 @@ def test_data_show_of_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[s
             rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
             for option in ([], ["--streaming"]):
                 main(["data", "show", str(rows), *words, "--as", kind, "--max-rows", "2", *option])
-                shown = capsys.readouterr().out.splitlines()
+                shown = capsys.readouterr().out.splitlines()[3:]  # behind model, template and stop tokens
                 assert shown[1].endswith("3 | <user> w1 <assistant>"), (name, shown)
                 assert shown[2].endswith("3 > w2 w3 </s>"), (name, shown)
                 assert shown[3].endswith("2 > w5 </s>" if kind == "pairs" else "mask 3x0 3x1"), (name, shown)
@@ -195,7 +195,7 @@ def test_data_show_of_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 assert f"1 of 2 {kind}," in shown[4] and f"dropped 1 {reason};" in shown[4], (name, shown)
     rows.write_text('{"text": "w1 w2"}\n')
     main(["data", "show", str(rows), *words])
-    shown = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out.splitlines()[3:]
     assert shown[1].endswith("1 | w1") and shown[2].endswith("2 > w2 </s>") and shown[3] == "  mask 1x0 2x1"
 
 

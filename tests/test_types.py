@@ -14,7 +14,7 @@ from tests.support.offenders import for_each
 
 ROWS, WIDTH, TOTAL = 3, 4, 7
 PER_ROW = ("prompt_lengths", "response_lengths")
-PER_TOKEN = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns")
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "drawn_logprobs", "values", "advantages", "returns")
 
 
 def rollout() -> Rollout:

@@ -56,8 +56,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a checkpoint beside the role folders: ``state`` as JSON, and ``tensors`` by file name. What ranks
-    and threads do later must not change it."""
+    """What goes into a checkpoint beside the role folders: ``state`` as JSON, and ``tensors`` by file name."""
 
     step: int
     state: Mapping[str, Any]

@@ -29,6 +29,7 @@ CHANGED = {
     "rows": "was trained on other data: a row of data.train has been edited, added or removed",
     "tokens": "was trained on other tokens: the same data is rendered otherwise now, because the chat template or the "
     "tokenizer has changed, or because the template writes the date",
+    "template": "was rendered by another chat template: the file of data.chat_template has been edited",
     "examples": "was trained on other examples: data.train has been edited, or it is rendered otherwise, because the "
     "chat template or the tokenizer has changed or the template writes the date",
     "reference": "has another reference: the adapter of model.policy_adapter has changed",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -70,13 +71,19 @@ def merge(options: Options) -> None:
     trust = options.trust_remote_code
     merged = merge(options.base, options.adapter, options.out, dtype=dtype, trust_remote_code=trust)
     word = str(merged.dtype).removeprefix("torch.")
+    if merged.base != options.base:
+        say(f"the base is {merged.base}: the adapter names that revision")
+    if merged.own_tokenizer:
+        say("tokenizer, chat template and stop tokens are those beside the adapter")
     say(f"{merged.folder}: {len(merged.layers)} layers merged, {merged.bytes / 2**30:.2f} GiB in {word}")
     say(f"rounding to {word} changed {merged.rounding:.2%} of what the adapter adds")
+    if merged.note:
+        say(merged.note)
     if merged.left_out:
         say(f"not copied from the base: {', '.join(merged.left_out)}")
     if options.verify:
         found = verify(
-            options.base,
+            merged.base,
             options.adapter,
             merged.folder,
             dtype=merged.dtype,
@@ -103,6 +110,11 @@ def chat(options: Options) -> None:
         trust_remote_code=options.trust_remote_code,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        keep_special_tokens=options.keep_special_tokens,
     )
     try:
         chat.run(typed())
@@ -142,30 +154,9 @@ def inspect(options: Options) -> None:
 
 def show_data(options: Options) -> None:
     """Print rows of training data token by token."""
-    import logging
+    from rlhf_toolkit.runs.shown_rows import asked, shown_rows
 
-    import datasets
-
-    from rlhf_toolkit.data.instructions import tokenise_examples
-    from rlhf_toolkit.data.preferences import tokenise_pairs
-    from rlhf_toolkit.data.preview import preview
-    from rlhf_toolkit.data.prompts import load_rows
-    from rlhf_toolkit.data.tokenizers import stop_token_ids
-    from rlhf_toolkit.models.loading import generation_eos_of, load_model_config, load_tokenizer
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too
-    tokenizer, config = load_tokenizer(options.model), load_model_config(options.model)
-    read = tokenise_examples if options.kind == "examples" else tokenise_pairs
-    found = read(
-        load_rows(options.source, options.split, streaming=options.streaming, max_rows=options.max_rows),
-        tokenizer,
-        max_tokens=options.max_tokens,
-        system_prompt=options.system_prompt,
-        chat_template=not options.no_chat_template,
-        stop_ids=stop_token_ids(tokenizer, generation_eos_of(options.model, config), stop_strings=()),
-    )
-    say(preview(found, tokenizer, options.count))
+    say(shown_rows(asked(vars(options))))
 
 
 # ---- their words -----------------------------------------------------------------------------------------------------
@@ -194,10 +185,35 @@ def _at_least_1(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    return _number(text, 0.0, 1.0)
+
+
+def _penalty(text: str) -> float:
+    return _number(text, 0.01, 100.0)
+
+
+def _number(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least < value <= most:
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no number above {least:g} and up to {most:g}")
+    return value
+
+
 DTYPES = ("bfloat16", "float16", "float32")
 RUN = Argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
-BASE = Argument("base", help="hub name or folder of the base model")
+BASE = Argument("base", help="hub name, NAME@REVISION or folder of the base model")
 TRUST = Argument("--trust-remote-code", action="store_true", help="run model code from the hub")
+FILTERS = (
+    Argument("--top-k", type=_at_least_1, default=0, metavar="K", help="draw from the K likeliest tokens"),
+    Argument("--top-p", type=_share, default=1.0, metavar="P", help="from the smallest set with this probability"),
+    Argument("--min-p", type=_share, default=0.0, metavar="P", help="from tokens P times as likely as the likeliest"),
+    Argument("--repetition-penalty", type=_penalty, metavar="X", help="without it, the model's generation config's"),
+    Argument("--keep-special-tokens", action="store_true", help="in answers, but those that end them"),
+)
 COMMANDS = (
     Command("report", "print what a finished run came to", report, (RUN,)),
     Command(
@@ -234,6 +250,7 @@ COMMANDS = (
             Argument("--dtype", choices=DTYPES, help="of the base; without it, the one it is stored in"),
             Argument("--max-new-tokens", type=_at_least_1, default=256, metavar="N", help="of an answer (256)"),
             Argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature above 0 (0)"),
+            *FILTERS,
             TRUST,
         ),
     ),
@@ -272,9 +289,9 @@ DATA_COMMANDS = (
         show_data,
         (
             Argument("source", metavar="SOURCE", help="a hub dataset, or a json, jsonl, csv or parquet file"),
-            Argument("--model", required=True, help="hub name or folder, for its tokenizer"),
+            Argument("--model", required=True, help="hub name, NAME@REVISION or folder, for its tokenizer"),
             Argument(
-                "--as", dest="kind", choices=("examples", "pairs"), default="examples", help="default: %(default)s"
+                "--as", dest="kind", choices=("examples", "pairs", "prompts"), help="without it, as their columns say"
             ),
             Argument("--split", default="train", help="default: %(default)s"),
             Argument("--streaming", action="store_true", help="read rows while they are tokenised, store none"),
@@ -282,7 +299,18 @@ DATA_COMMANDS = (
             Argument("--count", type=int, default=3, help="rows to print; default: %(default)s"),
             Argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s"),
             Argument("--no-chat-template", action="store_true", help="take strings as they stand"),
-            Argument("--system-prompt", help="system message before string prompts"),
+            Argument("--chat-template", metavar="FILE", help="render with this file of Jinja"),
+            Argument(
+                "--template-value",
+                action="append",
+                default=[],
+                metavar="NAME=VALUE",
+                help="what the template reads, such as enable_thinking=false",
+            ),
+            Argument("--eos-token", action="append", default=[], metavar="TOKEN", help="as model.eos_token"),
+            Argument("--column", default="prompt", help="of prompts; default: %(default)s"),
+            Argument("--turns", choices=("all", "last"), default="all", help="as sft.turns; default: %(default)s"),
+            Argument("--system-prompt", help="system message of conversations that bring none"),
         ),
     ),
 )

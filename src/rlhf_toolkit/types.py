@@ -64,7 +64,8 @@ class Rollout:
     ``responses`` (B, R) token ids, right-padded, the stop token included; ``lengths`` (B,); ``rollout_logprobs`` (B, R)
     fp32, the policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string
     ended the response and False where the token budget did; ``written`` (B, R) bool, True where the policy wrote the
-    token, and False at what an environment answered; None: it wrote all of them.
+    token, and False at what an environment answered; None: it wrote all of them; ``drawn_logprobs`` (B, R) fp32, the
+    tokens' log-probs in the distribution that they were drawn from, None where that is the policy's whole one.
     """
 
     responses: torch.Tensor
@@ -72,14 +73,16 @@ class Rollout:
     rollout_logprobs: torch.Tensor
     finished: torch.Tensor
     written: torch.Tensor | None = None
+    drawn_logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.responses.shape
         _expect("lengths", self.lengths, (rows,))
         _expect("rollout_logprobs", self.rollout_logprobs, (rows, width))
         _expect("finished", self.finished, (rows,))
-        if self.written is not None:
-            _expect("written", self.written, (rows, width))
+        for name in ("written", "drawn_logprobs"):
+            if getattr(self, name) is not None:
+                _expect(name, getattr(self, name), (rows, width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,9 @@ class RolloutTokens:
 
     ``sequences`` (B, T) prompt and response, right-padded; ``prompt_lengths`` (B,) and ``response_lengths`` (B,); the
     rest (B, R), aligned so that column 0 is the first response token: ``token_mask`` bool, True where the policy wrote
-    the token, and ``response_mask``, True where it is trained on; ``rollout_logprobs`` of the decoding path, and
-    ``ref_logprobs``, None where no KL is asked for and it is not the first rollout; both fp32.
+    the token, and ``response_mask``, True where it is trained on; ``rollout_logprobs`` of the decoding path;
+    ``ref_logprobs``, None where no KL is asked for and it is not the first rollout; and ``drawn_logprobs`` in what the
+    tokens were drawn from, None where that is the policy's whole distribution; all fp32.
     """
 
     sequences: torch.Tensor
@@ -99,6 +103,7 @@ class RolloutTokens:
     response_mask: torch.Tensor
     rollout_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
+    drawn_logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.response_mask.shape
@@ -110,6 +115,11 @@ class RolloutTokens:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def sampler_logprobs(self) -> torch.Tensor:
+        """(B, R) log-probs of the tokens in what they were drawn from, which an importance weight divides by."""
+        return self.rollout_logprobs if self.drawn_logprobs is None else self.drawn_logprobs
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""

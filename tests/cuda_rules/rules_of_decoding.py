@@ -13,6 +13,7 @@ from torch import nn
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.decoding_weights import EXACT, MERGED, DecodingKind, decoding_weights
 from rlhf_toolkit.rollout.decoding import Alone, InFlight, Responses, Sampling, decode
+from rlhf_toolkit.rollout.logit_changes import LogitRules
 from rlhf_toolkit.types import Rollout
 from tests.cuda_rules.device import GPU, MixedDevices, Rules, to_gpu
 from tests.cuda_rules.subjects import prompts, shared_base
@@ -25,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7},
     "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.6},
+    "min_p": {"min_p": 0.2},
+    "bias": {"rules": LogitRules(bias=((5, 3.0), (6, -100.0)))},
+    "penalty": {"rules": LogitRules(penalty=1.5)},
+    "bad words": {"rules": LogitRules(bad_words=((7,), (9, 8), (5, 5, 5)))},
     "greedy": {"greedy": True},
     "stop strings": {"stop_strings": ("w5", "w7 w")},
 }
@@ -57,6 +62,11 @@ def test_every_way_of_sampling_gives_the_cpus_tokens() -> None:
         same = [torch.equal(getattr(found, c), getattr(expected, c)) for c in ("responses", "lengths", "finished")]
         if not all(same) or not torch.allclose(found.rollout_logprobs, expected.rollout_logprobs, atol=1e-4):
             wrong.append((weights, name))
+        ours, theirs = (rollout.drawn_logprobs for rollout in (found, expected))
+        if ours is None or theirs is None:
+            assert ours is theirs
+        elif not torch.allclose(ours, theirs, atol=1e-4):
+            wrong.append((weights, f"what {name} draws from"))
         assert {column.device.type for column in vars(found).values() if column is not None} == {"cpu"}
     assert wrong == []
 

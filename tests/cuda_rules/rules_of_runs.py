@@ -54,6 +54,8 @@ PPO: dict[str, dict[str, Any]] = {
         "ppo.kl_in": "loss",
         "ppo.entropy_coef": 0.1,
         "ppo.importance_correction": "sequence",
+        "rollout.repetition_penalty": 1.2,
+        "rollout.bad_words": ["w7 w3"],
         "ppo.kl_stop": 0.5,
         "ppo.whiten_over": "mini_batch",
         "rollout.stop_strings": ["w5"],

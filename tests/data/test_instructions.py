@@ -285,7 +285,7 @@ def test_an_end_of_turn_token_beside_eos_has_to_be_named() -> None:
 
 def test_a_tokenizer_without_eos() -> None:
     text = fault([{"text": "hello"}], word_tokenizer(eos=None))
-    assert text.endswith("has no eos_token, so that no response could end; set its eos_token")
+    assert text.endswith("has no eos_token, so that no response could end; set model.eos_token")
 
 
 # ---- what is dropped -------------------------------------------------------------------------------------------------

@@ -277,5 +277,5 @@ def test_the_settings_reach_the_rows(tmp_path: Path, streaming: bool, monkeypatc
     for kind in kinds:
         section = {"train": source, "evaluation": held_out, "streaming": streaming, "max_rows": 3}
         experiment = experiment_from_dict({"model": {"name": "m"}, "data": section}, kind)
-        assert [len(items) for items in load_items(experiment, word_tokenizer(), [])] == [3, 2]
+        assert [len(items) for items in load_items(experiment, word_tokenizer(), [])[:2]] == [3, 2]
     assert len(asked) == (5 if streaming else 0)

@@ -110,7 +110,7 @@ def test_no_stop_token() -> None:
         stop_token_ids(tiny_tokenizer(eos=None, name_or_path="org/endless"), None)
     assert str(caught.value) == (
         "no stop token: the tokenizer of org/endless and its generation config have eos_token_id=None, so that "
-        "responses could never finish; set eos_token on the tokenizer, or use rollout.stop_strings"
+        "responses could never finish; set model.eos_token, or use rollout.stop_strings"
     )
 
 

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "sequence weights": (
         {
             "ppo.importance_correction": "sequence",
+            "rollout.repetition_penalty": 1.2,
             "ppo.first_ratio_tolerance": 1.0,
             "ppo.truncated": "mask",
             "rollout.max_new_tokens": 20,
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {
             "update.micro_batch_tokens": 512,
             "ppo.importance_correction": "token",
+            "rollout.top_p": 0.9,
             "ppo.first_ratio_tolerance": 1.0,
             "ppo.truncated": "mask",
             "rollout.max_new_tokens": 20,

@@ -79,6 +79,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ppo.value_warmup_rollouts": 1,
         "reward.missing_eos_penalty": 0.1,
         "rollout.temperature": 0.8,
+        "rollout.top_p": 0.99,
         "ppo.importance_correction": "token",
         "ppo.kl_stop": 1e6,
         "rollout.responses_per_prompt": 2,

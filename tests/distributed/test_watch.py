@@ -49,6 +49,21 @@ if deed == "failure":
     os._exit(7)
 time.sleep(60)
 """
+STOPPED_RANK = """
+import sys, time
+from torch.distributed import PrefixStore, TCPStore
+from rlhf_toolkit.distributed import watch
+
+watch.ASLEEP = 3.0
+mine = watch.Watch(stall_seconds=6)
+mine._store = PrefixStore("watch", TCPStore("127.0.0.1", int(sys.argv[1]), None, False))
+mine.begin()
+print("begins", flush=True)
+for _ in range(40):  # at least four seconds of this process's own time, at one place
+    time.sleep(0.1)
+print("goes on", flush=True)
+mine.close()
+"""
 
 
 @pytest.fixture
@@ -88,6 +103,28 @@ def test_a_store_that_never_answers_holds_nobody(
     )
     assert finished.returncode == status and said in finished.stdout + finished.stderr, finished.stderr[-3000:]
     assert time.monotonic() - began < 45
+
+
+def test_a_run_that_was_stopped_for_a_while_goes_on(server: tuple[int, int]) -> None:
+    """As by Ctrl-Z and fg: longer than a rank may stand still, but nothing has stalled."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED_RANK, str(server[0])],
+        cwd=ROOT,
+        env=environment_of_tests(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "begins\n"
+        time.sleep(2)  # it has been looked at
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(8)
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and said == "goes on\n", said
+    finally:
+        process.kill()
 
 
 def test_a_watch_that_is_closed_leaves_no_pipe_and_no_handler() -> None:

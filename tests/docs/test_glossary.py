@@ -20,6 +20,7 @@ WORD = re.compile(r"\w+(?:[ _-]\w+)*")
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "query": {
         "models/attention.py models/segment_attention.py models/slot_cache.py": "attention's query, key and value",
+        "models/state_steps.py": "the same three of a gated delta net",
     },
     "v": {"models/segment_attention.py": "the same three, as in the equation"},
     "buffer": {
@@ -41,6 +42,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "beta": {
         "algorithms/policy_losses.py": "DRO's constant, under the paper's name",
         "algorithms/preference_losses.py settings/supervised.py trainers/objectives.py": "DPO's, a setting",
+        "models/state_steps.py": "a gated delta net's, under the name by which transformers gives it",
     },
     "eps": {"models/fused.py": "a norm's epsilon, under the name that transformers gives it"},
 }

@@ -22,7 +22,7 @@ from rlhf_toolkit.cli import main
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.card import ROWS, _numbers, card, push, write_card
 from rlhf_toolkit.export.card_kinds import KINDS
-from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.export.folders import read_run, trained_quantised
 from rlhf_toolkit.reporting.seal import SEAL, sealed
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import RewardExperiment
@@ -338,3 +338,26 @@ def test_unfinished_and_foreign_folders_are_refused(folder: Path, tmp_path: Path
     (folder / "summary.json").unlink()
     with pytest.raises(CheckpointError, match=r"no summary\.json, which is written when training ends"):
         read_run(folder)
+
+
+def test_the_card_of_a_run_on_a_quantised_base_says_so(folder: Path) -> None:
+    """It loads NF4 by bitsandbytes (``tests/models/test_quantised.py``: the same weights); other kinds differ."""
+    run = read_run(folder)
+    run.settings["model"]["quantization"] = "nf4"
+    text = card(run)
+    assert "| `model.quantization` | `nf4` |" in text
+    (call,) = re.findall(r"BitsAndBytesConfig\((.*?)\n\)\)", text, flags=re.DOTALL)
+    dtype = run.settings["model"]["dtype"]
+    assert call.strip() == f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{dtype}'
+    compile(block(text, "python"), "card", "exec")
+    run.settings["model"]["quantization"] = "int8"
+    assert "stored in `int8` while the adapter was trained" in card(run)
+
+
+def test_an_adapter_knows_that_its_base_was_quantised_where_it_lies_in_its_run(tmp_path: Path) -> None:
+    policy, kept = tmp_path / "policy", tmp_path / "checkpoint-4/policy"
+    for kind, said in (("none", False), ("nf4", True)):
+        (tmp_path / "run.json").write_text(json.dumps({"model": {"quantization": kind}}))
+        for adapter in (policy, kept):
+            assert ("in 'nf4'" in (trained_quantised(adapter) or "")) == said
+    assert trained_quantised(tmp_path.parent / "elsewhere/policy/x") is None

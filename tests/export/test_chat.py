@@ -17,7 +17,7 @@ from rlhf_toolkit.seeding import derive_seed
 from tests.support.builders import CHAT_TEMPLATE
 from tests.support.exports import write_adapter, write_base
 from tests.support.offenders import for_each
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import WORDS, tiny_llama
 
 TOKENS = 6
 TEMPLATES = pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["plain", "template"])
@@ -26,12 +26,12 @@ TEMPLATES = pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["pla
 class Folders:
     """A base and two adapters that disagree."""
 
-    def __init__(self, folder: Path, template: str | None, **options: Any) -> None:
+    def __init__(self, folder: Path, template: str | None, tags: list[str] | None = None, **options: Any) -> None:
         model = tiny_llama(**options)
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(20)  # far from uniform, so that contestants say different things
             model.get_output_embeddings().weight[1] = 0.0  # and do not end at once
-        self.base = write_base(folder / "base", model, chat_template=template)
+        self.base = write_base(folder / "base", model, chat_template=template, additional_special_tokens=tags or [])
         self.adapters = [write_adapter(folder / f"a{seed}", self.base, seed=seed) for seed in (1, 2)]
         self.template = template
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
@@ -46,12 +46,14 @@ class Folders:
     def labels(self, adapters: int = 2) -> list[str]:
         return ["base", *map(str, self.adapters[:adapters])]
 
-    def expected(self, *rounds: str, system: str = "", temperature: float = 0.0) -> list[list[str]]:
-        """Round -> contestant -> what generate() of that contestant alone answers."""
-        answers = [self.alone(adapter, rounds, system, temperature) for adapter in (None, *self.adapters)]
+    def expected(self, *rounds: str, system: str = "", temperature: float = 0.0, **more: Any) -> list[list[str]]:
+        """Round -> contestant -> what generate() of that contestant alone answers; ``more`` goes to it."""
+        answers = [self.alone(adapter, rounds, system, temperature, **more) for adapter in (None, *self.adapters)]
         return [list(answer) for answer in zip(*answers, strict=True)]
 
-    def alone(self, adapter: Path | None, rounds: tuple[str, ...], system: str, temperature: float) -> list[str]:
+    def alone(
+        self, adapter: Path | None, rounds: tuple[str, ...], system: str, temperature: float, **more: Any
+    ) -> list[str]:
         model: Any = AutoModelForCausalLM.from_pretrained(self.base)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
@@ -65,7 +67,7 @@ class Folders:
                 prompt = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
             torch.manual_seed(derive_seed(0, "chat", number))
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, **more} if temperature else more
             whole = model.generate(input_ids=ids, max_new_tokens=TOKENS, **sampling)[0]
             answers.append(str(self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)))
             messages.append({"role": "assistant", "content": answers[-1]})
@@ -130,6 +132,28 @@ def test_temperature_samples_from_the_whole_distribution_and_back(tmp_path: Path
     assert folders.talk("/temperature 1.5", "w3 w4", seed=1) != folders.greeting() + "temperature 1.5\n" + warm
 
 
+def test_filters_and_a_penalty_are_those_of_generate(tmp_path: Path) -> None:
+    folders = Folders(tmp_path, None)
+    options: dict[str, Any] = {"top_k": 20, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.5}
+    told = folders.talk("/temperature 1.5", "w3 w4", **options)
+    warm = folders.transcript(folders.expected("w3 w4", temperature=1.5, **options))
+    assert told == folders.greeting() + "temperature 1.5\n" + warm
+    cold = folders.transcript(folders.expected("w3 w4", "w3", repetition_penalty=1.5))
+    assert folders.talk("w3 w4", "w3", **options) == folders.greeting() + cold
+    assert len({warm, cold, folders.transcript(folders.expected("w3 w4", "w3"))}) == 3
+
+
+@TEMPLATES
+def test_special_tokens_are_kept_where_they_are_asked_for(tmp_path: Path, template: str | None) -> None:
+    """Shown, and read in the next turn; what ends an answer is neither."""
+    folders, plain = Folders(tmp_path / "tags", template, tags=list(WORDS)), Folders(tmp_path / "plain", template)
+    assert not "".join(folders.expected("w3 w4")[0]).strip(), "nothing but tags is written"
+    kept = folders.talk("w3 w4", "w9", keep_special_tokens=True)
+    expected = plain.talk("w3 w4", "w9")
+    assert kept.replace(str(folders.base.parent), "") == expected.replace(str(plain.base.parent), "")
+    assert kept.splitlines()[-1].partition("] ")[2].strip() and "</s>" not in kept
+
+
 @for_each("value", ["hot", "-1", "inf", "nan", ""])
 def test_an_impossible_temperature_is_refused_and_the_chat_goes_on(tmp_path: Path, value: str) -> None:
     folders = Folders(tmp_path, None)
@@ -171,7 +195,7 @@ def test_text_comes_while_it_is_made(tmp_path: Path) -> None:
     ids=["wider", "deeper"],
 )
 @pytest.mark.parametrize("place", [0, 1])
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path, options: dict[str, int], words: str, place: int) -> None:
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, options: dict[str, Any], words: str, place: int) -> None:
     folders = Folders(tmp_path / "own", None)
     other = Folders(tmp_path / "other", None, **options)
     folders.adapters[place] = other.adapters[0]

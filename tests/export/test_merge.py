@@ -18,7 +18,15 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError
 from rlhf_toolkit.export import merge as merging
@@ -27,6 +35,7 @@ from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.export.shards import INDEX
 from rlhf_toolkit.export.verify import verify
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
+from tests.models.test_architectures import RECURRENT
 from tests.support.exports import peft_model, tiny_gpt2, write_adapter, write_base
 from tests.support.offenders import for_each
 from tests.support.roles import lora
@@ -45,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one block": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "the output layer": {"target_modules": ["lm_head", "v_proj"]},
 }
+ADAPTED = ("in_proj_qkv", "out_proj", "q_proj", "up_proj")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -105,6 +115,24 @@ def test_gpt2_stores_its_matrices_the_other_way_round(tmp_path: Path) -> None:
     torch.testing.assert_close(
         logits(loaded(tmp_path / "out")), logits(peft_model(base, adapter)), rtol=1e-4, atol=1e-5
     )
+
+
+@for_each("name", ["qwen3_5", "qwen3_5 with vision"])
+def test_a_model_with_states_and_the_text_part_of_one_that_can_see(tmp_path: Path, name: str) -> None:
+    """What a vision tower has stored stays as it is; the adapter has the names of the text model alone."""
+    case = RECURRENT[name]
+    torch.manual_seed(0)
+    kind = AutoModelForImageTextToText if name.endswith("vision") else AutoModelForCausalLM
+    base = write_base(tmp_path / "base", kind.from_config(CONFIG_MAPPING[case.model_type](**case.sizes)))
+    adapter = write_adapter(tmp_path / "policy", base, target_modules=list(ADAPTED))
+    merge(str(base), str(adapter), tmp_path / "out")
+    unmerged = logits(peft_model(base, adapter))
+    torch.testing.assert_close(logits(loaded(tmp_path / "out")), unmerged, rtol=1e-4, atol=1e-5)
+    assert (unmerged - logits(loaded(base))).abs().max() > 1e-3
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert before.keys() == after.keys() and any("visual" in key for key in before) == name.endswith("vision")
+    changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    assert changed and all(key.rsplit(".", 2)[1] in ADAPTED for key in changed)
 
 
 def test_names_stored_without_the_prefix_of_the_model(tmp_path: Path) -> None:

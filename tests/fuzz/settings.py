@@ -34,6 +34,8 @@ ONE_IN = 3
 WITHOUT_TRACE = {
     "model.lora_dropout": "it has one legal value",
     "reward.model_weight": "there is no reward model",
+    "reward.model_revision": "there is no reward model",
+    "model.revision": "the model is local",
     "alarms.stop": "two updates may cause no alarm",
     "run.most_not_finite": "all numbers are finite",
     "model.trust_remote_code": "the model is local and brings no code",
@@ -46,6 +48,7 @@ WITHOUT_TRACE = {
     "run.keep_best": "two updates leave no more checkpoints than are kept",
     "run.keep_checkpoints": "two updates leave two checkpoints",
     "rollout.slots": "results do not depend on it",
+    "rollout.keep_special_tokens": "the tiny tokenizer's special tokens are no words",
     "rollout.max_turns": "three tokens rarely leave room for a second turn",
     "update.packing": "rounding alone",
     "model.attention": "rounding alone",

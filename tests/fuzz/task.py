@@ -56,6 +56,7 @@ def write_fixtures(folder: Path) -> Path:
     )
     write_task(folder, model=model, prompts=8, chat_template=TURNS)
     (folder / "plugins.py").write_text(PLUGINS)
+    (folder / "template.jinja").write_text(TURNS.replace("<assistant> ", "<assistant> w1 "))
     write_adapter(folder / "adapter", folder / "model")
     write_adapter(folder / "reward_adapter", folder / "model", seed=2)
     return folder

@@ -33,10 +33,13 @@ SMALLEST, LARGEST = 5e-324, 1.7976931348623157e308
 
 LEGAL: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantization": ("none", "nf4", "int8", "float8"),
     "model.attention": ("sdpa", "eager"),
     "model.trust_remote_code": (False, True),
     "model.lora_rank": (1, 2, 4, 7, 64),
     "model.lora_alpha": (1, 8, 10**6),
+    "model.revision": (None,),
+    "model.eos_token": (None, "</s>", "w3", ["</s>", "w5"]),
     "model.lora_dropout": (0.0,),
     "model.rslora": (True,),
     "model.target_modules": ("all-linear", ["q_proj"], ["q_proj", "down_proj"]),
@@ -51,7 +54,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "data.evaluation_split": ("train", "train[:2]"),
     "data.streaming": (False, True),
     "data.max_rows": (1, 3, 4, 10**9),
-    "data.chat_template": (False, True),
+    "data.chat_template": (False, True, "HERE/template.jinja"),
     "data.system_prompt": ("w1 w2", "", "\U0001f600 w3"),
     "data.chat_template_kwargs": ({}, {"enable_thinking": False}),
     "data.max_prompt_tokens": (1, 4, 8, 12),
@@ -69,6 +72,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "reward.adapter": (None, "HERE/reward_adapter"),
     "reward.adapter_weight": (1.0, 0.5),
     "reward.model": (None,),
+    "reward.model_revision": (None,),
     "reward.model_weight": (1.0,),
     "reward.missing_eos_penalty": (0.0, 0.5),
     "reward.overlong_buffer": (0, 1, 2),
@@ -85,6 +89,11 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "rollout.top_k": (0, 1, 5, 10**9),
     "rollout.top_p": (1.0, 0.5, 1e-9),
     "rollout.stop_strings": ([], ["w3"], ["w3", "w4 w5"]),
+    "rollout.min_p": (0.0, 0.1, 1.0),
+    "rollout.repetition_penalty": (1.0, 1.2, 0.5, 100.0),
+    "rollout.logit_bias": ({}, {"5": 3.0, "6": -100.0}),
+    "rollout.bad_words": ([], ["w3"], ["w4 w5", "w6"]),
+    "rollout.keep_special_tokens": (False, True),
     "rollout.environment": (None, "HERE/plugins.py:answering"),
     "rollout.max_turns": (1, 2, 4),
     "rollout.mode": ("auto", "window", "stream"),
@@ -238,15 +247,23 @@ def border(name: str, hint: Any, random: random.Random) -> Any:
     return 1 if too_much else value
 
 
+BROKEN_RULES: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({"x": 1.0}, {"5": 101.0}, {"05": 1.0}, {"5": "1"}, {"-1": 0.0}),
+    "bad_words": ([" "], ["w3", ""]),
+}
+"""Values of lists and dicts that have the type and break the rule."""
+
+
 def mistake(setting: Field[Any], hint: Any, random: random.Random) -> Any:
     """A value that no setting of this type and rule may have; the run must be refused."""
     kinds, rule = kinds_of(hint), setting.metadata["rule"]
     choices: list[Any] = [value for value in MISTAKEN_FOR if _never_fits(value, kinds)]
-    if rule is not None:
+    if rule is not None and {int, float} & {*kinds}:
         numbers = (-1, 0, 1, 2, 0.5, -SMALLEST, 1e9)
         choices += [each for each in numbers if not rule.holds(each) and (isinstance(each, int) or float in kinds)]
     if setting.metadata["choices"]:
         choices += [setting.metadata["choices"][0].upper() + "x", ""]
+    choices += BROKEN_RULES.get(setting.name, ())
     return random.choice(choices)
 
 

@@ -20,6 +20,7 @@ from rlhf_toolkit.distributed.topology import Launch, Topology
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.attention import PACKABLE, packing_obstacle
 from rlhf_toolkit.models.loading import load_base, load_model_config
+from rlhf_toolkit.models.recurrent import TESTED
 from rlhf_toolkit.models.shared_base import SharedBase, refuse_architecture
 from rlhf_toolkit.rollout.decoding import Sampling, decode
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
@@ -138,11 +139,90 @@ WORKS = {
         },
     ),
 }
+DELTA: Sizes = {
+    **TINY,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+SHARED_EXPERTS: Sizes = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24}
+CHANNELS: Sizes = {
+    **DELTA,
+    **EXPERTS,
+    **without(LATENT, "q_lora_rank"),
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+MAMBA: Sizes = {
+    **TINY,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 4,
+    "mamba_chunk_size": 4,
+}
+MIXED: Sizes = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48}
+BLOCKS: Sizes = {
+    **without(TINY, "num_hidden_layers"),
+    "head_dim": 8,
+    "ssm_state_size": 4,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "chunk_size": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "layers_block_type": ["mamba", "attention", "mlp", "moe", "mamba"],
+}
+SHARED_BLOCKS: Sizes = {
+    **TINY,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "layers_block_type": ["hybrid", "mamba", "hybrid"],
+    "mamba_d_state": 4,
+}
+SCANS: Sizes = {**TOKENS, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+RECURRENT = {
+    "qwen3_5": Case("qwen3_5_text", DELTA),
+    "qwen3_5 with experts": Case("qwen3_5_moe_text", {**DELTA, **SHARED_EXPERTS}),
+    "qwen3_5 with vision": Case(
+        "qwen3_5",
+        {
+            "text_config": DELTA,
+            "vision_config": {**without(VISION, "num_hidden_layers"), "depth": 1, "out_hidden_size": 32},
+            "image_token_id": 39,
+        },
+    ),
+    "qwen3_next": Case("qwen3_next", {**DELTA, **SHARED_EXPERTS}),
+    "olmo_hybrid": Case("olmo_hybrid", DELTA),
+    "kimi_linear": Case("kimi_linear", {**CHANNELS, "linear_head_dim": 8, "linear_num_heads": 4}),
+    "bailing_hybrid": Case("bailing_hybrid", CHANNELS),
+    "lara_mini": Case("lara_mini", {**DELTA, **SHARED_EXPERTS, "sliding_window": 4}),
+    "bamba": Case("bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "granitemoehybrid": Case("granitemoehybrid", {**MAMBA, **MIXED, "num_local_experts": 4}),
+    "granitemoehybrid, dense": Case("granitemoehybrid", {**MAMBA, **MIXED, "num_local_experts": 0}),
+    "falcon_h1": Case("falcon_h1", {**MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
+    "nemotron_h": Case("nemotron_h", BLOCKS),
+    "jamba": Case("jamba", {**TINY, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4}),
+    "zamba": Case("zamba", {**SHARED_BLOCKS, "attention_hidden_size": 64, "attention_head_dim": 16}),
+    "zamba2": Case("zamba2", {**SHARED_BLOCKS, "n_mamba_heads": 8, "chunk_size": 4}),
+    "mamba": Case("mamba", SCANS, "eager"),
+    "mamba2": Case("mamba2", {**SCANS, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}, "eager"),
+    "falcon_mamba": Case("falcon_mamba", SCANS, "eager"),
+}
+WORKS |= RECURRENT
 # Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own, and StableLM's
 # decoder does not hand arguments down to its layers.
 PADDED = (
     *("gemma3n, shared keys", "gemma4, shared keys", "gemma4, shared keys without windows"),
-    *("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss"),
+    *("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss", *RECURRENT),
 )
 PADDED_ONLY = [WORKS[name] for name in PADDED]
 HERE = Topology(Launch.from_environment({}), rank=0, world_size=1, device=torch.device("cpu"))
@@ -169,6 +249,7 @@ def build(case: Case, folder: Path) -> Built:
             parameter.data.mul_(3)  # larger than a fresh model's: attention and routing that matter
         elif not parameter.any():  # biases, and scales that would switch parts of the model off
             parameter.data.normal_(std=0.1)
+    model.get_input_embeddings().weight.data[0].normal_(std=0.1)  # a checkpoint's padding token is not zero
     model.save_pretrained(folder)
     bases = [
         load_base(str(folder), load_model_config(str(folder)), HERE, dtype=torch.float32, attention=case.attention)
@@ -229,6 +310,10 @@ def test_packed_rows_say_what_the_model_says(built: Built, request: pytest.Fixtu
 
 def test_every_architecture_that_packs_is_tested() -> None:
     assert {case.model_type for name, case in WORKS.items() if case not in PADDED_ONLY} == PACKABLE
+
+
+def test_every_architecture_with_states_is_tested() -> None:
+    assert {case.model_type for case in RECURRENT.values()} - {"qwen3_5"} == TESTED
 
 
 def test_every_trained_parameter_gets_a_gradient(built: Built) -> None:
@@ -300,13 +385,10 @@ REFUSED = {
     "modernbert-decoder": r"layers \(lm_head\) besides",
     "electra": r"layers \(generator_predictions\) besides",
     "llama4_text": r"layers \(model\) besides",
-    "mamba": "recurrent state",
-    "mamba2": "recurrent state",
-    "rwkv": "recurrent state",
-    "recurrent_gemma": "recurrent state",
-    "jamba": "recurrent state",
-    "falcon_h1": "recurrent state",
-    "qwen3_next": "recurrent state",
+    "rwkv": "a state of its own kind",
+    "xlstm": "a cache of its own kind",
+    "recurrent_gemma": "keeps its state in its layers",
+    "deepseek_v4": "keeps recurrent state, and is not among the architectures that were tested with it: bailing_hybrid",
     "openai-gpt": "no key-value cache",
     "xlnet": "no key-value cache",
     "minimax": "a cache of its own kind",
@@ -319,7 +401,7 @@ def on_paper(model_type: str) -> PreTrainedModel:
     """A model of the architecture's default size, without weights."""
     kind: Any = CONFIG_MAPPING[model_type]
     few = {name: 2 for name in ("num_hidden_layers", "n_layer", "decoder_layers", "num_layers") if hasattr(kind, name)}
-    config = kind() if model_type in ("jamba", "qwen3_next", "recurrent_gemma") else kind(**few)
+    config = kind() if model_type in ("recurrent_gemma", "deepseek_v4", "xlstm") else kind(**few)
     with torch.device("meta"):
         if config.is_encoder_decoder and model_type == "t5":
             from transformers import T5ForConditionalGeneration

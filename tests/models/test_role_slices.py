@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.quantised import as_stored, turned
 from rlhf_toolkit.models.role_slices import RoleLora, RoleRows, RoleSlices
 from rlhf_toolkit.models.shared_base import SharedBase
 from tests.support.offenders import for_each
@@ -19,6 +20,7 @@ from tests.support.tiny import tiny_llama
 from tests.support.values import there
 
 IN, OUT, ROWS = 5, 4, 7
+KEPT = {False: as_stored, True: turned}
 SLICES = ((0, 2, 0.5), (3, 7, -2.0))  # row 2 plays a role without an adapter
 
 
@@ -57,7 +59,7 @@ TRANSPOSED = for_each("transposed", [False, True], ids=["linear", "conv1d"])
 def test_forward_is_the_equation(shape: tuple[int, ...], bias: bool, transposed: bool) -> None:
     x, weight, b, adapters = parts(shape, bias=bias, transposed=transposed)
     expected = by_rows(x, weight, b, transposed, adapters)
-    torch.testing.assert_close(RoleLora.apply(x, weight, b, transposed, SLICES, *adapters), expected)
+    torch.testing.assert_close(RoleLora.apply(x, weight, b, KEPT[transposed], SLICES, *adapters), expected)
 
 
 @CASES
@@ -67,7 +69,7 @@ def test_backward_is_the_derivative(shape: tuple[int, ...], bias: bool, transpos
     x, weight, b, adapters = parts(shape, bias=bias, transposed=transposed)
 
     def function(x: Tensor, *adapters: Tensor) -> Tensor:
-        return RoleLora.apply(x, weight, b, transposed, SLICES, *adapters)
+        return RoleLora.apply(x, weight, b, KEPT[transposed], SLICES, *adapters)
 
     assert torch.autograd.gradcheck(function, (x, *adapters))
 
@@ -77,7 +79,7 @@ def test_gradients_of_a_sum_over_a_strided_input(transposed: bool) -> None:
     """``sum`` sends back an expanded gradient without strides, and attention hands on transposed activations."""
     x, weight, b, adapters = parts((3, ROWS), bias=True, transposed=transposed)
     expected = torch.autograd.grad(by_rows(x.transpose(0, 1), weight, b, transposed, adapters).sum(), [x, *adapters])
-    y = RoleLora.apply(x.transpose(0, 1), weight, b, transposed, SLICES, *adapters)
+    y = RoleLora.apply(x.transpose(0, 1), weight, b, KEPT[transposed], SLICES, *adapters)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, *adapters]), expected)
 
 
@@ -85,19 +87,19 @@ def test_an_input_without_gradient_still_trains_the_adapters() -> None:
     """The first layer of a frozen base: nothing before it needs a gradient."""
     x, weight, b, adapters = parts((ROWS, 3), bias=False, transposed=False)
     expected = torch.autograd.grad(by_rows(x, weight, b, False, adapters).square().sum(), adapters)
-    y = RoleLora.apply(x.detach(), weight, b, False, SLICES, *adapters)
+    y = RoleLora.apply(x.detach(), weight, b, as_stored, SLICES, *adapters)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), adapters), expected)
 
 
 def test_no_adapter_at_all_is_the_base() -> None:
     x, weight, b, _ = parts((ROWS, 3), bias=True, transposed=False)
-    torch.testing.assert_close(RoleLora.apply(x, weight, b, False, ()), x @ weight.t() + there(b))
+    torch.testing.assert_close(RoleLora.apply(x, weight, b, as_stored, ()), x @ weight.t() + there(b))
 
 
 def test_the_base_gets_no_gradient() -> None:
     x, weight, b, adapters = parts((ROWS,), bias=True, transposed=False)
     weight.requires_grad_()
-    RoleLora.apply(x, weight, b, False, SLICES, *adapters).sum().backward()
+    RoleLora.apply(x, weight, b, as_stored, SLICES, *adapters).sum().backward()
     assert weight.grad is None
 
 
@@ -107,7 +109,7 @@ def test_bf16_base_with_fp32_adapters() -> None:
     x, weight, b, adapters = parts((ROWS, 3), bias=True, transposed=False)
     half = [t.detach().bfloat16() for t in (x, weight, there(b))]
     single = [a.detach().float().requires_grad_() for a in adapters]
-    y = RoleLora.apply(half[0].requires_grad_(), half[1], half[2], False, SLICES, *single)
+    y = RoleLora.apply(half[0].requires_grad_(), half[1], half[2], as_stored, SLICES, *single)
     assert y.dtype == torch.bfloat16
     gradients = torch.autograd.grad(y.float().square().sum(), single)
     assert {g.dtype for g in gradients} == {torch.float32}

@@ -456,3 +456,16 @@ def test_the_base_is_not_registered_twice() -> None:
     assert [name for name in shared.state_dict() if "lm_head" in name or "policy_head" in name] == [
         "base_model.model.lm_head.weight"
     ]
+
+
+def test_new_adapters_are_not_rounded_to_the_dtype_of_the_base() -> None:
+    """They are those over a float32 base of the same seed, where PEFT alone would leave half of the values."""
+    starts = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        base: Any = tiny_llama().to(dtype)  # type: ignore[arg-type]
+        torch.manual_seed(2)
+        shared = SharedBase(base, {role: lora(init_lora_weights=True) for role in ("policy", "value")})
+        starts[dtype] = {name: p for name, p in shared.named_parameters() if "lora_" in name}
+        assert not any(hasattr(module, "compute_dtype") for module in shared.modules())
+    assert all(torch.equal(p, starts[torch.float32][name]) for name, p in starts[torch.bfloat16].items())

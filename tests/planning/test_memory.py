@@ -10,10 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.models.slot_cache import SlotCache
+from rlhf_toolkit.models.slot_cache import SlotCache, column_bytes, state_bytes, states_of
 from rlhf_toolkit.planning.memory import RolloutNeeds, place
 from rlhf_toolkit.rollout.decoding import Alone
-from rlhf_toolkit.rollout.sampler import measured_column
+from rlhf_toolkit.rollout.sampler import one_token
 from tests.models.test_architectures import WORKS, Case
 from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
@@ -62,6 +62,22 @@ def test_what_is_given_is_kept() -> None:
     assert choice(10**6, slots=5) == ("window", 5)
     assert choice(1380, slots=5) == ("window", 5)  # five slots are what was asked for, and they fit
     assert choice(10**6, slots=500) == ("window", 64)
+
+
+def test_a_quantised_base_becomes_matrices_where_that_costs_at_most_half_the_slots() -> None:
+    """1350 bytes less base, weights and a prompt leave 170: 17 slots of 10 without matrices."""
+
+    def kept(matrices: int, **changes: Any) -> tuple[bool, int]:
+        needs = replace(NEEDS, matrices_bytes=matrices)
+        placed = place(needs, **{"free": 1500, "rows": 64, "mode": "auto", "slots": None, **changes})
+        return placed.keeps_matrices, placed.slots
+
+    assert kept(0) == (False, 17)  # nothing is quantised
+    assert kept(70) == (True, 10)  # 100 for slots while choosing
+    assert kept(80) == (False, 17)  # 8, of 70 while a prompt of 20 enters, would be less than half of 17
+    assert kept(80, rows=8) == (True, 8)
+    assert kept(80, slots=10) == (False, 10)  # what is given is kept
+    assert kept(70, mode="stream", free=1380) == (False, 64)  # there each layer comes and goes
 
 
 def test_what_is_not_sharded_is_not_streamed() -> None:
@@ -178,15 +194,18 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
     one = torch.ones(2, 1, dtype=torch.long)
     with torch.no_grad():
         shared.next_token_logits(one, cache.step_mask, one, cache)
-        column = measured_column(shared, Alone())
+        found = one_token(shared, Alone())
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "columns")]
     buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
-    assert 2 * columns * column == sum(buffer.nbytes for buffer in buffers) > 0
+    assert 2 * columns * column_bytes(found) == sum(buffer.nbytes for buffer in buffers)
+    states = [state for layer in cache.layers for _, _, state in states_of(layer)]
+    assert 2 * state_bytes(found) == sum(state.nbytes for state in states)
+    assert buffers or states
 
 
 def test_the_bytes_of_a_column_by_hand() -> None:
     with torch.no_grad():
-        column = measured_column(tiny_shared(tiny_llama()), Alone())
+        column = column_bytes(one_token(tiny_shared(tiny_llama()), Alone()))
     assert column == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
 
 
@@ -194,5 +213,5 @@ def test_a_layer_that_reads_the_keys_of_another_takes_none_of_its_own() -> None:
     case = WORKS["gemma4, shared keys"]
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes))
     with torch.no_grad():
-        column = measured_column(tiny_shared(base), Alone())
+        column = column_bytes(one_token(tiny_shared(base), Alone()))
     assert column == (2 * 2 * 8 + 2 * 2 * 16) * 4  # of four layers the first two: one with a window, one without

@@ -10,7 +10,7 @@ from tests.support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
-from placements import Row, as_markdown, table
+from placements import Row, as_markdown, quantised_table, table
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,26 @@ def rows() -> list[Row]:
     return table()
 
 
+@pytest.fixture(scope="module")
+def quantised() -> list[Row]:
+    return quantised_table()
+
+
 def of(rows: list[Row], model: str, ranks: int, stage: int) -> Row:
     return next(row for row in rows if (row.model, row.ranks, row.stage) == (model, ranks, stage))
 
 
-def test_the_table_of_the_docs(rows: list[Row]) -> None:
-    assert as_markdown(rows) in (ROOT / "docs/zero3.md").read_text(), "python bench/placements.py prints the new one"
+def test_the_tables_of_the_docs(rows: list[Row], quantised: list[Row]) -> None:
+    text = (ROOT / "docs/zero3.md").read_text()
+    for each in (rows, quantised):
+        assert as_markdown(each) in text, "python bench/placements.py prints the new one"
+
+
+def test_nf4_brings_7b_and_14b_to_one_card_and_32b_to_four(rows: list[Row], quantised: list[Row]) -> None:
+    """In sequences of 1,024 tokens, with policy, value and reference."""
+    assert of(quantised, "Qwen2.5-7B", 1, 0).slots >= 16
+    assert of(rows, "Qwen2.5-14B", 1, 0).refused and of(quantised, "Qwen2.5-14B", 1, 0).slots >= 16
+    assert of(quantised, "Qwen2.5-32B", 1, 0).refused and of(quantised, "Qwen2.5-32B", 4, 3).slots >= 16
 
 
 def test_7b_on_four_cards_gathers_its_base_with_many_slots(rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from transformers import Qwen2Config
 
 from rlhf_toolkit.data.packing import packed_micro_batches, padded_micro_batches
+from rlhf_toolkit.models.quantised import Quantisation
 from rlhf_toolkit.planning.memory import Placement, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.sizes import RolloutSize, needs_of, sharding
@@ -28,7 +29,11 @@ from common import GPU_SHAPES
 from placements import CARD, COMMUNICATOR, CONTEXT, size_of
 
 ON_A_CPU = "SmolLM2-135M"
-SHAPES = {"Qwen/Qwen2.5-0.5B-Instruct": GPU_SHAPES["0.5b"], "Qwen/Qwen2.5-1.5B-Instruct": GPU_SHAPES["1.5b"]}
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": GPU_SHAPES["0.5b"],
+    "Qwen/Qwen2.5-1.5B-Instruct": GPU_SHAPES["1.5b"],
+    "Qwen/Qwen2.5-7B-Instruct": GPU_SHAPES["7b"],
+}
 
 
 def gpu_recipes() -> list[str]:
@@ -59,7 +64,8 @@ def placed(recipe: str, held_out: int, *, shares_heads: bool, changes: dict[str,
     ranks, gb, stage = hardware(recipe)
     experiment: Experiment = load_experiment(ROOT / "recipes" / recipe, changes)
     shape = SHAPES[experiment.model.name].settings()
-    model = size_of(Qwen2Config(vocab_size=151936, **shape), experiment.model.lora_rank)
+    quantisation = Quantisation(experiment.model.quantization)
+    model = size_of(Qwen2Config(vocab_size=151936, **shape), experiment.model.lora_rank, quantisation)
     how = sharding(model, ranks=ranks, stage=stage, on_cpu=False)
     longest = experiment.data.max_prompt_tokens
     size = rollout_size(experiment, resolve(experiment), longest, ranks=ranks, held_out=held_out, packing=True)
@@ -71,7 +77,7 @@ def placed(recipe: str, held_out: int, *, shares_heads: bool, changes: dict[str,
 @pytest.mark.parametrize("shares_heads", [True, False], ids=["torch 2.12", "torch 2.11"])
 def test_every_recipe_for_a_gpu_fits_on_what_its_readme_names(shares_heads: bool) -> None:
     recipes = gpu_recipes()
-    assert len(recipes) >= 4
+    assert len(recipes) >= 5
     found = {recipe: placed(recipe, held_out(recipe), shares_heads=shares_heads) for recipe in recipes}
     assert {name: each for name, each in found.items() if each.slots < 64 or each.update > 0.95 * each.free} == {}
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, ModelError
+from rlhf_toolkit.models.recurrent import TRIED, layer_memory, read_themselves
 from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, place
 from rlhf_toolkit.planning.sizes import kept_bytes
@@ -30,6 +31,7 @@ from rlhf_toolkit.types import Prompt
 from tests.models.test_architectures import WORKS, Case
 from tests.support.builders import tiny_tokenizer
 from tests.support.launch import ROOT, run_worker
+from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
 from tests.support.tiny import WORDS
 
@@ -42,6 +44,9 @@ OUT = ("o_proj", "out_proj", "dense", "c_proj")
 """What gives attention's output."""
 DOWN = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2")
 """What gives an MLP's output."""
+
+
+WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba")
 
 
 def of_weights(model: nn.Module, hidden: int) -> dict[str, int]:
@@ -79,8 +84,8 @@ def built(case: Case) -> Any:
 
 def test_layers_heads_and_widths_are_those_of_the_model() -> None:
     wrong = {}
-    for name, case in WORKS.items():
-        model, hidden = built(case), 32
+    for name in sorted(WORKS.keys() - WITHOUT_ATTENTION - {"nemotron_h", "granitemoehybrid, dense"}):
+        model, hidden = built(WORKS[name]), 32
         right = of_weights(model, hidden)
         right |= {"heads": of_scores(model), "hidden": hidden}
         found = dimensions(model.config)
@@ -89,6 +94,28 @@ def test_layers_heads_and_widths_are_those_of_the_model() -> None:
         if differing or any(size[key] != found[key] for key in found):
             wrong[name] = differing
     assert wrong == {}
+
+
+@for_each("name", WITHOUT_ATTENTION)
+def test_a_model_without_attention_has_neither_queries_nor_keys(name: str) -> None:
+    found = dimensions(built(WORKS[name]).config)
+    assert found.pop("intermediate") >= 64  # two times 32, or what a config that says nothing is taken for
+    assert found == {"layers": 2, "hidden": 32, "queries": 0, "keys": 0, "heads": 1}
+
+
+@for_each("name", ["qwen3_5", "kimi_linear", "bamba", "falcon_h1", "jamba"])
+def test_a_recurrence_takes_what_a_pass_over_it_allocates(name: str) -> None:
+    """What is measured without memory against a real pass of one layer: its peak, and what backward needs of it."""
+    model = built(WORKS[name]).requires_grad_(False)
+    layer = next(module for module in model.modules() if read_themselves(module))
+    x = torch.randn(1, TRIED, 32)
+    found = layer_memory(model)
+    with LiveTensors() as live, torch.no_grad():
+        layer(x)
+    assert found.layers == sum(bool(read_themselves(module)) for module in model.modules())
+    peak = live.peaks["start"] - x.nbytes - sum(p.nbytes for p in layer.parameters())
+    assert 0.95 * found.scratch < peak / TRIED < 1.05 * found.scratch
+    assert found.kept > found.scratch / 2
 
 
 def test_what_no_config_says_is_asked_for() -> None:

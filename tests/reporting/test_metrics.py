@@ -244,6 +244,17 @@ def test_importance_is_over_what_is_trained_on() -> None:
     assert not [name for name in policy_told()[0] if "importance" in name]
 
 
+def test_what_tokens_were_drawn_from_is_what_weighs() -> None:
+    drawn = noise(4, 5, seed=50)
+    found, given = policy_told(Correction("token", 1.5), drawn_logprobs=drawn)
+    weights = [min(math.exp(d), 1.5) for d in tokens(given["old_logprobs"] - drawn, given["trained"])]
+    assert found["rollout/importance_mean"] == pytest.approx(statistics.mean(weights), rel=1e-5)
+    apart = statistics.mean(tokens(drawn - given["rollout_logprobs"], given["token_mask"]))
+    assert found["rollout/drawn_kl"] == pytest.approx(apart, rel=1e-5)
+    gap = policy_told()[0]["rollout/logprob_gap_mean"]
+    assert found["rollout/logprob_gap_mean"] == gap and "rollout/drawn_kl" not in policy_told()[0]
+
+
 def test_the_kl_to_a_policy_like_the_reference_is_0_and_k3_never_negative() -> None:
     written, _ = masks()
     logprobs = noise(4, 5, seed=3)

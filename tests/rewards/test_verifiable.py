@@ -289,6 +289,32 @@ def test_format_by_hand(response: str, expected: int) -> None:
         assert think_answer_format(prompts, [continued, response, continued]) == [0, 0, 0]
 
 
+@for_each(
+    "response, expected",
+    [
+        ("[THINK]a[/THINK] b", 1),
+        (" [THINK]a\n[/THINK]b\nc ", 1),
+        ("[THINK]a[/THINK] ", 0),
+        ("[THINK]a[/THINK]b[/THINK]c", 0),
+        ("so [THINK]a[/THINK]b", 0),
+        ("THINKa/THINK b", 0),
+        ("<think>a</think><answer>b</answer>", 0),
+    ],
+)
+def test_a_format_of_other_tags(response: str, expected: int) -> None:
+    tags = ["[THINK]", "[/THINK]"]
+    assert think_answer_format(["p"], [response], format_tags=tags) == [expected]
+    if expected:
+        continued = response.strip().removeprefix("[THINK]")
+        assert think_answer_format(["p [THINK]", "<think>"], [continued] * 2, format_tags=tags) == [1, 0]
+
+
+@for_each("tags", [[], ["<a>"], ["<a>", "<a>"], ["<a>", " "], ["<a>", 3], ["a", "b", "c"], "ab" * 3])
+def test_tags_that_are_no_pairs_are_refused(tags: Any) -> None:
+    with pytest.raises(DataError, match=r"think_answer_format got format_tags=.*; give two or four texts"):
+        think_answer_format(["p"], ["r"], format_tags=tags)
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,10 @@ FAILURES = {
         "compose.Rewards.submit = fail(ValueError('no such queue'))",
         "sampling: ValueError: no",
     ),
-    "a file that one machine lacks": ("task.load_tokenizer = fail(DataError('no such file'))", "loading: no such file"),
+    "a file that one machine lacks": (
+        "task.load_tokenizer_of = fail(DataError('no such file'))",
+        "loading: no such file",
+    ),
     "a prompt file that one machine lacks": ("task.load_rows = fail(DataError('no rows'))", "loading: no rows"),
     "a text too long for the reward model": (
         "reward_model.RewardModel.check_prompts = lambda *given: None; "  # else the start would find it
@@ -207,7 +210,7 @@ def test_a_row_that_is_not_finite_gives_a_token_of_the_vocabulary_and_no_log_pro
     logits[0, 3], logits[1, 4], logits[2] = float("nan"), float("inf"), float("-inf")
     logits[3, :256] = float("-inf")  # a vocabulary that a model has masked is no fault
     for drawn in (uniforms, None):
-        for restriction in ({}, {"top_k": 5}, {"top_p": 0.5}):
-            tokens, logprobs = choose_tokens(logits, drawn, temperature=0.7, **restriction)
+        for restriction in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}):
+            tokens, logprobs, _ = choose_tokens(logits, drawn, temperature=0.7, **restriction)
             assert ((tokens >= 0) & (tokens < 257)).all()
             assert logprobs[:3].isnan().all() and logprobs[3] == 0 and tokens[3] == 256

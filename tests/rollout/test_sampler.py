@@ -16,10 +16,11 @@ from rlhf_toolkit.errors import ConfigError, NotFiniteError
 from rlhf_toolkit.models.decoding_weights import EXACT, MERGED
 from rlhf_toolkit.models.inference import bare, inference
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.slot_cache import column_bytes
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement
 from rlhf_toolkit.rollout import sampler as module
 from rlhf_toolkit.rollout.decoding import Alone, Sampling, decode
-from rlhf_toolkit.rollout.sampler import Sampler, bare_tensors, measured_column, tokens_of
+from rlhf_toolkit.rollout.sampler import Sampler, bare_tensors, one_token, tokens_of
 from rlhf_toolkit.rollout.sizes import RolloutSize, sharding
 from rlhf_toolkit.rollout.turns import Environment
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
@@ -202,9 +203,9 @@ def bytes_of_a_token() -> int:
 
 def test_a_tokens_keys_and_values_are_measured() -> None:
     with torch.no_grad():
-        assert measured_column(model().eval(), Alone()) == bytes_of_a_token()
+        assert column_bytes(one_token(model().eval(), Alone())) == bytes_of_a_token()
         wide = tiny_shared(tiny_llama(num_hidden_layers=3)).eval()
-        assert measured_column(wide, Alone()) == bytes_of_a_token() * 3 // 2
+        assert column_bytes(one_token(wide, Alone())) == bytes_of_a_token() * 3 // 2
 
 
 def test_measuring_is_a_pass_that_other_ranks_hear_of() -> None:
@@ -217,7 +218,7 @@ def test_measuring_is_a_pass_that_other_ranks_hear_of() -> None:
             yield
 
     with torch.no_grad():
-        measured_column(model(), Noted())
+        one_token(model(), Noted())
     assert passes == ["pass"]
 
 

@@ -26,7 +26,7 @@ def grid(points: int = GRID) -> Tensor:
 
 def counts(logits: Tensor, points: int = GRID, **options: Any) -> Tensor:
     """How often each token is drawn over the grid."""
-    tokens, _ = choose_tokens(logits.expand(points, -1), grid(points), **{"temperature": 1.0, **options})
+    tokens, *_ = choose_tokens(logits.expand(points, -1), grid(points), **{"temperature": 1.0, **options})
     return torch.bincount(tokens, minlength=len(logits))
 
 
@@ -50,7 +50,7 @@ def test_frequencies_are_the_probabilities(dtype: torch.dtype, temperature: floa
 def test_random_numbers_pass_a_chi_square_test() -> None:
     logits, draws = logits_of(10, scale=1.0), 50_000
     uniforms = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    tokens, _ = choose_tokens(logits.expand(draws, -1), uniforms, temperature=1.0)
+    tokens, *_ = choose_tokens(logits.expand(draws, -1), uniforms, temperature=1.0)
     expected = logits.double().softmax(-1) * draws
     statistic = ((torch.bincount(tokens, minlength=10) - expected).square() / expected).sum().item()
     assert 1.0 < statistic < 27.9  # of 9 degrees of freedom, 99.9% lie below
@@ -70,7 +70,7 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn() -> None:
     logits = torch.zeros(size)
     wanted = torch.tensor([0, 1, 77_777, size - 2, size - 1])
     uniforms = (wanted.double() + 0.5) / size
-    tokens, _ = choose_tokens(logits.expand(len(wanted), -1), uniforms, temperature=1.0)
+    tokens, *_ = choose_tokens(logits.expand(len(wanted), -1), uniforms, temperature=1.0)
     assert tokens.tolist() == wanted.tolist()
 
 
@@ -78,7 +78,7 @@ def test_a_row_is_a_function_of_its_own_logits_and_number() -> None:
     logits = torch.stack([logits_of(40, seed=s) for s in range(6)])
     uniforms = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
-    tokens, logprobs = choose_tokens(logits, uniforms, **options)
+    tokens, logprobs, _ = choose_tokens(logits, uniforms, **options)
     for row in range(6):
         alone = choose_tokens(logits[row : row + 1], uniforms[row : row + 1], **options)
         assert (tokens[row], logprobs[row]) == (alone[0][0], alone[1][0])
@@ -96,14 +96,14 @@ def test_the_smallest_and_the_largest_number(options: dict[str, Any], first: int
     """They must not fall on a token that is left out, nor beyond the end."""
     logits = torch.tensor([0.05, 0.2, 0.5, 0.2, 0.05]).log()
     uniforms = torch.tensor([0.0, LAST], dtype=torch.float64)
-    tokens, _ = choose_tokens(logits.expand(2, -1), uniforms, temperature=1.0, **options)
+    tokens, *_ = choose_tokens(logits.expand(2, -1), uniforms, temperature=1.0, **options)
     assert tokens.tolist() == [first, last]
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
     uniforms = torch.tensor([0.0, 0.4999, 0.5, LAST], dtype=torch.float64)
-    tokens, logprobs = choose_tokens(logits.expand(4, -1), uniforms, temperature=1.0)
+    tokens, logprobs, _ = choose_tokens(logits.expand(4, -1), uniforms, temperature=1.0)
     assert tokens.tolist() == [1, 1, 3, 3]
     torch.testing.assert_close(logprobs, torch.full((4,), 0.5).log())
 
@@ -111,7 +111,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 @for_each("seed", range(5))
 def test_the_largest_number_stays_inside_whatever_the_sum_rounds_to(seed: int) -> None:
     logits = torch.stack([logits_of(1000, seed=100 * seed + s) for s in range(100)])
-    tokens, _ = choose_tokens(logits, torch.full((100,), LAST, dtype=torch.float64), temperature=1.0)
+    tokens, *_ = choose_tokens(logits, torch.full((100,), LAST, dtype=torch.float64), temperature=1.0)
     assert tokens.tolist() == [999] * 100
 
 
@@ -120,7 +120,7 @@ def test_the_largest_number_stays_inside_whatever_the_sum_rounds_to(seed: int) -
 
 def test_greedy_takes_the_likeliest_and_its_log_prob() -> None:
     logits = torch.stack([logits_of(40, seed=s) for s in range(3)])
-    tokens, logprobs = choose_tokens(logits, None, temperature=0.7, top_k=2, top_p=0.5)
+    tokens, logprobs, _ = choose_tokens(logits, None, temperature=0.7, top_k=2, top_p=0.5)
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, (logits / 0.7).log_softmax(-1).max(-1).values)
 
@@ -129,7 +129,7 @@ def test_greedy_takes_the_likeliest_and_its_log_prob() -> None:
 @for_each("options", [{}, {"top_k": 3}, {"top_p": 0.4}, {"top_k": 5, "top_p": 0.5}])
 def test_the_log_prob_is_of_the_whole_tempered_distribution(dtype: torch.dtype, options: dict[str, Any]) -> None:
     logits = logits_of(30).to(dtype)
-    tokens, logprobs = choose_tokens(logits.expand(50, -1), grid(50), temperature=0.6, **options)
+    tokens, logprobs, _ = choose_tokens(logits.expand(50, -1), grid(50), temperature=0.6, **options)
     expected = (logits.double() / 0.6).log_softmax(-1)[tokens]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)

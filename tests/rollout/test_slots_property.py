@@ -1,12 +1,12 @@
-"""Whatever the prompts, budgets, slots, turns and stop strings: each row's tokens and log-probs are those of the row
-alone, decoded without any cache, in one process and on two ranks, in the window and streamed."""
+"""Whatever the prompts, budgets, slots, turns, stop strings and ways to choose a token: each row's tokens and log-probs
+are those of the row alone, decoded without any cache, in one process and on two ranks, in the window and streamed."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import deepspeed
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from rlhf_toolkit.models.slot_cache import SlotCache
 from rlhf_toolkit.planning import memory
 from rlhf_toolkit.rollout import decoding, prefill
 from rlhf_toolkit.rollout.decoding import Sampling
+from rlhf_toolkit.rollout.logit_changes import LogitRules
 from rlhf_toolkit.rollout.sampler import Sampler
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.rollout.sizes import RolloutSize
@@ -34,15 +36,28 @@ from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.models.test_architectures import WORKS
 from tests.support.builders import tiny_tokenizer
 from tests.support.launch import run_worker
+from tests.support.logits import by_transformers
 from tests.support.offenders import for_each
 from tests.support.roles import tiny_shared
 from tests.support.tiny import WORDS
 
 LONGEST, BUDGET = 24, 9  # tokens of a prompt; of a response
 TEMPLATE = tuple(range(3, 15))
-MODELS = ("llama", "mistral, window 4", "gemma3 text", "gemma4, shared keys", "lfm2", "gpt2", "mpt")
-"""Full attention, a window in every layer, in some, layers that read others' keys, a short convolution, positions that
-end at the longest row, and biases by the distance of columns."""
+MODELS = (
+    *("llama", "mistral, window 4", "gemma3 text", "gemma4, shared keys", "lfm2", "qwen3_5", "falcon_h1", "mamba2"),
+    *("gpt2", "mpt"),
+)
+"""Full attention, a window in every layer, in some, layers that read others' keys, a short convolution, states in some
+layers, beside attention, and alone, positions that end at the longest row, and biases by the distance of columns."""
+EXAMPLES = {"llama": 30, "falcon_h1": 4, "mamba2": 4}
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"min_p": 0.1},
+    {"rules": LogitRules(penalty=1.4)},
+    {"top_k": 9, "rules": LogitRules(bias=((6, 3.0), (9, -2.0)), bad_words=((5,), (6, 6), (9, 6)))},
+    {"greedy": True, "rules": LogitRules(((8, 4.0),), 1.2, ((6, 8), (8, 8, 8)))},
+)
+"""Ways to choose tokens, some by what a row has in its own prompt and response."""
 POSITIONS = {name: {"n_positions": LONGEST + BUDGET} for name in ("gpt2",)}
 
 
@@ -59,6 +74,7 @@ class Situation:
     stop_strings: tuple[str, ...]
     constants: dict[str, float]
     shared_prefix: int
+    options: dict[str, Any]
 
     def batch(self, part: slice) -> PromptBatch:
         """The rows of one rank. Prompts of equal tokens are one prompt."""
@@ -95,6 +111,7 @@ def situation_of(seed: int) -> Situation:
             "IDLE_SHARE": dice.choice((0.01, 0.5, 1.1)),
         },
         shared_prefix=dice.choice((2, 8)),
+        options=dice.choice(OPTIONS),
     )
 
 
@@ -127,6 +144,7 @@ def model(name: str) -> SharedBase:
     for parameter in base.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(3)  # attention that matters
+    base.get_input_embeddings().weight.data[0].normal_(std=0.1)  # a checkpoint's padding token is not zero
     return tiny_shared(base, roles=("policy",)).eval()
 
 
@@ -164,48 +182,63 @@ def length_of(prompt: Prompt) -> int:
 # ---- the oracle: one row, no cache, no slots -------------------------------------------------------------------------
 
 
-def written(
-    shared: SharedBase, ids: list[int], uniforms: torch.Tensor, budget: int, sampling: Sampling
-) -> tuple[list[int], list[float], bool]:
-    """What the policy writes after ``ids``: every token from a pass over the whole sequence."""
-    tokens: list[int] = []
-    logprobs: list[float] = []
+@dataclass
+class Written:
+    """Tokens, their log-probs in the policy and in what they were drawn from, and whether the response finished."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+def written(shared: SharedBase, ids: list[int], uniforms: torch.Tensor, budget: int, sampling: Sampling) -> Written:
+    """What the policy writes after ``ids``: every token from a pass over the whole sequence, drawn from what
+    transformers' own processors make of its logits."""
+    found = Written()
+    tokens = found.tokens
     while len(tokens) < budget:
         whole = torch.tensor([[*ids, *tokens]])
         nothing = DynamicCache(config=shared.causal_lm.config)
         logits = shared.next_token_logits(whole, torch.ones_like(whole), torch.arange(whole.shape[1])[None], nothing)
-        token, logprob = choose_tokens(logits, uniforms[None, len(tokens)], temperature=1.3, top_k=0, top_p=1.0)
+        allowed = by_transformers(logits[0], whole[0].tolist(), sampling)
+        number = None if sampling.greedy else uniforms[None, len(tokens)]
+        (token,), (drawn,), _ = choose_tokens(allowed[None], number, temperature=1.0)
         tokens.append(int(token))
-        logprobs.append(float(logprob))
+        found.logprobs.append(float((logits[0] / 1.3).log_softmax(-1)[token]))
+        found.drawn.append(float(drawn))
         text = tokenizer().decode(tokens)
         if tokens[-1] in sampling.stop_ids or any(string in text for string in sampling.stop_strings):
-            return tokens, logprobs, True
-    return tokens, logprobs, False
+            found.finished = True
+            break
+    return found
 
 
-def alone(
-    shared: SharedBase, prompt: Prompt, sample: int, situation: Situation, sampling: Sampling
-) -> tuple[list[int], list[float], bool]:
-    """Tokens, log-probs and whether it finished, turn by turn."""
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    finished = False
+def alone(shared: SharedBase, prompt: Prompt, sample: int, situation: Situation, sampling: Sampling) -> Written:
+    """The response, turn by turn."""
+    found = Written()
     for turn in range(situation.turns):
         generator = derived_generator(*((5,) if turn == 0 else (5, "turn", turn)), prompt.index, sample)
         uniforms = torch.rand(situation.budget, generator=generator, dtype=torch.float64)
-        left = situation.budget - len(tokens)
-        more, said, finished = written(shared, [*prompt.token_ids, *tokens], uniforms, left, sampling)
-        tokens, logprobs = [*tokens, *more], [*logprobs, *said]
-        if not finished or turn + 1 == situation.turns:
+        left = situation.budget - len(found.tokens)
+        more = written(shared, [*prompt.token_ids, *found.tokens], uniforms, left, sampling)
+        found.tokens += more.tokens
+        found.logprobs += more.logprobs
+        found.drawn += more.drawn
+        found.finished = more.finished
+        if not found.finished or turn + 1 == situation.turns:
             break
-        (answer,) = tool([prompt.text], [tokenizer().decode(tokens, skip_special_tokens=True)], turn=turn)
+        (answer,) = tool([prompt.text], [tokenizer().decode(found.tokens, skip_special_tokens=True)], turn=turn)
         if answer is None:
             break
         own = tokenizer()(answer, add_special_tokens=False).input_ids
-        if len(tokens) + len(own) >= situation.budget:
-            return tokens, logprobs, False
-        tokens, logprobs = [*tokens, *own], [*logprobs, *[0.0] * len(own)]
-    return tokens, logprobs, finished
+        found.finished = False
+        if len(found.tokens) + len(own) >= situation.budget:
+            break
+        found.tokens += own
+        found.logprobs += [0.0] * len(own)
+        found.drawn += [0.0] * len(own)
+    return found
 
 
 # ---- what is decoded in slots ----------------------------------------------------------------------------------------
@@ -213,7 +246,12 @@ def alone(
 
 def sampling_of(situation: Situation) -> Sampling:
     return Sampling(
-        situation.budget, stop_ids=(1, 4, 7, 15), pad_id=0, temperature=1.3, stop_strings=situation.stop_strings
+        situation.budget,
+        stop_ids=(1, 4, 7, 15),
+        pad_id=0,
+        temperature=1.3,
+        stop_strings=situation.stop_strings,
+        **situation.options,
     )
 
 
@@ -235,19 +273,27 @@ def differences(shared: SharedBase, situation: Situation, batch: PromptBatch, fo
     wrong = []
     with torch.no_grad():
         for row, (prompt, sample) in enumerate(zip(batch.prompts, batch.samples, strict=True)):
-            tokens, logprobs, finished = alone(shared, prompt, sample, situation, sampling_of(situation))
+            sampling = sampling_of(situation)
+            expected = alone(shared, prompt, sample, situation, sampling)
             length = int(found.lengths[row])
             ours = found.responses[row, :length].tolist(), bool(found.finished[row])
-            if ours != (tokens, finished):
-                wrong.append(f"row {row}: {ours}, alone {(tokens, finished)}")
-            elif not torch.allclose(said := found.rollout_logprobs[row, :length], torch.tensor(logprobs), 0, 1e-5):
-                wrong.append(f"row {row}: log-probs {said.tolist()}, alone {logprobs}")
+            if ours != (expected.tokens, expected.finished):
+                wrong.append(f"row {row}: {ours}, alone {expected}")
+                continue
+            if (found.drawn_logprobs is None) != (sampling.is_whole or sampling.greedy):
+                wrong.append(f"drawn log-probs are {found.drawn_logprobs} where {sampling}")
+            columns = [(found.rollout_logprobs, expected.logprobs), (found.drawn_logprobs, expected.drawn)]
+            wrong += [
+                f"row {row}: log-probs {said[row, :length].tolist()}, alone {numbers}"
+                for said, numbers in columns
+                if said is not None and not torch.allclose(said[row, :length], torch.tensor(numbers), 0, 1e-5)
+            ]
     return wrong
 
 
 @for_each("name", MODELS)
 def test_a_row_in_company_is_the_row_alone(name: str) -> None:
-    @settings(max_examples=30 if name == "llama" else 12, **LIKE)
+    @settings(max_examples=EXAMPLES.get(name, 12), **LIKE)
     @given(SITUATION)
     def holds(situation: Situation) -> None:
         batch = situation.batch(slice(None))
@@ -262,9 +308,9 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
 # ---- two ranks -------------------------------------------------------------------------------------------------------
 
 
-def compare(topology: Topology, situations: list[Situation]) -> list[str]:
+def compare(topology: Topology, name: str, situations: list[Situation]) -> list[str]:
     """On every rank: what differs, case by case. It raises nothing, so that the ranks stay in step."""
-    plain, sharded = model("llama"), model.__wrapped__("llama")
+    plain, sharded = model(name), model.__wrapped__(name)
     config = deepspeed_settings(topology, rows_per_rank=1, max_grad_norm=1.0, largest_adapter=1, trained=64)
     trained = [parameter for parameter in sharded.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=sharded, optimizer=torch.optim.SGD(trained, lr=0.1), config=config)
@@ -277,14 +323,15 @@ def compare(topology: Topology, situations: list[Situation]) -> list[str]:
     return wrong
 
 
-def test_on_two_ranks_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_on_two_ranks_too(name: str, tmp_path: Path) -> None:
     situations: list[Situation] = []
 
-    @settings(max_examples=12, **LIKE)
+    @settings(max_examples=12 if name == "llama" else 6, **LIKE)
     @given(SITUATION)
     def draw(situation: Situation) -> None:
         situations.append(situation)
 
     draw()
-    found = run_worker("tests.rollout.test_slots_property:compare", tmp_path, situations=situations)
+    found = run_worker("tests.rollout.test_slots_property:compare", tmp_path, name=name, situations=situations)
     assert found == [[], []], situations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_toolkit.data.response_texts import response_texts
 from rlhf_toolkit.errors import RewardError
 from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
 from rlhf_toolkit.runs.ppo import prepare
@@ -56,21 +58,25 @@ class Script:
             responses=torch.tensor([row + [PAD] * (width - len(row)) for row in rows]).reshape(len(rows), width),
             lengths=torch.tensor([len(row) for row in rows], dtype=torch.long),
             rollout_logprobs=-torch.ones(len(rows), width),
+            drawn_logprobs=-2 * torch.ones(len(rows), width),
             finished=torch.tensor([bool(row) and row[-1] == STOP for row in rows], dtype=torch.bool),
         )
 
 
-def decoded(script: Script, answers: Any, *, budget: int = 10, max_turns: int = 3) -> Rollout:
+def decoded(
+    script: Script, answers: Any, *, budget: int = 10, max_turns: int = 3, left_out: frozenset[int] | None = None
+) -> Rollout:
     prompts = tuple(Prompt(i, f"w{i}", (40 + i,), {"n": i}) for i in script.scripts)
     batch = PromptBatch(prompts, (0,) * len(prompts))
     environment = Environment(answers, max_turns, "rollout.environment=x.py:f")
     tokenizer = tiny_tokenizer(words=WORDS, pad="</s>", chat_template=None)
-    return decode_with_turns(script, tokenizer, batch, environment, budget=budget, pad_id=PAD)
+    texts_of = partial(response_texts, tokenizer=tokenizer, left_out=left_out)
+    return decode_with_turns(script, tokenizer, batch, environment, texts_of=texts_of, budget=budget, pad_id=PAD)
 
 
 def test_a_rank_without_rows_has_an_empty_rollout_of_the_same_kind() -> None:
     nobody, somebody = decoded(Script({}), None), decoded(Script({0: [[5]]}), lambda prompts, responses, turn, n: [])
-    for name in ("responses", "lengths", "rollout_logprobs", "finished", "written"):
+    for name in ("responses", "lengths", "rollout_logprobs", "finished", "written", "drawn_logprobs"):
         none, one = getattr(nobody, name), getattr(somebody, name)
         assert (none.dtype, none.shape) == (one.dtype, (0, *one.shape[1:]))
 
@@ -90,6 +96,8 @@ def test_turns_alternate_until_the_environment_is_content() -> None:
     assert found.written is not None
     assert found.written[0].tolist() == [True, True, False, False, True, True] + [False] * 4
     assert found.rollout_logprobs[0].tolist() == [-1, -1, 0, 0, -1, -1, 0, 0, 0, 0]
+    assert found.drawn_logprobs is not None
+    assert found.drawn_logprobs[0].tolist() == [-2, -2, 0, 0, -2, -2, 0, 0, 0, 0]
     assert script.seen[-1] == (1, (40, *first[:4]), 6), "the second turn reads all of it and has the rest of the budget"
 
 
@@ -178,11 +186,21 @@ def test_an_environment_that_says_nothing_changes_nothing(tmp_path: Path) -> Non
 
 
 def test_two_ranks_in_window_and_stream_train_as_one_process_does(tmp_path: Path) -> None:
+    """With rules that look at what is written, in turns too, and weights by what tokens were drawn from."""
     runs = {"alone": (1, None, "auto"), "window": (2, 3, "window"), "stream": (2, 3, "stream")}
+    drawn = {
+        "rollout.repetition_penalty": 1.3,
+        "rollout.min_p": 0.02,
+        "rollout.bad_words": ["w5 w6", "w8"],
+        "rollout.logit_bias": {"1": 1.5},
+        "ppo.importance_correction": "token",
+    }
     found = {}
     for name, (processes, stage, mode) in runs.items():
         (tmp_path / name).mkdir()
-        path = write_experiment(tmp_path / name / "run.yaml", task(tmp_path / name, "tool", **{"rollout.mode": mode}))
+        path = write_experiment(
+            tmp_path / name / "run.yaml", task(tmp_path / name, "tool", **drawn, **{"rollout.mode": mode})
+        )
         run_recipe(path, processes=processes, stage=stage).succeeded()
         files = sorted((tmp_path / name / "run").glob("*/*.safetensors"))
         found[name] = {f"{f.parent.name}/{key}": t for f in files for key, t in load_file(f).items()}

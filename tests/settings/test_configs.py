@@ -75,7 +75,10 @@ def line_of(caught: pytest.ExceptionInfo[ConfigError]) -> str:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "name": "m",
+        "revision": None,
+        "eos_token": None,
         "dtype": "auto",
+        "quantization": "none",
         "attention": "sdpa",
         "trust_remote_code": False,
         "lora_rank": 16,
@@ -112,6 +115,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "adapter": None,
         "adapter_weight": 1.0,
         "model": None,
+        "model_revision": None,
         "model_weight": 1.0,
         "missing_eos_penalty": 0.0,
         "overlong_buffer": 0,
@@ -129,7 +133,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": {},
+        "bad_words": [],
         "stop_strings": [],
+        "keep_special_tokens": False,
         "mode": "auto",
         "slots": None,
         "replace_uniform_groups": 0,
@@ -294,6 +303,12 @@ def test_full_fine_tuning_takes_what_is_about_the_model() -> None:
             {"policy_adapter": "runs/a/policy"},
             "model.policy_adapter=runs/a/policy is an adapter to go on with, but sft.full trains none; add it to its "
             "base with rlhf merge and name the merged model in model.name",
+        ),
+        (
+            "model",
+            {"quantization": "nf4"},
+            "model.quantization=nf4 freezes the base's weights, and sft.full trains them; drop sft.full to train an "
+            "adapter on it, or set model.quantization to none",
         ),
         (
             "model",
@@ -525,6 +540,7 @@ def test_what_must_not_be_negative(section: str, name: str, bad: float) -> None:
     "section, name, close, nearest, known",
     [
         ("model", "dtype", "float23", "float32", ("auto", "bfloat16", "float16", "float32")),
+        ("model", "quantization", "nf44", "nf4", ("none", "nf4", "int8", "float8")),
         ("ppo", "kl_in", "rewards", "reward", ("reward", "loss")),
         ("ppo", "kl_estimator", "k11", "k1", ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")),
         ("model", "value_on", "policy_trunks", "policy_trunk", ("adapter", "policy_trunk")),
@@ -635,6 +651,16 @@ def test_a_system_prompt_needs_the_chat_template() -> None:
     "section, name, bad, good, rule",
     [
         ("rollout", "top_p", [0.0, -0.1, 1.1], [0.01, 1.0], "be in (0, 1]"),
+        ("rollout", "min_p", [-0.1, 1.1], [0.0, 0.05, 1.0], "be in [0, 1]"),
+        ("rollout", "repetition_penalty", [0.0, -1.0, 101.0, 1e-30], [0.01, 1.05, 100.0], "be from 0.01 to 100"),
+        (
+            "rollout",
+            "logit_bias",
+            [{"x": 1.0}, {"-1": 1.0}, {"05": 1.0}, {"5": 101.0}, {"5": True}, {"5": "1"}, {"9" * 10: 1.0}, {"": 0.0}],
+            [{"5": 1.0, "0": -100, "999999999": 100.0}],
+            "map token ids, in quotes, to numbers from -100 to 100",
+        ),
+        ("rollout", "bad_words", [["a", " "], [""]], [["a", " b"]], "hold texts with more than white space"),
         ("ppo", "gamma", [-0.1, 1.1], [0.0, 1.0], "be in [0, 1]"),
         ("ppo", "gae_lambda", [-0.1, 1.1], [0.0, 1.0], "be in [0, 1]"),
         ("ppo", "clip_range_low", [0.0, 1.0, -0.1], [0.01, 0.99], "be above 0 and below 1"),

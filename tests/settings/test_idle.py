@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ NEW_ADAPTER = {
 }
 
 
+FOLDER = str(Path(__file__).parent)
+
+
 def ppo(changes: dict[str, Any]) -> Experiment:
     found: Experiment = experiment_from_dict(merged(PPO, changes))
     return found
@@ -44,6 +48,9 @@ def ppo(changes: dict[str, Any]) -> Experiment:
         ("reward.kwargs", {"a": 1}, ADAPTER_ONLY, {**ADAPTER_ONLY, "reward.function": "f:f"}),
         ("reward.adapter_weight", 0.5, {}, {"reward.adapter": "a"}),
         ("reward.model_weight", 0.5, {}, {"reward.model": "m"}),
+        ("reward.model_revision", "v1", {}, {"reward.model": "m"}),
+        ("reward.model_revision", "v1", {"reward.model": FOLDER}, {"reward.model": "m"}),
+        ("model.revision", "v1", {"model.name": FOLDER}, {"model.name": "m"}),
         ("reward.overlong_penalty", 0.5, {}, {"reward.overlong_buffer": 4}),
         ("rollout.max_turns", 2, {}, {"rollout.environment": "e:e"}),
         ("ppo.importance_cap", 3.0, {}, {"ppo.importance_correction": "token"}),
@@ -84,6 +91,7 @@ def test_ppo_refuses_what_would_do_nothing(
         (SFTExperiment, "data.system_prompt", "s", {"data.chat_template": False}, {"data.chat_template": True}),
         (SFTExperiment, "model.value_head_std", 0.1, {}, None),
         (SFTExperiment, "run.samples", 0, {}, None),
+        (SFTExperiment, "model.revision", "v1", {"model.name": FOLDER}, {"model.name": "m"}),
         (SFTExperiment, "run.evaluation_samples", 2, {"data.evaluation": "e"}, None),
         (SFTExperiment, "update.head_lr", 1e-2, {}, None),
         (DPOExperiment, "update.head_lr", 1e-2, {}, None),

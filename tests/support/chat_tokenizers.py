@@ -21,6 +21,37 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN3 = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- '# Tools\\n\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\\n</tools><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
+"""
+"""ChatML with tools, calls of them and a switch for thinking, as Qwen3 has it; every earlier turn stays as it was."""
 SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SMOL_FOLDER = Path.home() / ".cache" / "rlhf_toolkit" / "SmolLM2-135M-Instruct"
 
@@ -31,16 +62,17 @@ def word_tokenizer(chat_template: str | None = TURNS, **options: Any) -> PreTrai
 
 
 def byte_tokenizer(
-    chat_template: str | None = CHATML, *, merges: Sequence[tuple[str, str]] = ()
+    chat_template: str | None = CHATML, *, merges: Sequence[tuple[str, str]] = (), eos: str = "<|im_end|>"
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's and its descendants': bytes, ``merges`` of them, and the special tokens of ChatML."""
+    """Byte-level BPE, as GPT-2's and its descendants': bytes, ``merges`` of them, and the special tokens of ChatML;
+    with another ``eos``, a base model's, that one as well."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_special_tokens([*dict.fromkeys(["<|im_start|>", "<|im_end|>", eos])])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, chat_template=chat_template, eos_token="<|im_end|>"
+        tokenizer_object=tokenizer, chat_template=chat_template, eos_token=eos
     )
 
 

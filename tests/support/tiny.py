@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tests.support.builders import tiny_tokenizer
 
@@ -47,6 +47,29 @@ def tiny_llama(**options: Any) -> PreTrainedModel:
         "bos_token_id": None,
     }
     return LlamaForCausalLM(LlamaConfig(**{**settings, **options}))
+
+
+RECURRENT: dict[str, Any] = {
+    **SIZES,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
+def tiny_recurrent(**options: Any) -> PreTrainedModel:
+    """A gated delta net before and one after attention. The padding token is not zero, as in a checkpoint and unlike in
+    a fresh model, where no state would show that padding has reached it."""
+    torch.manual_seed(0)
+    settings = {**RECURRENT, "eos_token_id": 1, "pad_token_id": 1, "bos_token_id": None, **options}
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**settings))
+    embedding: Any = model.get_input_embeddings()
+    embedding.weight.data[1].normal_(std=0.1)
+    return model
 
 
 def write_task(

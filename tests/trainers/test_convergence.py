@@ -12,6 +12,7 @@ or a mask that lets zeros in, is left to unit tests.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,7 +26,7 @@ from rlhf_toolkit.algorithms.policy_losses import POLICY_LOSSES
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.models.test_architectures import GEMMA4
-from tests.support.tiny import merged, tiny_llama, write_task
+from tests.support.tiny import merged, tiny_llama, tiny_recurrent, write_task
 
 BOUND = 0.7  # of the mean score of the last rollouts; the first have about 0.5
 LEARNING = {
@@ -65,6 +66,18 @@ def scores(folder: Path, estimator: str, changes: dict[str, Any], model: PreTrai
 def test_every_estimator_learns(tmp_path: Path, estimator: str) -> None:
     found = scores(tmp_path, estimator, OF_ESTIMATOR.get(estimator, {}))
     assert mean(found[-4:]) > BOUND > mean(found[:2]), found
+
+
+def test_a_model_with_recurrent_states_learns(tmp_path: Path) -> None:
+    """And what it samples with, token by token, is what it learns from, whole rows at once."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}
+    found = scores(tmp_path, "gae", {}, tiny_recurrent(initializer_range=0.3, **layers))
+    assert mean(found[-4:]) > BOUND > mean(found[:2]), found
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    gaps = [record["rollout/logprob_gap_max"] for record in records if "rollout/logprob_gap_max" in record]
+    ratios = [record["actor/first_ratio_deviation"] for record in records if "actor/first_ratio_deviation" in record]
+    assert len(gaps) >= 12 and max(gaps) < 1e-4
+    assert ratios and max(ratios) < 1e-5
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)

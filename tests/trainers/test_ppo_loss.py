@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sequence weights": {
         "ppo.importance_correction": "sequence",
         "ppo.importance_cap": 1.3,
+        "rollout.repetition_penalty": 1.2,
         "ppo.truncated": "mask",
         "ppo.entropy_coef": 0.2,
     },
@@ -129,7 +130,8 @@ def written_out(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
 
 
 def weights_written_out(batch: dict[str, Tensor], lengths: list[int], correction: Correction) -> list[list[float]]:
-    gaps = [(batch["old_logprobs"][b, :n] - batch["rollout_logprobs"][b, :n]).tolist() for b, n in enumerate(lengths)]
+    sampler = batch.get("drawn_logprobs", batch["rollout_logprobs"])
+    gaps = [(batch["old_logprobs"][b, :n] - sampler[b, :n]).tolist() for b, n in enumerate(lengths)]
     if correction.kind == "token":
         return [[min(math.exp(x), correction.cap) for x in row] for row in gaps]
     if correction.kind == "sequence":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(saving, "complete", slow)
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.write(contents(3), roles, at_once=True)
+    writer.write(3, partial(contents, 3), roles, at_once=True)
     assert [path.name for path in tmp_path.iterdir()] == [".checkpoint-3.tmp"] and writer.last == 3
     writer.look()
     let_go.set()
-    writer.write(contents(6), roles)
+    writer.write(6, partial(contents, 6), roles)
     assert (tmp_path / "checkpoint-3").is_dir(), "the next one waits for it"
     writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
@@ -63,7 +64,7 @@ def test_role_folders_are_written_beside_the_run_too(tmp_path: Path) -> None:
         roles(place)
 
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.write(contents(3), slow)
+    writer.write(3, partial(contents, 3), slow)
     writer.look()
     assert not list(tmp_path.iterdir()), "the run went on before anything was written"
     let_go.set()
@@ -83,17 +84,17 @@ def write_with_failures(topology: Topology, place: str) -> dict[str, Any]:
     """Rank 0 fails in the thread, which the next look or write brings to light, and before it."""
     writer, found = CheckpointWriter(Path(place), keep=2), dict[str, Any]()
     vars(saving)["complete"] = full_at
-    writer.write(contents(1), roles)
+    writer.write(1, partial(contents, 1), roles)
     while writer._writing is not None and not writer._writing.done():
         time.sleep(0.01)
     found["look"] = ending(writer.look)
-    writer.write(contents(2), roles)
-    found["write"] = ending(lambda: writer.write(contents(3), roles))
+    writer.write(2, partial(contents, 2), roles)
+    found["write"] = ending(lambda: writer.write(3, partial(contents, 3), roles))
     vars(saving)["complete"] = complete
-    found["at once"] = ending(lambda: writer.write(contents(4), full, at_once=True))
-    writer.write(contents(6), full)
+    found["at once"] = ending(lambda: writer.write(4, partial(contents, 4), full, at_once=True))
+    writer.write(6, partial(contents, 6), full)
     found["role folders beside the run"] = ending(writer.finish)
-    writer.write(contents(5), roles)
+    writer.write(5, partial(contents, 5), roles)
     found["after that"] = ending(writer.finish)
     return {**found, "still in step": all_gather(topology.rank)}
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.json_files import DEEPEST, is_deeper
+from rlhf_toolkit.data.template_files import TemplateFile
 from rlhf_toolkit.data.template_values import without_none
 from rlhf_toolkit.data.templates import NOTHING, TemplateFailed, rendered
 from rlhf_toolkit.data.tokenizers import require_chat_template, tokenising
@@ -200,19 +201,23 @@ def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token ids of a plain text that goes on: with the tokenizer's bos, once, and without an eos it appends.
+    """The token ids of a plain text that goes on: with the tokenizer's bos, once, and without an eos it appends, also
+    where that is not the one of ``tokenizers.end_with``.
 
-    An eos that also separates, as BERT's ``[SEP]`` does, belongs to the text and stays.
+    One that also separates, as BERT's ``[SEP]`` does, belongs to the text and stays.
     """
     bare = rendered_ids(text, tokenizer)
     if bare and bare[0] == tokenizer.bos_token_id:
         return bare
     with tokenising(tokenizer):
-        full, eos = tuple(tokenizer(text).input_ids), tokenizer.eos_token_id
-    appended = full[-1:] == (eos,) and bare[-1:] != (eos,) and eos != tokenizer.sep_token_id
+        full = tuple(tokenizer(text).input_ids)
+    ends = {*tokenizer.all_special_ids} - {tokenizer.sep_token_id, tokenizer.cls_token_id}
+    appended = len(full) > len(bare) and full[-1] in ends and bare[-1:] != full[-1:]
     return full[:-1] if appended else full
 
 
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     """How an error calls the chat template."""
+    if isinstance(tokenizer.chat_template, TemplateFile):
+        return f"the chat template {tokenizer.chat_template.path}"
     return f"the chat template of {tokenizer.name_or_path or 'the model'}"

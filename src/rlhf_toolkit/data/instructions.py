@@ -27,7 +27,7 @@ from rlhf_toolkit.data.responses import Ids, Span, checked_stop_ids, conversatio
 from rlhf_toolkit.data.rows import EMPTY_RESPONSE, ColumnTypes, DropCount, dropped_text, span_text, unknown_columns
 from rlhf_toolkit.data.shapes import alpaca_prompt, columns_read, sharegpt_messages
 from rlhf_toolkit.data.streams import Rows, first_row
-from rlhf_toolkit.data.template_values import Unread
+from rlhf_toolkit.data.template_values import Unread, values_text
 from rlhf_toolkit.data.template_values import template_values as values_of
 from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
@@ -43,17 +43,21 @@ UNDERSTOOD = (
 )
 NESTED = (("extra_info", "answer"), ("reward_model", "ground_truth"))
 """Where verl's rows may hold a response, the fuller one first: a ground truth is often the final number alone."""
+Read = tuple[Ids, list[Span], str | None]
+"""A row's token ids, where it is trained on, and ``Example.given``."""
 CONVERSATIONS, ALPACA = ("conversations",), ("instruction", "output")
 
 
 @dataclass(frozen=True)
 class Example:
     """One row after tokenisation. ``index`` is its position in the dataset; ``trained[i]`` is True where token i gets a
-    loss. The first token never does: nothing stands before it."""
+    loss. The first token never does: nothing stands before it. ``given`` says what its template was given beside the
+    messages (``template_values.values_text``); None where none has rendered it."""
 
     index: int
     token_ids: tuple[int, ...]
     trained: tuple[bool, ...]
+    given: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.trained) != len(self.token_ids) or not any(self.trained) or self.trained[0]:
@@ -131,11 +135,11 @@ def tokenise_examples(
         if read is None:
             dropped.add(EMPTY_RESPONSE)
         elif dropped.fits(len(read[0])):
-            token_ids, spans = read
+            token_ids, spans, given = read
             trained = [False] * len(token_ids)
             for start, stop in spans:
                 trained[start:stop] = [True] * (stop - start)
-            examples.append(Example(index, token_ids, tuple(trained)))
+            examples.append(Example(index, token_ids, tuple(trained), given))
     if not examples:
         raise dropped.nothing_left()
     read_from = columns_read(shape[0], rows.column_names)
@@ -171,6 +175,14 @@ def _shape(rows: Rows) -> tuple[str, ...]:
     raise unknown_columns(columns, UNDERSTOOD)
 
 
+def is_example_shape(rows: Rows) -> bool:
+    """Whether the columns of ``rows`` are those of examples, not of prompts alone."""
+    try:
+        return bool(_shape(rows))
+    except DataError:
+        return False
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Turns a row into token ids and the spans that are trained on, or into None where its response is empty."""
@@ -184,7 +196,7 @@ class _Reader:
     types: ColumnTypes
     unread: Unread
 
-    def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> tuple[Ids, list[Span]] | None:
+    def read(self, row: Mapping[str, Any], shape: tuple[str, ...], index: int) -> Read | None:
         values = []
         for column in shape:
             outer, _, inner = column.partition(".")
@@ -200,7 +212,7 @@ class _Reader:
             values.append(value)
         if shape == ("text",):
             ids = plain_text(values[0], self.tokenizer, stop_ids=self.stop_ids, index=index)
-            return None if ids is None else (ids, [(1, len(ids))])
+            return None if ids is None else (ids, [(1, len(ids))], None)
         if shape == ("messages",):
             whole = with_system(messages_of(values[0], index=index, column="messages"), self.system_prompt)
             return self._conversation(row, whole, 0, index)
@@ -214,14 +226,12 @@ class _Reader:
             if not response.strip():
                 return None
             given, own = plain_response(prompt, response, self.tokenizer, stop_ids=self.stop_ids, index=index)
-            return given + own, [(len(given), len(given) + len(own))]
+            return given + own, [(len(given), len(given) + len(own))], None
         before = prompt_messages(prompt, self.system_prompt, index=index)
         whole = [*before, *response_messages(response, shape[1], index=index)]
         return self._conversation(row, whole, len(before), index)
 
-    def _conversation(
-        self, row: Mapping[str, Any], messages: list[Message], first: int, index: int
-    ) -> tuple[Ids, list[Span]] | None:
+    def _conversation(self, row: Mapping[str, Any], messages: list[Message], first: int, index: int) -> Read | None:
         check_order(messages, index=index)
         own = [number for number in range(first, len(messages)) if is_trained(messages[number])]
         own = own[-1:] if self.turns == "last" else own
@@ -229,4 +239,5 @@ class _Reader:
             return None
         values = values_of(row, self.template_values, index=index)
         self.unread.look(messages, values, also_read=("weight",))
-        return conversation(messages, self.tokenizer, values, trained=own, stop_ids=self.stop_ids, index=index)
+        ids, spans = conversation(messages, self.tokenizer, values, trained=own, stop_ids=self.stop_ids, index=index)
+        return ids, spans, values_text(values)

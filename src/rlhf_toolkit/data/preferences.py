@@ -39,7 +39,7 @@ from rlhf_toolkit.data.shapes import (
     turns_of,
 )
 from rlhf_toolkit.data.streams import Rows, first_row
-from rlhf_toolkit.data.template_values import Unread
+from rlhf_toolkit.data.template_values import Unread, values_text
 from rlhf_toolkit.data.template_values import template_values as values_of
 from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
@@ -56,13 +56,14 @@ UNDERSTOOD = (
 class Pair:
     """One row after tokenisation. ``index`` is its position in the dataset; each response ends with its stop token, and
     ``prompt_ids + chosen_ids`` are the ids of the whole conversation. ``margin`` says by how much the chosen one is
-    better, in the dataset's own unit; 0.0 where it has none."""
+    better, in the dataset's own unit; 0.0 where it has none. ``given`` is as in ``instructions.Example``."""
 
     index: int
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
     margin: float = 0.0
+    given: str | None = None
 
     @property
     def length(self) -> int:
@@ -183,6 +184,7 @@ class _Reader:
                 self.types.check(row[column], index=index, column=column)
         row = _as_pair(row, index)
         texts = [row.get("prompt"), row["chosen"], row["rejected"]]
+        given: str | None = None
         known: dict[str, Any] = {"tokenizer": self.tokenizer, "stop_ids": self.stop_ids, "index": index}
         if all(isinstance(text, str) for text in texts) and not self.chat_template:
             margin = _margin(row, index)
@@ -196,8 +198,8 @@ class _Reader:
             values = values_of(row, self.template_values, index=index)
             self.unread.look([*prompt, *answers], values)
             parts = [chat_response(prompt, answer, values=values, **known) for answer in answers]
-            margin = _margin(row, index)
-        return Pair(index, parts[0][0], parts[0][1], parts[1][1], margin)
+            margin, given = _margin(row, index), values_text(values)
+        return Pair(index, parts[0][0], parts[0][1], parts[1][1], margin, given)
 
     def _messages(self, row: Mapping[str, Any], index: int) -> tuple[list[Message], list[Message]]:
         """The prompt's messages, and the last one of chosen and of rejected.

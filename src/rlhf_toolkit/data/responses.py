@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import Message, plain_ids, render, rendered_ids, template_name
+from rlhf_toolkit.data.endings import special_token, stop_names, way_out
 from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, shortened
 
@@ -32,7 +33,7 @@ def checked_stop_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[in
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path or 'an unnamed model'} has no eos_token, so that no response "
-            "could end; set its eos_token"
+            "could end; set model.eos_token"
         )
     return frozenset({int(tokenizer.eos_token_id), *(stop_ids or ())})
 
@@ -178,12 +179,13 @@ def _behind_stop(
     stops = [at for at in range(start, end) if whole[at] in stop_ids]
     tail = tokenizer.decode(list(whole[stops[-1] + 1 : end])) if stops else ""
     if not stops or str(tail).strip():
-        known = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids))
+        token = special_token(whole[(stops[-1] + 1 if stops else start) : end], tokenizer)
+        known = stop_names(stop_ids, tokenizer)
         raise DataError(
             f"row {index}: {template_name(tokenizer)} ends the assistant's turn in "
             f"{shortened(tokenizer.decode(list(whole[max(start, end - 8) : end])), 80)}, without a stop token "
-            f"({known}): a model trained on it would never stop; use a template that writes one, "
-            "or make the token that ends its turns the tokenizer's eos_token"
+            f"({known}): a model trained on it would never stop; "
+            f"{'use a template that writes one' if token is None else way_out(token)}"
         )
     if stops[-1] == start:
         raise _nothing(str(tokenizer.decode(list(whole[start:end]))), index)

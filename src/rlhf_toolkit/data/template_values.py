@@ -20,6 +20,7 @@ from rlhf_toolkit.errors import DataError, shortened
 TOOLS, VALUES = "tools", "chat_template_kwargs"
 LONGEST_JSON = 2**20
 """Characters of a column's JSON; a tool takes some hundred."""
+MOST_NAMED = 5
 OWN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 """Names that are arguments of the call itself, not values of a template."""
 OF_EVERY_MESSAGE = frozenset(("role", "content"))
@@ -42,6 +43,15 @@ def template_values(row: Mapping[str, Any], values: Mapping[str, Any], *, index:
             )
         found[TOOLS] = without_none(tools)
     return found
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """What a row's template is given beside the messages, for people: ``tools get_weather, enable_thinking=False``."""
+    tools = [tool.get("function", tool) for tool in values.get(TOOLS, ())]
+    names = [shortened(tool.get("name") if isinstance(tool, Mapping) else tool, 40) for tool in tools]
+    told = [f"tools {', '.join(names[:MOST_NAMED])}" + ", ..." * (len(names) > MOST_NAMED)] if names else []
+    told += [f"{name}={shortened(value, 40)}" for name, value in sorted(values.items()) if name != TOOLS]
+    return ", ".join(told)
 
 
 def refuse_own_names(values: Mapping[str, Any], where: str) -> None:

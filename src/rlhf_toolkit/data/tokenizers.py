@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
-from rlhf_toolkit.errors import DataError, described
+from rlhf_toolkit.errors import ConfigError, DataError, described, nearest, shortened
 
 SPARE = re.compile(r"[<\[]\|?(reserved|unused|extra_)", re.IGNORECASE)
 """Tokens that a vocabulary keeps in reserve: ``<|reserved_special_token_0|>``, ``<unused0>``, ``[unused1]``."""
@@ -43,21 +43,43 @@ def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase,
     generation_config_eos: int | list[int] | None,
     *,
+    also: Collection[int] = (),
     stop_strings: Sequence[str] = (),
 ) -> tuple[int, ...]:
-    """The ids that end a response, sorted: the tokenizer's EOS together with those of the model's generation config.
+    """The ids that end a response, sorted: the tokenizer's EOS together with those of the model's generation config,
+    and ``also`` those.
 
     DataError where there is none, unless ``stop_strings`` end responses instead.
     """
     configured = [generation_config_eos] if isinstance(generation_config_eos, int) else generation_config_eos or []
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = tuple(sorted({int(i) for i in (*own, *configured)}))
+    ids = tuple(sorted({int(i) for i in (*own, *configured, *also)}))
     if not ids and not stop_strings:
         raise DataError(
             f"no stop token: {_name(tokenizer)} and its generation config have eos_token_id=None, so that responses "
-            "could never finish; set eos_token on the tokenizer, or use rollout.stop_strings"
+            "could never finish; set model.eos_token, or use rollout.stop_strings"
         )
     return ids
+
+
+def end_with(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, vocab_size: int) -> tuple[int, ...]:
+    """Make the first of ``tokens`` the tokenizer's EOS, and all of them special: one id wherever a text has them, and
+    no part of what rewards read. Returns their ids; no vocabulary grows.
+
+    ConfigError, by the setting model.eos_token, for one that is not in the vocabulary or has no row of ``vocab_size``.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if vocabulary.get(token, vocab_size) >= vocab_size:
+            near = nearest(token, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])
+            raise ConfigError(
+                f"model.eos_token={shortened(token, 80)} is no token of {_name(tokenizer)}"
+                f"{near or '; name the one that ends a turn in its chat template'}"
+            )
+    special = [AddedToken(token, special=True, normalized=False) for token in tokens]  # type: ignore[no-untyped-call]
+    tokenizer.add_special_tokens({"eos_token": special[0]})
+    tokenizer.add_tokens(special[1:], special_tokens=True)  # type: ignore[arg-type]
+    return tuple(vocabulary[token] for token in tokens)
 
 
 @contextmanager

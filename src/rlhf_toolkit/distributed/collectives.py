@@ -98,23 +98,21 @@ def from_main(value: T) -> T:
 def flats_on_main(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Rank 0: for each rank its ``tensors``, flat and one after another, in float32 on the CPU. Other ranks: nothing.
 
-    Ranks may bring different numbers of elements, which travel ``CHUNK`` at a time. A collective.
+    Ranks may bring different numbers of elements, which travel ``CHUNK`` at a time, straight to their place. A
+    collective.
     """
     flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
-    if world_size() == 1:
-        return [flat.cpu()]
     lengths = all_gather(len(flat))
-    found = [torch.empty(length) for length in lengths] if rank() == 0 else []
-    for begin in range(0, max(lengths), CHUNK):
-        width = min(CHUNK, max(lengths) - begin)
-        chunk = torch.zeros(width, device=_device())
-        mine = flat[begin : begin + width]
-        chunk[: len(mine)] = mine
-        everyone = [torch.empty_like(chunk) for _ in lengths] if rank() == 0 else None
-        dist.gather(chunk, everyone, dst=0)
-        for whole, part in zip(found, everyone or [], strict=True):
-            place = whole[begin : begin + width]
-            place.copy_(part[: len(place)])
+    if rank() != 0:
+        for chunk in flat.to(_device()).split(CHUNK):
+            dist.send(chunk, dst=0)
+        return []
+    found = [flat.cpu(), *(torch.empty(length) for length in lengths[1:])]
+    for source, whole in enumerate(found[1:], start=1):
+        for place in whole.split(CHUNK):
+            chunk = place.to(_device())
+            dist.recv(chunk, src=source)
+            place.copy_(chunk)
     return found
 
 

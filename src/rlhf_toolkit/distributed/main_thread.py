@@ -89,6 +89,10 @@ class MainThread:
             place,
         )
 
+    def rest(self) -> None:
+        """Count from now on: this process was stopped, and with it the main thread."""
+        self._moved = time.monotonic()
+
     def stack(self) -> str:
         """The lines of its stack, outermost first. Only where it stands still: reading the source takes a while."""
         frame = sys._current_frames().get(self._ident)

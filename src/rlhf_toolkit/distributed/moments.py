@@ -31,6 +31,26 @@ class Part(NamedTuple):
     start: int
 
 
+class Gathered(NamedTuple):
+    """Rank 0: the parts of all ranks, copied, of tensors that ``put_together`` makes whole: a copy of everything once
+    more, which the run need not wait for. Other ranks: nothing."""
+
+    flats: list[Tensor]
+    """Of each rank its parts, flat and one after another, in float32 on the CPU."""
+    layouts: list[list[tuple[str, int, int]]]
+    """Of each rank and part the tensor's name, the part's first element in it, and its elements."""
+    shapes: dict[str, tuple[int, ...]]
+
+    def put_together(self) -> dict[str, Tensor]:
+        """The whole tensors, in float32 on the CPU, by name."""
+        found = {name: torch.empty(math.prod(shape)) for name, shape in self.shapes.items()}
+        for layout, flat in zip(self.layouts, self.flats, strict=True):
+            pieces: Iterable[Tensor] = flat.split([length for _, _, length in layout])
+            for (name, start, length), piece in zip(layout, pieces, strict=True):
+                found[name][start : start + length] = piece
+        return {name: tensor.view(self.shapes[name]) for name, tensor in found.items()}
+
+
 class _Holding(NamedTuple):
     """Where a parameter's moments lie on this rank: ``length`` elements from ``offset`` on of those of ``owner``, a
     parameter of AdamW's own, which are elements ``start`` and on of the parameter."""
@@ -41,22 +61,22 @@ class _Holding(NamedTuple):
     start: int
 
 
-def weights_on_main(parameters: Named) -> dict[str, Tensor]:
-    """Rank 0: each parameter whole, on the CPU, by name. Other ranks: nothing. A collective."""
+def weights_on_main(parameters: Named) -> Gathered:
+    """Each parameter by name. A collective."""
     parts = {}
     for name, parameter in parameters:
         if is_partitioned(parameter):
             parts[name] = Part(*own_part(parameter))
         elif rank() == 0:
             parts[name] = Part(parameter.detach().flatten(), 0)
-    return _whole_on_main(parts, {name: full_shape(parameter) for name, parameter in parameters})
+    return _gathered(parts, {name: full_shape(parameter) for name, parameter in parameters})
 
 
 def moments_on_main(
     model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Named
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Rank 0: each moment whole, on the CPU, under ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; and on every rank the
-    steps that AdamW has made for each parameter. Both are empty before the first step. A collective."""
+) -> tuple[Gathered, dict[str, float]]:
+    """Each moment, under ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; and on every rank the steps that AdamW has made
+    for each parameter. Both are empty before the first step. A collective."""
     adamw, parts, steps = _adamw(model, optimizer), dict[str, Part](), dict[str, float]()
     for name, parameter in parameters:
         held = _holding(model, parameter)
@@ -71,7 +91,7 @@ def moments_on_main(
     everyone = all_gather(steps)
     steps = {name: count for each in everyone for name, count in each.items()}
     shapes = {f"{moment}.{name}": full_shape(p) for moment in MOMENTS for name, p in parameters if name in steps}
-    return _whole_on_main(parts, shapes), steps
+    return _gathered(parts, shapes), steps
 
 
 def require_moments(parameters: Named, steps: Mapping[str, float], moments: Mapping[str, Tensor]) -> None:
@@ -153,15 +173,8 @@ def _holding(model: nn.Module, parameter: nn.Parameter) -> _Holding | None:
     return _Holding(owner, here.start, here.numel, there.start)
 
 
-def _whole_on_main(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Rank 0: float32 tensors of ``shapes``, put together from the parts of all ranks. Other ranks: nothing."""
+def _gathered(parts: Mapping[str, Part], shapes: dict[str, tuple[int, ...]]) -> Gathered:
+    """The ``parts`` of all ranks, on rank 0. A collective."""
     layouts = all_gather([(name, part.start, len(part.values)) for name, part in parts.items()])
     flats = flats_on_main([part.values for part in parts.values()])
-    if rank() != 0:
-        return {}
-    found = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
-    for layout, flat in zip(layouts, flats, strict=True):
-        pieces: Iterable[Tensor] = flat.split([length for _, _, length in layout])
-        for (name, start, length), piece in zip(layout, pieces, strict=True):
-            found[name][start : start + length] = piece
-    return {name: tensor.view(shapes[name]) for name, tensor in found.items()}
+    return Gathered(flats, layouts, shapes) if rank() == 0 else Gathered([], [], {})

@@ -22,6 +22,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero import Init
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.torch_version import TorchVersion
@@ -226,7 +227,7 @@ def sharded_loading(topology: Topology, dtype: torch.dtype) -> Iterator[None]:
 
     ZeRO casts what it shards while loading to the dtype its config names; this config lives only for the load.
     """
-    if topology.launch.zero_stage != 3 or not topology.launch.shard_while_loading:
+    if not shards_while_loading(topology):
         yield
         return
     sections = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
@@ -238,6 +239,18 @@ def sharded_loading(topology: Topology, dtype: torch.dtype) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del config
+
+
+def shards_while_loading(topology: Topology) -> bool:
+    """Whether a base is sharded by ZeRO-3 before the engine is there."""
+    return topology.launch.zero_stage == 3 and topology.launch.shard_while_loading
+
+
+def shard(topology: Topology, module: nn.Module) -> None:
+    """Leave this rank's part of every parameter of ``module`` that is whole yet: of rank 0's numbers, bit by bit and
+    without a cast. A collective."""
+    zero = {"stage": 3, "memory_efficient_linear": False, **_offload(topology)}  # the former would replace F.linear
+    Init(module=module, config_dict_or_path={"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1})
 
 
 def _offload(topology: Topology) -> dict[str, Any]:

@@ -46,6 +46,9 @@ GRACE = 10.0
 """Seconds in which a rank may end by itself, with its own message, after another has failed."""
 ANSWER = 60.0
 """Seconds in which the store has to answer. They count only while this process runs, not while it is stopped."""
+ASLEEP = 20.0
+"""Seconds without a look around after which this process counts as stopped for a while: by Ctrl-Z, or with its
+container. What stood still meanwhile is no stall."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP, HEARD, AT_ONCE, FAILURE, STALL = "stop", "heard", "at_once", "failure", "stall"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -142,7 +145,12 @@ class Watch:
 
     def _talk(self) -> None:
         """Hear what the other ranks say, and let them hear where this one is."""
+        looked = time.monotonic()
         while self._store is not None and not self._closed.wait(POLL):
+            looked, before = time.monotonic(), looked
+            if looked - before > ASLEEP:
+                self._main.rest()
+                self._beats.clear()
             try:
                 if number := self._get(AT_ONCE):
                     self._end(f"stopped at once by a second {signal.Signals(int(number)).name}", 128 + int(number))

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
 from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path, readable
+from rlhf_toolkit.export.own_tokenizer import tokenizer_files
 from rlhf_toolkit.files import write_text
 from rlhf_toolkit.reporting.run_log import Record, read_records
 from rlhf_toolkit.secrets import masked
@@ -105,11 +106,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({place}, subfolder={adapter}, dtype=torch.{dtype})
 tokenizer = AutoTokenizer.from_pretrained({place}, subfolder={adapter})"""
-LOAD_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer
+LOAD_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer{more}
 
-base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{dtype})
+base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype=torch.{dtype}{bits})
 model = PeftModel.from_pretrained(base, {place}, subfolder={adapter})
-tokenizer = AutoTokenizer.from_pretrained({base})"""
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
+NF4 = """, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{dtype}
+)"""
+"""Gives the very weights of model.quantization=nf4, by bitsandbytes."""
+NOTHING_MORE = {"more": "", "bits": ""}
+OTHER_BITS = """
+
+The base was stored in {kind} while the adapter was trained; on the weights of full precision, as they are loaded here,
+what it says differs a little."""
 SCORE = """head = load_file({head})
 
 
@@ -205,19 +215,27 @@ class _Card:
         adapter = next(name for name in ("reward" if scores else POLICY, *adapters) if name in adapters)
         imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and self.repo)]
         imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
-        lines = [*imports, LOAD_ADAPTER.format(adapter=_code(adapter), **words)]
+        kind = str(settings["model"].get("quantization", "none"))  # a run from before that setting has none
+        words |= {"more": ", BitsAndBytesConfig", "bits": NF4.format(**words)} if kind == "nf4" else NOTHING_MORE
+        revision = settings["model"].get("revision")
+        at = "" if revision is None else f", revision={_code(revision)}"
+        beside = tokenizer_files(self.run.folder / adapter)  # another than the base's
+        tokenizer = f"{words['place']}, subfolder={_code(adapter)}" if beside else f"{words['base']}{at}"
+        lines = [*imports, LOAD_ADAPTER.format(adapter=_code(adapter), revision=at, tokenizer=tokenizer, **words)]
         if scores:
             file = f"{adapter}/{REWARD_HEAD}"
             head = f"hf_hub_download({_code(place)}, {_code(file)})" if self.repo else _code(f"{place}/{file}")
             lines.append(SCORE.format(head=head, **(SCORED_CHAT if settings["data"]["chat_template"] else SCORED_TEXT)))
-        note = "\n\nThe base was a folder on the machine that trained; put its path in place of the name."
-        return "```python\n" + "\n".join(lines) + "\n```" + note * _is_local(self.base)
+        text = "```python\n" + "\n".join(lines) + "\n```"
+        if _is_local(self.base):
+            text += "\n\nThe base was a folder on the machine that trained; put its path in place of the name."
+        return text + (OTHER_BITS.format(kind=_inline(kind)) if kind not in ("none", "nf4") else "")
 
     def recipe(self) -> Iterable[tuple[str, ...]]:
         for name in (*EVERY_RUN, *self.kind.recipe):
             section, _, key = name.partition(".")
             value = _public(masked(self.run.settings.get(section, {}))).get(key)
-            if value not in (None, "", [], {}):
+            if value not in (None, "", [], {}) and (name, value) != ("model.quantization", "none"):
                 yield _inline(name), _inline(str(value))
 
     def adapters(self) -> Iterable[tuple[str, ...]]:

@@ -24,7 +24,16 @@ class Kind:
     evaluated: Columns
 
 
-EVERY_RUN = ("model.name", "model.dtype", "model.policy_adapter", "data.train", "data.evaluation")
+EVERY_RUN = (
+    "model.name",
+    "model.revision",
+    "model.eos_token",
+    "model.dtype",
+    "model.quantization",
+    "model.policy_adapter",
+    "data.train",
+    "data.evaluation",
+)
 SUPERVISED = ("update.lr", "run.seed")
 LOSS = {"loss": "loss"}
 PAIRS = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}

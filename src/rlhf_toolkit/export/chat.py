@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 from peft import PeftModel
@@ -23,10 +23,13 @@ from transformers import (
 )
 
 from rlhf_toolkit.data.chat import plain_ids, render, rendered_ids
+from rlhf_toolkit.data.response_texts import ends_and_padding, response_texts
+from rlhf_toolkit.data.tokenizers import stop_token_ids
 from rlhf_toolkit.errors import ModelError, described
-from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.export.folders import adapter_folder, base_name, model_folder, trained_quantised
+from rlhf_toolkit.export.own_tokenizer import own_tokenizer
 from rlhf_toolkit.models.adapter_files import read_lora_config
-from rlhf_toolkit.models.loading import require_all_weights
+from rlhf_toolkit.models.loading import generation_eos_of, require_all_weights
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.texts import WORDS, printable, say
 
@@ -36,13 +39,16 @@ COMMANDS = "/reset  /system TEXT  /temperature NUMBER (0: the likeliest token)  
 
 @dataclass
 class Contestant:
-    """Who answers: a label, PEFT's name of the adapter (None: the base) and the conversation so far.
+    """Who answers: a label, PEFT's name of the adapter (None: the base), the tokenizer, what ends an answer, and the
+    conversation so far.
 
     ``messages`` are those of a chat template; ``text`` is everything said, where there is none.
     """
 
     label: str
     adapter: str | None
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
     messages: list[dict[str, str]] = field(default_factory=list)
     text: str = ""
 
@@ -51,17 +57,22 @@ class Contestant:
 class Chat:
     """The conversation of every contestant, and how they speak.
 
-    Temperature 0 takes the likeliest token. Above it, tokens are drawn from the whole distribution, as in a rollout
-    with its defaults, every contestant from the same random stream; what else the model's generation config asks for,
-    such as a repetition penalty, stays as ``generate`` has it.
+    Temperature 0 takes the likeliest token. Above it, tokens are drawn from the whole distribution as far as ``top_k``,
+    ``top_p`` and ``min_p`` leave it, as in a rollout with these settings, every contestant from the same random stream.
+    ``repetition_penalty`` None, like what else the model's generation config asks for, stays as ``generate`` has it.
+    With ``keep_special_tokens`` answers, which later turns read, keep all special tokens but those that end them.
     """
 
     model: Any  # PreTrainedModel, or PeftModel around it
-    tokenizer: PreTrainedTokenizerBase
     contestants: list[Contestant]
     out: TextIO
     max_new_tokens: int = 256
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    keep_special_tokens: bool = False
     seed: int = 0
     system: str = ""
     turn: int = 0
@@ -85,7 +96,7 @@ class Chat:
         argument = argument.strip()
         if name == "/reset":
             self._reset()
-        elif name == "/system" and not self.tokenizer.chat_template:
+        elif name == "/system" and not all(each.tokenizer.chat_template for each in self.contestants):
             self._say("the tokenizer has no chat template, so there is no system message; say it in a line")
         elif name == "/system":
             self.system = argument
@@ -118,20 +129,25 @@ class Chat:
         if isinstance(limit, (int, float)) and length + self.max_new_tokens > limit:
             self._say(f"{length} tokens and an answer of {self.max_new_tokens} exceed the model's {limit}; /reset")
             return
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        if self.temperature != 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        filters: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        sampling = {"do_sample": True, "temperature": self.temperature, **filters}
+        if self.temperature == 0:
+            sampling = {"do_sample": False, **dict.fromkeys(("temperature", *filters))}
+        if self.repetition_penalty is not None:
+            sampling["repetition_penalty"] = self.repetition_penalty
         if self.model.generation_config.pad_token_id is None:  # nothing is padded; generate only wants to be told
-            sampling["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        stream = _Stream(self.tokenizer, self.out)
+            sampling["pad_token_id"] = contestant.tokenizer.pad_token_id or contestant.tokenizer.eos_token_id or 0
+        if contestant.stop_ids:  # training ends a response at each of them, the model's own config may name fewer
+            sampling["eos_token_id"] = list(contestant.stop_ids)
+        stream = _Stream(contestant.tokenizer, self.out, self._left_out(contestant))
         torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
         with self._explained(contestant), speaking(self.model, contestant.adapter):
             tokens = self.model.generate(
                 input_ids=ids, attention_mask=mask, streamer=stream, max_new_tokens=self.max_new_tokens, **sampling
             )
-        answer = self._text(tokens[0, length:])
+        answer = self._text(contestant, tokens[0, length:])
         contestant.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        contestant.text = self._text(tokens[0]) + "\n"
+        contestant.text = self._text(contestant, tokens[0]) + "\n"
 
     @contextmanager
     def _explained(self, contestant: Contestant) -> Iterator[None]:
@@ -144,18 +160,23 @@ class Chat:
                 "generation_config.json"
             ) from error
 
-    def _text(self, tokens: Tensor) -> str:
-        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _left_out(self, contestant: Contestant) -> frozenset[int] | None:
+        """The ids that no answer's text has; None: the tokenizer's special tokens."""
+        return ends_and_padding(contestant.tokenizer, contestant.stop_ids) if self.keep_special_tokens else None
+
+    def _text(self, contestant: Contestant, tokens: Tensor) -> str:
+        return response_texts([tokens.tolist()], contestant.tokenizer, self._left_out(contestant))[0]
 
     def prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
         """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
-        if self.tokenizer.chat_template:
+        tokenizer = contestant.tokenizer
+        if tokenizer.chat_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
             messages = [*system, *contestant.messages, {"role": "user", "content": text}]
-            whole = render(messages, self.tokenizer, index=self.turn, add_generation_prompt=True)
-            ids = rendered_ids(whole, self.tokenizer)
+            whole = render(messages, tokenizer, index=self.turn, add_generation_prompt=True)
+            ids = rendered_ids(whole, tokenizer)
         else:
-            ids = plain_ids(contestant.text + text, self.tokenizer)
+            ids = plain_ids(contestant.text + text, tokenizer)
         tokens = torch.tensor([ids], device=self.model.device)
         return tokens, torch.ones_like(tokens)
 
@@ -168,9 +189,12 @@ def load_chat(
 ) -> Chat:
     """Load the base once and every adapter on it; ``options`` go to Chat.
 
-    Without ``dtype`` the base has the one it is stored in. Raises ModelError where something does not fit.
+    Without ``dtype`` the base has the one it is stored in. A base of the hub is of the revision that the adapters name;
+    an adapter speaks with the tokenizer that lies beside it, if one does. Raises ModelError where something does not
+    fit.
     """
-    folder, folders = model_folder(base), [adapter_folder(adapter) for adapter in adapters]
+    folders = [adapter_folder(adapter) for adapter in adapters]
+    folder = model_folder(base_name(base, folders))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -182,7 +206,8 @@ def load_chat(
     except Exception as error:  # its files may hold anything
         raise ModelError(f"{base} does not load as a causal language model ({described(error)}); check it") from error
     require_all_weights(base, found)
-    contestants = [Contestant(BASE, None)]
+    named = generation_eos_of(str(folder), model.config)
+    contestants = [Contestant(BASE, None, tokenizer, _stops(tokenizer, named))]
     for number, (label, place) in enumerate(zip(adapters, folders, strict=True)):
         name = f"adapter_{number}"
         try:
@@ -198,8 +223,19 @@ def load_chat(
             raise ModelError(
                 f"{label} does not fit {base}: only one of them has {odd[0]}; give the base that it was trained on"
             )
-        contestants.append(Contestant(label, name))
-    return Chat(model.eval(), tokenizer, contestants, out, **options)
+        note = trained_quantised(place)
+        if note is not None:
+            say(note, out)
+        own, also = own_tokenizer(place, model.config, trust_remote_code=trust_remote_code)
+        contestants.append(Contestant(label, name, own or tokenizer, _stops(own or tokenizer, named, also)))
+    return Chat(model.eval(), contestants, out, **options)
+
+
+def _stops(
+    tokenizer: PreTrainedTokenizerBase, named: int | list[int] | None, also: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """What ends an answer; nothing does where nobody names a token."""
+    return stop_token_ids(tokenizer, named, also=also, stop_strings=("",))
 
 
 @contextmanager
@@ -227,9 +263,14 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
 class _Stream(TextStreamer):
     """transformers' streamer, into a file of our choice."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        self.file = out
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO, left_out: frozenset[int] | None = None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=left_out is None)  # type: ignore[arg-type]
+        self.file, self.left_out = out, left_out or frozenset()
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then token after token."""
+        if self.next_tokens_are_prompt or int(value) not in self.left_out:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what has become certain."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.checkpoints import RUN_FILE
-from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described
+from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described, shortened
+from rlhf_toolkit.export.own_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file
 from rlhf_toolkit.models.folders import MOST_BYTES, check_model_folder
 from rlhf_toolkit.reporting.seal import require_seal
@@ -22,6 +24,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 HEADS = ("value_head.safetensors", "reward_head.safetensors")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 """What is fetched of a model of the hub: weights, configs, tokenizer; not the copies for other frameworks."""
+
+REVISION = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,35 @@ class FinishedRun:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: ``name`` itself where it is one, else its files of the hub, fetched or from the cache.
+    """The folder of a model: ``name`` itself where it is one, else its files of the hub, fetched or from the cache;
+    ``NAME@REVISION`` is a branch, tag or commit there.
 
     Raises ModelError where it is neither.
     """
     return _located(name, "a model", MODEL_FILES)
 
 
+def base_name(name: str, adapters: Sequence[Path]) -> str:
+    """``name`` of a base as the folders of ``adapters`` were trained on it: with the revision that PEFT's settings
+    there name, where ``name`` is the hub's and has none. Raises ModelError where they name several."""
+    if "@" in name or Path(name).expanduser().is_dir():
+        return name
+    named = {read_json(folder / ADAPTER_CONFIG).get("revision") for folder in adapters} - {None, ""}
+    if len(named) > 1:
+        raise ModelError(
+            f"the adapters were trained on {len(named)} revisions of {name} ({shortened(sorted(map(str, named)))}); "
+            f"say which one to use, as {name}@REVISION"
+        )
+    return f"{name}@{named.pop()}" if named else name
+
+
 def adapter_folder(name: str) -> Path:
-    """The folder of a PEFT adapter for a language model; a name of the hub is fetched as ``model_folder`` does.
+    """The folder of a PEFT adapter for a language model, with the tokenizer that may lie beside it; a name of the hub
+    is fetched as ``model_folder`` does.
 
     Raises ModelError where it is none, a whole model among these, and for an adapter that belongs to a scalar head.
     """
-    folder = _located(name, "an adapter", ("adapter_*", *HEADS))
+    folder = _located(name, "an adapter", ("adapter_*", *HEADS, GENERATION_CONFIG, *TOKENIZER_FILES))
     if not (folder / ADAPTER_CONFIG).is_file():
         whole = [place for place in (folder, folder / "policy") if (place / "config.json").is_file()]
         if whole:
@@ -70,6 +90,22 @@ def adapter_folder(name: str) -> Path:
                 "give the policy's folder"
             )
     return folder
+
+
+def trained_quantised(adapter: Path) -> str | None:
+    """A line for those who put this adapter on a base of full precision although its run trained it on a quantised
+    one; None where its run did not, or where the adapter lies in no run folder that says so."""
+    for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint too
+        if (folder / RUN_FILE).is_file():
+            model = read_json(folder / RUN_FILE).get("model")
+            kind = str(model.get("quantization", "none")) if isinstance(model, dict) else "none"
+            if kind == "none":
+                return None
+            return (
+                f"{adapter} was trained on its base in {shortened(kind, 20)} and is put on weights of full precision "
+                "here: what the two say differs a little"
+            )
+    return None
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -132,15 +168,27 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def revision_of(name: str) -> tuple[str, str | None]:
+    """``NAME@REVISION`` as a name of the hub and a branch, tag or commit; a folder and a name without have none. Raises
+    ModelError where what stands behind the @ cannot be one."""
+    repository, at, revision = name.partition("@")
+    if not at or is_path(repository) or Path(name).expanduser().exists():
+        return name, None
+    if not REVISION.fullmatch(revision) or ".." in revision:
+        raise ModelError(f"{shortened(name)} names no revision behind the @; give a branch, a tag or a commit")
+    return repository, revision
+
+
 def _located(name: str, what: str, patterns: tuple[str, ...]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         check_model_folder(name)
         return folder
-    if folder.exists() or is_path(name):
+    repository, revision = revision_of(name)
+    if folder.exists() or is_path(repository):
         raise ModelError(f"{name} is no folder; give the folder of {what}, or its name on the hub")
     try:
-        fetched = Path(snapshot_download(name, allow_patterns=list(patterns)))
+        fetched = Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:  # hub errors are OSErrors: no such name, no access, no network
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,31 +28,36 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.data.tokenizers import stop_token_ids
 from rlhf_toolkit.errors import CheckpointError, ModelError, RLHFError, described, nearest
-from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.export.folders import adapter_folder, base_name, model_folder, trained_quantised
 from rlhf_toolkit.export.lora_weights import LoraWeights, read_lora
+from rlhf_toolkit.export.own_tokenizer import GENERATION_CONFIG, own_tokenizer, tokenizer_files
 from rlhf_toolkit.export.shards import FLOATING, INDEX, Shard, Stored, read_headers, rewrite
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CONFIG = "config.json"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".index.json")
 """Endings of weights, in whatever format: they are the base's."""
 
 
 @dataclass
 class Merged:
-    """What was done: the folder, the adapted layers, the base's files that were left out, and what rounding took.
+    """What was done: the folder, the adapted layers, the base with its revision, whether the tokenizer is the
+    adapter's, the base's files that were left out, and what rounding took.
 
     ``rounding`` is the norm of what rounding changed, over the norm of what the adapter adds, over all adapted layers:
-    at 1 the merged model is as far from the trained one as the base is.
+    at 1 the merged model is as far from the trained one as the base is. ``note`` says where the adapter was trained on
+    the base in fewer bits.
     """
 
     folder: Path
     layers: list[str]
     dtype: torch.dtype
     bytes: int
+    base: str
+    own_tokenizer: bool
     left_out: list[str] = field(default_factory=list)
     rounding: float = 0.0
+    note: str | None = None
 
 
 def merge(
@@ -66,27 +71,34 @@ def merge(
     """Write to ``out`` the model that ``adapter`` makes of ``base``; both are folders or names of the hub.
 
     Files are written beside ``out`` and renamed at the end: ``out`` is whole or not there. ``dtype`` replaces that of
-    every stored number with a point. The tokenizer and all other small files are the base's.
+    every stored number with a point. All other small files are the base's, the tokenizer too, unless one lies beside
+    the adapter. A base of the hub is of the revision that the adapter names.
 
     Raises ModelError: the adapter is no plain LoRA, belongs to another base, or touches tied embeddings. Raises
     CheckpointError: ``out`` exists, or the disk has no room.
     """
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose a new folder, or remove it first")
-    source, lora = model_folder(base), adapter_folder(adapter)
+    lora = adapter_folder(adapter)
+    base = base_name(base, [lora])
+    source = model_folder(base)
     shards, weights = read_headers(source), read_lora(lora)
     model = empty_model(source, trust_remote_code=trust_remote_code)
     adapted = stored_updates(model, weights, shards, adapter=adapter, base=base)
+    tokenizer, stops = own_tokenizer(lora, model.config, trust_remote_code=trust_remote_code)
     size = sum(tensor.cast(dtype).bytes for shard in shards.values() for tensor in shard.values())
     first = next(tensor for shard in shards.values() for name, tensor in shard.items() if name in adapted)
-    merged = Merged(out, sorted(weights), dtype or FLOATING[first.dtype], size)
+    word, note = dtype or FLOATING[first.dtype], trained_quantised(lora)
+    merged = Merged(out, sorted(weights), word, size, base, tokenizer is not None, note=note)
     with _made_whole(out, size) as folder:
         sums = _Sums(adapted, dtype)
         for file, shard in shards.items():
             rewrite(source / file, folder / file, shard, sums.of, dtype=dtype)
         merged.rounding = sums.rounding
         merged.left_out = _copy_the_rest(source, folder, dtype, size)
-        name_stop_tokens(folder, model.config, trust_remote_code=trust_remote_code)
+        if merged.own_tokenizer:
+            _take_tokenizer(lora, folder)
+        name_stop_tokens(folder, model.config, also=stops, trust_remote_code=trust_remote_code)
     return merged
 
 
@@ -276,25 +288,35 @@ def _copy_the_rest(source: Path, folder: Path, dtype: torch.dtype | None, size: 
     return left_out
 
 
-def name_stop_tokens(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
+def _take_tokenizer(source: Path, folder: Path) -> None:
+    """Put the tokenizer of ``source`` in the place of that in ``folder``."""
+    for path in tokenizer_files(folder):
+        path.unlink()
+    for path in tokenizer_files(source):
+        shutil.copyfile(path, folder / path.name)
+
+
+def name_stop_tokens(
+    folder: Path, config: PretrainedConfig, *, also: Sequence[int] = (), trust_remote_code: bool
+) -> None:
     """Have the generation config of a model's ``folder`` name every token that ends a response.
 
-    That is the tokenizer's eos, with which training ends each, beside those that the config names itself: ``generate``
-    knows no others and would never stop.
+    That is the tokenizer's eos, with which training ends each, and ``also`` those, beside what the config names itself:
+    ``generate`` knows no others and would never stop.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not tokenizer_files(folder):
         return
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     named = generation_eos_of(str(folder), config)
     already = {named} if isinstance(named, int) else set(named or ())
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in already:
+    if {tokenizer.eos_token_id, *also} - {None} <= already:
         return
     path = folder / GENERATION_CONFIG
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
     else:
         content = GenerationConfig.from_model_config(config).to_diff_dict()
-    _write(path, {**content, "eos_token_id": list(stop_token_ids(tokenizer, named))})
+    _write(path, {**content, "eos_token_id": list(stop_token_ids(tokenizer, named, also=also))})
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_toolkit.errors import ModelError
-from rlhf_toolkit.export.folders import adapter_folder, model_folder
+from rlhf_toolkit.export.folders import adapter_folder, base_name, model_folder
 from rlhf_toolkit.seeding import derived_generator
 
 LENGTH = 32
@@ -45,9 +45,9 @@ def verify(
     ids = torch.randint(vocabulary, (sequences, LENGTH), generator=derived_generator("verify", 0))
     ours = _logits(model, ids)
     del model
-    peft = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(str(model_folder(base)), **options), str(adapter_folder(adapter))
-    ).eval()
+    lora = adapter_folder(adapter)
+    folder = model_folder(base_name(base, [lora]))
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(folder), **options), str(lora)).eval()
     theirs = _logits(peft, ids)
     with peft.disable_adapter():
         unadapted = _logits(peft, ids)

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_toolkit.data.layout import TokenLayout
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.recurrent import keeps_state
 from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.segment_attention import SegmentAttention
 
@@ -136,6 +137,8 @@ def packing_obstacle(base: PreTrainedModel) -> str | None:
     not among them runs padded.
     """
     config = base.config.get_text_config()
+    if keeps_state(base):
+        return f"{base.config.model_type} keeps recurrent state, which packing and shared prefixes would mix up"
     if base.config.model_type not in PACKABLE:
         return f"{base.config.model_type} is not among the architectures that were tested packed"
     if config._attn_implementation != ROLE_ATTENTION:

@@ -7,6 +7,9 @@
 low-rank products, at the price of one more copy of the adapted weights and of rounding: an update smaller than the
 spacing of the base's dtype is lost, so that responses come from a slightly older policy (docs/performance.md). The base
 is never written to, so there is nothing to restore.
+
+A quantised W becomes a matrix once, which then lies here as long as the rollout does, or anew for every product: that
+takes longer than the product of a few rows, and no memory. M is such a matrix anyway.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.distributed.zero3 import is_here, whole
 from rlhf_toolkit.models.precision import packs_bfloat16
+from rlhf_toolkit.models.quantised import QuantisedLinear, matrix_of, products_of
 
 
 class DecodingKind(StrEnum):
@@ -37,32 +40,37 @@ EXACT, MERGED = DecodingKind.EXACT, DecodingKind.MERGED
 
 
 @contextmanager
-def decoding_weights(model: nn.Module, role: str, kind: str) -> Iterator[None]:
+def decoding_weights(model: nn.Module, role: str, kind: str, *, keep_matrices: bool = True) -> Iterator[None]:
     """Inside, every adapted layer of ``model`` plays ``role`` for all rows, in the way that ``kind`` names.
 
-    ``merged`` needs the whole base here (the window).
+    ``merged`` needs the whole base here (the window). With ``keep_matrices``, quantised weights that lie here become
+    matrices once.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     own = [layer.forward for layer in layers]
-    make = merged_product if kind == MERGED else exact_product
     try:
         with torch.no_grad(), whole(p for layer in layers for p in _adapter(layer, role)):
             for layer in layers:
-                layer.forward = make(layer, role) if role in layer.lora_A else _plain(layer)  # type: ignore
+                if role in layer.lora_A and kind == MERGED:
+                    product = merged_product(layer, role)
+                else:
+                    product = _plain(layer, keep_matrices)
+                    product = exact_product(layer, role, product) if role in layer.lora_A else product
+                layer.forward = product  # type: ignore
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
             layer.forward = forward  # type: ignore[method-assign]
 
 
-def exact_product(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
-    """``x -> x W^T + b + s (x A^T) B^T``, with A and B cast once."""
-    base, scale, dtype = _plain(layer), layer.scaling[role], _weight(layer.get_base_layer()).dtype
+def exact_product(layer: LoraLinear, role: str, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``x -> plain(x) + s (x A^T) B^T``, with A and B cast once; ``plain`` is ``x -> x W^T + b``."""
+    scale, dtype = layer.scaling[role], products_of(layer.get_base_layer())
     a, b = (parameter.to(dtype) for parameter in _adapter(layer, role))
     b = b.t().contiguous()
 
     def forward(x: Tensor) -> Tensor:
-        y = base(x)
+        y = plain(x)
         y.view(-1, y.shape[-1]).addmm_(linear(x.reshape(-1, x.shape[-1]), a), b, alpha=scale)
         return y
 
@@ -74,14 +82,17 @@ def merged_product(layer: LoraLinear, role: str) -> Callable[[Tensor], Tensor]:
     base: Any = layer.get_base_layer()
     a, b = _adapter(layer, role)
     delta = layer.scaling[role] * (b.float() @ a.float())
-    return _product((_weight(base).float() + delta).to(_weight(base).dtype), base.bias)
+    matrix = matrix_of(base)(base.weight, torch.float32)
+    return _product((matrix.float() + delta).to(products_of(base)), base.bias)
 
 
-def _plain(layer: LoraLinear) -> Callable[[Tensor], Tensor]:
+def _plain(layer: LoraLinear, keep_matrices: bool) -> Callable[[Tensor], Tensor]:
     base: Any = layer.get_base_layer()
-    if is_here(base.weight):
-        return _product(_weight(base), base.bias)
-    return lambda x: linear(x, _weight(base), base.bias)  # streaming: the weight comes and goes
+    matrix, dtype = matrix_of(base), products_of(base)
+    if is_here(base.weight) and (keep_matrices or not isinstance(base, QuantisedLinear)):
+        return _product(matrix(base.weight, dtype), base.bias)
+    # The weight comes and goes while streaming, and a quantised one's matrix does anyway.
+    return lambda x: linear(x, matrix(base.weight, dtype), base.bias)
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -96,11 +107,6 @@ def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         return lambda x: linear(x, weight, bias)
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
-
-
-def _weight(base: Any) -> Tensor:
-    """(out, in); GPT-2 keeps its weight as (in, out)."""
-    return base.weight.t() if isinstance(base, Conv1D) else base.weight
 
 
 def _adapter(layer: LoraLinear, role: str) -> list[nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,33 +21,52 @@ from transformers import (
 )
 
 from rlhf_toolkit.distributed.collectives import agreement
-from rlhf_toolkit.distributed.topology import Topology, sharded_loading
+from rlhf_toolkit.distributed.topology import Topology, shard, sharded_loading, shards_while_loading
 from rlhf_toolkit.errors import DISK_FULL, ModelError, RLHFError, described, shortened
 from rlhf_toolkit.models.adapter_files import read_lora_config, steps
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
+from rlhf_toolkit.models.quantised import Quantisation, require_kernels
+from rlhf_toolkit.models.quantised_loading import QuantisedLoading
 from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD, SCALAR_ROLES, VALUE
 from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
+from rlhf_toolkit.models.stored_nf4 import check_stored, kept_whole, plain_config
 
 REWARD_HEAD = "reward_head.safetensors"
+MAIN = "main"
+"""The branch of the hub that is meant where no revision is named."""
 MOST_PER_BYTE, SMALL = 4, 10**7
 """Numbers that one byte of a file may hold, which quantised ones come to, and how many more a matrix may have."""
+ABOUT_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings"),
+    *("exponential_decay_length_penalty", "min_length", "min_new_tokens", "guidance_scale", "penalty_alpha"),
+)
+"""What a generation config may say about the choice of a token; ``NEUTRAL`` are values that say nothing."""
+NEUTRAL = dict.fromkeys(
+    ("temperature", "top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale"),
+    (None, 1, 1.0),
+)
 OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or a ModelError that says what to do."""
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or a ModelError that says what to do. ``revision``, here and below, is the branch, tag or
+    commit of a model of the hub; None: its main branch. A local folder has none."""
     check_model_folder(name)
-    with explained(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with explained(name, revision):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
 
 
-def load_model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """The model's config without dropout and router noise: in PPO old and new log-probs must come from one function."""
     check_model_folder(name)
-    with explained(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with explained(name, revision):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if ("drop" in key or "jitter" in key) and isinstance(value, float):
@@ -54,14 +74,27 @@ def load_model_config(name: str, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
-def generation_eos_of(name: str, config: PretrainedConfig) -> int | list[int] | None:
-    """The tokens that end the model's text, by its generation config or, without one, by its config."""
+def generation_config_of(name: str, revision: str | None = None) -> GenerationConfig | None:
+    """The model's generation config, where it has one. ModelError where that cannot be used."""
     try:
-        found = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a model without generation_config.json says all it has to say in its config
-        found = config.get_text_config().eos_token_id
+        return GenerationConfig.from_pretrained(name, revision=revision or MAIN)
+    except OSError:
+        return None
     except Exception as error:
         raise ModelError(f"{name} has a generation_config.json that cannot be used ({described(error)})") from error
+
+
+def sampling_wishes_of(name: str, revision: str | None = None) -> dict[str, Any]:
+    """How the model's generation config asks to sample: what changes the choice of a token, and nothing neutral."""
+    found = generation_config_of(name, revision)
+    wishes = {wish: getattr(found, wish, None) for wish in ABOUT_SAMPLING}
+    return {wish: value for wish, value in wishes.items() if value not in NEUTRAL.get(wish, (None, 0, 0.0, [], {}))}
+
+
+def generation_eos_of(name: str, config: PretrainedConfig, revision: str | None = None) -> int | list[int] | None:
+    """The tokens that end the model's text, by its generation config or, without one, by its config."""
+    generation = generation_config_of(name, revision)
+    found = config.get_text_config().eos_token_id if generation is None else generation.eos_token_id
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens):
         raise ModelError(f"{name} has eos_token_id={shortened(found)}, which is no token's number; repair its configs")
@@ -76,28 +109,36 @@ def load_base(
     dtype: torch.dtype,
     attention: str,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    quantization: str = Quantisation.NONE,
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning, else the whole on
-    its own device."""
+    its own device. With ``quantization`` its linear layers are quantised one by one while it is loaded."""
     if attention == "sdpa" and config_value(config.get_text_config(), "attn_logit_softcapping") is not None:
         raise ModelError(
             f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
         )
     on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
-    kind = ROLE_ATTENTION if ours else attention
+    chosen = ROLE_ATTENTION if ours else attention
+    kind = Quantisation(quantization)
     with agreement("loading"):
         refuse_larger(name, config)
+        stored = check_stored(name, config, kind)
+        if kind != Quantisation.NONE:
+            require_kernels(kind, topology.device)
     try:
-        with loading_weights(name, topology, dtype):
+        with loading_weights(name, topology, dtype, kind, revision):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
-                config=config,
+                config=plain_config(config) if stored else config,
                 dtype=dtype,
-                attn_implementation=kind,
+                attn_implementation=chosen,
                 trust_remote_code=trust_remote_code,
+                revision=revision or MAIN,
                 output_loading_info=True,
                 **straight_to_device(topology),
+                **quantised_while_loading(topology, kind, kept_whole(config) if stored else None),
             )
     except ModelError as error:
         cause = error.__cause__
@@ -145,16 +186,35 @@ def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
+def quantised_while_loading(
+    topology: Topology, kind: Quantisation, stored_but: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What has ``from_pretrained`` quantise each tensor as it comes, and shard it where ZeRO-3 runs. ``stored_but``:
+    the files have the bytes already, but for these layers."""
+    if kind == Quantisation.NONE:
+        return {}
+    sharding = partial(shard, topology) if shards_while_loading(topology) else None
+    return {"quantization_config": QuantisedLoading(kind, topology.device, sharding, stored_but)}
+
+
 @contextmanager
-def loading_weights(name: str, topology: Topology, dtype: torch.dtype) -> Iterator[None]:
+def loading_weights(
+    name: str,
+    topology: Topology,
+    dtype: torch.dtype,
+    kind: Quantisation = Quantisation.NONE,
+    revision: str | None = None,
+) -> Iterator[None]:
     """Around the loading of a model's weights, sharded where ZeRO-3 runs. That is then a collective itself, in which a
     rank cannot tell the others of a failure; so what may be missing on one machine is looked for before. Without shards
     what one rank fails with, all raise."""
-    sharded = topology.launch.zero_stage == 3 and topology.launch.shard_while_loading
+    sharded = shards_while_loading(topology)
     if sharded:
         with agreement("loading"):
             check_weights_are_here(name)
-    with nullcontext() if sharded else agreement("loading"), explained(name), sharded_loading(topology, dtype):
+    # What is quantised its quantiser shards.
+    sharding = sharded_loading(topology, dtype) if kind == Quantisation.NONE else nullcontext()
+    with nullcontext() if sharded else agreement("loading"), explained(name, revision), sharding:
         yield
 
 
@@ -167,10 +227,16 @@ def straight_to_device(topology: Topology) -> dict[str, Any]:
 
 
 def lora_config(
-    *, rank: int, alpha: int, rslora: bool, target_modules: str | Sequence[str], exclude_modules: Sequence[str]
+    *,
+    rank: int,
+    alpha: int,
+    rslora: bool,
+    target_modules: str | Sequence[str],
+    exclude_modules: Sequence[str],
+    revision: str | None = None,
 ) -> LoraConfig:
-    """PEFT's settings for one role. ``all-linear`` is spelt out by ``targets.spelt_out``. Raises ModelError for a
-    pattern that might take long to match."""
+    """PEFT's settings for one role, which name the ``revision`` of the base. ``all-linear`` is spelt out by
+    ``targets.spelt_out``. Raises ModelError for a pattern that might take long to match."""
     if isinstance(target_modules, str):
         steps("the experiment", "model.target_modules", target_modules)
     return LoraConfig(
@@ -182,6 +248,7 @@ def lora_config(
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=revision,
     )
 
 
@@ -203,14 +270,17 @@ def build_ppo_roles(
     adapter and its head: at the last token its value is that score.
     Adapters may differ in rank and in the layers they adapt. ``options`` go to SharedBase.
     """
-    adapters = {POLICY: adapter if policy_adapter is None else adapter_config(policy_adapter, "model.policy_adapter")}
+    at = adapter.revision
+    adapters = {
+        POLICY: adapter if policy_adapter is None else adapter_config(policy_adapter, "model.policy_adapter", at)
+    }
     if reference_adapter is not None:
-        adapters[REFERENCE] = adapter_config(reference_adapter, "model.policy_adapter")
+        adapters[REFERENCE] = adapter_config(reference_adapter, "model.policy_adapter", at)
     if value_on == ON_ADAPTER:
-        start = None if value_adapter is None else adapter_config(value_adapter, "model.value_adapter")
+        start = None if value_adapter is None else adapter_config(value_adapter, "model.value_adapter", at)
         adapters[VALUE] = start or adapter
     if reward_adapter is not None:
-        adapters[REWARD] = adapter_config(reward_adapter, "reward.adapter")
+        adapters[REWARD] = adapter_config(reward_adapter, "reward.adapter", at)
     shared = SharedBase(base, adapters, value_on=value_on, **options)
     folders = {POLICY: policy_adapter, REFERENCE: reference_adapter, VALUE: value_adapter, REWARD: reward_adapter}
     for role, folder in folders.items():
@@ -221,13 +291,13 @@ def build_ppo_roles(
     return shared
 
 
-def adapter_config(folder: str, setting: str) -> LoraConfig:
-    """The settings of a LoRA folder to start from, with dropout off."""
+def adapter_config(folder: str, setting: str, revision: str | None = None) -> LoraConfig:
+    """The settings of a LoRA folder to start from, with dropout off and the ``revision`` of the base it is put on."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ModelError(f"{setting}={folder} has no adapter_config.json; give the folder of a PEFT LoRA adapter")
     check_model_folder(folder)
     config = read_lora_config(folder)
-    config.lora_dropout, config.inference_mode = 0.0, False
+    config.lora_dropout, config.inference_mode, config.revision = 0.0, False, revision
     return config
 
 
@@ -235,8 +305,8 @@ class explained:
     """Turns what transformers raises about a model's files into one line: they may hold anything, and it may raise
     whatever it likes. A full disk, a lack of memory and the toolkit's own errors pass."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        self.name, self.shown = name, repr(name) if revision is None else f"{name!r} (revision {revision!r})"
 
     def __enter__(self) -> None:
         return None
@@ -251,9 +321,9 @@ class explained:
             if only_a_path and not Path(self.name).exists():
                 first = "there is no such folder"  # transformers would say that it is no name of the hub
             raise ModelError(
-                f"cannot load the model {self.name!r}: {first}; give a hub name or a local folder"
+                f"cannot load the model {self.shown}: {first}; give a hub name or a local folder"
             ) from error
         if isinstance(error, Exception) and not isinstance(error, (RLHFError, MemoryError, torch.OutOfMemoryError)):
             raise ModelError(
-                f"cannot load the model {self.name!r} ({described(error)}); fetch it again, or use another"
+                f"cannot load the model {self.shown} ({described(error)}); fetch it again, or use another"
             ) from error

@@ -14,6 +14,7 @@ from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.distributed.zero3 import whole
 from rlhf_toolkit.errors import DataError, ModelError, OutOfMemoryError, RewardError
 from rlhf_toolkit.models.loading import (
+    MAIN,
     explained,
     load_tokenizer,
     loading_weights,
@@ -122,20 +123,23 @@ class RewardModel:
         return [float(score) for score in logits[:, 0].float().tolist()]
 
 
-def load_reward_model(name: str, topology: Topology, *, dtype: torch.dtype, trust_remote_code: bool) -> RewardModel:
+def load_reward_model(
+    name: str, topology: Topology, *, dtype: torch.dtype, trust_remote_code: bool, revision: str | None = None
+) -> RewardModel:
     """The classifier and its tokenizer, from the hub or a folder; under ZeRO-3 every rank holds its shard."""
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or MAIN}
     with agreement("loading"):
-        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        with explained(name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
+        with explained(name, revision):
+            config = AutoConfig.from_pretrained(name, **where)
         refuse_larger(name, config)
-    with loading_weights(name, topology, dtype):
+    with loading_weights(name, topology, dtype, revision=revision):
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
             dtype=dtype,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **where,
             **straight_to_device(topology),
         )
     require_all_weights(name, found)  # or a language model would score by a head of random numbers

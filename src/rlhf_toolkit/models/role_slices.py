@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.quantised import Matrix, QuantisedLinear, matrix_of
 
 
 class RoleRows(NamedTuple):
@@ -79,7 +80,7 @@ def sliced_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    transposed: bool,
+    matrix: Matrix,
     slices: Sequence[tuple[int, int, float]],
     adapters: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -87,11 +88,11 @@ def sliced_product(
     since it works in place.
 
     Args:
-        transposed: the base keeps its ``weight`` as (in, out).
+        matrix: makes (out, in) of the base's ``weight``, whichever way that is kept.
         slices: first row, end row and scale of each adapted slice.
         adapters: A (r, in) and B (out, r) of each slice in turn.
     """
-    y = linear(x, weight.t() if transposed else weight, bias)
+    y = linear(x, matrix(weight, x.dtype), bias)
     flat_x, flat_y = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(y.shape[0], -1, y.shape[-1])
     projections = []
     for (start, stop, scale), a, b in zip(slices, adapters[::2], adapters[1::2], strict=True):
@@ -107,7 +108,8 @@ class RoleLora(torch.autograd.Function):
 
     Products run in the base's dtype and are added in place; each adapter's gradient comes back in the adapter's dtype.
     The base is frozen, so no weight gradient is computed. As separate autograd operations the same arithmetic costs
-    1.5 to 1.8 times as much time (bench/role_lora.py) and keeps an fp32 copy of every activation.
+    1.5 to 1.8 times as much time (bench/role_lora.py) and keeps an fp32 copy of every activation. A quantised weight
+    becomes a matrix once for the rows of all roles, and once more in backward: no matrix is kept in between.
     """
 
     @staticmethod
@@ -116,16 +118,16 @@ class RoleLora(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        transposed: bool,
+        matrix: Matrix,
         slices: Sequence[tuple[int, int, float]],
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
         """The base product of all rows, and each role's delta added to its own."""
-        y, projections = sliced_product(x, weight, bias, transposed, slices, adapters)
+        y, projections = sliced_product(x, weight, bias, matrix, slices, adapters)
         # The parameter itself is saved, never a view of it: ZeRO-3 frees its data after forward and brings it back for
         # backward.
         ctx.save_for_backward(x, weight, *adapters, *projections)
-        ctx.slices, ctx.transposed = slices, transposed
+        ctx.slices, ctx.matrix = slices, matrix
         return y
 
     @staticmethod
@@ -134,7 +136,7 @@ class RoleLora(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         pairs = 2 * len(ctx.slices)
         adapters, projections = rest[:pairs], rest[pairs:]
-        dx = dy @ (weight.t() if ctx.transposed else weight) if ctx.needs_input_grad[0] else None
+        dx = dy @ ctx.matrix(weight, dy.dtype) if ctx.needs_input_grad[0] else None
         flat_x, flat_dy = x.reshape(x.shape[0], -1, x.shape[-1]), dy.reshape(dy.shape[0], -1, dy.shape[-1])
         gradients: list[torch.Tensor] = []
         for (start, stop, scale), a, b, projection in zip(
@@ -153,18 +155,19 @@ class RoleLora(torch.autograd.Function):
 
 def route_roles(model: nn.Module, slices: RoleSlices) -> None:
     """Make every LoRA linear of ``model`` add each role's delta to that role's rows, as ``slices`` says at the time of
-    the call."""
+    the call. A quantised layer without an adapter is the same for all rows, and keeps no matrix for backward either."""
     for module in model.modules():
         if isinstance(module, LoraLinear):
             module.forward = _role_forward(module, slices)  # type: ignore[method-assign]
             base = module.get_base_layer()
             adapters = [next(layer.parameters()) for part in (module.lora_A, module.lora_B) for layer in part.values()]
             share_parameters(module, (*base.parameters(recurse=False), *adapters))
+        elif isinstance(module, QuantisedLinear):
+            module.forward = partial(_product, module, [], [])  # type: ignore[method-assign]
 
 
 def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
     base: Any = module.get_base_layer()
-    transposed = isinstance(base, Conv1D)  # GPT-2 keeps its weight as (in, out)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         adapted = [
@@ -173,9 +176,16 @@ def _role_forward(module: LoraLinear, slices: RoleSlices) -> Any:
             if rows.role in module.lora_A
         ]
         slices_of_x = [(rows.start, rows.stop, module.scaling[rows.role]) for rows, _, _ in adapted]
-        weights: list[Any] = [adapter.weight for _, a, b in adapted for adapter in (a, b)]
-        if not torch.is_grad_enabled():  # decoding: there the bookkeeping of a function is a sixth of a layer
-            return sliced_product(x, base.weight, base.bias, transposed, slices_of_x, weights)[0]
-        return RoleLora.apply(x, base.weight, base.bias, transposed, slices_of_x, *weights)
+        return _product(base, slices_of_x, [adapter.weight for _, a, b in adapted for adapter in (a, b)], x)
 
     return forward
+
+
+def _product(
+    base: Any, slices: Sequence[tuple[int, int, float]], adapters: Sequence[Any], x: torch.Tensor
+) -> torch.Tensor:
+    """``x`` through ``base`` and its ``adapters``, with a gradient where one may be asked for."""
+    matrix = matrix_of(base)
+    if not torch.is_grad_enabled():  # decoding: there the bookkeeping of a function is a sixth of a layer
+        return sliced_product(x, base.weight, base.bias, matrix, slices, adapters)[0]
+    return RoleLora.apply(x, base.weight, base.bias, matrix, slices, *adapters)  # type: ignore[no-any-return]

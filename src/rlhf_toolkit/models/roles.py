@@ -21,3 +21,5 @@ REWARD: str = Role.REWARD
 LANGUAGE_ROLES = (POLICY, REFERENCE)
 SCALAR_ROLES = (VALUE, REWARD)
 TRAINED_ROLES = (POLICY, VALUE)
+ROLES_OF_THEIR_OWN = (POLICY, REWARD)
+"""Those that people take from a run's folder and load by themselves: with a tokenizer."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,14 @@ from rlhf_toolkit.models.adapter_files import check_adapter_weights
 from rlhf_toolkit.models.attention import packing_obstacle, trunk_inputs
 from rlhf_toolkit.models.fused import fuse
 from rlhf_toolkit.models.heads import LanguageModelHead, ScalarHead
+from rlhf_toolkit.models.quantised import products_of
+from rlhf_toolkit.models.recurrent import refuse_state, share_read_weights
 from rlhf_toolkit.models.renamed import cache_argument, recompute_layers
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
 from rlhf_toolkit.models.roles import LANGUAGE_ROLES, POLICY, REWARD, SCALAR_ROLES, TRAINED_ROLES, VALUE
 from rlhf_toolkit.models.slot_cache import full_attention_only
-from rlhf_toolkit.models.targets import refuse_layers, refuse_settings, spelt_out
+from rlhf_toolkit.models.targets import is_plain, refuse_layers, refuse_settings, spelt_out
 
 
 class ValueSite(StrEnum):
@@ -47,7 +50,6 @@ CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
 UNFIT = {
     "cpmant": "puts prompt tokens of its own before every sequence",
     "inkling_text": "drops part of its logits",
-    "minimax": "decodes with a cache of its own kind",
 }
 
 
@@ -86,9 +88,10 @@ class SharedBase(PeftModel):
             refuse_settings(role, config)
         adapters = {role: spelt_out(config, base) for role, config in adapters.items()}
         first, *others = sorted(adapters, key=lambda role: (role != POLICY, role))
-        super().__init__(base, adapters[first], adapter_name=first)
-        for role in others:
-            self.add_adapter(role, adapters[role])
+        with unrounded_starts(base):
+            super().__init__(base, adapters[first], adapter_name=first)
+            for role in others:
+                self.add_adapter(role, adapters[role])
         refuse_layers(base)
         _, hidden_size = full_shape(base.get_output_embeddings().weight)  # OPT-350m's config names a wider one
         self.policy_head = LanguageModelHead(base)
@@ -102,6 +105,7 @@ class SharedBase(PeftModel):
         self._masks_are_plain = packing_obstacle(base) is None and full_attention_only(base.config)
         self.slices = RoleSlices()
         route_roles(self.base_model, self.slices)
+        share_read_weights(base)
         # What trains is decided once and for all: sharding, optimizer and checkpoints read it.
         for name, parameter in self.named_parameters():
             in_head = name.startswith("scalar_heads.") and name.split(".")[1] in self.trained_roles
@@ -168,18 +172,19 @@ class SharedBase(PeftModel):
     def next_token_logits(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: Cache,
         last: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The policy's logits (B, V) in fp32 for the token after ``input_ids`` (B, S), which extend ``cache``.
 
-        ``attention_mask`` (B, columns of the cache + S). ``last`` (B,) is where in ``input_ids`` each row's last token
-        stands, by default at the end. Without autograd; the whole base lies here, or ZeRO's hooks bring it layer by
-        layer.
+        ``attention_mask`` (B, columns of the cache + S), or None where all belong to their rows. ``last`` (B,) is where
+        in ``input_ids`` each row's last token stands, by default at the end. Without autograd; the whole base lies
+        here, or ZeRO's hooks bring it layer by layer.
         """
-        if input_ids.shape[1] == 1 and self._masks_are_plain and attention_mask.device.type != "cpu":
+        one = input_ids.shape[1] == 1 and self._masks_are_plain
+        if one and attention_mask is not None and attention_mask.device.type != "cpu":
             # (B, 1, 1, columns) bool, which transformers hands on to every layer. Left to make it, it launches a dozen
             # small kernels a token and waits to hear whether there is any padding.
             attention_mask = attention_mask.bool()[:, None, None]
@@ -283,6 +288,24 @@ def _head_weights(role: str, path: str | os.PathLike[str]) -> dict[str, torch.Te
     return load_file(path)
 
 
+@contextmanager
+def unrounded_starts(base: nn.Module) -> Iterator[None]:
+    """Inside, PEFT makes adapters in float32 and leaves them so: it would round what it has drawn to the dtype of the
+    base's layer, which leaves A half of its values in bfloat16, and only then widen it."""
+    halves: list[Any] = [
+        module
+        for module in base.modules()
+        if is_plain(module) and products_of(module) in (torch.bfloat16, torch.float16)
+    ]
+    for module in halves:
+        module.compute_dtype = torch.float32  # what PEFT asks a layer for whose weight says nothing
+    try:
+        yield
+    finally:
+        for module in halves:
+            del module.compute_dtype
+
+
 def refuse_architecture(base: PreTrainedModel) -> None:
     """Raise ModelError for models that cannot play roles side by side, naming what is in the way."""
     kind = type(base).__name__
@@ -290,8 +313,7 @@ def refuse_architecture(base: PreTrainedModel) -> None:
         raise ModelError(f"{kind} is an encoder-decoder; roles need a decoder-only causal language model")
     if base.get_output_embeddings() is None:
         raise ModelError(f"{kind} has no language-model head; load it with AutoModelForCausalLM")
-    if getattr(base, "_is_stateful", False):
-        raise ModelError(f"{kind} keeps recurrent state, which left-padded prompts would spoil; use an attention model")
+    refuse_state(base)
     if cache_argument(base) is None:
         raise ModelError(f"{kind} has no key-value cache to decode with; use a newer model")
     if base.config.model_type in UNFIT:

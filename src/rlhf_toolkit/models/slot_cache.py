@@ -11,11 +11,13 @@ model of transformers understands, say what belongs to whom:
 A new sequence is prefilled on its own and copied in so that it ends at ``now`` and occupies no more columns than it has
 tokens. When the columns run out, everything moves left by the columns that no living slot needs any more; when a
 sequence enters that is longer than the columns before ``now``, everything moves right until it fits.
+
+A recurrence or a convolution has no columns: its states stand side by side, one for each slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,9 @@ from transformers.cache_utils import (
 
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.renamed import CACHELESS
+
+STATES = ("conv_states", "recurrent_states")
+"""What a layer without columns may keep, each a dictionary of tensors (rows, ...) or None by their number."""
 
 
 class Columns:
@@ -108,6 +113,61 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
+class StateLayer(LinearAttentionLayer):
+    """States (slots, ...) of one layer that keeps no keys: of a convolution, of a recurrence, or of both."""
+
+    def __init__(self, slots: int, number_of_states: int) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self.slots = slots
+
+    def admit(self, layer: LinearAttentionLayer, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy the states of ``rows`` of a prefilled layer to ``slots``."""
+        for kind, index, state in states_of(layer):
+            held = getattr(self, kind)
+            if held[index] is None:
+                empty: dict[str, Any] = {kind: state.new_zeros(self.slots, *state.shape[1:])}
+                LinearAttentionLayer.lazy_initialization(self, **empty, state_idx=index)
+                self.has_previous_state[index] = True
+            held[index][slots] = state[rows]
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep only ``slots``, in the order given."""
+        self.slots = len(slots)
+        for kind, index, state in states_of(self):
+            getattr(self, kind)[index] = state[slots]
+
+
+class StateAndSlotLayer(StateLayer, SlotLayer):  # type: ignore[override]
+    """A layer with attention and a recurrence side by side: keys and values in columns, and states."""
+
+    def __init__(self, slots: int, columns: Columns, number_of_states: int) -> None:
+        SlotLayer.__init__(self, slots, columns, is_sliding=False)
+        StateLayer.__init__(self, slots, number_of_states)
+
+    def lazy_initialization(self, *keys_and_values: Any, **states: Any) -> None:
+        """Allocate keys and values, given in their order, or a state, given by name: the two kinds of layer share this
+        method."""
+        (SlotLayer if keys_and_values else LinearAttentionLayer).lazy_initialization(self, *keys_and_values, **states)
+
+    def admit(self, layer: Any, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy ``rows`` of a prefilled layer to ``slots``, so that their columns end at ``now``."""
+        StateLayer.admit(self, layer, rows, slots)
+        SlotLayer.admit(self, layer, rows, slots)
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep only ``slots``, in the order given."""
+        StateLayer.keep(self, slots)
+        SlotLayer.keep(self, slots)
+
+
+def states_of(layer: object) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """The states that ``layer`` holds, each with its kind and its number."""
+    for kind in STATES if isinstance(layer, LinearAttentionLayer) else ():
+        for index, state in list(getattr(layer, kind).items()):
+            if state is not None:
+                yield kind, index, state
+
+
 class SlotCache(Cache):
     """The cache of ``slots`` sequences, each shorter than ``capacity`` columns.
 
@@ -122,20 +182,30 @@ class SlotCache(Cache):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
                 layers.append(SlotLayer(slots, self.columns, is_sliding=is_sliding))
-            elif type(layer) is LinearAttentionLayer or isinstance(layer, CACHELESS):
+            elif type(layer) is LinearAttentionLayer:
+                layers.append(StateLayer(slots, layer.number_of_states))
+            elif isinstance(layer, LinearAttentionLayer) and type(layer).__bases__ == (
+                LinearAttentionLayer,
+                DynamicLayer,
+            ):
+                layers.append(StateAndSlotLayer(slots, self.columns, layer.number_of_states))
+            elif isinstance(layer, CACHELESS):
                 layers.append(layer)
             else:
                 raise ModelError(
                     f"decoding in slots does not know cache layers of kind {type(layer).__name__}; use a model of "
-                    "full, sliding-window or short-convolution layers"
+                    "full, sliding-window, short-convolution or recurrent layers"
                 )
         super().__init__(layers=layers)
         self.mask = torch.zeros(slots, capacity, dtype=torch.long, device=device)
         self.starts = [0] * slots
 
     @property
-    def step_mask(self) -> torch.Tensor:
-        """(slots, columns in use + 1) for the step that writes column ``now``, which belongs to every slot."""
+    def step_mask(self) -> torch.Tensor | None:
+        """(slots, columns in use + 1) for the step that writes column ``now``, which belongs to every slot. None where
+        no layer keeps columns: Mamba would take each for a token."""
+        if not any(isinstance(layer, SlotLayer) for layer in self.layers):
+            return None
         self.mask[:, self.columns.now] = 1
         return self.mask[:, self.columns.first : self.columns.now + 1]
 
@@ -153,19 +223,8 @@ class SlotCache(Cache):
         now, device = self.columns.now, self.mask.device
         source, target = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
         for mine, layer in zip(self.layers, prefilled.layers, strict=True):
-            if isinstance(mine, SlotLayer):
-                mine.admit(cast(CacheLayerMixin, layer), source, target)
-            if isinstance(mine, (SlotLayer, *CACHELESS)):
-                continue
-            held: Any = mine  # the states of a short convolution, which has no columns
-            for index, state in cast(Any, layer).conv_states.items():
-                if state is None:
-                    continue
-                if held.conv_states[index] is None:
-                    empty = state.new_zeros(len(self.starts), *state.shape[1:])
-                    held.lazy_initialization(conv_states=empty, state_idx=index)
-                    held.has_previous_state[index] = True
-                held.conv_states[index][target] = state[source]
+            if isinstance(mine, SlotLayer | StateLayer):
+                mine.admit(cast(Any, layer), source, target)
         self.mask[target] = 0
         self.mask[target, now - mask.shape[1] : now] = mask[source]
         for row, slot in zip(rows, slots, strict=True):
@@ -174,10 +233,8 @@ class SlotCache(Cache):
     def keep(self, slots: torch.Tensor) -> None:
         """Keep only ``slots``, in the order given: the others' memory is given back."""
         for layer in self.layers:
-            if isinstance(layer, SlotLayer):
+            if isinstance(layer, SlotLayer | StateLayer):
                 layer.keep(slots)
-            else:
-                layer.reorder_cache(cast(torch.LongTensor, slots))
         self.mask, self.starts = self.mask[slots], [self.starts[slot] for slot in slots.tolist()]
 
     def make_room(self, living: list[int], *, entering: int = 0) -> None:
@@ -228,7 +285,11 @@ def full_attention_only(config: PretrainedConfig) -> bool:
 
 
 def column_bytes(cache: DynamicCache) -> int:
-    """Bytes of keys and values that one token of one sequence takes, read from a cache that has seen one token. States
-    without columns (short convolutions) are a few kilobytes and left out."""
+    """Bytes of keys and values that one token of one sequence takes, read from a cache that has seen one token."""
     kept = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     return sum(buffer.nbytes for layer in kept for buffer in (layer.keys, layer.values) if buffer is not None)
+
+
+def state_bytes(cache: DynamicCache) -> int:
+    """Bytes of the states of one sequence, which has them whatever its length, read from a cache of one sequence."""
+    return sum(state.nbytes for layer in cache.layers for _, _, state in states_of(layer))

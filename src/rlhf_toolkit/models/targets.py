@@ -19,10 +19,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_toolkit.errors import ModelError, nearest, shortened
+from rlhf_toolkit.models.quantised import QuantisedLinear
 
 ALL_LINEAR = "all-linear"
 SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same product in their own words
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
+OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
+"""Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -42,8 +45,9 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
         for name, module in base.named_modules()
         if module in inside
         and module is not output
-        and _is_plain(module)
+        and is_plain(module)
         and not ROUTED_EXPERT.search(f".{name}.")
+        and not OF_ANOTHER_LAYER.search(name)
         and not read_past(base, name)
     ]
     reread = deepcopy(config)
@@ -72,7 +76,7 @@ def refuse_unknown(base: PreTrainedModel, setting: str, names: str | Sequence[st
                 "endings"
             ) from error
         if not name or not found:
-            endings = sorted({layer.rpartition(".")[2] for layer, module in base.named_modules() if _is_plain(module)})
+            endings = sorted({layer.rpartition(".")[2] for layer, module in base.named_modules() if is_plain(module)})
             raise ModelError(
                 f"{setting} names {shortened(name)}, which no layer of {type(base).__name__} is called"
                 f"{nearest(name[:100], endings)}; its linear layers end with {', '.join(endings[:20])}"
@@ -103,7 +107,7 @@ def refuse_layers(base: PreTrainedModel) -> None:
             raise ModelError(f"{name}: policy and reference share the output layer; leave it out of the targets")
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if not isinstance(module, LoraLinear) or not _is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
+            if not isinstance(module, LoraLinear) or not is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
                 raise ModelError(
                     f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts, not "
                     f"{type(layer).__name__}; choose model.target_modules without it, or name it in "
@@ -125,10 +129,11 @@ def refuse_layers(base: PreTrainedModel) -> None:
                 )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` is x W^T + b and nothing else."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` is x W^T + b and nothing else, W in however many bits."""
     kind = type(module)
-    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in SAME_PRODUCT
+    plain = (nn.Linear.forward, Conv1D.forward, QuantisedLinear.forward)
+    return kind.forward in plain or kind.__name__ in SAME_PRODUCT
 
 
 def read_past(base: nn.Module, name: str) -> bool:

@@ -5,8 +5,8 @@ A rollout needs, beside what already lies on the device (shards, adapters, optim
     gathered  window: the part of the base that other ranks hold; stream: what streaming keeps gathered
     rollout   max(sampling, gathered + role pass, gathered + reward model)
     sampling  copies of weights + max(entering, choosing)
-    entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x slot_bytes
-    choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + choice_bytes)
+    entering  gathered + tokens of a prefill x (column_bytes + prefill_bytes) + slots x (slot_bytes + state_bytes)
+    choosing  gathered + tokens of a prefill x column_bytes + slots x (slot_bytes + state_bytes + choice_bytes)
 
 Slots are allocated once the first prefill is over: where all rows enter in that one, its activations and the slots are
 never there together. While streaming, nothing is gathered when a token is chosen: the last layer has been let go.
@@ -18,7 +18,7 @@ prefilled in several. Numbers of bytes in, a decision out: nothing here measures
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from rlhf_toolkit.errors import ConfigError
@@ -48,13 +48,15 @@ class RolloutNeeds:
     Args:
         window_bytes: what gathering the base adds.
         live_bytes: the most that streaming keeps gathered.
-        slot_bytes: keys and values of one sequence.
+        slot_bytes: keys and values of one sequence, and its states.
         choice_bytes: logits of one sequence while its next token is chosen.
         column_bytes: keys and values of one token of an entering prompt.
         prefill_bytes: what the pass over entering prompts holds for one token.
         longest_prompt: tokens that a prefill must hold at least.
+        state_bytes: states of one sequence, once more: in the prefilled cache that enters, or in what a step makes.
         weights_bytes: copies of adapters that decoding makes.
         copied_bytes: copies of weights that decoding makes, in the window only.
+        matrices_bytes: what the matrices of a quantised base take, which the window may keep; 0: it has none to keep.
         role_pass_bytes: a role pass, after sampling and the reward model.
         update_bytes: the update, after the rollout.
         streamed_update_bytes: the same where rollouts stream.
@@ -75,8 +77,10 @@ class RolloutNeeds:
     column_bytes: int
     prefill_bytes: int
     longest_prompt: int
+    state_bytes: int = 0
     weights_bytes: int = 0
     copied_bytes: int = 0
+    matrices_bytes: int = 0
     role_pass_bytes: int = 0
     update_bytes: int = 0
     streamed_update_bytes: int = 0
@@ -95,7 +99,7 @@ class RolloutNeeds:
 
     def sampling(self, mode: str, slots: int, prefill: int, rows: int) -> int:
         """Bytes that decoding ``rows`` sequences takes in ``mode``, with what is gathered."""
-        held, columns = slots * self.slot_bytes, prefill * self.column_bytes
+        held, columns = slots * self.slot_bytes, prefill * self.column_bytes + slots * self.state_bytes
         passing = columns + prefill * self.prefill_bytes
         enter_at_once = slots >= rows and prefill >= rows * self.longest_prompt  # so none is left for a second prefill
         if not enter_at_once:
@@ -122,8 +126,9 @@ class RolloutNeeds:
         if usable < self.base(mode) + self.after_sampling:
             return 0
         usable -= self._copies(mode) + self.longest_prompt * self.column_bytes
-        while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // self.slot_bytes
-        while_choosing = (usable - self._base_while_choosing(mode)) // (self.slot_bytes + self.choice_bytes)
+        slot = self.slot_bytes + self.state_bytes
+        while_entering = (usable - self.base(mode) - self.longest_prompt * self.prefill_bytes) // slot
+        while_choosing = (usable - self._base_while_choosing(mode)) // (slot + self.choice_bytes)
         return max(0, min(while_entering, while_choosing))
 
     def largest_prefill(self, mode: str, slots: int, rows: int, free: int) -> int:
@@ -147,7 +152,8 @@ class RolloutNeeds:
 @dataclass(frozen=True)
 class Placement:
     """How rollouts run: ``mode`` (window or stream), ``slots`` on each rank, ``prefill_tokens`` of prompts that enter
-    at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free."""
+    at once, and the estimate behind it, in bytes: of sampling, of the role pass, of the update, of what is free.
+    ``keeps_matrices``: decoding makes those of a quantised base once, and not anew for every token."""
 
     mode: RolloutMode
     slots: int
@@ -157,10 +163,12 @@ class Placement:
     sampling: int = 0
     role_pass: int = 0
     update: int = 0
+    keeps_matrices: bool = False
 
     def description(self) -> str:
         """One line for the start of a run."""
         how = "base gathered once a rollout" if self.mode == WINDOW else "base streamed layer by layer"
+        how += " and dequantised once" if self.keeps_matrices else ""
         phases = f"sampling {_gib(self.sampling)}, role pass {_gib(self.role_pass)}, update {_gib(self.update)}"
         return (
             f"rollout: {how}, {self.slots} slot(s), {self.prefill_tokens} tokens a prefill; {phases} of "
@@ -180,6 +188,9 @@ def place(
         raise ConfigError(
             "rollout.mode=stream, but nothing is sharded here: streaming needs ZeRO-3; set rollout.mode: auto"
         )
+    keeps_matrices = mode != STREAM and _keeps_matrices(needs, free, rows, slots)
+    if keeps_matrices:
+        needs = replace(needs, copied_bytes=needs.copied_bytes + needs.matrices_bytes)
     enough = min(rows, slots or ENOUGH_SLOTS)
     fits = WINDOW if not sharded or needs.most_slots(WINDOW, free) >= enough else STREAM
     chosen = fits if mode == AUTO else RolloutMode(mode)
@@ -202,7 +213,20 @@ def place(
         sampling=needs.sampling(chosen, wanted, prefill, rows),
         role_pass=needs.base(chosen) + needs.after_sampling,
         update=needs.update(chosen),
+        keeps_matrices=keeps_matrices,
     )
+
+
+def _keeps_matrices(needs: RolloutNeeds, free: int, rows: int, slots: int | None) -> bool:
+    """Whether a quantised base becomes matrices once a rollout: where the window then has the slots that are asked for,
+    or enough of them, and not less than half as many. To make them anew for every token takes longer than the products
+    of few rows, which half the slots outweigh."""
+    if not needs.matrices_bytes:
+        return False
+    wanted = min(rows, slots or rows)
+    kept = replace(needs, copied_bytes=needs.copied_bytes + needs.matrices_bytes)
+    most, without = (min(wanted, each.most_slots(WINDOW, free)) for each in (kept, needs))
+    return most >= (wanted if slots else min(wanted, ENOUGH_SLOTS)) and 2 * most >= without
 
 
 def _refuse_update(needs: RolloutNeeds, mode: str, free: int) -> None:

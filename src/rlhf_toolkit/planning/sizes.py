@@ -16,6 +16,7 @@ from math import ceil
 
 FP32 = 4  # bytes of an element
 CHECKSUM_BYTES = 24 * 2**18  # three int64 of each element that the fingerprint looks at together
+QUANTISING = 5  # matrices in the base's dtype that quantising one takes: as read, and twice in fp32
 PASS_WIDTHS = 5  # rows of H that a pass without gradient holds where it is largest, beside 3 of I, in the MLP
 
 
@@ -24,10 +25,13 @@ class ModelSize:
     """A model in numbers.
 
     Bytes: ``base`` all frozen parameters, ``kept`` those of them that ZeRO-3 leaves whole on every rank, ``largest``
-    the largest one, ``adapted`` the weights that have adapters, ``column`` keys and values of one token. Elements:
+    the largest one, ``adapted`` the weights that have adapters, as matrices, ``matrix`` the largest matrix that a
+    quantised layer becomes while it is used, 0 where none is, ``column`` keys and values of one token. Elements:
     ``trained``; ``policy``, those of the policy's adapters; ``low_rank``, what the x A^T of one role have together for
     a token; ``queries`` and ``keys``, a token's in one layer. ``tile``: positions and tokens of a tile of the output
-    layer. ``plain``: norms and MLP are transformers' own, which keep more for backward.
+    layer. ``plain``: norms and MLP are transformers' own, which keep more for backward. Where ``recurrent`` layers keep
+    states: bytes of them all for a sequence, ``state``; and of one such layer for a token of a pass, at its peak
+    without gradient, ``scratch``, and for backward, ``scan``.
     """
 
     base: int
@@ -48,6 +52,11 @@ class ModelSize:
     column: int
     tile: tuple[int, int]
     plain: bool = False
+    recurrent: int = 0
+    state: int = 0
+    scratch: int = 0
+    scan: int = 0
+    matrix: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ def prefetched_bytes(model: ModelSize, how: Sharding) -> int:
 def start_bytes(model: ModelSize, how: Sharding) -> int:
     """The most that a rank holds before the first rollout."""
     trained, own = model.trained * FP32, shard_bytes(model, how)
-    loading = own
+    loading = own + QUANTISING * model.matrix
     if how.sharded:
         copies = 1 if how.on_cpu else 2  # of the matrix being loaded; its new shard comes beside it
         loading += copies * model.largest + model.largest // how.ranks + (model.base if how.on_cpu else 0)
@@ -141,7 +150,7 @@ def start_bytes(model: ModelSize, how: Sharding) -> int:
 
 def pass_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """A role pass without gradient: its activations, or the output layer's tiles."""
-    return max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
+    return model.matrix + max(_pass(model, how, size), _states(model, size) + _head(model, how, size))
 
 
 def _pass(model: ModelSize, how: Sharding, size: PassSize) -> int:
@@ -149,12 +158,12 @@ def _pass(model: ModelSize, how: Sharding, size: PassSize) -> int:
 
 
 def pass_token_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
-    """Bytes that a pass without gradient holds for a token, in the MLP or in attention."""
+    """Bytes that a pass without gradient holds for a token, in the MLP, in attention or in a recurrence."""
     mlp = PASS_WIDTHS * model.hidden + (5 if model.plain else 3) * model.intermediate
     attention = 4 * model.hidden + 4 * model.queries + 4 * model.keys + _taken_keys(model, size)
     if how.on_cpu:
         attention += 2 * model.heads * size.columns
-    return max(mlp, attention) * model.element
+    return max(max(mlp, attention) * model.element, 2 * model.hidden * model.element + model.scratch)
 
 
 def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: bool = False) -> int:
@@ -169,6 +178,7 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: b
     if how.stage == 2:
         share = 0 if how.offloaded else -(-trained // how.ranks)
         gradients = share + how.bucket * FP32 * (2 if how.overlap else 1)
+    gradients += model.matrix  # a layer's at a time, forward and backward
     gathered = live_bytes(model, how)
     ahead = prefetched_bytes(model, how)
     if streamed and gathered == window_bytes(model, how):
@@ -184,16 +194,16 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: b
 def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """What backward needs of the forward pass, and the largest thing that is made on the way: the last norm, the output
     layer, or the backward of an MLP, in a layer that is computed again where there is checkpointing."""
-    backward = size.tokens * (2 * model.hidden + 3 * model.intermediate) * model.element
+    backward = size.tokens * max((2 * model.hidden + 3 * model.intermediate) * model.element, model.scratch)
     if size.checkpointing:
-        backward += size.tokens * layer_token_bytes(model, how, size)
+        backward += size.tokens * (layer_token_bytes(model, how, size) + model.scan)
     made = max(_last_norm(model, size), _head(model, how, size, gradient=True), backward)
     return _kept_of_forward(model, how, size) + made
 
 
 def _kept_of_forward(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """What the whole forward pass leaves behind."""
-    layers = model.layers * size.tokens * layer_token_bytes(model, how, size)
+    layers = size.tokens * (model.layers * layer_token_bytes(model, how, size) + model.recurrent * model.scan)
     return _states(model, size) + (_inputs_of_layers(model, size) if size.checkpointing else layers)
 
 

@@ -96,6 +96,7 @@ def policy_metrics(
     token_mask: Tensor,
     trained: Tensor,
     ref_logprobs: Tensor | None = None,
+    drawn_logprobs: Tensor | None = None,
     kl_estimator: str,
     correction: Correction,
 ) -> dict[str, float]:
@@ -103,7 +104,7 @@ def policy_metrics(
 
     The numbers are the role pass's, or the update's own where that pass left the policy out. ``trained`` marks the
     tokens of the loss. Without ``ref_logprobs`` the distances to the reference are not there, nor the weights without
-    a correction.
+    a correction, nor the distance to what tokens were drawn from without ``drawn_logprobs``.
     """
     gap = (rollout_logprobs - old_logprobs).abs()
     metrics = {
@@ -114,7 +115,10 @@ def policy_metrics(
     if ref_logprobs is not None:
         metrics["actor/reward_kl_penalty"] = penalty_kl(old_logprobs, ref_logprobs, token_mask, kl_estimator)
         metrics |= reference_kl(old_logprobs, ref_logprobs, token_mask)
-    weights = correction.weights(old_logprobs, rollout_logprobs, trained)
+    if drawn_logprobs is not None:
+        metrics["rollout/drawn_kl"] = masked_mean(drawn_logprobs - rollout_logprobs, token_mask).item()
+    sampler = rollout_logprobs if drawn_logprobs is None else drawn_logprobs
+    weights = correction.weights(old_logprobs, sampler, trained)
     if weights is not None:
         metrics["rollout/importance_mean"] = mean_weight(weights, trained).item()
         metrics["rollout/importance_capped"] = correction.cut_share(weights, trained).item()

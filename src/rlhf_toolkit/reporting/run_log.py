@@ -27,7 +27,7 @@ from rlhf_toolkit.texts import printable, say
 Record = dict[str, Any]
 Sink = Callable[[Record, list[Record]], None]
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "wandb")
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
 SHOWN = {
     "critic/score/mean": "score",
     "actor/ref_kl": "kl",

@@ -126,24 +126,38 @@ def gsm8k(
 
 # ---- format ----------------------------------------------------------------------------------------------------------
 
-_FORM = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def think_answer_format(
-    prompts: list[str], responses: list[str], *, prefilled: bool | None = None, **columns: Any
+    prompts: list[str],
+    responses: list[str],
+    *,
+    prefilled: bool | None = None,
+    format_tags: Sequence[str] = _TAGS,
+    **columns: Any,
 ) -> list[float]:
     """1.0 where a whole response is ``<think>...</think> <answer>...</answer>``, each tag exactly once, else 0.0.
 
-    White space may stand around and between the two blocks, any text or none inside them. Behind a prompt that ends in
-    ``<think>``, which the chat templates of thinking models write, the response goes on and must not write it again;
-    ``prefilled`` says whether that is so of all prompts, without a look at them.
+    White space may stand around and between the two blocks, any text or none inside them. ``format_tags`` are the four,
+    or the first two alone, such as ``[THINK]`` and ``[/THINK]``: then any text but white space follows. Behind a prompt
+    that ends in the first tag, which the chat templates of thinking models write, the response goes on and must not
+    write it again; ``prefilled`` says whether that is so of all prompts, without a look at them. Tags that are special
+    tokens are there to be seen with ``rollout.keep_special_tokens``. DataError for other ``format_tags``.
     Source: DeepSeek-R1 (2025), section 2.2.2, format rewards.
     """
+    tags = tuple(format_tags)
+    if len(tags) not in (2, 4) or not all(isinstance(t, str) and t.strip() for t in tags) or len({*tags}) < len(tags):
+        raise DataError(
+            f"think_answer_format got format_tags={shortened(format_tags)}; give two or four texts, no two the same"
+        )
+    opening, closing, *answer = map(re.escape, tags)
+    rest = rf"\s*{answer[0]}.*{answer[1]}" if answer else r".*\S.*"
+    form = re.compile(f"{opening}.*{closing}{rest}", re.DOTALL)
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
-        begun = prompt.rstrip().endswith("<think>") if prefilled is None else prefilled
-        text = "<think>" + response if begun else response
-        good = all(text.count(tag) == 1 for tag in _TAGS) and _FORM.fullmatch(text.strip()) is not None
+        begun = prompt.rstrip().endswith(tags[0]) if prefilled is None else prefilled
+        text = tags[0] + response if begun else response
+        good = all(text.count(tag) == 1 for tag in tags) and form.fullmatch(text.strip()) is not None
         scores.append(float(good))
     return scores

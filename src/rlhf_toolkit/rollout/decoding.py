@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from rlhf_toolkit.models.finite import WAYS_OUT, first_not_finite
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.slot_cache import SlotCache, full_attention_only
 from rlhf_toolkit.planning.memory import PREFILL_TOKENS
+from rlhf_toolkit.rollout.logit_changes import LogitChanges, LogitRules
 from rlhf_toolkit.rollout.prefill import common_prefix, prefill
 from rlhf_toolkit.rollout.sampling import choose_tokens
 from rlhf_toolkit.seeding import derived_generator
@@ -45,8 +47,15 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    rules: LogitRules = LogitRules()  # noqa: RUF009  frozen
     stop_strings: tuple[str, ...] = ()
     greedy: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether tokens are drawn from the policy's whole tempered distribution."""
+        return not (self.top_k or self.top_p < 1.0 or self.min_p or self.rules)
 
 
 class Pace(Protocol):
@@ -195,7 +204,7 @@ class InFlight:
     def _forward(
         self,
         ids: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         positions: torch.Tensor,
         cache: DynamicCache | SlotCache,
         *last: torch.Tensor,
@@ -273,6 +282,8 @@ class Responses:
         self.stop_ids = torch.tensor(sampling.stop_ids, device=device)
         self.tokens = torch.full((rows, budget), sampling.pad_id, device=device)
         self.logprobs = torch.zeros(rows, budget, device=device)
+        self.drawn = None if sampling.is_whole or sampling.greedy else torch.zeros(rows, budget, device=device)
+        self.changes = LogitChanges(sampling.rules, batch.prompts, budget, device) if sampling.rules else None
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
 
@@ -284,8 +295,15 @@ class Responses:
         """
         s, now = self.sampling, self.lengths[rows]
         uniforms = None if self.uniforms is None else self.uniforms[rows, now]
-        tokens, logprobs = choose_tokens(logits, uniforms, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        changed = None if self.changes is None else partial(self.changes.changed, rows=rows, now=now)
+        filters: dict[str, Any] = {"top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+        choice = choose_tokens(logits, uniforms, temperature=s.temperature, **filters, changed=changed)
+        tokens, logprobs = choice.tokens, choice.logprobs
         self.tokens[rows, now], self.logprobs[rows, now] = tokens, logprobs
+        if self.drawn is not None:
+            self.drawn[rows, now] = choice.drawn
+        if self.changes is not None:
+            self.changes.note(rows, now, tokens)
         self.lengths[rows] = length = now + 1
         finished = torch.isin(tokens, self.stop_ids)
         if s.stop_strings:
@@ -318,6 +336,7 @@ class Responses:
             lengths=self.lengths.cpu(),
             rollout_logprobs=self.logprobs[:, :width].cpu(),
             finished=self.finished.cpu(),
+            drawn_logprobs=None if self.drawn is None else self.drawn[:, :width].cpu(),
         )
 
 

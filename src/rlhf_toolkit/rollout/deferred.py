@@ -73,6 +73,7 @@ class UpdatePolicyRecord:
             "entropies": outputs.policy_entropies.detach(),
             "ref_logprobs": tokens.ref_logprobs,
             "rollout_logprobs": tokens.rollout_logprobs,
+            "drawn_logprobs": tokens.drawn_logprobs,
             "token_mask": tokens.token_mask,
             "trained": tokens.response_mask,
         }

@@ -21,12 +21,13 @@ from torch import nn
 
 from rlhf_toolkit.algorithms.importance import Correction
 from rlhf_toolkit.algorithms.kl_control import AdaptiveKL, FixedKL
-from rlhf_toolkit.distributed.collectives import world_size
+from rlhf_toolkit.distributed.collectives import rank, world_size
 from rlhf_toolkit.errors import located
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.roles import POLICY, REFERENCE
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.metrics import penalty_kl, policy_metrics, reward_metrics, rollout_metrics
+from rlhf_toolkit.rollout.constant_rewards import ConstantRewards
 from rlhf_toolkit.rollout.dealing import deal, in_turn
 from rlhf_toolkit.rollout.deferred import DeferredExperience
 from rlhf_toolkit.rollout.path_checks import PathChecks
@@ -35,6 +36,7 @@ from rlhf_toolkit.rollout.role_pass import Needs
 from rlhf_toolkit.rollout.sampled import Sample, Sampled, as_samples, joined
 from rlhf_toolkit.rollout.scored_sampler import ScoredSampler
 from rlhf_toolkit.rollout.shaping import Shaping
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.types import Experience, PromptBatch, RolloutTokens
 
 
@@ -85,12 +87,16 @@ class ExperienceMaker:
     ) -> None:
         self.scored_sampler, self.source, self.shaping, self.needs = scored_sampler, source, shaping, needs
         self.kl_control, self.checks, self.correction = kl_control, checks, correction
+        self.constant_rewards = ConstantRewards()
 
     def collect(self, model: nn.Module, rollout: int) -> Collected:
         """Rollout number ``rollout`` of the engine ``model``, from its prompts to its experience. A collective."""
         scored_sampler, checks = self.scored_sampler, self.checks
         with located(f"rollout {rollout}"), scored_sampler.opened(model) as shared:
             sampled = self.responses_to(shared, self.source.positions(rollout), rollout)
+            warnings = self.constant_rewards.look(sampled)
+            if warnings and rank() == 0:
+                say("\n".join(warnings))
             sampled = self._without_uniform_groups(shared, sampled, rollout)
             if self.shaping.estimator.needs("baselines"):
                 sampled = self._with_baselines(shared, sampled)
@@ -179,6 +185,7 @@ class ExperienceMaker:
             response_mask=self.shaping.trained(sampled),
             rollout_logprobs=sampled.rollout_logprobs,
             ref_logprobs=outputs.get("reference_logprobs"),
+            drawn_logprobs=sampled.drawn_logprobs,
         )
 
     def _finish(self, collected: Collected, sampled: Sampled, outputs: RoleOutputs) -> Experience:
@@ -215,6 +222,7 @@ class ExperienceMaker:
                 entropies=outputs.policy_entropies,
                 ref_logprobs=experience.ref_logprobs,
                 rollout_logprobs=sampled.rollout_logprobs,
+                drawn_logprobs=sampled.drawn_logprobs,
                 token_mask=sampled.token_mask,
                 trained=mask,
             )

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlhf_toolkit.data.response_texts import response_texts
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.models.reward_model import RewardModel
 from rlhf_toolkit.models.role_outputs import RoleOutputs
@@ -52,7 +53,11 @@ class AdapterReward:
 
 @dataclass
 class TextReward:
-    """A reward model of its own reads the texts; each rank its share."""
+    """A reward model of its own reads the texts; each rank its share.
+
+    It reads them without special tokens, whatever other rewards see: in its own template the policy's would open and
+    close turns, or mean nothing.
+    """
 
     model: RewardModel
     weight: float = 1.0
@@ -60,10 +65,9 @@ class TextReward:
 
     def __call__(self, shared: SharedBase, sampled: Sampled, prompts: Sequence[Prompt], passes: Passes) -> Tensor:
         """Scores of all rows; ranks take rows in turn."""
-        mine = range(rank(), len(sampled), world_size())
-        found = self.model.scores(
-            [prompts[i] for i in mine], [sampled.responses[i] for i in mine], note_retry=passes.sampler.note_retry
-        )
+        mine, sampler = range(rank(), len(sampled), world_size()), passes.sampler
+        texts = response_texts([sampled.tokens_of(i) for i in mine], sampler.tokenizer)
+        found = self.model.scores([prompts[i] for i in mine], texts, note_retry=sampler.note_retry)
         scores = torch.zeros(len(sampled))
         for number, share in enumerate(all_gather(found)):
             scores[number :: world_size()] = torch.tensor(share)

@@ -28,8 +28,9 @@ class Sampled:
     ``raw_scores`` (B,) as the rewards gave them, and ``parts``, each reward's own, NaN where it failed; ``kept`` (B,)
     bool, False where a response has no score and is left out; ``token_rewards`` (B, R), what rewards of tokens put
     elsewhere than on the last one, so that each row's sum is 0; ``groups`` (B,), equal for the responses to one prompt;
-    ``baselines`` (B,), the score of the greedy response to the row's prompt, or None; ``failures``, how many calls of
-    each reward failed.
+    ``baselines`` (B,), the score of the greedy response to the row's prompt, or None; ``drawn_logprobs`` (B, R) in what
+    tokens were drawn from, None where that is the policy's whole distribution; ``failures``, how many calls of each
+    reward failed.
     """
 
     sequences: Tensor
@@ -44,6 +45,7 @@ class Sampled:
     token_rewards: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     baselines: Tensor | None = None
+    drawn_logprobs: Tensor | None = None
     prompts: list[str] = field(repr=False, default_factory=list)
     responses: list[str] = field(repr=False, default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
@@ -62,6 +64,11 @@ class Sampled:
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         return (self.prompt_lengths + self.response_lengths).tolist()
+
+    def tokens_of(self, row: int) -> list[int]:
+        """The response of ``row``."""
+        start = int(self.prompt_lengths[row])
+        return self.sequences[row, start : start + int(self.response_lengths[row])].tolist()
 
     def __len__(self) -> int:
         return len(self.finished)
@@ -87,6 +94,7 @@ class Sampled:
             **picked,
             parts={name: part[list(index)] for name, part in self.parts.items()},
             baselines=None if self.baselines is None else self.baselines[list(index)],
+            drawn_logprobs=None if self.drawn_logprobs is None else self.drawn_logprobs[list(index)],
             prompts=[self.prompts[i] for i in index],
             responses=[self.responses[i] for i in index],
         )
@@ -120,6 +128,7 @@ def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores:
         groups=torch.tensor([prompt.index for prompt in batch.prompts]),
         token_rewards=token_rewards,
         parts={name: torch.tensor(part, dtype=torch.float32) for name, part in scores.parts.items()},
+        drawn_logprobs=rollout.drawn_logprobs,
         prompts=[prompt.text for prompt in batch.prompts],
         responses=texts,
         failures=dict(scores.failures),
@@ -128,10 +137,11 @@ def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores:
 
 def joined(parts: Sequence[Sampled], *, pad_id: int) -> Sampled:
     """The rows of all ``parts`` under one another; their failures added up."""
-    fills = {"sequences": pad_id}
+    fills, drawn = {"sequences": pad_id}, [p.drawn_logprobs for p in parts if p.drawn_logprobs is not None]
     return Sampled(
         **{name: stack_rows([getattr(p, name) for p in parts], fill=fills.get(name, 0)) for name in COLUMNS},
         parts={name: torch.cat([p.parts[name] for p in parts]) for name in parts[0].parts},
+        drawn_logprobs=stack_rows(drawn, fill=0) if drawn else None,
         prompts=[text for p in parts for text in p.prompts],
         responses=[text for p in parts for text in p.responses],
         failures={name: sum(p.failures.get(name, 0) for p in parts) for name in parts[0].parts},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from rlhf_toolkit.data.response_texts import response_texts
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, any_rank, rank, world_size
 from rlhf_toolkit.distributed.streaming import streamed
@@ -22,7 +23,8 @@ from rlhf_toolkit.models.decoding_weights import EXACT, decoding_weights
 from rlhf_toolkit.models.inference import bare, inference
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.models.slot_cache import column_bytes
+from rlhf_toolkit.models.slot_cache import column_bytes, state_bytes
+from rlhf_toolkit.models.state_steps import steps_in_place
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, Placement, place
 from rlhf_toolkit.rollout.decoding import Alone, Pace, Sampling, decode
 from rlhf_toolkit.rollout.sizes import Estimate, RolloutSize, model_size, needs_of, sharding
@@ -33,7 +35,8 @@ from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 class Sampler:
     """Samples with the policy of an engine's model. ``mode``, ``slots`` and ``weights`` are those of the experiment;
-    what is left open is chosen at first use from the memory that is free then, the same on every rank."""
+    what is left open is chosen at first use from the memory that is free then, the same on every rank. ``left_out`` are
+    the ids that no text of a response has; None: the tokenizer's special tokens (``response_texts``)."""
 
     placement: Placement | None = None
     estimate: Estimate | None = None
@@ -50,10 +53,15 @@ class Sampler:
         weights: str = EXACT,
         on_tokens: Callable[[int], None] = lambda count: None,
         environment: Environment | None = None,
+        left_out: Collection[int] | None = None,
     ) -> None:
-        self.tokenizer, self.size, self.environment = tokenizer, size, environment
+        self.tokenizer, self.size, self.environment, self.left_out = tokenizer, size, environment, left_out
         self.mode, self.slots, self.weights, self.on_tokens = mode, slots, weights, on_tokens
         self._pace: Pace = Alone()
+
+    def texts(self, rows: list[list[int]]) -> list[str]:
+        """What rewards, the environment and samples read of responses of these tokens."""
+        return response_texts(rows, self.tokenizer, self.left_out)
 
     def place(self, model: nn.Module) -> Placement:
         """Decide, once, how rollouts run. A collective. Raises ConfigError where nothing fits."""
@@ -61,9 +69,9 @@ class Sampler:
             shared = bare(model)
             free, sharded = free_memory(next(shared.parameters()).device), is_sharded(model)
             with streamed(model) as pace, inference(model), pace.together("the first pass"):
-                column = measured_column(shared, pace)
+                cache = one_token(shared, pace)
             on_cpu = next(shared.parameters()).device.type == "cpu"
-            size = model_size(shared, column, on_cpu=on_cpu)
+            size = model_size(shared, column_bytes(cache), state=state_bytes(cache), on_cpu=on_cpu)
             offloaded = offloads_optimizer(model)
             how = sharding(size, ranks=world_size(), stage=zero_stage(model), on_cpu=on_cpu, offloaded=offloaded)
             self.estimate = Estimate(size, how, needs_of(size, how, self.size, self.weights))
@@ -155,7 +163,9 @@ class Sampler:
 
         # Around a whole decode in the window. While streaming ``InStep`` takes care of its forward passes.
         agreeing = agreement("sampling") if alone else nullcontext()
-        with agreeing, decoding_weights(shared, POLICY, self.weights), bare_tensors(self._pace):
+        keep = self.placement is None or self.placement.keeps_matrices
+        weights = decoding_weights(shared, POLICY, self.weights, keep_matrices=keep)
+        with agreeing, weights, steps_in_place(shared), bare_tensors(self._pace):
             if environment is None:
                 rollout = turn(batch, None, 0)
             else:
@@ -164,6 +174,7 @@ class Sampler:
                     self.tokenizer,
                     batch,
                     environment,
+                    texts_of=self.texts,
                     budget=sampling.max_new_tokens,
                     pad_id=sampling.pad_id,
                     # In the window ranks take as many turns as they need; while streaming, all take as many.
@@ -194,8 +205,9 @@ def bare_tensors(pace: Pace) -> AbstractContextManager[object]:
     return torch.inference_mode() if isinstance(pace, Alone) else nullcontext()
 
 
-def measured_column(shared: SharedBase, pace: Pace) -> int:
-    """Bytes of keys and values of one token, from one token that every rank decodes: exact for every architecture."""
+def one_token(shared: SharedBase, pace: Pace) -> DynamicCache:
+    """The cache of one token that every rank decodes: what keys, values and states take is measured in it, exact for
+    every architecture."""
     one = torch.ones(1, 1, dtype=torch.long, device=next(shared.parameters()).device)
 
     def decode_one() -> DynamicCache:
@@ -206,4 +218,4 @@ def measured_column(shared: SharedBase, pace: Pace) -> int:
     with pace.forward_pass(decode_one):
         cache = decode_one()
     pace.until_others_finish(decode_one)
-    return column_bytes(cache)
+    return cache

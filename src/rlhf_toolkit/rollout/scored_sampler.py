@@ -9,9 +9,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from rlhf_toolkit.data.response_texts import unread_tokens
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, rank
-from rlhf_toolkit.errors import OutOfMemoryError
+from rlhf_toolkit.errors import OutOfMemoryError, shortened
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.reporting.meters import Clock
@@ -24,6 +25,7 @@ from rlhf_toolkit.rollout.role_pass import run_role_pass
 from rlhf_toolkit.rollout.sampled import Sampled, gather_rollout, sampled_here
 from rlhf_toolkit.rollout.sampler import Sampler, tokens_of
 from rlhf_toolkit.rollout.shaping import ScoreShaping
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.types import Prompt, PromptBatch
 
 
@@ -69,6 +71,7 @@ class ScoredSampler:
         self.sampler, self.scorer, self.sampling, self.cutting = sampler, scorer, sampling, cutting
         self.score_shaping, self.model_rewards, self.seed = score_shaping, model_rewards, seed
         self.expected, self.clock = LastMeans(), Clock()
+        self._told_unread = False
 
     def opened(self, model: nn.Module) -> AbstractContextManager[SharedBase]:
         """Inside, the SharedBase of the engine ``model`` can sample and run roles, without autograd. A collective."""
@@ -93,14 +96,15 @@ class ScoredSampler:
 
         def submit(row: int, tokens: list[int]) -> None:
             """Slow rewards work on a response while others are still being decoded."""
-            self.scorer.submit(row, batch.prompts[row], self._texts([tokens])[0], tokens)
+            self.scorer.submit(row, batch.prompts[row], self.sampler.texts([tokens])[0], tokens)
 
         with self.clock.phase("gen"):
             rollout = self.sampler.decode(
                 shared, batch, sampling, stream=names, expected=self.expected, on_finished=submit
             )
         tokens = tokens_of(rollout)
-        texts = self._texts(tokens)
+        texts = self.sampler.texts(tokens)
+        self._tell_unread(tokens)
         with self.clock.phase("reward"), agreement("the reward"), stopping.interruptible():
             scores = self.scorer.collect(batch.prompts, texts, tokens)
         mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
@@ -109,6 +113,19 @@ class ScoredSampler:
             for reward in self.model_rewards:
                 sampled = sampled.plus(reward.name, reward(shared, sampled, rows.prompts, self), reward.weight)
         return sampled
+
+    def _tell_unread(self, tokens: list[list[int]]) -> None:
+        """Say once, on rank 0, which special tokens the first responses hold that no reward reads."""
+        if self._told_unread or self.sampler.left_out is not None or rank() != 0:
+            return
+        self._told_unread = True
+        unread = unread_tokens(tokens, self.sampler.tokenizer, self.sampling.stop_ids)
+        if unread:
+            named = ", ".join(f"{shortened(token, 40)} in {count}" for token, count in list(unread.items())[:3])
+            say(
+                f"special tokens that neither rewards nor an environment read, of {len(tokens)} responses: {named}; "
+                "rollout.keep_special_tokens: true shows them"
+            )
 
     def planned_pass(
         self,
@@ -151,6 +168,3 @@ class ScoredSampler:
     def baselines(self, greedy: Sampled, sampled: Sampled) -> Tensor:
         """(B,) scores of ``greedy`` on the scale of those of ``sampled``."""
         return self.score_shaping.baselines(greedy, sampled, budget=self.sampling.max_new_tokens)
-
-    def _texts(self, tokens: list[list[int]]) -> list[str]:
-        return list(self.sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True))

@@ -19,6 +19,8 @@ from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.decoding_weights import MERGED
 from rlhf_toolkit.models.fused import GATED_MLPS
 from rlhf_toolkit.models.heads import CPU_TILE, GPU_TILE, tile_of
+from rlhf_toolkit.models.quantised import QuantisedLinear, matrix_bytes
+from rlhf_toolkit.models.recurrent import layer_memory
 from rlhf_toolkit.models.renamed import config_value
 from rlhf_toolkit.models.reward_model import BATCH_TOKENS
 from rlhf_toolkit.models.roles import POLICY
@@ -58,7 +60,8 @@ class RolloutSize:
             nothing is updated.
         checkpointing: layers are computed again in backward.
         packing: micro-batches are packed, and the ``responses`` to one prompt share its tokens.
-        temperature, top_k, top_p: of sampling.
+        temperature, top_k, top_p, min_p: of sampling.
+        changes_logits: a bias, a penalty or bad words do, before anything is sampled.
         shares_heads: the packed kernel reads the keys of grouped heads once.
         reward_bytes: what a reward model needs (``reward_bytes``).
     """
@@ -77,6 +80,8 @@ class RolloutSize:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    changes_logits: bool = False
     shares_heads: bool = SHARES_HEADS
     reward_bytes: int = 0
 
@@ -101,12 +106,15 @@ class RolloutSize:
 
     def logit_rows(self, vocabulary: int) -> int:
         """Rows of V fp32 logits that choosing one token holds at once (``choose_tokens``): the pass's own and those of
-        the slots that go on, shifted and exponentiated; tempered ones; for top-k the chosen and their mask, for top-p
-        the sorted, their places in int64, sums and masks; else blocks padded to whole ones."""
-        rows = 4 + (self.temperature != 1.0)
+        the slots that go on, shifted and exponentiated; changed ones; for top-p the sorted, their places in int64, sums
+        and masks; for top-k and min-p what they leave and a mask; else tempered ones, or blocks padded to whole ones.
+        """
+        rows, filters = 4 + self.changes_logits, bool(self.top_k) + bool(self.min_p)
         if self.top_p < 1.0:
             return rows + bool(self.top_k) + 8
-        return rows + (2 if self.top_k else vocabulary % BLOCK > 0)
+        if filters:
+            return rows + filters + 1
+        return rows + self.changes_logits + (self.temperature != 1.0 or vocabulary % BLOCK > 0)
 
 
 class Estimate(NamedTuple):
@@ -127,20 +135,23 @@ class Estimate(NamedTuple):
         }
 
 
-def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
-    """The numbers of ``shared``, whose keys and values take ``column`` bytes a token."""
+def model_size(shared: SharedBase, column: int, *, on_cpu: bool, state: int = 0) -> ModelSize:
+    """The numbers of ``shared``, whose keys and values take ``column`` bytes a token, and its states ``state`` bytes a
+    sequence."""
     output, widths = shared.causal_lm.get_output_embeddings().weight, dimensions(shared.causal_lm.config)
     trained = [p for p in shared.parameters() if p.requires_grad]
     largest_trained = max((element_count(p) for p in trained), default=0)
     frozen = [p for p in shared.parameters() if not p.requires_grad]
     sizes = [(element_count(p), element_count(p) * p.element_size()) for p in frozen]
     adapted = [module for module in shared.modules() if isinstance(module, LoraLinear)]
-    weights: list[Any] = [module.get_base_layer().weight for module in adapted]
+    bases: list[Any] = [module.get_base_layer() for module in adapted]
+    quantised = [module for module in shared.modules() if isinstance(module, QuantisedLinear)]
+    recurrence = layer_memory(shared.causal_lm)
     return ModelSize(
         base=sum(size for _, size in sizes),
         kept=sum(size for count, size in sizes if count <= largest_trained),
         largest=max(size for _, size in sizes),
-        adapted=sum(element_count(w) * w.element_size() for w in weights),
+        adapted=sum(map(matrix_bytes, bases)),
         trained=sum(map(element_count, trained)),
         policy=sum(element_count(p) for name, p in shared.named_parameters() if f".{POLICY}." in name),
         low_rank=sum(module.r.get(POLICY, 0) for module in adapted),
@@ -150,6 +161,11 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool) -> ModelSize:
         column=column,
         tile=tile_of(widths["hidden"], CPU_TILE if on_cpu else GPU_TILE),
         plain=_plain(shared),
+        recurrent=recurrence.layers,
+        state=state,
+        scratch=recurrence.scratch,
+        scan=recurrence.kept,
+        matrix=max(map(matrix_bytes, quantised), default=0),
     )
 
 
@@ -162,8 +178,10 @@ def dimensions(config: Any) -> dict[str, int]:
     """``layers``, ``hidden``, ``intermediate``, ``queries``, ``keys`` and ``heads`` of ``ModelSize``, by any name that
     an architecture's config has for them."""
     config = config.get_text_config()
-    hidden, heads = _named(config, "hidden_size"), _named(config, "num_attention_heads")
-    width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
+    hidden, heads, width = _named(config, "hidden_size"), 1, 0
+    if set(getattr(config, "layer_types", None) or ()) != {"linear_attention"}:  # else there is no attention at all
+        heads = _named(config, "num_attention_heads")
+        width = _named(config, "qk_head_dim", "head_dim", default=hidden // heads)
     return {
         "layers": _named(config, "num_hidden_layers"),
         "hidden": hidden,
@@ -211,6 +229,7 @@ def reward_bytes(model: PreTrainedModel, columns: int, *, on_cpu: bool) -> int:
         column=0,
         tile=(1, 1),
         plain=_plain(model),
+        scratch=layer_memory(model).scratch,
     )
     how = Sharding(1, 0, 0, 0, 0, on_cpu=on_cpu)
     tokens = max(BATCH_TOKENS, columns)
@@ -245,13 +264,15 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     return RolloutNeeds(
         window_bytes=window,
         live_bytes=min(window, live_bytes(model, how)) + prefetched_bytes(model, how),
-        slot_bytes=model.column * size.slot_columns,
+        slot_bytes=model.column * size.slot_columns + model.state,
         choice_bytes=size.logit_rows(model.vocabulary) * model.vocabulary * FP32,
         column_bytes=model.column,
         prefill_bytes=pass_token_bytes(model, on_device, prefill),
         longest_prompt=size.widest_prompt,
-        weights_bytes=0 if weights == MERGED else model.policy * model.element,
+        state_bytes=model.state,
+        weights_bytes=(0 if weights == MERGED else model.policy * model.element) + model.matrix,
         copied_bytes=copied_bytes(model, how, weights),
+        matrices_bytes=model.adapted if model.matrix and weights != MERGED else 0,
         role_pass_bytes=pass_bytes(model, how, role_pass),
         update_bytes=update_bytes(model, how, update) if trains else 0,
         streamed_update_bytes=update_bytes(model, how, update, streamed=True) if trains else 0,
@@ -267,6 +288,7 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
 
 def copied_bytes(model: ModelSize, how: Sharding, weights: str) -> int:
     """Copies that decoding makes of the adapted weights where they lie here (``models/decoding_weights.py``): merged
-    or, in bfloat16 on a CPU, in its kernel's order."""
-    copied = weights == MERGED or (how.on_cpu and model.element == torch.bfloat16.itemsize)
+    or, in bfloat16 on a CPU, in its kernel's order. Quantised ones are copied where there is room (``place``)."""
+    ordered = how.on_cpu and model.element == torch.bfloat16.itemsize and not model.matrix
+    copied = weights == MERGED or ordered
     return model.adapted if copied else 0

@@ -57,6 +57,7 @@ class Conversation:
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
     finished: bool = False
 
@@ -70,6 +71,7 @@ class Conversation:
         length = int(rollout.lengths[row])
         self.tokens += rollout.responses[row, :length].tolist()
         self.logprobs += rollout.rollout_logprobs[row, :length].tolist()
+        self.drawn += [] if rollout.drawn_logprobs is None else rollout.drawn_logprobs[row, :length].tolist()
         self.written += [True] * length
         self.finished = bool(rollout.finished[row])
 
@@ -80,6 +82,7 @@ class Conversation:
             return False
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens)
+        self.drawn += [0.0] * len(tokens)
         self.written += [False] * len(tokens)
         return True
 
@@ -90,6 +93,7 @@ def decode_with_turns(
     batch: PromptBatch,
     environment: Environment,
     *,
+    texts_of: Callable[[list[list[int]]], list[str]],
     budget: int,
     pad_id: int,
     anyone: Callable[[bool], bool] = bool,
@@ -97,7 +101,8 @@ def decode_with_turns(
 ) -> Rollout:
     """Sample one response of at most ``budget`` tokens, answers included, for each row of ``batch``.
 
-    After each turn the environment is asked about the responses that stopped by themselves. One whose answer leaves no
+    After each turn the environment is asked about the responses that stopped by themselves, by the text that
+    ``texts_of`` makes of their tokens, and its answer is tokenised as it stands. One whose answer leaves no
     token to write counts as cut off by the budget, without the answer. Where all ranks run in step, ``anyone(flag)`` is
     whether any of them goes on, and what the environment raises inside ``agreeing()`` on one of them ends all.
     """
@@ -112,18 +117,19 @@ def decode_with_turns(
             break
         stopped = [i for i in going if rows[i].finished]
         with agreeing():
-            texts = list(tokenizer.batch_decode([rows[i].tokens for i in stopped], skip_special_tokens=True))
+            texts = texts_of([rows[i].tokens for i in stopped])
             answers = environment.answers([rows[i].prompt for i in stopped], texts, turn) if stopped else []
             said = [(i, answer) for i, answer in zip(stopped, answers, strict=True) if answer is not None]
             tokens = [(i, list(rendered_ids(answer, tokenizer))) for i, answer in said]
             going = [i for i, answer in tokens if rows[i].take_answer(answer, budget)]
         if not anyone(bool(going)):
             break
-    return joined(rows, pad_id)
+    return joined(rows, pad_id, whole=rollout.drawn_logprobs is None)
 
 
-def joined(rows: Sequence[Conversation], pad_id: int) -> Rollout:
-    """The responses as one padded rollout. A process may have none of them: dimensions and dtypes are the same then."""
+def joined(rows: Sequence[Conversation], pad_id: int, *, whole: bool) -> Rollout:
+    """The responses as one padded rollout; ``whole``: drawn from the policy's whole distribution. A process may have
+    none of them: dimensions and dtypes are the same then."""
     width = max((len(row.tokens) for row in rows), default=1)
 
     def block(column: str, fill: float, dtype: torch.dtype) -> torch.Tensor:
@@ -137,4 +143,5 @@ def joined(rows: Sequence[Conversation], pad_id: int) -> Rollout:
         rollout_logprobs=block("logprobs", 0.0, torch.float32),
         finished=torch.tensor([row.finished for row in rows], dtype=torch.bool),
         written=block("written", False, torch.bool),
+        drawn_logprobs=None if whole else block("drawn", 0.0, torch.float32),
     )

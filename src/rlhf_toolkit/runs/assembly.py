@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rlhf_toolkit.data.response_texts import ends_and_padding
 from rlhf_toolkit.distributed.collectives import agreement, world_size
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
@@ -132,6 +133,7 @@ def make_model_rewards(setup: Setup, cutting: Cutting) -> list[ModelReward]:
             setup.topology,
             dtype=getattr(torch, model.dtype),
             trust_remote_code=model.trust_remote_code,
+            revision=reward.model_revision,
         )
         with agreement("loading"):
             loaded.check_prompts((*setup.task.prompts, *setup.task.held_out))
@@ -160,13 +162,14 @@ def sampler_size(
 
 def make_sampler(setup: Setup, size: RolloutSize, on_tokens: Callable[[int], None]) -> Sampler:
     """What decodes, for training and for evaluation."""
-    rollout = setup.experiment.rollout
+    rollout, tokenizer = setup.experiment.rollout, setup.task.tokenizer
     return Sampler(
-        setup.task.tokenizer,
+        tokenizer,
         size,
         mode=rollout.mode,
         slots=rollout.slots,
         weights=rollout.weights,
         on_tokens=on_tokens,
         environment=setup.algorithm.environment,
+        left_out=ends_and_padding(tokenizer, setup.task.sampling.stop_ids) if rollout.keep_special_tokens else None,
     )

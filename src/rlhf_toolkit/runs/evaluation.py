@@ -23,7 +23,7 @@ from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, TopologyError, described
 from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
-from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config, load_tokenizer
+from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.reporting.run_log import Progress
 from rlhf_toolkit.rollout.evaluated import (
@@ -37,7 +37,15 @@ from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.runs.assembly import Setup, make_scored_sampler
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import with_dtype
-from rlhf_toolkit.runs.task import Task, load_prompts, load_rewards, make_sampling
+from rlhf_toolkit.runs.task import (
+    Task,
+    check_turns,
+    load_prompts,
+    load_rewards,
+    load_tokenizer_of,
+    make_sampling,
+    say_how_tokens_are_drawn,
+)
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
@@ -137,7 +145,8 @@ def compare_contestants(
     if topology.world_size > 1:
         raise TopologyError(f"rlhf evaluate runs in one process, not in {topology.world_size}; start it without launch")
     algorithm = resolve(experiment)
-    config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+    model = experiment.model
+    config = load_model_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     setup = Setup(experiment, algorithm, topology, load_held_out(experiment, config))
     progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
     responses: dict[str, dict[str, HeldOutResponses]] = {}
@@ -154,12 +163,15 @@ def compare_contestants(
 
 def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     """Reward, tokenizer and held-out prompts."""
-    model, data = experiment.model, experiment.data
-    reward = load_rewards(experiment)
-    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    data, reward = experiment.data, load_rewards(experiment)
+    tokenizer, stop_ids = load_tokenizer_of(experiment, config)
     prompts = load_prompts(data, tokenizer, str(data.evaluation), data.evaluation_split, 1)
     schedule = PromptSchedule(len(prompts), 1, experiment.run.seed)
-    return Task(tokenizer, make_sampling(experiment, tokenizer, config), prompts, prompts, schedule, reward)
+    sampling = make_sampling(experiment, tokenizer, stop_ids, config)
+    task = Task(tokenizer, sampling, prompts, prompts, schedule, reward)
+    check_turns(experiment, task)
+    say_how_tokens_are_drawn(experiment, trains=False)
+    return task
 
 
 def compare(setup: Setup, responses: dict[str, dict[str, HeldOutResponses]]) -> Evaluation:

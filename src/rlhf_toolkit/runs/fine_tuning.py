@@ -13,17 +13,17 @@ from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import fingerprint, folder_fingerprint
-from rlhf_toolkit.data.instructions import ExampleSet, tokenise_examples
+from rlhf_toolkit.data.instructions import Example, ExampleSet, tokenise_examples
 from rlhf_toolkit.data.items import Cut, Item, Row
 from rlhf_toolkit.data.layout import packed_layout, padded_layout
-from rlhf_toolkit.data.preferences import PairSet, tokenise_pairs
+from rlhf_toolkit.data.preferences import Pair, PairSet, tokenise_pairs
 from rlhf_toolkit.data.prompts import load_rows
-from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.data.tokenizers import pad_token_id
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.models.context import check_context
-from rlhf_toolkit.models.loading import adapter_config, generation_eos_of, load_base, load_tokenizer
+from rlhf_toolkit.models.loading import adapter_config, load_base
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
@@ -31,9 +31,11 @@ from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.runs.callbacks import EngineCheck
+from rlhf_toolkit.runs.opening import Opening, adapters_text
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import Run, read_command
 from rlhf_toolkit.runs.start import Kind, prepare_run
+from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
@@ -93,6 +95,7 @@ class TrainingItems:
     pad_id: int
     items: list[Item]
     held_out: list[Item]
+    first: Example | Pair
 
 
 class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, FineTuner]):
@@ -102,23 +105,30 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
 
     def load_data(self, config: PretrainedConfig) -> TrainingItems:
         """Tokenizer and items."""
-        name, trusted = self.experiment.model.name, self.experiment.model.trust_remote_code
+        model, data = self.experiment.model, self.experiment.data
         with agreement("loading"):
-            tokenizer = load_tokenizer(name, trust_remote_code=trusted)
-            stop_ids = stop_token_ids(tokenizer, generation_eos_of(name, config), stop_strings=())
-        items, held_out = load_items(self.experiment, tokenizer, stop_ids)
+            tokenizer, stop_ids = load_run_tokenizer(model, data.chat_template, config)
+        items, held_out, first = load_items(self.experiment, tokenizer, stop_ids)
         longest = max(length for item in (*items, *held_out) for length in item.lengths)
-        way_out = f"lower data.max_tokens={self.experiment.data.max_tokens}"
-        warning = check_context(name, config, longest, what="the longest row", way_out=way_out)
+        way_out = f"lower data.max_tokens={data.max_tokens}"
+        warning = check_context(model.name, config, longest, what="the longest row", way_out=way_out)
         if warning is not None:
             on_main(lambda: say(warning))
         vocabulary = config.get_text_config().vocab_size
         pad_id = pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocabulary)
-        return TrainingItems(tokenizer, stop_ids, pad_id, items, held_out)
+        return TrainingItems(tokenizer, stop_ids, pad_id, items, held_out, first)
 
     def load_model(self, config: PretrainedConfig) -> SharedBase | WholeModel:
         """Adapters on a frozen base, or the whole model."""
         return load_trained_model(self.experiment, config, self.topology)
+
+    def opening(self, data: TrainingItems) -> Opening:
+        """The first row, and the adapter or the weights that are trained."""
+        model, role = self.experiment.model, REWARD if isinstance(self.experiment, RewardExperiment) else POLICY
+        trained = "all weights" if self.experiment.full else adapters_text(model, role, model.policy_adapter)
+        trained += " and its head" * self.experiment.trains_head
+        values = self.experiment.data.chat_template_kwargs
+        return Opening(data.tokenizer, data.stop_ids, data.first, values, trained)
 
     def identity(self, data: TrainingItems, model: SharedBase | WholeModel) -> dict[str, str]:
         """Also of the examples, and of the reference where the objective has one."""
@@ -210,6 +220,7 @@ def load_trained_model(experiment: FineTuning, config: PretrainedConfig, topolog
         dtype=torch.float32,
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
     )
     products = getattr(torch, model.dtype)
     whole = WholeModel(base, gradient_checkpointing=model.gradient_checkpointing, products=products)
@@ -227,9 +238,9 @@ def build_roles(experiment: FineTuning, base: PreTrainedModel, adapter: LoraConf
     }
     start, setting = experiment.model.policy_adapter, "model.policy_adapter"
     if isinstance(experiment, RewardExperiment):
-        adapters = {REWARD: adapter if start is None else adapter_config(start, setting)}
+        adapters = {REWARD: adapter if start is None else adapter_config(start, setting, adapter.revision)}
     else:
-        adapters = {POLICY: adapter if start is None else adapter_config(start, setting)}
+        adapters = {POLICY: adapter if start is None else adapter_config(start, setting, adapter.revision)}
         if isinstance(experiment, DPOExperiment) and start is not None:
             adapters[REFERENCE] = adapters[POLICY]
     trained = REWARD if REWARD in adapters else POLICY
@@ -241,13 +252,13 @@ def build_roles(experiment: FineTuning, base: PreTrainedModel, adapter: LoraConf
 
 def load_items(
     experiment: FineTuning, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-) -> tuple[list[Item], list[Item]]:
-    """Training and held-out items, with a line about what was dropped from each."""
+) -> tuple[list[Item], list[Item], Example | Pair]:
+    """Training and held-out items, with a line about what was dropped from each, and the first row to train on."""
     data = experiment.data
     options: dict[str, Any] = {
         "max_tokens": data.max_tokens,
         "system_prompt": data.system_prompt,
-        "chat_template": data.chat_template,
+        "chat_template": bool(data.chat_template),
         "template_values": data.chat_template_kwargs,
         "stop_ids": stop_ids,
     }
@@ -255,15 +266,16 @@ def load_items(
     if isinstance(experiment, SFTExperiment):
         tokenise = partial(tokenise_examples, turns=experiment.sft.turns)
 
-    def load(source: str, split: str) -> list[Item]:
+    def load(source: str, split: str) -> ExampleSet | PairSet:
         with agreement("loading"):
             rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
             found = tokenise(rows, tokenizer, **options)
         on_main(lambda: say(f"{source}: {found.summary()}"))
-        return items_of(found)
+        return found
 
-    items = load(data.train, data.train_split)
-    return items, [] if data.evaluation is None else load(data.evaluation, data.evaluation_split)
+    found = load(data.train, data.train_split)
+    held_out = [] if data.evaluation is None else items_of(load(data.evaluation, data.evaluation_split))
+    return items_of(found), held_out, found.examples[0] if isinstance(found, ExampleSet) else found.pairs[0]
 
 
 def items_of(found: ExampleSet | PairSet) -> list[Item]:

@@ -120,12 +120,13 @@ def inspect_batch(path: Path, *, weights: Path | None = None, trust_code: bool =
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     if topology.world_size > 1:
         raise TopologyError(f"rlhf inspect runs in one process, not in {topology.world_size}; start it without launch")
-    config = load_model_config(experiment.model.name, trust_remote_code=trust_code)
+    name, revision = experiment.model.name, experiment.model.revision
+    config = load_model_config(name, trust_remote_code=trust_code, revision=revision)
     check_parts(batch, config.get_text_config().vocab_size)
     replay = replay_of(experiment, batch, config, topology)
     replay.model.load_trained(trained)
     torch.nn.Module.to(replay.model, topology.device).train()
-    tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=trust_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_code, revision=revision)
     losses, findings = look_through(replay, batch)
     return Inspection(batch, losses, findings, trained, tokenizer)
 

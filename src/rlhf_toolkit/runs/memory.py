@@ -42,6 +42,8 @@ def rollout_size(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        changes_logits=bool(rollout.logit_bias or rollout.bad_words) or rollout.repetition_penalty != 1.0,
     )
 
 

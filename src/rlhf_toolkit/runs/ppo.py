@@ -13,12 +13,14 @@ from rlhf_toolkit.checkpoints import base_fingerprint, fingerprint, folder_finge
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import build_ppo_roles
-from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
+from rlhf_toolkit.models.roles import POLICY, VALUE
+from rlhf_toolkit.models.shared_base import NOWHERE, ON_ADAPTER, SharedBase
 from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
 from rlhf_toolkit.rollout.model_rewards import TextReward
 from rlhf_toolkit.runs.algorithm import idle_numbers, resolve
 from rlhf_toolkit.runs.assembly import Setup, make_ppo_trainer
+from rlhf_toolkit.runs.opening import Opening, adapters_text
 from rlhf_toolkit.runs.run import Run
 from rlhf_toolkit.runs.start import Kind, prepare_run
 from rlhf_toolkit.runs.start_check import StartCheck
@@ -102,6 +104,22 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
     def load_model(self, config: PretrainedConfig) -> SharedBase:
         """The base with its adapters."""
         return load_ppo_roles(self.experiment, config, self.topology, value=self.algorithm.trains_value)
+
+    def opening(self, data: Setup) -> Opening:
+        """The first prompt, and the adapters that are trained."""
+        model, task = self.experiment.model, data.task
+        trained = [adapters_text(model, POLICY, model.policy_adapter)]
+        if self.algorithm.trains_value:
+            adapter = adapters_text(model, VALUE, model.value_adapter)
+            trained.append(f"{adapter} and its head" if model.value_on == ON_ADAPTER else "the value's head")
+        return Opening(
+            task.tokenizer,
+            task.sampling.stop_ids,
+            task.prompts[0],
+            self.experiment.data.chat_template_kwargs,
+            ", ".join(trained),
+            task.sampling.stop_strings,
+        )
 
     def rounds(self, data: Setup) -> int:
         """The rollouts of the run."""

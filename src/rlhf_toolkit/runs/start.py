@@ -27,11 +27,13 @@ from rlhf_toolkit.reporting.alarms import Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, history, mend_logs, versions
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
+from rlhf_toolkit.runs.opening import Opening
 from rlhf_toolkit.runs.run import Run, with_dtype
+from rlhf_toolkit.runs.tokenizer import identity_of_template, travelling
 from rlhf_toolkit.runs.weights import fingerprint_of
 from rlhf_toolkit.settings.configs import RunConfig
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
-from rlhf_toolkit.texts import printable
+from rlhf_toolkit.texts import printable, say
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.saving import CheckpointWriter
 
@@ -79,10 +81,14 @@ class Kind(ABC, Generic[E, D, M, T]):
     def engine_check(self, trainer: T) -> TrainerCallback:
         """What looks at the engine before the first step."""
 
+    @abstractmethod
+    def opening(self, data: D) -> Opening:
+        """What the run takes for granted, to be said at its start."""
+
     def identity(self, data: D, model: M) -> dict[str, str]:
         """Fingerprints of what a checkpoint's numbers mean only together with, by a name in ``checkpoints.CHANGED``. A
         collective."""
-        return {"base": fingerprint_of(model)}
+        return {"base": fingerprint_of(model), **identity_of_template(self.opening(data).tokenizer)}
 
     def identity_of_rewards(self, trainer: T) -> dict[str, str]:
         """The same of what the trainer has loaded."""
@@ -109,8 +115,14 @@ def prepare_run(
     parts = kind(experiment, topology)
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     with agreement("loading"):
-        config = load_model_config(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
+        config = load_model_config(
+            experiment.model.name,
+            trust_remote_code=experiment.model.trust_remote_code,
+            revision=experiment.model.revision,
+        )
     data = parts.load_data(config)
+    opening = parts.opening(data)
+    on_main(lambda: say(opening.text(experiment.model, config)))
     done = 0 if checkpoint is None else checkpoint.step // parts.updates_per_round
     if checkpoint is not None:
         on_main(lambda: mend_logs(folder, axis=parts.axis, until=done))
@@ -139,8 +151,10 @@ def prepare_run(
         "settings": settings,
         "identity": identity,
         "wandb_id": run_id if mirror is None else mirror.run_id,
+        "commit": getattr(config, "_commit_hash", None),
         **described_here(topology),
     }
+    trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     watch_run(parts, trainer, progress, mirror)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)

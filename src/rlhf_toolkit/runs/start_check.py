@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from rlhf_toolkit.distributed.topology import Topology, check_engine
 from rlhf_toolkit.distributed.zero3 import element_count
+from rlhf_toolkit.models.quantised import weight_count
 from rlhf_toolkit.rollout.role_pass import Needs
 from rlhf_toolkit.texts import LINES, printable
 from rlhf_toolkit.trainers.ppo import PPOTrainer
@@ -32,7 +33,7 @@ class StartCheck(TrainerCallback):
         topology, cutting = self.topology, self.trainer.maker.scored_sampler.cutting
         stage = topology.launch.zero_stage
         trained = sum(element_count(p) for group in self.trainer.model.parameter_groups().values() for p in group)
-        total = sum(element_count(p) for p in self.trainer.model.parameters())
+        total = weight_count(self.trainer.model)
         sharding = f"ZeRO-{stage}" if stage else "no DeepSpeed"
         shared = self.trainer.model
         value = "the value head reads the policy's states; " if shared.value_borrows else ""

@@ -7,19 +7,23 @@ from dataclasses import dataclass, replace
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from rlhf_toolkit.data.endings import check_turn_end
 from rlhf_toolkit.data.prompts import PromptSchedule, load_rows, tokenise_prompts
-from rlhf_toolkit.data.tokenizers import pad_token_id, stop_token_ids
+from rlhf_toolkit.data.template_values import template_values
+from rlhf_toolkit.data.tokenizers import pad_token_id
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import DataError
 from rlhf_toolkit.models.context import check_context
-from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
+from rlhf_toolkit.models.loading import sampling_wishes_of
 from rlhf_toolkit.rewards.compose import Rewards
 from rlhf_toolkit.rewards.scores import NoFunctions
 from rlhf_toolkit.rewards.specification import RewardSpec
 from rlhf_toolkit.rewards.values import READERS
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.scored_sampler import Scorer
+from rlhf_toolkit.runs.sampling_rules import logit_rules, uncorrected, unheeded
+from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
 from rlhf_toolkit.secrets import resolved
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import Experiment
@@ -48,8 +52,9 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     """Reward, tokenizer and prompts; the model's weights are not touched."""
     with agreement("loading"):
         reward = load_rewards(experiment)
-        tokenizer = load_tokenizer(experiment.model.name, trust_remote_code=experiment.model.trust_remote_code)
-        sampling = make_sampling(experiment, tokenizer, config)
+        tokenizer, stop_ids = load_tokenizer_of(experiment, config)
+        sampling = make_sampling(experiment, tokenizer, stop_ids, config)
+    say_how_tokens_are_drawn(experiment)
     data, processes = experiment.data, topology.world_size
     prompts = load_prompts(data, tokenizer, data.train, data.train_split, processes)
     held_out: tuple[Prompt, ...] = ()
@@ -58,7 +63,37 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     schedule = PromptSchedule(len(prompts), experiment.rollout.prompts_per_rollout, experiment.run.seed)
     task = Task(tokenizer, sampling, prompts, held_out, schedule, reward)
     check_length(experiment.model.name, config, task)
+    check_turns(experiment, task)
     return task
+
+
+def load_tokenizer_of(
+    experiment: Experiment, config: PretrainedConfig
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The tokenizer as the settings want it, and the ids that end a response."""
+    strings = experiment.rollout.stop_strings
+    return load_run_tokenizer(experiment.model, experiment.data.chat_template, config, stop_strings=strings)
+
+
+def check_turns(experiment: Experiment, task: Task) -> None:
+    """Raise DataError where the chat template ends the assistant's turn, behind the first prompt that it has rendered,
+    with a token at which no response ends; say so where that may be meant. A collective."""
+    chats = [prompt for prompt in (*task.prompts, *task.held_out) if prompt.messages is not None]
+    if not chats:
+        return
+    values, first = experiment.data.chat_template_kwargs, chats[0]
+    with agreement("loading"):
+        warning = check_turn_end(
+            first.messages or (),
+            task.tokenizer,
+            template_values(first.columns, values, index=first.index),
+            index=first.index,
+            stop_ids=task.sampling.stop_ids,
+            stop_strings=task.sampling.stop_strings,
+            chosen=experiment.model.eos_token is not None,
+        )
+    if warning is not None:
+        on_main(lambda: say(warning))
 
 
 def check_length(name: str, config: PretrainedConfig, task: Task) -> None:
@@ -112,7 +147,7 @@ def load_prompts(
             load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows),
             tokenizer,
             column=data.prompt_column,
-            chat_template=data.chat_template,
+            chat_template=bool(data.chat_template),
             system_prompt=data.system_prompt,
             template_values=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
@@ -126,17 +161,31 @@ def load_prompts(
     return found.prompts
 
 
-def make_sampling(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Sampling:
-    """Sampling settings with the model's own stop tokens and a pad token that is never resized for."""
+def say_how_tokens_are_drawn(experiment: Experiment, *, trains: bool = True) -> None:
+    """Say on rank 0 what of the model's own wishes about sampling is not followed, and, where a policy ``trains``, that
+    nothing corrects for how its tokens are drawn. A collective."""
+    with agreement("loading"):
+        wishes = sampling_wishes_of(experiment.model.name, experiment.model.revision)
+    lines = unheeded(experiment.model.name, wishes, experiment.rollout)
+    lines += uncorrected(experiment) if trains else []
+    if lines:
+        on_main(lambda: say("\n".join(lines)))
+
+
+def make_sampling(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], config: PretrainedConfig
+) -> Sampling:
+    """Sampling settings with the stop tokens and a pad token that is never resized for."""
     rollout = experiment.rollout
-    generation_eos = generation_eos_of(experiment.model.name, config)
-    stop_ids = stop_token_ids(tokenizer, generation_eos, stop_strings=tuple(rollout.stop_strings))
+    vocab_size = config.get_text_config().vocab_size
     return Sampling(
         max_new_tokens=rollout.max_new_tokens,
         stop_ids=stop_ids,
-        pad_id=pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=config.get_text_config().vocab_size),
+        pad_id=pad_token_id(tokenizer, stop_ids=stop_ids, vocab_size=vocab_size),
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        rules=logit_rules(rollout, tokenizer, stop_ids=stop_ids, vocab_size=vocab_size),
         stop_strings=tuple(rollout.stop_strings),
     )

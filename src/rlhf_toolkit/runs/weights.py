@@ -7,12 +7,15 @@ from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_toolkit.checkpoints import base_fingerprint
+from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.models.loading import load_base, lora_config
+from rlhf_toolkit.models.quantised import Quantisation, QuantisedLinear, stored_bytes
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.targets import refuse_unknown
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.settings.configs import ModelConfig
+from rlhf_toolkit.texts import say
 
 
 def load_adapted_base(
@@ -26,7 +29,12 @@ def load_adapted_base(
         dtype=getattr(torch, model.dtype),
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
+        quantization=model.quantization,
+        revision=model.revision,
     )
+    if model.quantization != Quantisation.NONE:
+        stored = stored_bytes(base)
+        on_main(lambda: say(stored.sentence(model.quantization, model.dtype)))
     for setting in ("target_modules", "exclude_modules"):
         refuse_unknown(base, f"model.{setting}", getattr(model, setting))
     adapter = lora_config(
@@ -35,6 +43,7 @@ def load_adapted_base(
         rslora=model.rslora,
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
+        revision=model.revision,
     )
     return base, adapter
 
@@ -47,4 +56,5 @@ def fingerprint_of(model: SharedBase | WholeModel) -> str:
         for name, p in model.named_parameters()
         if not p.requires_grad and "lora_" not in name and not name.startswith("scalar_heads")
     ]
-    return base_fingerprint(model.causal_lm.config.to_json_string(), frozen)
+    kinds = {layer.kind for layer in model.modules() if isinstance(layer, QuantisedLinear)}
+    return base_fingerprint(f"{model.causal_lm.config.to_json_string()}{''.join(sorted(kinds))}", frozen)

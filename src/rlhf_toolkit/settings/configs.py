@@ -20,12 +20,17 @@ from rlhf_toolkit.settings.knobs import (
     ABOVE_0_TO_1,
     ABOVE_1,
     AT_LEAST_1,
+    BIASES,
     FROM_0_TO_1,
     FROM_0_TO_BELOW_1,
     NO_DROPOUT,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    PENALTY,
+    TEMPLATE,
+    TOKENS,
     WITHIN_0_AND_1,
+    WORDS_TO_AVOID,
     Section,
     knob,
 )
@@ -33,6 +38,7 @@ from rlhf_toolkit.settings.knobs import (
 MODES = ("auto", "window", "stream")
 KINDS = ("exact", "merged")
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTISATIONS = ("none", "nf4", "int8", "float8")
 AUTO = "auto"
 VALUE_SITES = ("adapter", "policy_trunk")
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
@@ -48,6 +54,8 @@ SCHEDULES = (
 )
 """Those of transformers' ``SchedulerType`` that need nothing but a number of steps."""
 STREAMING = "read rows while they are tokenised; the source is never stored as a whole"
+REVISION = "branch, tag or commit of a model of the hub; none: its main branch"
+WHICH_TEMPLATE = "the tokenizer's chat template, or in that of a file of Jinja"
 TEMPLATE_VALUES = "values that the chat template reads, such as enable_thinking; a row's own come after these"
 MAX_ROWS = "only so many rows are read, the first ones, of train and of evaluation each; none: all"
 
@@ -57,11 +65,21 @@ class ModelConfig(Section):
     """The frozen base and the adapters on it."""
 
     name: str = knob("", "hub name or local folder of a decoder-only model")
+    revision: str | None = knob(None, REVISION)
+    eos_token: str | list[str] | None = knob(
+        None, "the token that ends a response in place of the tokenizer's own, or that and others that do", TOKENS
+    )
     dtype: str = knob(
         AUTO,
         "of the frozen base, whose adapters and heads are float32; with sft.full of the products of float32 weights; "
         "auto: bfloat16 where the device computes it, else float32",
         choices=(AUTO, *DTYPES),
+    )
+    quantization: str = knob(
+        "none",
+        "how the base's linear layers are stored, for all roles: nf4 takes 4.5 bits a weight, int8 and float8 8; "
+        "embeddings, norms, output layer and routers stay in model.dtype",
+        choices=QUANTISATIONS,
     )
     attention: str = knob("sdpa", "transformers' attn_implementation: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = knob(False, "run model code from the hub")
@@ -104,7 +122,7 @@ class DataConfig(Section):
     streaming: bool = knob(False, STREAMING)
     max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
     prompt_column: str = knob("prompt", "column of strings or lists of chat messages; other columns go to the reward")
-    chat_template: bool = knob(True, "wrap string prompts as one user message in the tokenizer's chat template")
+    chat_template: bool | str = knob(True, f"wrap string prompts as one user message in {WHICH_TEMPLATE}", TEMPLATE)
     system_prompt: str | None = knob(None, "system message of conversations that bring none; needs the chat template")
     chat_template_kwargs: dict[str, Any] = knob({}, TEMPLATE_VALUES)
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", ABOVE_0)
@@ -135,6 +153,7 @@ class RewardConfig(Section):
     adapter: str | None = knob(None, "folder of a reward adapter on the shared base, whose score is added")
     adapter_weight: float = knob(1.0, "its weight")
     model: str | None = knob(None, "hub name or folder of a reward model with its own tokenizer, whose score is added")
+    model_revision: str | None = knob(None, REVISION)
     model_weight: float = knob(1.0, "its weight")
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that was cut off", NOT_NEGATIVE)
     overlong_buffer: int = knob(0, "tokens before the budget where DAPO's soft penalty begins; 0: off", NOT_NEGATIVE)
@@ -176,7 +195,16 @@ class RolloutConfig(Section):
     temperature: float = knob(1.0, "divides the logits, in sampling and in every log-prob", ABOVE_0)
     top_k: int = knob(0, "sample from the k most likely tokens; 0: all", NOT_NEGATIVE)
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability; 1: all", ABOVE_0_TO_1)
-    stop_strings: list[str] = knob([], "texts that end a response, beside the model's stop tokens")
+    min_p: float = knob(0.0, "sample from tokens at least this times as likely as the likeliest; 0: all", FROM_0_TO_1)
+    repetition_penalty: float = knob(
+        1.0, "logits of tokens in prompt and response are divided by this, negative ones multiplied; 1: off", PENALTY
+    )
+    logit_bias: dict[str, Any] = knob({}, "numbers added to logits, by token id, as in OpenAI's API", BIASES)
+    bad_words: list[str] = knob([], "words that cannot be written, as their tokens", WORDS_TO_AVOID)
+    stop_strings: list[str] = knob([], "texts, of special tokens too, that end a response, as stop tokens do")
+    keep_special_tokens: bool = knob(
+        False, "rewards, environment and samples read special tokens too, all but those that end a response or pad it"
+    )
     environment: str | None = knob(
         None, "path/to/file.py:name of (prompts, responses, turn, **columns) -> answers, after which the policy goes on"
     )

@@ -168,6 +168,11 @@ class SFTExperiment(FineTuning):
                 f"model.policy_adapter={self.model.policy_adapter} is an adapter to go on with, but sft.full trains "
                 "none; add it to its base with rlhf merge and name the merged model in model.name"
             )
+        if self.model.quantization != "none":
+            raise ConfigError(
+                f"model.quantization={self.model.quantization} freezes the base's weights, and sft.full trains them; "
+                "drop sft.full to train an adapter on it, or set model.quantization to none"
+            )
         if self.model.dtype == "float16":
             raise ConfigError(
                 "model.dtype=float16 under sft.full: gradients of float16 products may vanish; set it to bfloat16 or "

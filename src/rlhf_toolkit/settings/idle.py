@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_toolkit.errors import ConfigError, shortened
@@ -25,12 +26,24 @@ ABOUT_NEW_ADAPTERS = tuple(
 )
 ABOUT_VALUES = ("model.value_adapter", "model.value_on", "model.value_head_std")
 OF_THE_FOLDER = "has rank, scale and layers of its own; leave this one out, or train a new adapter without that folder"
+HAS_NO_REVISIONS = "is a folder on this machine, which has no revisions; leave this one out, or give the hub's name"
 NOTHING_HELD_OUT = "data.evaluation names no held-out rows; name some there, or leave this one out"
 
 
 def idle_in_ppo(experiment: Experiment) -> list[Idle]:
     """What may be idle in an experiment of PPO, whatever its estimator."""
-    return [*idle_around_responses(experiment), *idle_in_the_algorithm(experiment)]
+    return [idle_revision(experiment), *idle_around_responses(experiment), *idle_in_the_algorithm(experiment)]
+
+
+def idle_revision(experiment: Experiment | FineTuning) -> Idle:
+    """A revision is one of the hub's."""
+    name = experiment.model.name
+    return is_folder(name), ("model.revision",), f"model.name={name} {HAS_NO_REVISIONS}"
+
+
+def is_folder(name: str) -> bool:
+    """Whether this machine has a folder of that name, which is then loaded."""
+    return bool(name) and Path(name).expanduser().is_dir()
 
 
 def idle_around_responses(experiment: Experiment) -> list[Idle]:
@@ -53,7 +66,12 @@ def idle_around_responses(experiment: Experiment) -> list[Idle]:
             "reward.function names no function that would take them; name one, or leave this one out",
         ),
         (reward.adapter is None, ("reward.adapter_weight",), "there is no reward.adapter; name one, or leave this out"),
-        (reward.model is None, ("reward.model_weight",), "there is no reward.model; name one, or leave this out"),
+        (
+            reward.model is None,
+            ("reward.model_weight", "reward.model_revision"),
+            "there is no reward.model; name one, or leave this out",
+        ),
+        (is_folder(reward.model or ""), ("reward.model_revision",), f"reward.model={reward.model} {HAS_NO_REVISIONS}"),
         (
             not reward.overlong_buffer,
             ("reward.overlong_penalty",),
@@ -105,6 +123,7 @@ def idle_in_fine_tuning(experiment: FineTuning) -> list[Idle]:
     """What may be idle in a supervised run, whatever it trains."""
     start = experiment.model.policy_adapter
     return [
+        idle_revision(experiment),
         (True, ABOUT_VALUES, "it is about a value function, which this run does not train; leave it out"),
         (start is not None, ABOUT_NEW_ADAPTERS, f"the adapter of model.policy_adapter={start} {OF_THE_FOLDER}"),
         (not experiment.data.evaluation, ("data.evaluation_split", "run.keep_best"), NOTHING_HELD_OUT),

@@ -18,6 +18,7 @@ MOST_BITS = 10_000
 
 
 COUNTER_BITS = 63
+TOKEN_DIGITS = 9
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 SPOKEN = ".system_prompt"
@@ -47,6 +48,29 @@ FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
 ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1)
 NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
 NOT_EMPTY = Rule("name a layer", bool)
+LARGEST_BIAS = 100.0
+"""OpenAI's: a token so biased is written always, or never."""
+BIASES = Rule(
+    f"map token ids, in quotes, to numbers from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}",
+    lambda value: all(
+        token.isascii()
+        and token.isdecimal()
+        and len(token) <= TOKEN_DIGITS
+        and token == str(int(token))
+        and isinstance(number, (int, float))
+        and not isinstance(number, bool)
+        and abs(number) <= LARGEST_BIAS
+        for token, number in value.items()
+    ),
+)
+PENALTY = Rule("be from 0.01 to 100", lambda value: 0.01 <= value <= 100)
+WORDS_TO_AVOID = Rule("hold texts with more than white space", lambda value: all(text.strip() for text in value))
+TOKENS = Rule("name one token or more", lambda value: bool(value) and all(value))
+TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
+TEMPLATE = Rule(
+    f"be true, false, or a file of Jinja, whose name ends in {', '.join(TEMPLATE_ENDINGS)}",
+    lambda value: isinstance(value, bool) or value.endswith(TEMPLATE_ENDINGS),
+)
 
 
 def knob(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -89,7 +113,8 @@ class Section:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
             if rule is not None and not rule.holds(value):
-                raise ConfigError(f"{name}={value} must {rule.words}{or_none}; {default_of(setting)}")
+                given = shortened(value) if isinstance(value, (list, dict)) else value
+                raise ConfigError(f"{name}={given} must {rule.words}{or_none}; {default_of(setting)}")
 
 
 def require_plain(name: str, value: Any) -> None:

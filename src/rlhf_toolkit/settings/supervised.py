@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_toolkit.settings.configs import MAX_ROWS, STREAMING, TEMPLATE_VALUES, OptimizerConfig
-from rlhf_toolkit.settings.knobs import ABOVE_0, FROM_0_TO_BELOW_1, NOT_NEGATIVE, Section, knob
+from rlhf_toolkit.settings.configs import MAX_ROWS, STREAMING, TEMPLATE_VALUES, WHICH_TEMPLATE, OptimizerConfig
+from rlhf_toolkit.settings.knobs import ABOVE_0, FROM_0_TO_BELOW_1, NOT_NEGATIVE, TEMPLATE, Section, knob
 
 TURNS = ("all", "last")
 
@@ -36,7 +36,7 @@ class DatasetConfig(Section):
     evaluation_split: str = knob("train", "split of the held-out rows")
     streaming: bool = knob(False, STREAMING)
     max_rows: int | None = knob(None, MAX_ROWS, ABOVE_0)
-    chat_template: bool = knob(True, "wrap strings as messages in the tokenizer's chat template")
+    chat_template: bool | str = knob(True, f"wrap strings as messages in {WHICH_TEMPLATE}", TEMPLATE)
     system_prompt: str | None = knob(None, "system message of conversations that bring none; needs the chat template")
     chat_template_kwargs: dict[str, Any] = knob({}, TEMPLATE_VALUES)
     max_tokens: int = knob(1024, "longer rows, prompt and response together, are dropped and counted", ABOVE_0)

@@ -18,9 +18,17 @@ from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkp
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.distributed.collectives import agreement, all_gather, on_main, rank, stop_together, world_size
 from rlhf_toolkit.distributed.engine import step
-from rlhf_toolkit.distributed.moments import Named, moments_on_main, require_moments, restore_moments, weights_on_main
+from rlhf_toolkit.distributed.moments import (
+    Gathered,
+    Named,
+    moments_on_main,
+    require_moments,
+    restore_moments,
+    weights_on_main,
+)
 from rlhf_toolkit.errors import NotFiniteError
 from rlhf_toolkit.models.finite import WAYS_OUT, broken_weights
+from rlhf_toolkit.models.roles import ROLES_OF_THEIR_OWN
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
@@ -60,6 +68,7 @@ class RoleTrainer(Trainer):
     that of kept batches; ``most_left_out`` updates in a row may be left out, since their numbers are not finite.
     """
 
+    # ``beside_adapters`` writes what belongs beside the weights of a policy or a reward, into its folder.
     loss_is_scaled_for_ga = True
     model: SharedBase | WholeModel
 
@@ -80,6 +89,7 @@ class RoleTrainer(Trainer):
         self.resumed: Checkpoint | None = None
         self.best: tuple[int, float] | None = None
         self.first_gradients = FirstGradients()
+        self.beside_adapters: Callable[[Path], None] | None = None
         self._settled: Settled | None = None
         self._about: Mapping[str, Any] = {}
         self.update_retries, self._logged_retries = 0, 0
@@ -213,12 +223,15 @@ class RoleTrainer(Trainer):
                 "schedule": schedule.state_dict(),
                 "learning_rates": [group["lr"] for group in optimizer.param_groups],
             }
-            tensors = {OPTIMIZER: moments, EXPERIENCE: settled.experience, PLUGINS: of_plugins}
-            contents = Contents(step, state, {file: each for file, each in tensors.items() if each})
+
+            def contents() -> Contents:
+                tensors = {OPTIMIZER: moments.put_together(), EXPERIENCE: settled.experience, PLUGINS: of_plugins}
+                return Contents(step, state, {file: each for file, each in tensors.items() if each})
+
             best = None if self.best is None else self.best[0]
             # transformers reads the model's own parameters when it writes a whole one: under ZeRO-3 a thread must not.
             at_once = isinstance(self.model, WholeModel)
-            self.writer.write(contents, partial(self._write_roles, weights), best=best, at_once=at_once)
+            self.writer.write(step, contents, partial(self._write_roles, weights), best=best, at_once=at_once)
 
     def keep_if_best(self, value: float) -> None:
         """Note an evaluation of the state after the last step: where ``value``, which is the better the larger it is,
@@ -260,10 +273,13 @@ class RoleTrainer(Trainer):
         """The parameters that a checkpoint's role folders hold: of a whole model its frozen tables, too."""
         return list(self.model.named_parameters()) if isinstance(self.model, WholeModel) else trained
 
-    def _write_roles(self, weights: dict[str, Tensor], folder: Path) -> None:
+    def _write_roles(self, weights: Gathered, folder: Path) -> None:
         buffers = self.model.kept_constants() if isinstance(self.model, WholeModel) else {}
         with filling:
-            self.model.save_pretrained(folder, state_dict={**buffers, **weights})
+            self.model.save_pretrained(folder, state_dict={**buffers, **weights.put_together()})
+            for place in (folder / role for role in ROLES_OF_THEIR_OWN):
+                if self.beside_adapters is not None and place.is_dir():
+                    self.beside_adapters(place)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write roles and tokenizer to the run folder, or to ``output_dir``. A collective. Trainer's own way adds its

@@ -156,7 +156,7 @@ class PPOLoss:
                 "clip_range_low": self.clip_range_low,
                 "clip_range_high": self.clip_range_high,
                 "dual_clip": self.dual_clip,
-                "weights": self.correction.weights(old_logprobs, batch.rollout_logprobs, mask),
+                "weights": self.correction.weights(old_logprobs, batch.sampler_logprobs, mask),
                 "selected": selected,
             }
         )

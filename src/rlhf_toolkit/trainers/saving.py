@@ -38,16 +38,19 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._under_way = False
 
-    def write(self, contents: Contents, fill: Fill, *, best: int | None = None, at_once: bool = False) -> None:
-        """Write a checkpoint while the run goes on, but its role folders ``at_once`` where that is said. ``best`` is
-        the step of a checkpoint that stays however old it is. A collective."""
+    def write(
+        self, step: int, contents: Callable[[], Contents], fill: Fill, *, best: int | None = None, at_once: bool = False
+    ) -> None:
+        """Write the checkpoint of ``step`` while the run goes on, but its role folders ``at_once`` where that is said.
+        What ``contents`` and ``fill`` put into it must not change from now on. ``best`` is the step of a checkpoint
+        that stays however old it is. A collective."""
         self.finish()
         with agreement("the writing of a checkpoint"):
             if rank() == 0:
                 if at_once:
-                    self._fill(contents.step, fill)
-                self._writing = self._pool.submit(self._complete, contents, None if at_once else fill, best)
-        self._under_way, self.last = True, contents.step
+                    self._fill(step, fill)
+                self._writing = self._pool.submit(self._complete, step, contents, None if at_once else fill, best)
+        self._under_way, self.last = True, step
 
     def look(self) -> None:
         """Raise what has gone wrong so far, on all ranks. A collective, cheap where nothing is being written."""
@@ -72,12 +75,12 @@ class CheckpointWriter:
             shutil.rmtree(temporary(self.folder, step), ignore_errors=True)
             fill(temporary(self.folder, step))
 
-    def _complete(self, contents: Contents, fill: Fill | None, best: int | None) -> None:
+    def _complete(self, step: int, contents: Callable[[], Contents], fill: Fill | None, best: int | None) -> None:
         if fill is not None:
-            self._fill(contents.step, fill)
-        with self._cleaned_up(contents.step):
-            complete(self.folder, contents)
-        prune(self.folder, newest=contents.step, keep=self.keep, best=best)
+            self._fill(step, fill)
+        with self._cleaned_up(step):
+            complete(self.folder, contents())
+        prune(self.folder, newest=step, keep=self.keep, best=best)
 
     @contextmanager
     def _cleaned_up(self, step: int) -> Iterator[None]:
