@@ -28,12 +28,12 @@ class FirstGradients:
     def __init__(self) -> None:
         self._missing = dict[str, None]()
         self._hooks = list[RemovableHandle]()
-        self._is_done = False
+        self._finished = False
 
     def watch(self, model: SharedBase | WholeModel) -> None:
         """Begin with ``model``'s trained tensors, before the first backward pass; later, and while an update is made
         again, nothing happens."""
-        if self._is_done or self._hooks:
+        if self._finished or self._hooks:
             return
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -47,11 +47,11 @@ class FirstGradients:
         """After the first update's last backward pass and before its step: raise ModelError, on all ranks, where a
         tensor has had no gradient on any of them. Single experts of a model that trains as a whole are let off: none of
         the tokens may be theirs. A collective the first time; later nothing happens."""
-        if self._is_done:
+        if self._finished:
             return
         for hook in self._hooks:
             hook.remove()
-        self._is_done = True
+        self._finished = True
         everyone = [set(names) for names in all_gather(list(self._missing))]
         missing = [name for name in self._missing if all(name in names for names in everyone)]
         missing = [name for name in missing if not ROUTED_EXPERT.search(name)]
