@@ -60,7 +60,7 @@ ADAPTER_IN_SAMPLING = """
 import rlhf_toolkit.rollout.sampler as sampler
 
 real = sampler.decoding_weights
-sampler.decoding_weights = lambda model, role, kind: real(model, "value", kind)
+sampler.decoding_weights = lambda model, role, kind, **options: real(model, "value", kind, **options)
 """
 START = """
 import torch

@@ -210,10 +210,12 @@ KINDS = {"sft": SFTExperiment, "reward_model": RewardExperiment, "dpo": DPOExper
 
 @for_each("yaml", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_can_be_loaded(yaml: Path) -> None:
-    """Prompts lie beside the recipe, or where ``recipes/gold_reward/run.py`` puts what it makes."""
+    """Prompts lie beside the recipe, beside another of the same task, or where ``recipes/gold_reward/run.py`` puts what
+    it makes."""
     experiment: Any = load_experiment(str(yaml), {}, KINDS.get(yaml.stem, Experiment))
     made = yaml.parent.name == "gold_reward"
-    folder = f"runs/{yaml.parent.name}/data/" if made else f"recipes/{yaml.parent.name}/"
+    task = {"qlora": "gsm8k"}.get(yaml.parent.name, yaml.parent.name)
+    folder = f"runs/{task}/data/" if made else f"recipes/{task}/"
     files = {path and path.removeprefix(folder) for path in (experiment.data.train, experiment.data.evaluation)}
     expected = {
         "sft": {"examples.jsonl", None},

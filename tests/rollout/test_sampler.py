@@ -357,7 +357,7 @@ def test_a_window_after_a_stream_is_a_window(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_estimate_is_of_the_run_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks, stage and offloading reach it."""
+    """Ranks, stage, offloading and the optimizer's bits reach it."""
     told: list[dict[str, Any]] = []
 
     def noted(size: Any, **how: Any) -> Any:
@@ -369,4 +369,4 @@ def test_the_estimate_is_of_the_run_that_there_is(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "zero_stage", lambda model: 2)
     monkeypatch.setattr(module, "offloads_optimizer", lambda model: True)
     sampler_of().place(model())
-    assert told == [{"ranks": 3, "stage": 2, "on_cpu": True, "offloaded": True}]
+    assert told == [{"ranks": 3, "stage": 2, "on_cpu": True, "offloaded": True, "eight_bit": False}]

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from rlhf_toolkit.errors import RLHFError
 from tests.strangers import ground
 
@@ -179,6 +181,7 @@ def _try(module: Any, case: Any, place: ground.Ground, pipe: int) -> NoReturn:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(1)  # those of the parent did not come along, and to wait for them is to hang or crash
     ground.enter(place)
     ending, detail = _outcome(module, case)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
