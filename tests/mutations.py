@@ -431,8 +431,6 @@ OF_SLOTS = [
         ("slots: a short one as wide as the longest beside it", COLUMNS,
          "now - lengths[row]", "now - mask.shape[1]")),
     *within("models/slot_cache.py", "tests/models/test_recurrent.py",
-        ("slots: a recurrent state stays behind", STATES,
-         '("conv_states", "recurrent_states")', '("conv_states",)'),
         ("slots: entering states change places", STATES,
          "held[index][slots] = state[rows]", "held[index][slots] = state[rows.flip(0)]"),
         ("slots: who stays gets another's state", STATES,
