@@ -26,6 +26,8 @@ def test_a_base_model_whose_template_ends_turns_otherwise_is_named_with_the_way_
     warning = check_turn_end(ASKED, tokenizer, index=0, stop_ids=stops, chosen=True)
     assert warning is not None and TURN_END in warning, "who has chosen the stop tokens is only told"
     assert check_turn_end(ASKED, tokenizer, index=0, stop_ids=stops, stop_strings=[TURN_END]) is None
+    warning = check_turn_end(ASKED, tokenizer, index=0, stop_ids=stops, stop_strings=["</answer>"])
+    assert warning is not None and "unless it writes a stop string" in warning, "it may end responses before the turn"
 
     ids = end_with(tokenizer, [TURN_END], vocab_size=len(tokenizer))
     assert ids == (tokenizer.convert_tokens_to_ids(TURN_END),) == (tokenizer.eos_token_id,)

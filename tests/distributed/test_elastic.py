@@ -199,12 +199,17 @@ def test_a_plugin_goes_on_where_it_was_and_the_best_checkpoint_stays(
 
 
 def test_what_a_checkpoint_is_tied_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another base; a prompt that has been edited; the same prompts rendered otherwise."""
-    experiment: Experiment = experiment_from_dict(merged(write_task(tmp_path), CHANGES))
+    """A prompt that has been edited; a chat template's file that has been; the same prompts rendered otherwise."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    changes = {**CHANGES, "data.chat_template": str(template)}
+    experiment: Experiment = experiment_from_dict(merged(write_task(tmp_path), changes))
     stopped_at(experiment, 1, monkeypatch)
     tokenizer, rows = tmp_path / "model/tokenizer.json", tmp_path / "prompts.jsonl"
+    assert (tmp_path / "run/checkpoint-1/policy/chat_template.jinja").read_text() == template.read_text()
     for path, change, words in (
         (rows, ("w7", "w8"), "a row of data.train has been edited"),
+        (template, ("{{ m.content }} ", "{{ m.content }}  "), "the file of data.chat_template has been edited"),
         (tokenizer, ('"w1":', '"w_1":'), "rendered otherwise now"),
     ):
         before = path.read_text()

@@ -30,8 +30,9 @@ def check_turn_end(
     """Render an assistant's answer to ``messages``, the prompt of row ``index``, and look at what stands behind it.
 
     None where that holds a stop token or string, or the template does not take an answer there. DataError where it
-    holds another special token. It is a warning where the stop tokens were ``chosen`` (``model.eos_token``), and where
-    the template writes nothing behind an answer.
+    holds another special token. It is a warning where the stop tokens were ``chosen`` (``model.eos_token``), where
+    there are stop strings, which may end a response before its turn ends, and where the template writes nothing behind
+    an answer.
     """
     given = [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
     answered = [*given, {"role": "assistant", "content": ANSWER}]
@@ -57,8 +58,9 @@ def check_turn_end(
         f"{template_name(tokenizer)} ends the assistant's turn with {shortened(token, 80)}, which is no stop token "
         f"({stop_names(stop_ids, tokenizer)})"
     )
-    if chosen:
-        return f"{told}: a model that answers as the template has it runs to its budget; {way_out(token)}"
+    if chosen or stop_strings:
+        unless = " unless it writes a stop string" if stop_strings else ""
+        return f"{told}: a model that answers as the template has it runs to its budget{unless}; {way_out(token)}"
     raise DataError(
         f"{told}: responses would not end there, but run to their budget; {way_out(token)}, or data.chat_template: "
         "false with prompts as strings for a base model"

@@ -125,5 +125,5 @@ def turn_lines(
             chat.messages or (), tokenizer, values, index=chat.index, stop_ids=stop_ids, chosen=chosen
         )
     except DataError as error:
-        return [f"a run would be refused: {error}"]
+        return [f"a run without rollout.stop_strings would be refused: {error}"]
     return [] if said is None else [said]
