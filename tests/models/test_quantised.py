@@ -153,6 +153,26 @@ def test_nf4_is_what_bitsandbytes_makes_of_a_model(folder: str) -> None:
 ODD = ("gpt2", "falcon, rotary", "qwen2_moe", "mixtral", "gemma3 with vision", "llama tied", "opt, projected")
 
 
+def test_layers_whose_weight_the_model_reads_itself_stay_matrices(tmp_path: Path) -> None:
+    """Bytes would be taken for numbers there: what each model says is near what it says in full precision."""
+    ids = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+    for name, stays in (("jamba", "dt_proj"), ("mamba", "x_proj"), ("gemma3n, shared keys", "correction_coefs")):
+        case, folder = WORKS[name], str(tmp_path / name.replace(" ", "_"))
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(CONFIG_MAPPING[case.model_type](**case.sizes)).save_pretrained(folder)
+        config, attention = load_model_config(folder), case.attention
+        plain, found = (
+            load_base(folder, config, ALONE, dtype=torch.float32, attention=attention, quantization=kind)
+            for kind in ("none", "int8")
+        )
+        kept = [layer for n, layer in found.named_modules() if n.endswith(stays)]
+        assert kept and not any(isinstance(layer, QuantisedLinear) for layer in kept), name
+        for training in (False, True):
+            with torch.no_grad():
+                right, said = (model.train(training)(ids, use_cache=False).logits for model in (plain, found))
+            assert (said - right).norm() < 0.05 * right.norm(), (name, training)
+
+
 def test_every_plain_layer_of_the_decoder_is_quantised_and_nothing_else_changes(tmp_path: Path) -> None:
     """Transposed layers, words of their own for a product, experts, a gate that is a linear layer, a tower, ties."""
     for name in ODD:

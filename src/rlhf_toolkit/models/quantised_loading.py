@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.quantised import Quantisation, QuantisedLinear, dequantised
 from rlhf_toolkit.models.stored_nf4 import STATE, bytes_of, gathering
-from rlhf_toolkit.models.targets import is_plain
+from rlhf_toolkit.models.targets import WRITTEN, is_plain, read_past
 
 METHOD = "rlhf_toolkit"  # our name among transformers' quantisation methods; it is in no file
 ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|shared_expert_gate|shared_gate)$")
@@ -133,9 +133,8 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
 
 class _Placing(ConversionOps):  # type: ignore[misc]
     def __init__(self, quantiser: Quantiser) -> None:
-        self.quantiser = self.hf_quantizer = (
-            quantiser  # by the second name transformers knows not to cast what it reads
-        )
+        # By the second name transformers knows not to cast what it reads.
+        self.quantiser = self.hf_quantizer = quantiser
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Placing:
         """Itself: transformers copies the operations of a converter for every weight, and the quantiser is one."""
@@ -160,8 +159,9 @@ def quantise_layers(model: PreTrainedModel, kind: Quantisation, but: Sequence[st
     """Put an empty quantised layer in the place of every plain linear layer of the decoder, and return their names;
     not of those that are named in ``but``, by their endings or what they lie in.
 
-    The output layer, whatever is tied, and routers stay as they are; routed experts that are matrices of one tensor are
-    no linear layers, and stay too. Raises ModelError where there is none.
+    The output layer, whatever is tied, routers, and layers whose weight the model reads or writes itself stay as they
+    are; routed experts that are matrices of one tensor are no linear layers, and stay too. Raises ModelError where
+    there is none.
     """
     inside, output = set(model.get_decoder().modules()), model.get_output_embeddings()
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -172,6 +172,7 @@ def quantise_layers(model: PreTrainedModel, kind: Quantisation, but: Sequence[st
         and module is not output
         and is_plain(module)
         and not ROUTER.search(name)
+        and not (read_past(model, name) or read_past(model, name, WRITTEN))
         and not any(f".{name}".endswith(f".{each}") or name.startswith(f"{each}.") for each in but)
         and f"{name}.weight" not in tied
     ]

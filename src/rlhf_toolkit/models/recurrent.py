@@ -6,9 +6,6 @@ rows are padded on the right, where nothing is read. Packed rows would carry one
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from inspect import getsource
 from typing import Any, NamedTuple
 from weakref import finalize
 
@@ -20,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
 from rlhf_toolkit.errors import ModelError
+from rlhf_toolkit.models.targets import weights_read
 
 TESTED = frozenset(
     {
@@ -35,7 +33,6 @@ UNFIT_STATES = {
     "rwkv": "decodes with a state of its own kind",
     "xlstm": "decodes with a cache of its own kind",
 }
-READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
 TRIED = 1024  # tokens of the pass that a layer's memory is measured with: so many that the state itself is little
 
 
@@ -63,12 +60,7 @@ def read_themselves(module: nn.Module) -> frozenset[str]:
     children = dict(module.named_children())
     convolutions = {name for name, child in children.items() if isinstance(child, nn.Conv1d)}
     kind: Any = type(module)
-    return frozenset(convolutions | _read_by(kind) & children.keys() if convolutions else ())
-
-
-@cache
-def _read_by(kind: Any) -> frozenset[str]:
-    return frozenset(READ.findall(getsource(kind)))
+    return frozenset(convolutions | weights_read(kind) & children.keys() if convolutions else ())
 
 
 def share_read_weights(base: PreTrainedModel) -> None:

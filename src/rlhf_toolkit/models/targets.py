@@ -26,6 +26,8 @@ SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
 """Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
+READ = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\b(?!\[|\.(?:dtype|device|shape|size|ndim|is_cuda|data)\b)")
+WRITTEN = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\.data\b")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # PiSSA, OLoRA and the like change the base
 
 
@@ -137,26 +139,26 @@ def is_plain(module: nn.Module) -> bool:
     return kind.forward in plain or kind.__name__ in SAME_PRODUCT
 
 
-def read_past(base: nn.Module, name: str) -> bool:
+def read_past(base: nn.Module, name: str, pattern: re.Pattern[str] = READ) -> bool:
     """Whether the module that holds the layer ``name`` has code for a product of its own with ``self.<layer>.weight``.
 
     An adapter on such a layer would be passed over, at times or always: Gemma 3n's AltUp reads the weight in training
     and calls the layer otherwise, Mamba's kernels read it on a GPU alone. Where code asks for the weight's dtype,
     device or shape, cuts it (BLOOM's way for tensor parallelism, off by default) or writes to its ``data``, the layer
-    itself is called.
+    itself is called. With ``WRITTEN`` as the ``pattern``: whether it has code that writes to the weight's ``data``.
     """
     holder, _, attribute = name.rpartition(".")
     while attribute.isdigit() and holder:  # in a list: the module that has the list reads it
         holder, _, attribute = holder.rpartition(".")
-    of_it = r"dtype|device|shape|size|ndim|is_cuda|data"
-    reading = rf"\bself\.{re.escape(attribute)}(\[[^\]]*\])*\.weight\b(?!\[|\.({of_it})\b)"
     kind: Any = type(base.get_submodule(holder))
-    return re.search(reading, _source(kind)) is not None
+    return attribute in weights_read(kind, pattern)
 
 
 @cache
-def _source(kind: Any) -> str:
+def weights_read(kind: Any, pattern: re.Pattern[str] = READ) -> frozenset[str]:
+    """The children of a class of modules whose weights its code takes for a product of its own, or otherwise has as
+    ``pattern`` says."""
     try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # a class made at run time has none; the first update tells
-        return ""
+        return frozenset(pattern.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):  # a class made at run time has no source; the first update tells
+        return frozenset()
