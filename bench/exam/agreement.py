@@ -181,12 +181,13 @@ def kernels(exam: Exam) -> None:
     """Bytes that the GPU makes of a matrix against a CPU's, and matrices that both make of the same bytes."""
     generator = torch.Generator().manual_seed(3)
     for kind in (kind for kind in Quantisation if kind != Quantisation.NONE):
-        for shape in (torch.Size((96, 200)), torch.Size((1024, 4864))):
+        for shape in map(torch.Size, ((96, 200), (64, 96), (1024, 4864))):
             matrix = torch.randn(shape, generator=generator)
             stored = quantised(matrix, kind)
-            differing = float((quantised(matrix.to(DEVICE), kind).cpu() != stored).float().mean())
-            exam.report.check(f"{kind} {tuple(shape)}: share of bytes that differ", differing, 1e-3)
             right = dequantised(stored, shape, kind, torch.float32)
+            theirs = dequantised(quantised(matrix.to(DEVICE), kind).cpu(), shape, kind, torch.float32)
+            # A scale that is rounded another way turns a few numbers that lie between two.
+            exam.report.check(f"{kind} {tuple(shape)}: quantised there", relative(theirs, right), ERROR[kind] / 10)
             exam.report.check(f"{kind} {tuple(shape)}: change of a matrix", relative(right, matrix), ERROR[kind])
             for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
                 again = dequantised(stored.to(DEVICE), shape, kind, dtype)
