@@ -101,9 +101,6 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         tensor = tensor.to(self.how.device)
         quantises = isinstance(layer, QuantisedLinear) and name.endswith(".weight")
         wanted = layer.shape[:: -1 if layer.turned else 1] if quantises else model.get_parameter(name).shape
-        if quantises and not tensor.is_floating_point():
-            self.misfits.append(f"{name} comes as {tensor.dtype}, and only floating-point numbers can be quantised")
-            return None
         if tensor.shape != wanted:
             self.misfits.append(f"{name} has shape {tuple(tensor.shape)}, its config asks for {tuple(wanted)}")
             return None
