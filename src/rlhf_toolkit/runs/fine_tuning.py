@@ -35,7 +35,7 @@ from rlhf_toolkit.runs.opening import Opening, adapters_text
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import Run, read_command
 from rlhf_toolkit.runs.start import Kind, prepare_run
-from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
+from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
@@ -256,21 +256,14 @@ def load_items(
 ) -> tuple[list[Item], list[Item], Example | Pair]:
     """Training and held-out items, with a line about what was dropped from each, and the first row to train on."""
     data = experiment.data
-    options: dict[str, Any] = {
-        "max_tokens": data.max_tokens,
-        "system_prompt": data.system_prompt,
-        "chat_template": bool(data.chat_template),
-        "template_values": data.chat_template_kwargs,
-        "stop_ids": stop_ids,
-    }
+    options = {"max_tokens": data.max_tokens, "stop_ids": stop_ids, **rendering(data)}
     tokenise: Callable[..., ExampleSet | PairSet] = tokenise_pairs
     if isinstance(experiment, SFTExperiment):
         tokenise = partial(tokenise_examples, turns=experiment.sft.turns)
 
     def load(source: str, split: str) -> ExampleSet | PairSet:
         with agreement("loading"):
-            rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
-            found = tokenise(rows, tokenizer, **options)
+            found = tokenise(load_rows(source, split, **reading(data)), tokenizer, **options)
         on_main(lambda: say(f"{source}: {found.summary()}"))
         return found
 

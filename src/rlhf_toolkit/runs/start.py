@@ -158,7 +158,8 @@ def prepare_run(
         "commit": getattr(config, "_commit_hash", None),
         **described_here(topology),
     }
-    trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
+    with agreement("loading"):
+        trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     watch_run(parts, trainer, progress, mirror)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
