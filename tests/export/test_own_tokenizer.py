@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from rlhf_toolkit.export.chat import load_chat
 from rlhf_toolkit.export.folders import read_run
 from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.export.own_tokenizer import own_tokenizer, tokenizer_files
+from rlhf_toolkit.runs.evaluation import compare_contestants
 from rlhf_toolkit.runs.fine_tuning import FineTuningRun, prepare_fine_tuning
+from rlhf_toolkit.runs.ppo import PPOKind, prepare
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
+from tests.docs.test_data import start_of
 from tests.export.test_card import FakeHub, names_of
 from tests.support.builders import tiny_tokenizer
 from tests.support.chat_tokenizers import ask
-from tests.support.tiny import WORDS, tiny_llama
+from tests.support.tiny import WORDS, merged, tiny_llama, write_task
 
 END, EOS = "<|im_end|>", 1
 TEMPLATE = (
@@ -135,6 +139,32 @@ def test_the_cards_code_and_what_is_sent_have_them(trained: FineTuningRun, monke
     with torch.no_grad():
         answer = ended(names["model"], names["tokenizer"], eos_token_id=names["tokenizer"].eos_token_id)
     assert names["tokenizer"].decode(answer) == f"{ANSWER} {END}"
+
+
+def test_whoever_goes_on_with_other_tokens_is_told(
+    trained: FineTuningRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PPO from the adapter, and an evaluation of it, with the base's tokenizer and with the one it was trained with."""
+    folder, policy = trained.folder.parent, str(trained.folder / "policy")
+    task = merged(write_task(tmp_path), {"model.name": str(folder / "model"), "model.policy_adapter": policy})
+    del task["model"]["lora_rank"], task["model"]["lora_alpha"]
+    task = merged(task, {"data.evaluation": str(tmp_path / "heldout.jsonl"), "rollout.max_new_tokens": 2})
+    (tmp_path / "other.jinja").write_text(TEMPLATE.replace("<assistant> ", "<assistant>  "))
+    asked = {"model.eos_token": END, "data.chat_template": str(folder / "own.jinja"), "data.max_prompt_tokens": 16}
+    ways = {
+        "": asked,
+        f"data.chat_template: '{policy}/chat_template.jinja'": asked
+        | {"data.chat_template": f"{tmp_path}/other.jinja"},
+        f"model.eos_token: '{END}'": {},
+    }
+    for way_out, changes in ways.items():
+        experiment: Any = experiment_from_dict(merged(task, changes))
+        start_of(PPOKind, partial(prepare, experiment), monkeypatch)
+        told = capsys.readouterr().out
+        assert (f"{policy} was trained with " in told) == bool(way_out), told
+        assert told.endswith(f"set {way_out}\n") or not way_out
+    compare_contestants(experiment, [policy], kl=False)
+    assert told.splitlines()[-1] in capsys.readouterr().out.splitlines()
 
 
 def test_a_tokenizer_that_the_base_has_no_rows_for_is_refused(trained: FineTuningRun, tmp_path: Path) -> None:

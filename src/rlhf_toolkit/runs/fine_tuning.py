@@ -127,8 +127,9 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
         model, role = self.experiment.model, REWARD if isinstance(self.experiment, RewardExperiment) else POLICY
         trained = "all weights" if self.experiment.full else adapters_text(model, role, model.policy_adapter)
         trained += " and its head" * self.experiment.trains_head
-        values = self.experiment.data.chat_template_kwargs
-        return Opening(data.tokenizer, data.stop_ids, data.first, values, trained)
+        values, start = self.experiment.data.chat_template_kwargs, model.policy_adapter
+        starts = () if start is None else (start,)
+        return Opening(data.tokenizer, data.stop_ids, data.first, values, trained, adapters=starts)
 
     def identity(self, data: TrainingItems, model: SharedBase | WholeModel) -> dict[str, str]:
         """Also of the examples, and of the reference where the objective has one."""
