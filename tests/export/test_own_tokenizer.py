@@ -72,6 +72,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FineTuningRun]
     yield run
 
 
+def test_a_model_that_is_trained_whole_has_them_in_its_folder(trained: FineTuningRun, tmp_path: Path) -> None:
+    settings = merged(
+        trained.experiment.as_dict(),
+        {"sft.full": True, "sft.epochs": 1.0, "run.output_dir": str(tmp_path), "run.save_every": 1},
+    )
+    model = {name: settings["model"][name] for name in ("name", "dtype", "eos_token")}
+    prepare_fine_tuning(experiment_from_dict({**settings, "model": model}, SFTExperiment)).train()
+    for folder in (tmp_path / "policy", *tmp_path.glob("checkpoint-*/policy")):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == END
+        assert model.generation_config.eos_token_id == [EOS, stop_of(trained)]
+
+
 def stop_of(run: FineTuningRun) -> int:
     tokenizer: Any = run.trainer.processing_class
     return int(tokenizer.convert_tokens_to_ids(END))

@@ -77,6 +77,9 @@ def shown_rows(asked: Asked) -> str:
     rows = load_rows(data.train, data.train_split, **reading(data))
     kind = asked.kind or kind_of(rows, asked.column)
     refuse_idle(asked, kind)
+    if kind == PROMPTS and asked.column not in rows.column_names:
+        columns = shortened(", ".join(rows.column_names), 400)[1:-1]
+        raise ConfigError(f"no column {shortened(asked.column, 80)}; name one of these with --column: {columns}")
     found = tokenised(asked, kind, rows, tokenizer, stop_ids)
     about = template_lines(tokenizer, stop_ids, used=is_rendered(rows_of(found)[0]), stop_strings=strings)
     shown = preview(found, tokenizer, asked.count, data.chat_template_kwargs)
