@@ -77,8 +77,8 @@ def test_a_model_that_is_trained_whole_has_them_in_its_folder(trained: FineTunin
         trained.experiment.as_dict(),
         {"sft.full": True, "sft.epochs": 1.0, "run.output_dir": str(tmp_path), "run.save_every": 1},
     )
-    model = {name: settings["model"][name] for name in ("name", "dtype", "eos_token")}
-    prepare_fine_tuning(experiment_from_dict({**settings, "model": model}, SFTExperiment)).train()
+    kept = {name: settings["model"][name] for name in ("name", "dtype", "eos_token")}
+    prepare_fine_tuning(experiment_from_dict({**settings, "model": kept}, SFTExperiment)).train()
     for folder in (tmp_path / "policy", *tmp_path.glob("checkpoint-*/policy")):
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
