@@ -309,6 +309,9 @@ DATA_COMMANDS = (
             ),
             Argument("--eos-token", action="append", default=[], metavar="TOKEN", help="as model.eos_token"),
             Argument("--column", default="prompt", help="of prompts; default: %(default)s"),
+            Argument(
+                "--stop-string", action="append", default=[], metavar="TEXT", help="of prompts: as rollout.stop_strings"
+            ),
             Argument("--turns", choices=("all", "last"), default="all", help="as sft.turns; default: %(default)s"),
             Argument("--system-prompt", help="system message of conversations that bring none"),
         ),
