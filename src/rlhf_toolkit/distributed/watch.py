@@ -35,9 +35,9 @@ from rlhf_toolkit.errors import (
     at_a_failure,
     at_a_good_end,
     in_script,
-    say_at_once,
     shortened,
 )
+from rlhf_toolkit.last_words import say_at_once, say_last
 
 POLL = 0.5
 LOOKS = 20
@@ -238,7 +238,7 @@ class Watch:
     def _end(self, line: str, status: int, *, every_rank: bool = True) -> NoReturn:
         """End this process here and now: its main thread may never come back."""
         if every_rank or self._rank == 0:
-            say_at_once(line)
+            say_last(line)
         os._exit(status)
 
     def _after(self, failure: str) -> str:
