@@ -123,6 +123,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 at_a_good_end: list[Callable[[], None]] = []
 """What ``reported`` calls where a script has come to its end."""
+at_any_other_end: list[Callable[[int], None]] = []
+"""What ``reported`` calls with the status where it ends a script; the last of them may end the process."""
 at_a_failure: list[Callable[[str], str]] = []
 """What ``reported`` tells a script's last line before it ends with it; gives the line that is said."""
 
@@ -184,4 +186,6 @@ def _told(line: str) -> str:
 def _end(line: str, *more: str, status: int = 1) -> NoReturn:
     if line:
         say_last(line, *more)
+    for step in at_any_other_end:
+        step(status)
     sys.exit(status)
