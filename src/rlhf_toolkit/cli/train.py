@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from rlhf_toolkit.cli.machine import gpus
-from rlhf_toolkit.cli.placement import Where, chosen
+from rlhf_toolkit.cli.placement import Where, chosen, launch_settings
 from rlhf_toolkit.cli.shipped import recipe
 from rlhf_toolkit.cli.words import Argument, Command, Options, at_least_1
 from rlhf_toolkit.errors import ConfigError
@@ -43,6 +43,20 @@ def train(options: Options) -> None:
     from rlhf_toolkit.distributed.launcher import launch
 
     sys.exit(launch(recipe(KINDS[kind].recipe), words, where.launch_options()))
+
+
+def check(options: Options) -> None:
+    """Look at everything but the weights, and print what a run would begin with."""
+    from rlhf_toolkit.runs.check import checked
+
+    path = named(options.experiment)
+    kind, experiment = read(path, options.overrides)
+    where = placed(experiment, options)
+    say(f"{kind}: {where.text()}; results in {experiment.run.output_dir}")
+    settings = {} if where.file is None else launch_settings(where.file)
+    for line in checked(experiment, processes=where.processes, zero_stage=where.stage, launch=settings):
+        say(line)
+    say(f"{path} is sound; only the weights have not been looked at: rlhf train {path}")
 
 
 def named(experiment: str | None) -> Path:
@@ -105,6 +119,13 @@ OVERRIDES = Argument(
     help="replaces a setting of the file; --section.key value and --section.key=value mean the same",
 )
 COMMANDS = (
+    Command(
+        "check",
+        "look at everything about an experiment but the model's weights, in seconds",
+        check,
+        (EXPERIMENT, OVERRIDES, *WHERE),
+        settings=True,
+    ),
     Command(
         "train",
         "train what an experiment's file describes, on the GPUs of this machine or on its CPU",
