@@ -26,6 +26,10 @@ from rlhf_toolkit.last_words import ERROR_FILE, left_in, say_at_once
 PATIENCE = 600
 """Seconds in which ranks that were asked to stop may write their checkpoint. torchelastic kills them after 30."""
 PATIENCE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+STOPPED = (
+    "stopped by {name} before a rank could say what it has kept; start it again, with --resume where the run folder "
+    "holds a checkpoint"
+)
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -57,12 +61,14 @@ def launch(script: Path, words: Sequence[str], options: Sequence[str]) -> int:
             log.write("".join(traceback.format_exception(ended)))
     line, more = left_in(folder / "ranks")
     status = _status_of(ended)
-    if status and not line and status <= 128:
-        line = _unexplained(ended, folder / "launcher.log")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    if status and line:
+    if status > 128 and not line:
+        line = STOPPED.format(name=_name_of(status - 128))
+    elif status and not line:
+        say_at_once(_unexplained(ended, folder / "launcher.log"))
+        return status
+    if status:
         say_at_once(*more, line)
+    shutil.rmtree(folder, ignore_errors=True)
     return status
 
 

@@ -37,7 +37,9 @@ def listing(kind: str) -> str:
             setting = f"{name}.{knob.name}"
             text = "; ".join(facts(knob, hints[knob.name], idle.get(setting)))
             lines.append(f"  {setting}={default_in_yaml(knob)}")
-            lines += textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+            lines += textwrap.wrap(
+                text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False
+            )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
