@@ -108,5 +108,3 @@ def test_config_prints_the_schema_it_checks_with(capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out) == schema("sft")
     main(["config", "sft"])
     assert "sft.turns=all" in capsys.readouterr().out
-
-

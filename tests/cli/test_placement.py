@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_toolkit.cli import main, machine
+from rlhf_toolkit.cli import machine, main
 from rlhf_toolkit.cli.placement import chosen
 from rlhf_toolkit.cli.shipped import launch_configs, recipe
 from rlhf_toolkit.errors import ConfigError
@@ -57,7 +57,10 @@ def test_a_launch_file_is_taken_as_it_stands(tmp_path: Path) -> None:
     own.write_text("mixed_precision: 'no'\n")
     for words, message in (
         ((str(own), None), "has no num_processes: 1 or more"),
-        (("zero3_4gpus", None), "is no file; did you mean zero3_4gpu?; give a YAML file of accelerate's or one of cpu_"),
+        (
+            ("zero3_4gpus", None),
+            "is no file; did you mean zero3_4gpu?; give a YAML file of accelerate's or one of cpu_",
+        ),
         ((None, 3), "--processes 3, but there are 2 GPUs here; give 2 or less"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -102,10 +105,14 @@ def test_one_process_becomes_the_recipe(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the settings as they were given, and with the command that goes on in the environment."""
-    started = list[list[str]]()
+    started = list[list[Any]]()
+
+    def replaced(*words: Any) -> None:
+        started.append([*words])
+
     monkeypatch.setattr("rlhf_toolkit.cli.train.gpus", lambda: 0)
-    monkeypatch.setattr(os, "execv", lambda program, words: started.append([program, *words]))
-    monkeypatch.setattr("rlhf_toolkit.distributed.launcher.launch", lambda *words: started.append([*words]) or 0)
+    monkeypatch.setattr(os, "execv", replaced)
+    monkeypatch.setattr("rlhf_toolkit.distributed.launcher.launch", replaced)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     path = tmp_path / "my.yaml"
     path.write_text("model: {name: m}\ndata: {train: t.jsonl}\n" + EXPERIMENTS[kind])
@@ -115,7 +122,7 @@ def test_one_process_becomes_the_recipe(
         main(["train", *words])
     script = str(ROOT / "recipes" / KINDS[kind].recipe)
     settings = ["--config", str(path), "run.seed=3", "run.output_dir=out", "--resume"]
-    assert started[0] == [sys.executable, sys.executable, script, *settings]
+    assert started[0] == [sys.executable, [sys.executable, script, *settings]]
     assert json.loads(os.environ[COMMAND]) == ["rlhf", "train", *words]
     assert f"{kind}: 1 process on CPU, no DeepSpeed; results in out" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -62,7 +62,9 @@ def check(options: Options) -> None:
 def named(experiment: str | None) -> Path:
     """The file of the experiment. Raises ConfigError where none is named and none lies here under the usual name."""
     if experiment is None and not Path(FIRST_FILE).is_file():
-        raise ConfigError(f"there is no {FIRST_FILE} in {Path.cwd()}; name your file, or let rlhf init write a first one")
+        raise ConfigError(
+            f"there is no {FIRST_FILE} in {Path.cwd()}; name your file, or let rlhf init write a first one"
+        )
     return Path(experiment or FIRST_FILE)
 
 

@@ -37,16 +37,19 @@ class Command:
 
 
 def at_least_1(text: str) -> int:
+    """A whole number from 1 up."""
     if not (text.isdecimal() and len(text) <= 18 and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no whole number from 1 up")
     return int(text)
 
 
 def share(text: str) -> float:
+    """A number above 0 and up to 1."""
     return _number(text, 0.0, 1.0)
 
 
 def penalty(text: str) -> float:
+    """What a repetition penalty may be."""
     return _number(text, 0.01, 100.0)
 
 

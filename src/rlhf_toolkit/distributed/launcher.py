@@ -51,7 +51,9 @@ def launch(script: Path, words: Sequence[str], options: Sequence[str]) -> int:
     """
     folder = Path(tempfile.mkdtemp(prefix="rlhf_train_"))
     os.environ.setdefault(PATIENCE_VARIABLE, str(PATIENCE))
-    os.environ[ERROR_FILE] = str(folder / "ranks/0/error.json")  # of a single process, which torchelastic has no part in
+    os.environ[ERROR_FILE] = str(
+        folder / "ranks/0/error.json"
+    )  # of a single process, which torchelastic has no part in
     (folder / "ranks/0").mkdir(parents=True)
     options = [*options, "--log_dir", str(folder / "ranks"), str(script), *words]
     with (folder / "launcher.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -95,16 +97,17 @@ def _status_of(ended: BaseException | None) -> int:
     failures: dict[int, Any] = getattr(ended, "failures", {})
     codes = [failure.exitcode for failure in failures.values()] or [getattr(ended, "returncode", 1)]
     stopped = [code for code in codes if code > 128]
-    return stopped[0] if stopped and len(stopped) == len(codes) else 1
+    ended_with_them = [code for code in codes if -code in ASKING]  # by torchelastic, which asks the others then
+    return stopped[0] if stopped and len(stopped) + len(ended_with_them) == len(codes) else 1
 
 
 def _unexplained(ended: BaseException | None, log: Path) -> str:
     """A line for ranks that have ended without a word, or a launcher that has not come to start them."""
     failures: dict[int, Any] = getattr(ended, "failures", {})
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    if not codes and hasattr(ended, "returncode"):
+    if not codes and ended is not None and hasattr(ended, "returncode"):
         codes = {0: ended.returncode}
-    for rank, code in sorted(codes.items()):
+    for rank, code in sorted(codes.items(), key=lambda each: -each[1] in ASKING):  # those whom torchelastic ended last
         how = f"status {code}" if code >= 0 else _name_of(-code)
         why = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
         return _line(f"rank {rank} was ended by {how}{why}; continue with --resume; the launcher's own words: {log}")

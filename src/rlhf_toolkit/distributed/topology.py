@@ -295,8 +295,8 @@ def end_process(status: int = 0) -> NoReturn:
     """End this process with ``status``, as Python would but without the teardown of the interpreter.
 
     There a gloo group's threads may abort the process ("terminate called without an active exception"), after a run
-    that has ended well, and after one that was stopped they keep it for some ten seconds. Leaving the group does not end them, since every parameter that DeepSpeed shards holds the
-    group (torch 2.13, deepspeed 0.19.8).
+    that has ended well, and after one that was stopped they keep it for some ten seconds. Leaving the group does not
+    end them, since every parameter that DeepSpeed shards holds the group (torch 2.13, deepspeed 0.19.8).
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

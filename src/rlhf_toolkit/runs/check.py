@@ -110,7 +110,10 @@ def skeleton(experiment: Experiment, config: PretrainedConfig, *, value: bool, q
     """The base, ``quantised`` as the experiment says or not at all, and its adapters, without a number in them. Raises
     ModelError for adapters that are none, and for names of layers that the model has not."""
     model = experiment.model
-    for setting, folder in (("model.value_adapter", model.value_adapter), ("reward.adapter", experiment.reward.adapter)):
+    for setting, folder in (
+        ("model.value_adapter", model.value_adapter),
+        ("reward.adapter", experiment.reward.adapter),
+    ):
         if folder is not None:
             adapter_config(folder, setting)
     with torch.device("meta"):

@@ -36,8 +36,8 @@ def stopped(trainer: RoleTrainer, resumed_from: Checkpoint | None, why: str) -> 
 
 
 def command(*, resume: bool) -> str:
-    """The command line that this process was started with, by ``rlhf train`` or a launcher if it was, with ``--resume`` or, to begin
-    afresh in the folder that the run has claimed, ``--overwrite``."""
+    """The command line that this process was started with, by ``rlhf train`` or a launcher if it was, with ``--resume``
+    or, to begin afresh in the folder that the run has claimed, ``--overwrite``."""
     words = command_of_rlhf() or launched_by(parent_command()) or [Path(sys.executable).name, *sys.argv]
     kept = [word for word in words if word not in ("--resume", "--overwrite")]
     return shlex.join([*kept, "--resume" if resume else "--overwrite"])

@@ -67,9 +67,7 @@ BIASES = Rule(
         for token, number in value.items()
     ),
 )
-PENALTY = Rule(
-    "be from 0.01 to 100", lambda value: 0.01 <= value <= 100, (("minimum", 0.01), ("maximum", 100))
-)
+PENALTY = Rule("be from 0.01 to 100", lambda value: 0.01 <= value <= 100, (("minimum", 0.01), ("maximum", 100)))
 WORDS_TO_AVOID = Rule("hold texts with more than white space", lambda value: all(text.strip() for text in value))
 TOKENS = Rule("name one token or more", lambda value: bool(value) and all(value))
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")

@@ -37,9 +37,7 @@ def listing(kind: str) -> str:
             setting = f"{name}.{knob.name}"
             text = "; ".join(facts(knob, hints[knob.name], idle.get(setting)))
             lines.append(f"  {setting}={default_in_yaml(knob)}")
-            lines += textwrap.wrap(
-                text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False
-            )
+            lines += textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
@@ -86,7 +84,7 @@ def idle_by_default(kind: str) -> dict[str, str]:
     """Setting to the reason why it does nothing while all others have their defaults."""
     experiment = KINDS[kind].experiment
     sections = sections_of(kind)
-    given = {name: sections[name](**values) for name, values in REQUIRED.items() if name in sections}
-    built: Any = experiment(**given)
+    given: dict[str, Any] = {name: sections[name](**REQUIRED[name]) for name in REQUIRED if name in sections}
+    built = experiment(**given)
     found = idle_in_ppo(built) if isinstance(built, Experiment) else idle_in_fine_tuning(built)
     return {setting: why.partition(";")[0] for idle, settings, why in found if idle for setting in settings}
