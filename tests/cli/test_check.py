@@ -89,7 +89,7 @@ def test_check_of_the_other_kinds(
     monkeypatch.chdir(tmp_path)
     main(["init", "--kind", kind, "--model", task["model"]["name"], "new"])
     monkeypatch.chdir(tmp_path / "new")
-    row = {"prompt": "w1", **({"completion": "w2"} if kind == "sft" else {"chosen": "w2", "rejected": "w3"})}
+    row = {"prompt": "w1", **({"completion": " w2"} if kind == "sft" else {"chosen": " w2", "rejected": " w3"})}
     Path("train.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     main(["check", "data.chat_template=false"])
     told = capsys.readouterr().out.splitlines()

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_toolkit import __version__
+import rlhf_toolkit
 from rlhf_toolkit.cli import data, first, results, train
 from rlhf_toolkit.cli.words import Command, Options
 from rlhf_toolkit.errors import reported
@@ -73,7 +73,7 @@ def command_line() -> tuple[Parser, dict[str, Any]]:
         return places
 
     parser = Parser(prog="rlhf", description="Begin with: rlhf init, rlhf check, rlhf train.")
-    parser.add_argument("--version", action="version", version=f"rlhf_toolkit {__version__}")
+    parser.add_argument("--version", action="version", version=f"rlhf_toolkit {rlhf_toolkit.__version__}")
     places = add(parser, COMMANDS)
     add(places.add_parser("data", help="look at training data as a model will see it"), data.DATA_COMMANDS)
     return parser, places.choices
