@@ -19,6 +19,7 @@ COMMAND = "RLHF_COMMAND"
 """Environment variable with the words of the ``rlhf train`` that has started this process, as JSON."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file in which torchelastic looks for the reason of a rank's end."""
+_PARENT = os.getppid()
 
 
 def say_at_once(*lines: str) -> None:
@@ -38,6 +39,15 @@ def say_last(line: str, *more: str) -> None:
 
 def says_it_for_us() -> bool:
     """Whether the launcher of ``rlhf train`` says what this process leaves behind."""
+    return _has_launcher() and os.getppid() == _PARENT
+
+
+def launcher_is_gone() -> bool:
+    """Whether the launcher of ``rlhf train`` has ended before this process, as one does that is killed."""
+    return _has_launcher() and os.getppid() != _PARENT
+
+
+def _has_launcher() -> bool:
     return COMMAND in os.environ and bool(os.environ.get(ERROR_FILE))
 
 

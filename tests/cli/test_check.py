@@ -19,6 +19,7 @@ from rlhf_toolkit.rollout.sampler import one_token
 from rlhf_toolkit.rollout.sizes import model_size
 from rlhf_toolkit.runs.check import skeleton
 from rlhf_toolkit.runs.ppo import load_ppo_roles
+from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.support.offenders import for_each
 from tests.support.tiny import merged, tiny_llama, tiny_recurrent, write_experiment, write_task
@@ -35,7 +36,7 @@ def test_the_skeleton_has_the_sizes_of_the_real_model(
     make: Callable[[], PreTrainedModel], changes: dict[str, Any], tmp_path: Path
 ) -> None:
     """The numbers that the planner reads, of the model as a run loads it and of names and shapes alone."""
-    experiment = experiment_from_dict(merged(write_task(tmp_path, model=make()), changes))
+    experiment: Experiment = experiment_from_dict(merged(write_task(tmp_path, model=make()), changes))
     config = AutoConfig.from_pretrained(tmp_path / "model")
     topology = Topology(Launch.from_environment({}), 0, 1, torch.device("cpu"))
     real = load_ppo_roles(experiment, config, topology, value=True)

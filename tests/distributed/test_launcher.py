@@ -84,6 +84,14 @@ def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone; of one without a parent that looks after it a zombie may stay."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def wait_for(happened: object, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not happened():  # type: ignore[operator]
@@ -94,9 +102,9 @@ def wait_for(happened: object, seconds: float = 120) -> None:
 @pytest.mark.thorough
 def test_a_run_is_suspended_stopped_and_continued_by_the_command_it_gives(tmp_path: Path) -> None:
     """Two ranks under real ZeRO-3: Ctrl-Z stops them with the launcher, Ctrl-C keeps a checkpoint, ends all of them and
-    says how to go on; that command, as it stands, ends the run well."""
+    says how to go on, by a command that can be given as it stands. A launcher that is killed leaves nobody behind."""
     build_op()
-    task = merged(write_task(tmp_path), {"ppo.num_rollouts": 60, "run.output_dir": "out"})
+    task = merged(write_task(tmp_path), {"ppo.num_rollouts": 400, "run.output_dir": "out"})
     write_experiment(tmp_path / "my.yaml", task)
     environment = {**environment_of_tests(), "PYTHONPATH": str(ROOT / "src")}
     rlhf = [sys.executable, "-m", "rlhf_toolkit.cli"]
@@ -122,12 +130,21 @@ def test_a_run_is_suspended_stopped_and_continued_by_the_command_it_gives(tmp_pa
     wait_for(lambda: not any(rank.status() == psutil.STATUS_STOPPED for rank in ranks))
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and not any(rank.is_running() for rank in ranks), output[-2000:]
+    done = log.read_text().count("\n")
+    assert process.returncode == 130 and all(map(has_ended, ranks)), output[-2000:]
     last = output.splitlines()[-1]
     found = re.fullmatch(r"stopped by SIGINT after update \d+, with a checkpoint; continue with rlhf (.*)", last)
     assert found and "Traceback" not in output and "elastic" not in output, output[-2000:]
-    again = start([*found[1].split(), "ppo.num_rollouts=8"])
     assert found[1] == "train my.yaml --processes 2 --run.samples 1 --resume"
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output[-2000:]
-    assert [json.loads(line)["rollout"] for line in log.read_text().splitlines()] == list(range(1, 9))
+    again = start(found[1].split())
+    wait_for(lambda: log.read_text().count("\n") > done + 1)
+    ranks = children_of(again)
+    again.kill()
+    output, _ = again.communicate(timeout=120)  # the ranks have the pipe, too
+    assert all(map(has_ended, ranks))
+    assert "stopped by SIGTERM after update " in output and "Traceback" not in output, output[-2000:]
+    done = log.read_text().count("\n")
+    last_one = start([*found[1].split(), f"ppo.num_rollouts={done + 1}"])
+    output, _ = last_one.communicate(timeout=240)
+    assert last_one.returncode == 0, output[-2000:]
+    assert [json.loads(line)["rollout"] for line in log.read_text().splitlines()] == list(range(1, done + 2))

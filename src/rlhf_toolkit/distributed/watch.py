@@ -37,7 +37,7 @@ from rlhf_toolkit.errors import (
     in_script,
     shortened,
 )
-from rlhf_toolkit.last_words import say_at_once, say_last
+from rlhf_toolkit.last_words import launcher_is_gone, say_at_once, say_last
 
 POLL = 0.5
 LOOKS = 20
@@ -124,8 +124,8 @@ class Watch:
         return found[0]
 
     def _listen(self) -> None:
-        """Hear signals, and whether the store still answers."""
-        waited, rounds = 0.0, 0
+        """Hear signals, and whether the store still answers and the launcher is still there."""
+        waited, rounds, orphaned = 0.0, 0, False
         while not self._closed.is_set():
             ready, _, _ = select.select([self._read], [], [], POLL)
             for number in os.read(self._read, 256) if ready else b"":
@@ -139,6 +139,9 @@ class Watch:
                     self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
                 if first:
                     self._stop(number)
+            if not orphaned and launcher_is_gone():  # nobody else could end this run any more
+                orphaned = True
+                os.kill(os.getpid(), signal.SIGTERM)
             waited = waited + POLL if rounds == self._rounds and not ready else 0.0
             rounds = self._rounds
             if waited > ANSWER and self._store is not None:
