@@ -44,6 +44,8 @@ def test_the_first_word_counts_and_a_rank_that_failed_alone_is_named(
         for line in lines:
             say_last(line, "its stack")
     assert left_in(tmp_path) == ("[rank 1] the cause", ["its stack"])
+    ranks[1].write_text(ranks[1].read_text()[:-10])  # it was killed meanwhile
+    assert left_in(tmp_path) == ("rank 1 failed: the cause", ["its stack"])
 
 
 def test_under_another_launcher_it_says_it_and_leaves_it_in_torchelastics_words(

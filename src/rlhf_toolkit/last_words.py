@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf_toolkit.texts import LINES, printable
@@ -81,9 +82,10 @@ def left_in(folder: Path) -> tuple[str, list[str]]:
     others have not ended alike, and what belongs above it. An empty line where none has left anything."""
     found = []
     for place in folder.rglob("error.json"):
-        said = json.loads(place.read_text(encoding="utf-8"))["message"]
-        about = said["extraInfo"]
-        found.append((about.get("time", float(about["timestamp"])), place.parent.name, said["message"], about))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # of a rank that was killed while it wrote
+            said = json.loads(place.read_text(encoding="utf-8"))["message"]
+            about = said["extraInfo"]
+            found.append((about["time"], place.parent.name, said["message"], about))
     if not found:
         return "", []
     _, rank, line, about = min(found, key=lambda each: each[:2])

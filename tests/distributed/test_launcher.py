@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from rlhf_toolkit.distributed import launcher
 from tests.support.launch import build_op
 from tests.support.processes import ROOT, environment_of_tests, run
 from tests.support.tiny import merged, write_experiment, write_task
@@ -44,6 +46,7 @@ with reported():
 DRIVER = """
 import os, sys, tempfile
 from pathlib import Path
+from typing import Any
 from rlhf_toolkit.distributed.launcher import launch
 
 os.environ["RLHF_COMMAND"] = "[]"
@@ -78,6 +81,26 @@ def test_the_screen_ends_with_one_line_however_ranks_end(tmp_path: Path) -> None
     pattern = r"TopologyError: rank 1 was ended by SIGKILL, as the system does where memory runs out; .*: (\S+)"
     (log,) = re.fullmatch(pattern, line).groups()  # type: ignore[union-attr]
     assert (status, left) == (1, 1) and "ChildFailedError" in Path(log).read_text()
+
+
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchelastic takes SIGHUP for itself, and would end a run that was started to go on."""
+    started = list[Any]()
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
+    monkeypatch.setattr(launcher, "_end_children", lambda: None)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, handler)
+            assert launcher._accelerate(["recipe.py"]) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "SIGHUP" not in started[0].signals_to_handle and not hasattr(started[1], "signals_to_handle")
+    from accelerate.utils.launch import _filter_args
+    from torch.distributed.run import get_args_parser
+
+    taken = _filter_args(started[0], get_args_parser(), ["recipe.py"])
+    assert taken.signals_to_handle == "SIGTERM,SIGINT,SIGQUIT"
 
 
 def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

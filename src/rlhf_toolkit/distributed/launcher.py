@@ -51,10 +51,9 @@ def launch(script: Path, words: Sequence[str], options: Sequence[str]) -> int:
     """
     folder = Path(tempfile.mkdtemp(prefix="rlhf_train_"))
     os.environ.setdefault(PATIENCE_VARIABLE, str(PATIENCE))
-    os.environ[ERROR_FILE] = str(
-        folder / "ranks/0/error.json"
-    )  # of a single process, which torchelastic has no part in
-    (folder / "ranks/0").mkdir(parents=True)
+    alone = folder / "ranks/0/error.json"  # of a single process, which torchelastic has no part in
+    alone.parent.mkdir(parents=True)
+    os.environ[ERROR_FILE] = str(alone)
     options = [*options, "--log_dir", str(folder / "ranks"), str(script), *words]
     with (folder / "launcher.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         with _heard():
@@ -79,7 +78,10 @@ def _accelerate(options: Sequence[str]) -> BaseException | None:
     try:
         from accelerate.commands.launch import launch_command, launch_command_parser  # its loggers take the log file
 
-        launch_command(launch_command_parser().parse_args(list(options)))
+        chosen = launch_command_parser().parse_args(list(options))
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which torchelastic would not heed
+            chosen.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"
+        launch_command(chosen)
     except BaseException as error:
         return error
     finally:
