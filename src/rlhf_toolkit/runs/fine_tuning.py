@@ -27,13 +27,12 @@ from rlhf_toolkit.models.loading import adapter_config, load_base
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
-from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import Progress, write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.runs.callbacks import EngineCheck
 from rlhf_toolkit.runs.opening import Opening, adapters_text
 from rlhf_toolkit.runs.packing import packs
-from rlhf_toolkit.runs.run import Run, read_command
+from rlhf_toolkit.runs.run import Run
 from rlhf_toolkit.runs.start import Kind, prepare_run
 from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
 from rlhf_toolkit.runs.weights import load_adapted_base
@@ -72,13 +71,6 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
         if self.mirror is not None:
             self.mirror.finish()
         return summary
-
-
-def run_recipe(kind: type[FineTuning], description: str | None) -> None:
-    """A supervised recipe: read its command line, run the experiment, print the report."""
-    command = read_command(kind, description)
-    run = prepare_fine_tuning(command.experiment, resume=command.resume, overwrite=command.overwrite)
-    print_report(run.folder, run.train())
 
 
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:
