@@ -69,6 +69,14 @@ def test_under_another_launcher_it_says_it_and_leaves_it_in_torchelastics_words(
     )
 
 
+def test_a_rank_s_name_stands_before_its_line_and_not_before_the_stack(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    say_last("the cause", "its\nstack")
+    assert capsys.readouterr().err == "\nits\nstack\n[rank 1] the cause\n"
+
+
 def test_what_nobody_foresaw_keeps_its_stack(
     ranks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

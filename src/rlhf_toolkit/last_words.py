@@ -24,10 +24,12 @@ _PARENT = os.getppid()
 
 
 def say_at_once(*lines: str) -> None:
-    """Write lines to the terminal, which ranks share, in one piece and under this rank's name."""
+    """Write lines to the terminal, which ranks share, in one piece, the last of them under this rank's name."""
     rank = os.environ.get("RANK", "0")
-    prefix = "" if rank == "0" else f"\n[rank {rank}] "  # not at the end of rank 0's progress bar
-    sys.stderr.write(prefix + "\n".join([printable(text, LINES) for text in lines] + [""]))
+    *above, line = [printable(text, LINES) for text in lines]
+    if rank != "0":  # not at the end of rank 0's progress bar
+        above, line = ["", *above], f"[rank {rank}] {line}"
+    sys.stderr.write("\n".join([*above, line, ""]))
     sys.stderr.flush()
 
 

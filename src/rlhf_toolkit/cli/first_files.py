@@ -11,7 +11,7 @@ import yaml
 from rlhf_toolkit.settings.kinds import KINDS
 from rlhf_toolkit.settings.listing import sections_of
 
-FILE, DATA, REWARD, SCHEMA = "experiment.yaml", "train.jsonl", "reward.py", "experiment.schema.json"
+FILE, DATA, FUNCTION, SCHEMA = "experiment.yaml", "train.jsonl", "reward.py", "experiment.schema.json"
 SMALL, SMALL_FOR_GPU = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"
 ROWS = 3
 Settings = dict[str, dict[str, Any]]
@@ -37,7 +37,7 @@ def written(kind: str, *, model: str | None, gpus: int) -> dict[str, str]:
     rows = max(ROWS, gpus)
     files = {FILE: experiment_text(kind, model or (SMALL_FOR_GPU if gpus else SMALL), rows=rows, gpus=gpus)}
     files[DATA] = "".join(json.dumps(row_of(kind, number)) + "\n" for number in range(rows))
-    return files | ({REWARD: REWARD_TEXT} if kind == "ppo" else {})
+    return files | ({FUNCTION: REWARD_TEXT} if kind == "ppo" else {})
 
 
 def row_of(kind: str, number: int) -> dict[str, str]:
@@ -76,7 +76,7 @@ def ppo_settings(rows: int) -> Settings:
     """Of a run of PPO that takes some minutes on a CPU."""
     return {
         "data": {"train": DATA, "max_prompt_tokens": 96},
-        "reward": {"function": f"{REWARD}:score", "missing_eos_penalty": 0.5},
+        "reward": {"function": f"{FUNCTION}:score", "missing_eos_penalty": 0.5},
         "rollout": {"prompts_per_rollout": rows, "responses_per_prompt": 4, "max_new_tokens": 32},
         "ppo": {"num_rollouts": 5, "mini_batches": 1, "kl_coef": 0.02},
         "update": {"micro_batch_tokens": 1024, "policy_lr": 1e-4},
