@@ -33,8 +33,8 @@ from transformers import (
 
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.models.targets import spelt_out
-from tests.models.test_architectures import GEMMA3N
+from rlhf_toolkit.models.targets import is_plain, spelt_out
+from tests.models.test_architectures import EXPERTS, GEMMA3N, INDEXED, LATENT, ROUTED, TINY
 from tests.support.offenders import for_each
 from tests.support.roles import lora
 from tests.support.tiny import tiny_llama
@@ -189,6 +189,23 @@ def test_of_gemma3n_and_mamba_it_leaves_out_what_is_read_and_of_bloom_nothing() 
     assert leaves(mamba) == {"in_proj"}
     bloom = AutoModelForCausalLM.from_config(config_of("bloom", vocab_size=32, hidden_size=32, n_layer=1, n_head=4))
     assert leaves(bloom) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_what_runs_without_gradient_is_left_alone_and_refused_by_name() -> None:
+    """The indexer of DeepSeek-V3.2 chooses tokens, and a choice has no gradient."""
+    config = config_of("deepseek_v32", **{**TINY, **EXPERTS, **LATENT, **ROUTED, **INDEXED})
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    attention = {name.rpartition(".")[2] for name, m in base.named_modules() if "attn" in name and is_plain(m)}
+    assert attention - leaves(base) == {"wq_b", "wk", "weights_proj"}
+    with pytest.raises(ModelError, match=r"indexer\.wq_b: the model runs this layer without gradient.*exclude_modules"):
+        SharedBase(base, {"policy": lora(target_modules=["q_b_proj", "wq_b"])})
+
+
+def test_what_a_decoder_sees_and_hears_with_is_left_alone() -> None:
+    base = tiny_llama()
+    base.model.embed_tokens_extend = nn.ModuleDict({"image_embed": nn.Linear(4, 4), "audio_embed": nn.Linear(4, 4)})
+    base.model.layers[0].imaged = nn.Linear(4, 4)
+    assert leaves(base) == leaves(tiny_llama()) | {"imaged"}
 
 
 def test_excluded_modules_stay_excluded() -> None:

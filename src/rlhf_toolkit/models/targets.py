@@ -26,8 +26,12 @@ SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
 """Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
+SENSES = re.compile(r"(?:^|[._])(?:vision|visual|image|img|audio|speech)(?:[._]|$)")
+"""Parts that some models keep inside their decoder, and that text never comes to."""
 READ = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\b(?!\[|\.(?:dtype|device|shape|size|ndim|is_cuda|data)\b)")
 WRITTEN = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\.data\b")
+WITHOUT_GRADIENT = re.compile(r"(?:\s*@.*\n)*?\s*@torch\.(?:no_grad|inference_mode)\b")
+"""How the source of a forward pass begins that records no gradient."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # PiSSA, OLoRA and the like change the base
 
 
@@ -36,7 +40,8 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
 
     PEFT's own reading also takes vision towers, routers that return more than a product and, in models whose experts
     transformers 5 has fused, those experts: no role slice can reach them. A linear layer whose name PEFT would take for
-    such an expert's is left out too, and one whose weight the model reads itself (``read_past``).
+    such an expert's is left out too, and one whose weight the model reads itself (``read_past``) or that it runs
+    without gradient.
     """
     config = deepcopy(config)
     if str(config.target_modules).lower() != ALL_LINEAR:
@@ -50,7 +55,9 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
         and is_plain(module)
         and not ROUTED_EXPERT.search(f".{name}.")
         and not OF_ANOTHER_LAYER.search(name)
+        and not SENSES.search(name)
         and not read_past(base, name)
+        and not runs_without_gradient(base, name)
     ]
     reread = deepcopy(config)
     convert_peft_config_for_transformers(reread, base, None)
@@ -121,6 +128,11 @@ def refuse_layers(base: PreTrainedModel) -> None:
                     f"{name}: the model reads this layer's weight itself, past an adapter; name it in "
                     "model.exclude_modules"
                 )
+            if runs_without_gradient(base, name):
+                raise ModelError(
+                    f"{name}: the model runs this layer without gradient, so that it would never learn; name it in "
+                    "model.exclude_modules"
+                )
             if module.lora_variant or any(module.lora_bias.values()):
                 raise ModelError(
                     f"{name}: role slices know plain LoRA and rsLoRA; switch off DoRA, lora_bias and other variants "
@@ -152,6 +164,22 @@ def read_past(base: nn.Module, name: str, pattern: re.Pattern[str] = READ) -> bo
         holder, _, attribute = holder.rpartition(".")
     kind: Any = type(base.get_submodule(holder))
     return attribute in weights_read(kind, pattern)
+
+
+def runs_without_gradient(base: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` is part of a module whose forward pass records no gradient, such as the indexer by
+    which sparse attention chooses what a token attends to: a choice has none."""
+    parts = name.split(".")
+    kinds: list[Any] = [type(base.get_submodule(".".join(parts[:end]))) for end in range(1, len(parts))]
+    return any(_is_without_gradient(kind) for kind in kinds)
+
+
+@cache
+def _is_without_gradient(kind: Any) -> bool:
+    try:
+        return bool(WITHOUT_GRADIENT.match(inspect.getsource(kind.forward)))
+    except (OSError, TypeError):  # a class made at run time has no source; the first update tells
+        return False
 
 
 @cache
