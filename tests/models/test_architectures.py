@@ -251,6 +251,8 @@ def build(case: Case, folder: Path) -> Built:
             parameter.data.mul_(3)  # larger than a fresh model's: attention and routing that matter
         elif not parameter.any():  # biases, and scales that would switch parts of the model off
             parameter.data.normal_(std=0.1)
+        elif bool((parameter == parameter.flatten()[0]).all()):  # norms and scales that a checkpoint has learned
+            parameter.data.mul_(1 + 0.2 * torch.randn_like(parameter))
     model.get_input_embeddings().weight.data[0].normal_(std=0.1)  # a checkpoint's padding token is not zero
     model.save_pretrained(folder)
     bases = [

@@ -32,6 +32,8 @@ READ = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\b(?!\[|\.(?:dtype|devic
 WRITTEN = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\.data\b")
 WITHOUT_GRADIENT = re.compile(r"(?:\s*@.*\n)*?\s*@torch\.(?:no_grad|inference_mode)\b")
 """How the source of a forward pass begins that records no gradient."""
+TOGETHER = "one product takes the tokens of all roles to an expert"
+"""Why no role can have an expert of its own."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # PiSSA, OLoRA and the like change the base
 
 
@@ -84,12 +86,41 @@ def refuse_unknown(base: PreTrainedModel, setting: str, names: str | Sequence[st
                 f"{setting}={shortened(name)} is no regular expression ({error}); give {ALL_LINEAR} or a list of name "
                 "endings"
             ) from error
+        experts = [] if found else [each for each in routed_experts(base) if f".{each}".endswith(f".{name}")]
+        if name and experts:
+            raise ModelError(
+                f"{setting} names {shortened(name)}, which is {experts[0]}, one of {len(experts)} such matrices of "
+                f"routed experts ({TOGETHER}); {ALL_LINEAR} adapts the linear layers around them"
+            )
         if not name or not found:
             endings = sorted({layer.rpartition(".")[2] for layer, module in base.named_modules() if is_plain(module)})
             raise ModelError(
                 f"{setting} names {shortened(name)}, which no layer of {type(base).__name__} is called"
                 f"{nearest(name[:100], endings)}; its linear layers end with {', '.join(endings[:20])}"
             )
+
+
+def routed_experts(base: nn.Module) -> list[str]:
+    """The names of all matrices of experts that a router chooses among, whatever a family keeps them in."""
+    found = dict[str, None]()
+    for name, module in base.named_modules():
+        is_one = name.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
+        if is_one and "shared" not in name:  # a shared expert computes every token, by plain linear layers
+            found |= {f"{name}.{part}": None for part, _ in module.named_parameters() if not part.endswith("bias")}
+    return list(found)
+
+
+def beside_experts(model: nn.Module) -> str | None:
+    """Which layers the adapters of a ``model`` with routed experts are on, and that those stay as they are; None
+    without experts or without adapters."""
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    experts = routed_experts(model)
+    if not experts or not adapted:
+        return None
+    return (
+        f"adapters are on {', '.join(sorted(adapted))}; the {len(experts)} matrices of routed experts, "
+        f"{experts[0].removeprefix('base_model.model.')} the first, stay the base's: {TOGETHER}"
+    )
 
 
 def refuse_settings(role: str, config: LoraConfig) -> None:
@@ -118,7 +149,7 @@ def refuse_layers(base: PreTrainedModel) -> None:
             layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if not isinstance(module, LoraLinear) or not is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
                 raise ModelError(
-                    f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts, not "
+                    f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts ({TOGETHER}), not "
                     f"{type(layer).__name__}; choose model.target_modules without it, or name it in "
                     "model.exclude_modules"
                 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -22,6 +23,7 @@ from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.distributed.watch import begin_watching
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.targets import beside_experts
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, history, mend_logs, versions
@@ -131,6 +133,9 @@ def prepare_run(
     if checkpoint is not None:
         on_main(lambda: mend_logs(folder, axis=parts.axis, until=done))
     model = parts.load_model(config)
+    of_experts = beside_experts(model)
+    if of_experts is not None:
+        on_main(partial(say, of_experts))
     identity = parts.identity(data, model)
     require_same("the fingerprint of", identity)
     if checkpoint is not None:
