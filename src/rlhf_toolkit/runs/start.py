@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig, TrainerCallback
 
 from rlhf_toolkit.checkpoint_files import understood
 from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder, require_identity
+from rlhf_toolkit.data.templates import render_as_of
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
@@ -120,6 +122,10 @@ def prepare_run(
         offloaded = topology.launch.offload_optimizer != "none"
         require_optimizer(experiment.update.optimizer, topology.device, offloaded=offloaded)
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
+    now = on_main(lambda: datetime.now().isoformat(timespec="seconds"))
+    began = now if checkpoint is None else checkpoint.state.get("began", now)
+    with understood(folder):
+        render_as_of(began)
     with agreement("loading"):
         config = load_model_config(
             experiment.model.name,
@@ -161,6 +167,7 @@ def prepare_run(
         "identity": identity,
         "wandb_id": run_id if mirror is None else mirror.run_id,
         "commit": getattr(config, "_commit_hash", None),
+        "began": began,
         **described_here(topology),
     }
     trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
