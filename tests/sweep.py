@@ -29,7 +29,7 @@ from tests.models.test_architectures import PROMPT_LENGTHS, WORKS, Built, Case, 
 from tests.support.roles import rows_of, sequences_and_mask
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-SECONDS, AT_A_TIME = 60, 2
+SECONDS, AT_A_TIME, LONGEST = 60, 2, 220
 WORKING, REFUSED, UNTRIED, WRONG = "works", "refused", "not tried", "wrong"
 SMALL: Sizes = {
     **{**roles.TINY, **roles.GPT, "d_model": 32, "n_layers": 2, "n_heads": 4, "num_layers": 2, "num_heads": 4},
@@ -74,6 +74,7 @@ OWN: dict[str, Sizes] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
     "inkling2_text": {"unpadded_vocab_size": 38},
     "inkling2_loop_text": {"unpadded_vocab_size": 38},
+    "jetmoe": {"initializer_range": 0.1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "minimax_m3_vl_text": {
         **{
@@ -84,6 +85,7 @@ OWN: dict[str, Sizes] = {
         },
     },
     "moshi": {"sliding_window": 64},
+    "moss_transcribe_diarize": {"audio_config": {**LAYERS, "num_mel_bins": 8, "max_source_positions": 8}},
     "phi4_multimodal": {
         "vision_config": {**LAYERS, "num_hidden_layers": 2, "image_size": 28, "crop_size": 28},
         "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4},
@@ -217,7 +219,8 @@ def alive(case: Case) -> tuple[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{'' if isinstance(error, RLHFError) else type(error).__name__ + ': '}{error}".split())[:220]
+    line = " ".join(f"{'' if isinstance(error, RLHFError) else type(error).__name__ + ': '}{error}".split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 
 def in_process(model_type: str, folder: Path) -> int:
