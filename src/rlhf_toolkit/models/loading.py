@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
@@ -78,6 +79,15 @@ def load_model_config(name: str, *, trust_remote_code: bool = False, revision: s
             if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit of a model of the hub that ``revision`` has led to, once its config is loaded; None for a local
+    folder."""
+    if Path(name).expanduser().exists():
+        return None
+    path = try_to_load_from_cache(name, "config.json", revision=revision or MAIN)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def generation_config_of(name: str, revision: str | None = None) -> GenerationConfig | None:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rlhf_toolkit.data.instructions import Example
 from rlhf_toolkit.data.preferences import Pair
 from rlhf_toolkit.data.preview import is_rendered, row_lines, template_lines
+from rlhf_toolkit.models.loading import commit_of
 from rlhf_toolkit.settings.configs import ModelConfig
 from rlhf_toolkit.types import Prompt
 
@@ -43,9 +44,9 @@ class Opening:
 
 def model_text(model: ModelConfig, config: PretrainedConfig) -> str:
     """The model's name, its kind and, of the hub's, the revision and the commit that it is."""
-    commit = getattr(config, "_commit_hash", None)
+    commit = commit_of(model.name, model.revision)
     at = [f"revision {model.revision}"] if model.revision is not None else []
-    at += [f"commit {commit[:12]}"] if isinstance(commit, str) else []
+    at += [f"commit {commit[:12]}"] if commit is not None else []
     return ", ".join([f"{model.name} ({config.model_type})", *at])
 
 

@@ -23,7 +23,7 @@ from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.distributed.watch import begin_watching
-from rlhf_toolkit.models.loading import load_model_config
+from rlhf_toolkit.models.loading import commit_of, load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.targets import beside_experts
 from rlhf_toolkit.models.whole_model import WholeModel
@@ -166,7 +166,7 @@ def prepare_run(
         "settings": settings,
         "identity": identity,
         "wandb_id": run_id if mirror is None else mirror.run_id,
-        "commit": getattr(config, "_commit_hash", None),
+        "commit": commit_of(experiment.model.name, experiment.model.revision),
         "began": began,
         **described_here(topology),
     }
