@@ -10,13 +10,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from transformers import PretrainedConfig, TrainerCallback
 
-from rlhf_toolkit.checkpoint_files import understood
+from rlhf_toolkit.checkpoint_files import Checkpoint, understood
 from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder, require_identity
 from rlhf_toolkit.data.templates import render_as_of
 from rlhf_toolkit.distributed.collectives import agreement, on_main
@@ -122,26 +121,19 @@ def prepare_run(
         offloaded = topology.launch.offload_optimizer != "none"
         require_optimizer(experiment.update.optimizer, topology.device, offloaded=offloaded)
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
-    now = on_main(lambda: datetime.now().isoformat(timespec="seconds"))
-    began = now if checkpoint is None else checkpoint.state.get("began", now)
-    with understood(folder):
-        render_as_of(began)
+    began = take_for_now(checkpoint)
+    given = experiment.model
     with agreement("loading"):
-        config = load_model_config(
-            experiment.model.name,
-            trust_remote_code=experiment.model.trust_remote_code,
-            revision=experiment.model.revision,
-        )
+        config = load_model_config(given.name, trust_remote_code=given.trust_remote_code, revision=given.revision)
     data = parts.load_data(config)
     opening = parts.opening(data)
-    on_main(lambda: say(opening.text(experiment.model, config)))
+    on_main(lambda: say(opening.text(given, config)))
     done = 0 if checkpoint is None else checkpoint.step // parts.updates_per_round
     if checkpoint is not None:
         on_main(lambda: mend_logs(folder, axis=parts.axis, until=done))
     model = parts.load_model(config)
-    of_experts = beside_experts(model)
-    if of_experts is not None:
-        on_main(partial(say, of_experts))
+    if (of_experts := beside_experts(model)) is not None:
+        on_main(lambda: say(of_experts))
     identity = parts.identity(data, model)
     require_same("the fingerprint of", identity)
     if checkpoint is not None:
@@ -166,14 +158,27 @@ def prepare_run(
         "settings": settings,
         "identity": identity,
         "wandb_id": run_id if mirror is None else mirror.run_id,
-        "commit": commit_of(experiment.model.name, experiment.model.revision),
+        "commit": commit_of(given.name, given.revision),
         "began": began,
         **described_here(topology),
     }
-    trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
+    trainer.beside_adapters = travelling(given, opening.tokenizer, opening.stop_ids)
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     watch_run(parts, trainer, progress, mirror)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def take_for_now(checkpoint: Checkpoint | None) -> str:
+    """When the run began, here or before ``checkpoint``: chat templates that write the date write this. A collective.
+    Raises CheckpointError where the checkpoint names no moment."""
+    now = on_main(lambda: datetime.now().isoformat(timespec="seconds"))
+    if checkpoint is None:
+        render_as_of(now)
+        return now
+    with understood(checkpoint.folder):
+        began = str(checkpoint.state.get("began", now))
+        render_as_of(began)
+    return began
 
 
 def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
