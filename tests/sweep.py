@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_toolkit.errors import ModelError, RLHFError
+from rlhf_toolkit.models.loading import load_base, load_model_config
 from rlhf_toolkit.models.shared_base import refuse_architecture
 from rlhf_toolkit.trainers.first_gradients import said
 from tests.models import test_architectures as roles
@@ -27,7 +29,7 @@ from tests.models.test_architectures import PROMPT_LENGTHS, WORKS, Built, Case, 
 from tests.support.roles import rows_of, sequences_and_mask
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-SECONDS, AT_A_TIME = 60, 2
+SECONDS, AT_A_TIME, LONGEST = 60, 2, 220
 WORKING, REFUSED, UNTRIED, WRONG = "works", "refused", "not tried", "wrong"
 SMALL: Sizes = {
     **{**roles.TINY, **roles.GPT, "d_model": 32, "n_layers": 2, "n_heads": 4, "num_layers": 2, "num_heads": 4},
@@ -38,12 +40,59 @@ SMALL: Sizes = {
     **{"num_experts_per_token": 2, "shared_expert_intermediate_size": 24, "sliding_window": 4, "top_k_experts": 2},
     **{"moe_num_experts": 4, "moe_top_k": 2, "first_k_dense_replace": 1, "num_dense_layers": 1, **roles.LATENT},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    **{"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "index_n_heads": 2, "index_head_dim": 8},
-    **{"index_topk": 64, "kv_channels": 8, "attention_head_size": 8, "n_positions": 64, "moe_num_shared_experts": 1},
+    **{"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "index_n_heads": 32, "index_head_dim": 8},
+    **{"index_topk": 3, "kv_channels": 8, "attention_head_size": 8, "n_positions": 64, "moe_num_shared_experts": 1},
     **{"n_shared_experts": 1, "num_shared_experts": 1, "mlp_hidden_size": 48, "expert_ffn_hidden_size": 24},
     **{"ffn_hidden_size": 48, "zero_expert_num": 0, "type_vocab_size": 1},
 }
 """Sizes by the names that configs give them."""
+LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+BYTES = {"vocab_size": 40, "hidden_size_global": 32, **LAYERS}
+OWN: dict[str, Sizes] = {
+    "blt": {
+        **{"patcher_config": BYTES, "encoder_config": BYTES, "decoder_config": BYTES, "global_config": LAYERS},
+        **{"encoder_hash_byte_group_vocab": 40, "encoder_hash_byte_group_size": [3]},
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "ctrl": {"tie_word_embeddings": False, "initializer_range": 0.2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}},
+    },
+    "dots3_note": {
+        "vision_config": {**LAYERS, "mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {**LAYERS, "adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    },
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
+    "gemma4_assistant": {
+        "text_config": {
+            **{**roles.TINY, **roles.WINDOW_AND_FULL, "model_type": "gemma4_text", "head_dim": 8, "sliding_window": 4},
+            **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4},
+        },
+        **{"backbone_hidden_size": 32, "num_centroids": 4, "centroid_intermediate_top_k": 2},
+    },
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "inkling2_text": {"unpadded_vocab_size": 38},
+    "inkling2_loop_text": {"unpadded_vocab_size": 38},
+    "jetmoe": {"initializer_range": 0.1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "minimax_m3_vl_text": {
+        **{
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "index_block_size": 2,
+            "index_topk_blocks": 2,
+            "index_n_heads": 2,
+        },
+    },
+    "moshi": {"sliding_window": 64},
+    "moss_transcribe_diarize": {"audio_config": {**LAYERS, "num_mel_bins": 8, "max_source_positions": 8}},
+    "phi4_multimodal": {
+        "vision_config": {**LAYERS, "num_hidden_layers": 2, "image_size": 28, "crop_size": 28},
+        "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4},
+    },
+    "qwen3_5_moe": {"text_config": {**roles.DELTA, **roles.SHARED_EXPERTS}},
+}
+"""What a config needs besides, or instead."""
 
 
 def decoder_only(model_type: str) -> bool:
@@ -53,10 +102,14 @@ def decoder_only(model_type: str) -> bool:
 
 
 def small(config: Any) -> Sizes:
-    """What ``SMALL`` has of the sizes in ``config``, and the same for the config of its text."""
+    """What ``SMALL`` has of the sizes in ``config``, and the same for the config of its text. Latent attention has as
+    many heads of keys as of queries, and calls ``head_dim`` what it rotates."""
     names = {*vars(config), *config.attribute_map}
+    latent = {"num_key_value_heads": 4, "head_dim": roles.LATENT["qk_rope_head_dim"]} if "kv_lora_rank" in names else {}
     sizes = {
-        name: size for name, size in SMALL.items() if name in names and config.attribute_map.get(name) not in names
+        name: size
+        for name, size in {**SMALL, **latent}.items()
+        if name in names and config.attribute_map.get(name) not in names
     }
     text = getattr(config, "text_config", None)
     if text is not None:
@@ -70,10 +123,14 @@ def cases(model_type: str) -> Iterator[Case]:
     if named:
         yield named[0]
         return
-    sizes = small(CONFIG_MAPPING[model_type]())
+    own = OWN.get(model_type, {})
+    try:
+        default = CONFIG_MAPPING[model_type]()
+    except Exception:  # not a config of its own architecture without any setting
+        default = CONFIG_MAPPING[model_type](**own)
+    sizes = {**small(default), **own}
     for attention in ("sdpa", "eager"):
         yield Case(model_type, sizes, attention)
-        yield Case(model_type, {**sizes, "num_key_value_heads": 4}, attention)  # latent attention has one a head
 
 
 def reach(built: Built) -> None:
@@ -100,50 +157,70 @@ def tried(model_type: str) -> tuple[str, str]:
     answer = UNTRIED, ""
     try:
         candidates = list(cases(model_type))
-    except Exception as error:  # a config without any setting is not one of its own architecture
+    except Exception as error:
         return UNTRIED, one_line(error)
     for case in candidates:
-        try:
-            config = CONFIG_MAPPING[model_type](**case.sizes)
-            alone: Any = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention).eval()
-            alone(input_ids=torch.tensor([[3, 4, 5, 6, 7]]), use_cache=False)
-        except Exception as error:
-            answer = UNTRIED, one_line(error)
-            continue
-        with TemporaryDirectory() as folder:
-            step = "loading"
-            try:
-                built = build(case, Path(folder))
-                for step, trial in TRIALS:  # noqa: B007 (named where it fails)
-                    trial(built)
-            except RLHFError as error:
-                answer = REFUSED, one_line(error).replace(folder, "MODEL")
-                if "set it to eager" not in str(error):
-                    return answer
-            except StopIteration:
-                answer = UNTRIED, "its tiny model says the same tokens after every prompt"
-            except Exception as error:
-                return WRONG, f"{step}: {one_line(error)}"
-            else:
-                return WORKING, case.attention
-    return on_paper(model_type, answer)
+        answer = stillborn(case) or alive(case)
+        if answer[0] != UNTRIED and "set it to eager" not in answer[1]:
+            break
+    return answer
 
 
-def on_paper(model_type: str, answer: tuple[str, str]) -> tuple[str, str]:
-    """What is said of a model of default size, where no tiny one could be made."""
-    if answer[0] == REFUSED:
-        return answer
+def stillborn(case: Case) -> tuple[str, str] | None:
+    """What a run says of a model that transformers itself cannot run on text; None where it can."""
+    alone: Any = None
     try:
-        refuse_architecture(roles.on_paper(model_type))
+        config = CONFIG_MAPPING[case.model_type](**case.sizes)
+        alone = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention).eval()
+        alone(input_ids=torch.tensor([[3, 4, 5, 6, 7]]), use_cache=False)
+        return None
+    except Exception as error:
+        answer = UNTRIED, one_line(error)
+    try:
+        refuse_architecture(roles.on_paper(case.model_type) if alone is None else alone)
     except RLHFError as error:
         return REFUSED, one_line(error)
+    except ImportError:
+        return answer
+    except AttributeError:  # of default size neither: no checkpoint of the kind can be loaded
+        return REFUSED, said_at_loading(case)
     except Exception:
         return answer
     return answer
 
 
+def said_at_loading(case: Case) -> str:
+    """The line that a run ends with where transformers makes no model of the config."""
+    with TemporaryDirectory() as folder:
+        CONFIG_MAPPING[case.model_type](**case.sizes).save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        try:
+            load_base(folder, load_model_config(folder), roles.HERE, dtype=torch.float32, attention=case.attention)
+        except RLHFError as error:
+            return one_line(error).replace(folder, "MODEL")
+    raise AssertionError(f"{case.model_type} loads after all")
+
+
+def alive(case: Case) -> tuple[str, str]:
+    """What comes of a model that runs alone, in all that a run does with it."""
+    with TemporaryDirectory() as folder:
+        step = "loading"
+        try:
+            built = build(case, Path(folder))
+            for step, trial in TRIALS:  # noqa: B007 (named where it fails)
+                trial(built)
+        except RLHFError as error:
+            return REFUSED, one_line(error).replace(folder, "MODEL")
+        except StopIteration:
+            return UNTRIED, "its tiny model says the same tokens after every prompt"
+        except Exception as error:
+            return WRONG, f"{step}: {one_line(error)}"
+        return WORKING, case.attention
+
+
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{'' if isinstance(error, RLHFError) else type(error).__name__ + ': '}{error}".split())[:220]
+    line = " ".join(f"{'' if isinstance(error, RLHFError) else type(error).__name__ + ': '}{error}".split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 
 def in_process(model_type: str, folder: Path) -> int:
@@ -154,7 +231,10 @@ def in_process(model_type: str, folder: Path) -> int:
     signal.alarm(SECONDS)  # its default action ends the process
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
     warnings.simplefilter("ignore")
-    answer = tried(model_type)
+    try:
+        answer = tried(model_type)
+    except BaseException as error:  # what is above it on the stack is the parent's
+        answer = WRONG, one_line(error)
     (folder / model_type).write_text(json.dumps(answer))
     os._exit(0)
 

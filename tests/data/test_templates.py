@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from rlhf_toolkit.data import templates
-from rlhf_toolkit.data.templates import TemplateFailed, rendered
+from rlhf_toolkit.data.templates import TemplateFailed, render_as_of, rendered
 from tests.support.chat_tokenizers import ask, byte_tokenizer, word_tokenizer
 from tests.support.processes import ROOT
 
@@ -30,6 +31,19 @@ def test_it_says_what_transformers_says() -> None:
             messages = ask("hello \U0001f642", "b\n\x1b", "c" * 100_000)
             expected = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
             assert rendered(tokenizer, messages, add_generation_prompt=prompt) == expected
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_runs_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "_moment", None)
+    tokenizer = word_tokenizer("{{ strftime_now('%d %b %Y') }}")  # the words of Llama 3's template
+    today = {datetime.now().strftime("%d %b %Y")}
+    found = rendered(tokenizer, ask("a"), add_generation_prompt=True)
+    assert found in today | {datetime.now().strftime("%d %b %Y")}
+    render_as_of("2024-02-29T23:59:58")
+    assert rendered(tokenizer, ask("a"), add_generation_prompt=True) == "29 Feb 2024"
+    assert text_of("{{ strftime_now('%H:%M') if strftime_now is defined }}") == "23:59"
+    with pytest.raises(ValueError, match="yesterday"):
+        render_as_of("yesterday")
 
 
 def test_a_template_that_never_ends_is_cut_off_and_the_next_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

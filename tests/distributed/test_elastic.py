@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_toolkit.data.templates import render_as_of
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.rollout import evaluated
+from rlhf_toolkit.runs import start
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
@@ -224,3 +227,29 @@ def test_what_a_checkpoint_is_tied_to_is_named(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(CheckpointError, match=r"data\.chat_template"):
             prepare(replace(experiment, data=replace(experiment.data, chat_template=other)), resume=True)
     prepare(experiment, resume=True).train()
+
+
+class Tomorrow:
+    """The clock of the next day."""
+
+    @staticmethod
+    def now() -> datetime:
+        return datetime.now() + timedelta(days=1)
+
+
+def test_a_template_that_writes_the_date_writes_the_same_the_next_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, today = tmp_path / "own.jinja", datetime.now().strftime("%d")
+    day = f"{{{{ 'w1' if strftime_now('%d') == '{today}' else 'w2' }}}} "
+    template.write_text(day + "{% for m in messages %}{{ m.content }} {% endfor %}")
+    changes = {**CHANGES, "data.chat_template": str(template)}
+    experiment: Experiment = experiment_from_dict(merged(write_task(tmp_path), changes))
+    stopped_at(experiment, 1, monkeypatch)
+    monkeypatch.setattr(start, "datetime", Tomorrow)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="or because the template writes the dat"):
+        patch.setattr(start, "render_as_of", lambda began: render_as_of(Tomorrow.now().isoformat()))
+        prepare(experiment, resume=True)
+    run: Any = prepare(experiment, resume=True)
+    assert {prompt.text[:3] for prompt in run.trainer.maker.source.prompts} == {"w1 "}
+    run.progress.bar.close()

@@ -7,12 +7,12 @@ import re
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.sweep import PAGE, WORKING, sweep
+from tests.sweep import PAGE, WORKING, WRONG, sweep
 
 ROW = re.compile(r"^\| `(\S+)` \| ([a-z ]+) \|", re.MULTILINE)
 SAMPLE = (
     *("llama", "qwen3", "gemma3_text", "gemma4_text", "qwen3_5_text", "mistral", "phi3", "gpt2", "falcon"),
-    *("rwkv", "llama4_text"),
+    *("rwkv", "llama4_text", "glm4_moe_lite", "minicpm3", "phi4_multimodal"),
 )
 
 
@@ -22,6 +22,7 @@ def test_the_page_names_every_architecture() -> None:
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - named == set()
     results = [result for _, result in ROW.findall(text)]
     assert f"**{results.count(WORKING)} work" in text and f"of {len(results)} decoder-only" in text
+    assert WRONG not in results
 
 
 @pytest.mark.thorough

@@ -5,21 +5,25 @@ The oracle is transformers' own forward pass of a plain PEFT model on whole sequ
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_toolkit.data.layout import join, response_positions, unpack
 from rlhf_toolkit.distributed.topology import Launch, Topology
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.attention import PACKABLE, packing_obstacle
-from rlhf_toolkit.models.loading import load_base, load_model_config
+from rlhf_toolkit.models.loading import OWN_ATTENTION, load_base, load_model_config
 from rlhf_toolkit.models.recurrent import TESTED
 from rlhf_toolkit.models.shared_base import SharedBase, refuse_architecture
 from rlhf_toolkit.rollout.decoding import Sampling, decode
@@ -40,7 +44,13 @@ TINY: Sizes = {
 }
 GPT: Sizes = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 EXPERTS: Sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LATENT: Sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+LATENT: Sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8}
+ROUTED: Sizes = {
+    **{"num_key_value_heads": 4, "head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "first_k_dense_replace": 1,
+}
+INDEXED: Sizes = {"index_n_heads": 32, "index_head_dim": 8, "index_topk": 3}
+"""An indexer of so many heads that no two tokens have the same score, as they would where all heads say nothing."""
 VISION: Sizes = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -125,19 +135,10 @@ WORKS = {
     "phimoe": Case("phimoe", {**TINY, "num_local_experts": 4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3}),
     "granitemoe": Case("granitemoe", {**TINY, "num_local_experts": 4, "logits_scaling": 0.3}),
     "gpt_oss": Case("gpt_oss", {**TINY, "head_dim": 8, "num_local_experts": 4, "sliding_window": 4}, "eager"),
-    "deepseek_v3": Case(
-        "deepseek_v3",
-        {
-            **without(TINY, "num_key_value_heads"),
-            **EXPERTS,
-            **LATENT,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        },
-    ),
+    "deepseek_v3": Case("deepseek_v3", {**TINY, **EXPERTS, **LATENT, **ROUTED}),
+    "deepseek_v2": Case("deepseek_v2", {**TINY, **EXPERTS, **LATENT, **ROUTED}),
+    "deepseek_v32, three tokens of all": Case("deepseek_v32", {**TINY, **EXPERTS, **LATENT, **ROUTED, **INDEXED}),
+    "doge": Case("doge", TINY),
 }
 DELTA: Sizes = {
     **TINY,
@@ -219,8 +220,9 @@ RECURRENT = {
 }
 WORKS |= RECURRENT
 # Softcaps and sinks, position biases, a convolution; GPT-J and Falcon attend in ways of their own, and StableLM's
-# decoder does not hand arguments down to its layers.
+# decoder does not hand arguments down to its layers; masks that choose what a token or a head attends to.
 PADDED = (
+    *("deepseek_v2", "deepseek_v32, three tokens of all", "doge"),
     *("gemma3n, shared keys", "gemma4, shared keys", "gemma4, shared keys without windows"),
     *("gemma2", "gptj", "bloom", "falcon, rotary", "falcon, alibi", "mpt", "stablelm", "lfm2", "gpt_oss", *RECURRENT),
 )
@@ -249,6 +251,8 @@ def build(case: Case, folder: Path) -> Built:
             parameter.data.mul_(3)  # larger than a fresh model's: attention and routing that matter
         elif not parameter.any():  # biases, and scales that would switch parts of the model off
             parameter.data.normal_(std=0.1)
+        elif bool((parameter == parameter.flatten()[0]).all()):  # norms and scales that a checkpoint has learned
+            parameter.data.mul_(1 + 0.2 * torch.randn_like(parameter))
     model.get_input_embeddings().weight.data[0].normal_(std=0.1)  # a checkpoint's padding token is not zero
     model.save_pretrained(folder)
     bases = [
@@ -393,6 +397,9 @@ REFUSED = {
     "xlnet": "no key-value cache",
     "minimax": "a cache of its own kind",
     "cpmant": "prompt tokens of its own",
+    "blt": "bytes in patches",
+    "git": "begin with an image",
+    "dory": r"output layer \(DoryLMHead\) that does more than a product",
     "inkling_text": "drops part of its logits",
 }
 
@@ -415,6 +422,25 @@ def test_what_cannot_play_roles_is_refused_by_name(model_type: str, reason: str)
     model = on_paper(model_type)
     with pytest.raises(ModelError, match=f"^{type(model).__name__} .*{reason}"):
         refuse_architecture(model)
+
+
+def test_what_decoding_in_slots_cannot_cache_is_refused_before_anything_is_loaded_on_it() -> None:
+    sizes = {**TINY, "layer_types": ["full_attention", "minimax_m3_sparse"]}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["minimax_m3_vl_text"](**sizes))
+    with pytest.raises(ModelError, match="decoding in slots does not know cache layers of kind MiniMaxM3VLSparse"):
+        refuse_architecture(model)
+
+
+def test_a_model_that_asks_for_the_name_of_its_attention_hears_transformers_own() -> None:
+    """DeepSeek-V3.2 and the like fold their sparse mask in where it is called sdpa or eager. Gemma 4 asks for it when
+    it leaves out tokens that nobody's logits are wanted of, which no pass here does."""
+    asks = re.compile(r"_attn_implementation *(?:==|in|not in) *\(?[^)\n]*\"sdpa\"")
+    folder = Path(transformers.__file__).parent / "models"
+    asking = {path.parent.name for path in folder.glob("*/modeling_*.py") if asks.search(path.read_text())}
+    decoders = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kinds = {kind for kind in decoders if str(model_type_to_module_name(kind)) in asking}
+    assert {kind for kind in kinds if not kind.startswith("gemma4")} == set(OWN_ATTENTION)
 
 
 def test_a_model_without_a_language_model_head_is_refused() -> None:

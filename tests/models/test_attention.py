@@ -130,6 +130,18 @@ def test_a_mask_is_obeyed() -> None:
     assert relative(output[:, 2:], expected) < 0.01
 
 
+@GROUPED
+def test_a_step_obeys_masks_of_numbers_and_of_heads(kv_heads: int) -> None:
+    """One that says how well each head sees each column, and one that hides columns from some heads."""
+    query, key, value = qkv(kv_heads, torch.float64)
+    query = query[:, :, -1:]
+    numbers = torch.randn(ROWS, HEADS, 1, LENGTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for mask in (numbers, numbers > 0, (numbers > 0)[:, :1]):
+        found, _ = short_causal_attention(Attention(kv_heads), query, key, value, mask)
+        right = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(found, right)
+
+
 def test_a_long_sequence_goes_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     monkeypatch.setattr(attention, "LARGEST_ROW", HEADS * LENGTH * LENGTH)
     short_causal_attention(Attention(2), *qkv(2), None)

@@ -17,10 +17,10 @@ from tests.support.offenders import for_each
 
 HIDDEN, VOCABULARY, POSITIONS = 4, 50, 64
 
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"logit_scale": 0.3},
-    {"logits_scaling": 4.0},
+    {"logits_scaling": 4.0, "logit_scale": None},
     {"final_logit_softcapping": 3.0},
     {"final_logit_softcapping": 3.0, "logit_scale": 2.5, "logits_scaling": 2.0},
 ]
@@ -53,7 +53,7 @@ def naive(
 ) -> tuple[Tensor, Tensor]:
     """Full logits in float64: softcap(scale (h W^T + b)) / temperature."""
     z = hidden @ layer.weight.double().t() + (0 if layer.bias is None else layer.bias.double())
-    z = z * config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
+    z = z * (config.get("logit_scale") or 1.0) / config.get("logits_scaling", 1.0)
     cap = config.get("final_logit_softcapping")
     z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature
     logp = z.log_softmax(-1)

@@ -33,8 +33,8 @@ from transformers import (
 
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.models.targets import spelt_out
-from tests.models.test_architectures import GEMMA3N
+from rlhf_toolkit.models.targets import beside_experts, is_plain, refuse_unknown, spelt_out
+from tests.models.test_architectures import EXPERTS, GEMMA3N, INDEXED, LATENT, ROUTED, TINY
 from tests.support.offenders import for_each
 from tests.support.roles import lora
 from tests.support.tiny import tiny_llama
@@ -191,6 +191,23 @@ def test_of_gemma3n_and_mamba_it_leaves_out_what_is_read_and_of_bloom_nothing() 
     assert leaves(bloom) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
 
+def test_what_runs_without_gradient_is_left_alone_and_refused_by_name() -> None:
+    """The indexer of DeepSeek-V3.2 chooses tokens, and a choice has no gradient."""
+    config = config_of("deepseek_v32", **{**TINY, **EXPERTS, **LATENT, **ROUTED, **INDEXED})
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    attention = {name.rpartition(".")[2] for name, m in base.named_modules() if "attn" in name and is_plain(m)}
+    assert attention - leaves(base) == {"wq_b", "wk", "weights_proj"}
+    with pytest.raises(ModelError, match=r"indexer\.wq_b: the model runs this layer without gradient.*exclude_modules"):
+        SharedBase(base, {"policy": lora(target_modules=["q_b_proj", "wq_b"])})
+
+
+def test_what_a_decoder_sees_and_hears_with_is_left_alone() -> None:
+    base = tiny_llama()
+    base.model.embed_tokens_extend = nn.ModuleDict({"image_embed": nn.Linear(4, 4), "audio_embed": nn.Linear(4, 4)})
+    base.model.layers[0].imaged = nn.Linear(4, 4)
+    assert leaves(base) == leaves(tiny_llama()) | {"imaged"}
+
+
 def test_excluded_modules_stay_excluded() -> None:
     base = tiny_llama()
     shared = SharedBase(base, {"policy": lora(exclude_modules=["down_proj", "up_proj"])})
@@ -277,6 +294,37 @@ def test_a_start_that_leaves_the_base_alone_is_accepted(start: Any) -> None:
 def test_experts_and_routers_named_by_hand_are_refused(base: Any, options: dict[str, Any], layer: str) -> None:
     with pytest.raises(ModelError, match=rf"mlp.*not {re.escape(layer)}.*exclude_modules"):
         SharedBase(base(), {"policy": lora(**options)})
+
+
+def qwen3_moe() -> Any:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **OF_EXPERTS))
+
+
+@pytest.mark.parametrize("base", [experts, qwen3_moe])
+def test_experts_asked_for_by_the_name_of_a_matrix_are_refused_with_the_reason(base: Any) -> None:
+    for name in ("gate_up_proj", "experts.down_proj"):
+        with pytest.raises(ModelError) as caught:
+            refuse_unknown(base(), "model.target_modules", ["q_proj", name])
+        matrix = f"model.layers.0.mlp.experts.{name.rpartition('.')[2]}"
+        assert str(caught.value) == (
+            f"model.target_modules names '{name}', which is {matrix}, one of 1 such matrices of routed experts (one "
+            "product takes the tokens of all roles to an expert); all-linear adapts the linear layers around them"
+        )
+
+
+@pytest.mark.parametrize("base", [experts, qwen3_moe])
+def test_a_start_says_what_of_a_mixture_of_experts_is_adapted(base: Any) -> None:
+    said = str(beside_experts(SharedBase(base(), {"policy": lora(), "value": lora()})))
+    assert said == (
+        "adapters are on k_proj, o_proj, q_proj, v_proj; the 2 matrices of routed experts, "
+        "model.layers.0.mlp.experts.gate_up_proj the first, stay the base's: one product takes the tokens of all roles "
+        "to an expert"
+    )
+
+
+def test_of_a_dense_model_a_start_says_nothing_about_experts() -> None:
+    assert beside_experts(SharedBase(tiny_llama(), {"policy": lora()})) is None
+    assert beside_experts(experts()) is None
 
 
 def test_linear_experts_named_by_hand_are_refused() -> None:

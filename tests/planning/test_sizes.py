@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedConfig,
@@ -22,11 +23,20 @@ from transformers import (
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, ModelError
 from rlhf_toolkit.models.recurrent import TRIED, layer_memory, read_themselves
+from rlhf_toolkit.models.renamed import cache_argument
 from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.planning.memory import STREAM, WINDOW, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.decoding import SPARE_COLUMNS, most_columns
-from rlhf_toolkit.rollout.sizes import RolloutSize, dimensions, model_size, needs_of, reward_bytes, sharding
+from rlhf_toolkit.rollout.sizes import (
+    RolloutSize,
+    dimensions,
+    latent_width,
+    model_size,
+    needs_of,
+    reward_bytes,
+    sharding,
+)
 from rlhf_toolkit.types import Prompt
 from tests.models.test_architectures import WORKS, Case
 from tests.support.builders import tiny_tokenizer
@@ -57,13 +67,15 @@ def of_weights(model: nn.Module, hidden: int) -> dict[str, int]:
     for layer in layers:
         modules: list[Any] = list(layer.modules())
         chosen = next((int(module.top_k) for module in modules if hasattr(module, "top_k")), 0)
-        width = 0
+        width, latent = 0, any("kv_b_proj" in name for name, _ in layer.named_parameters())
         for name, p in layer.named_parameters():
             parent, last = name.removesuffix(".weight").rpartition(".")[::2]
             if p.dim() == 3 and last == "down_proj":
                 width += chosen * p.numel() // len(p) // hidden
             elif p.dim() == 2 and "attn" not in parent and "attention" not in parent and last in DOWN:
                 width += p.numel() // hidden
+            elif latent and last in ("q_b_proj", "q_proj"):  # keys are wider than values there
+                queries.add(len(p))
             elif p.dim() == 2 and ("attn" in parent or "attention" in parent) and last in OUT:
                 queries.add(p.numel() // hidden)
         widths.append(width)
@@ -116,6 +128,25 @@ def test_a_recurrence_takes_what_a_pass_over_it_allocates(name: str) -> None:
     peak = live.peaks["start"] - x.nbytes - sum(p.nbytes for p in layer.parameters())
     assert 0.95 * found.scratch < peak / TRIED < 1.05 * found.scratch
     assert found.kept > found.scratch / 2
+
+
+def test_a_step_of_latent_attention_spreads_out_what_is_cached() -> None:
+    """What one layer allocates a column where one token reads all of them, against what a slot is taken to need."""
+    model = built(WORKS["deepseek_v2"]).requires_grad_(False)
+    cache: Any = DynamicCache(config=model.config)
+    columns = 2048
+    one = torch.ones(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=one, use_cache=True, **{str(cache_argument(model)): cache})
+        for each in cache.layers:
+            each.keys, each.values = (held.repeat(1, 1, columns, 1) for held in (each.keys, each.values))
+        held = sum(part.nbytes for each in cache.layers for part in (each.keys, each.values))
+        with LiveTensors() as live:
+            model(input_ids=one, use_cache=True, **{str(cache_argument(model)): cache})
+    found = 4 * latent_width(model.config)
+    assert found == 4 * (6 + 10 + 8) * 4 and latent_width(built(WORKS["llama"]).config) == 0
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert 0.9 * found < (live.peaks["start"] - weights - held) / columns < 1.1 * found
 
 
 def test_what_no_config_says_is_asked_for() -> None:

@@ -25,11 +25,13 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 SECONDS = 10.0
 """For one conversation; templates take some ten microseconds."""
@@ -61,7 +63,7 @@ def rendered(
     """What ``apply_chat_template`` makes of ``messages`` and ``values``, as text. Raises TemplateFailed where the
     template raises, takes more than ``SECONDS`` or ``MOST_MEMORY``, or makes more than ``MOST_CHARACTERS``."""
     options = {**values, "add_generation_prompt": add_generation_prompt}
-    request = pickle.dumps(([dict(message) for message in messages], options))
+    request = pickle.dumps(([dict(message) for message in messages], options, _moment))
     with _lock:
         try:
             return _renderer(tokenizer).asked(request)
@@ -69,6 +71,14 @@ def rendered(
             return _renderer(tokenizer).asked(request, last=True)
 
 
+def render_as_of(moment: str) -> None:
+    """From now on have templates in this process that write the date take ``moment`` (ISO 8601) for now, so that a run
+    renders what it renders again in the same words, the next day too. Raises ValueError for what is no moment."""
+    global _moment
+    _moment = datetime.fromisoformat(moment)
+
+
+_moment: datetime | None = None
 MOST_CHILDREN = 3
 """Of this process at a time: a run has one tokenizer, and one more for a reward model."""
 _lock = threading.Lock()
@@ -178,6 +188,17 @@ class _Renderer:
 # ---- in the child ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _StoppedClock:
+    """What transformers' ``strftime_now`` asks instead of ``datetime``."""
+
+    moment: datetime
+
+    def now(self) -> datetime:
+        """Always the same."""
+        return self.moment
+
+
 def _serve(tokenizer: PreTrainedTokenizerBase, request: int, result: int) -> NoReturn:
     """Render until the other end is closed. Whatever happens, this process returns to nobody's code."""
     gc.freeze()  # garbage of the parent would close files by number, which are others here
@@ -185,7 +206,9 @@ def _serve(tokenizer: PreTrainedTokenizerBase, request: int, result: int) -> NoR
         _leave_everything(request, result)
         with os.fdopen(REQUEST, "rb") as asked:
             while head := asked.read(8):
-                messages, options = pickle.loads(asked.read(struct.unpack("<Q", head)[0]))
+                messages, options, moment = pickle.loads(asked.read(struct.unpack("<Q", head)[0]))
+                if moment is not None:  # of this process alone, which does nothing else
+                    vars(chat_template_utils)["datetime"] = _StoppedClock(moment)
                 answer = json.dumps(_answer(tokenizer, messages, options)).encode()
                 content = struct.pack("<Q", len(answer)) + answer
                 while content:

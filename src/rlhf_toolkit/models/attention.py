@@ -54,7 +54,7 @@ def short_causal_attention(
             f"{type(module).__name__} caps attention's scores, which sdpa cannot; set model.attention: eager"
         )
     special = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
-    if length == 1 and not special and isinstance(attention_mask, torch.Tensor):
+    if length == 1 and not special and isinstance(attention_mask, torch.Tensor) and _hides_columns(attention_mask):
         return step_attention(query, key, value, attention_mask, scaling), None
     plain = attention_mask is None and is_causal and not special and length == key.shape[2] > 1
     fits = heads * length * length <= LARGEST_ROW
@@ -68,6 +68,12 @@ def short_causal_attention(
     scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling or query.shape[-1] ** -0.5)
     output = torch.bmm(scores.softmax(-1), v).view(rows, heads, length, -1)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _hides_columns(mask: torch.Tensor) -> bool:
+    """Whether all that a mask does is to hide columns from all heads alike. Models that choose what each head sees, and
+    how well, make one of numbers, or one for each head."""
+    return mask.dtype == torch.bool and mask.shape[1] == 1
 
 
 def step_attention(

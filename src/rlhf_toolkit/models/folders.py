@@ -27,8 +27,8 @@ MOST_GROWTH = 10_000
 """How many times longer a tokenizer may make a text before it cuts it."""
 COUNTS = re.compile(r"layer|block|expert|n_head|num_.*heads|depth|num_labels")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-MOST_LAYERS = 4096
-"""No model has so many layers, experts, heads or labels."""
+MOST_LAYERS, MOST_EXPERTS = 4096, 2**15
+"""No model has so many layers, heads or labels, or experts: a dense Doge names 16,384 of them."""
 MOST_BYTES = 2**28
 """Of a JSON file; the index of the largest models has some 20 MB."""
 CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
@@ -133,8 +133,9 @@ def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
         for key, value in waiting.pop().items():
             if isinstance(value, dict):
                 waiting.append(value)
-            elif isinstance(value, int) and COUNTS.search(key) and value > MOST_LAYERS:
-                raise ModelError(f"{path} has {key}={shortened(value)}, above {MOST_LAYERS}; repair it")
+            most = MOST_EXPERTS if "expert" in key else MOST_LAYERS
+            if isinstance(value, int) and COUNTS.search(key) and value > most:
+                raise ModelError(f"{path} has {key}={shortened(value)}, above {most}; repair it")
             elif key in LAYERS and isinstance(value, int) and value < 1:
                 raise ModelError(f"{path} has {key}={shortened(value)}, which is no number of layers; repair it")
 

@@ -56,7 +56,8 @@ class LanguageModelHead(nn.Module):
         elif config.model_type == "mpt":  # names a logit_scale that transformers' model does not apply
             self.scale = 1.0
         else:  # Cohere's logit_scale, or one over Granite's logits_scaling
-            self.scale = float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
+            scale = getattr(config, "logit_scale", None)  # which may be named and None
+            self.scale = float((1.0 if scale is None else scale) / getattr(config, "logits_scaling", 1.0))
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(

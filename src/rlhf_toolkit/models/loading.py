@@ -50,7 +50,11 @@ NEUTRAL = dict.fromkeys(
     ("temperature", "top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale"),
     (None, 1, 1.0),
 )
-OWN_ATTENTION = ("falcon",)  # models that know only transformers' own names of attention functions
+OWN_ATTENTION = (
+    *("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "falcon", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text"),
+)
+"""Models whose code asks which of transformers' attention functions it runs with, and would leave out its sparse mask
+with one of another name."""
 
 
 def load_tokenizer(
@@ -68,7 +72,8 @@ def load_model_config(name: str, *, trust_remote_code: bool = False, revision: s
     check_model_folder(name)
     with explained(name, revision):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        text = config.get_text_config()  # which raises where there are two
+    for part in {id(c): c for c in (config, text)}.values():
         for key, value in vars(part).items():
             if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)

@@ -12,6 +12,11 @@ CACHELESS: tuple[type, ...] = tuple(vars(cache_utils)[name] for name in ("DummyL
 """Layers of a cache that keep nothing: the decoder's layer reads the keys and values of an earlier one, or has no
 attention. Older versions have none in such a place."""
 
+INDEXED: tuple[type, ...] = tuple(
+    vars(cache_utils)[name] for name in ("DynamicIndexedLayer",) if name in vars(cache_utils)
+)
+"""Layers of a cache that keep an indexer's keys beside those of attention. Older versions have none."""
+
 
 def cache_argument(base: PreTrainedModel) -> str | None:
     """How ``base.forward`` calls its key-value cache: ``cache``, before 5.24 ``past_key_values``; None where it takes

@@ -32,7 +32,7 @@ from rlhf_toolkit.models.renamed import cache_argument, recompute_layers
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.role_slices import RoleSlices, route_roles
 from rlhf_toolkit.models.roles import LANGUAGE_ROLES, POLICY, REWARD, SCALAR_ROLES, TRAINED_ROLES, VALUE
-from rlhf_toolkit.models.slot_cache import full_attention_only
+from rlhf_toolkit.models.slot_cache import SlotCache, full_attention_only
 from rlhf_toolkit.models.targets import is_plain, refuse_layers, refuse_settings, spelt_out
 
 
@@ -48,7 +48,9 @@ class ValueSite(StrEnum):
 ON_ADAPTER, ON_POLICY_TRUNK, NOWHERE = ValueSite.ADAPTER, ValueSite.POLICY_TRUNK, ValueSite.NOWHERE
 CROSS_ATTENTION = re.compile("encoder_attn|cross_attn|crossattention")
 UNFIT = {
+    "blt": "reads bytes in patches that it cuts the whole text into",
     "cpmant": "puts prompt tokens of its own before every sequence",
+    "git": "takes every sequence that it decodes to begin with an image",
     "inkling_text": "drops part of its logits",
 }
 
@@ -330,6 +332,13 @@ def refuse_architecture(base: PreTrainedModel) -> None:
             f"{kind} has layers ({extra[0]}) besides its trunk and output layer, which the roles' log-probs would "
             "leave out; use a model whose trunk feeds its output layer directly"
         )
+    output = base.get_output_embeddings()
+    if not is_plain(output):
+        raise ModelError(
+            f"{kind} has an output layer ({type(output).__name__}) that does more than a product, which the roles' "
+            "log-probs would leave out; use a model with a plain one"
+        )
+    SlotCache(base.config, slots=1, capacity=1, device=torch.device("meta"))
 
 
 def _role_of(name: str) -> str:

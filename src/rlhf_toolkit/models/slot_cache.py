@@ -31,7 +31,7 @@ from transformers.cache_utils import (
 )
 
 from rlhf_toolkit.errors import ModelError
-from rlhf_toolkit.models.renamed import CACHELESS
+from rlhf_toolkit.models.renamed import CACHELESS, INDEXED
 
 STATES = ("conv_states", "recurrent_states")
 """What a layer without columns may keep, each a dictionary of tensors (rows, ...) or None by their number."""
@@ -113,6 +113,46 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
+class IndexedSlotLayer(SlotLayer):
+    """Keys and values, and ``indexer_keys`` (slots, capacity, D) by which sparse attention finds what it attends to."""
+
+    indexer_keys: torch.Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Write the indexer's keys (slots, 1, D) of one step to column ``now`` and return all columns in use: called
+        before or after ``update``, within the same step."""
+        held = self._indexer_buffer(indexer_key_states)
+        held[:, self.columns.now] = indexer_key_states[:, 0]
+        return held[:, self.columns.first : self.columns.now + 1]
+
+    def _indexer_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        if self.indexer_keys is None:
+            self.indexer_keys = like.new_zeros(self.slots, self.columns.capacity, like.shape[-1])
+        return self.indexer_keys
+
+    def admit(self, layer: Any, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy ``rows`` of a prefilled layer to ``slots``, so that they end at column ``now``."""
+        super().admit(layer, rows, slots)
+        if layer.indexer_keys is not None:
+            now = self.columns.now
+            self._indexer_buffer(layer.indexer_keys)[slots, now - layer.indexer_keys.shape[1] : now] = (
+                layer.indexer_keys[rows]
+            )
+
+    def shift(self, by: int) -> None:
+        """Move the columns in use ``by`` to the right, or to the left where ``by`` is negative."""
+        super().shift(by)
+        if self.indexer_keys is not None:
+            first, now = self.columns.first, self.columns.now
+            self.indexer_keys[:, first + by : now + by] = self.indexer_keys[:, first:now].clone()
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep only ``slots``, in the order given."""
+        super().keep(slots)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[slots]
+
+
 class StateLayer(LinearAttentionLayer):
     """States (slots, ...) of one layer that keeps no keys: of a convolution, of a recurrence, or of both."""
 
@@ -140,8 +180,8 @@ class StateLayer(LinearAttentionLayer):
 class StateAndSlotLayer(StateLayer, SlotLayer):  # type: ignore[override]
     """A layer with attention and a recurrence side by side: keys and values in columns, and states."""
 
-    def __init__(self, slots: int, columns: Columns, number_of_states: int) -> None:
-        SlotLayer.__init__(self, slots, columns, is_sliding=False)
+    def __init__(self, slots: int, columns: Columns, number_of_states: int, *, is_sliding: bool) -> None:
+        SlotLayer.__init__(self, slots, columns, is_sliding=is_sliding)
         StateLayer.__init__(self, slots, number_of_states)
 
     def lazy_initialization(self, *keys_and_values: Any, **states: Any) -> None:
@@ -168,6 +208,26 @@ def states_of(layer: object) -> Iterator[tuple[str, int, torch.Tensor]]:
                 yield kind, index, state
 
 
+def slot_layer(layer: object, slots: int, columns: Columns) -> Any:
+    """The layer of a ``SlotCache`` for one of transformers' ``layer``; ModelError where there is none of its kind."""
+    bases = type(layer).__bases__
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return SlotLayer(slots, columns, is_sliding=isinstance(layer, DynamicSlidingWindowLayer))
+    if type(layer) in INDEXED:
+        return IndexedSlotLayer(slots, columns, is_sliding=False)
+    if type(layer) is LinearAttentionLayer:
+        return StateLayer(slots, layer.number_of_states)
+    if isinstance(layer, LinearAttentionLayer) and bases[1:] in ((DynamicLayer,), (DynamicSlidingWindowLayer,)):
+        is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
+        return StateAndSlotLayer(slots, columns, layer.number_of_states, is_sliding=is_sliding)
+    if isinstance(layer, CACHELESS):
+        return layer
+    raise ModelError(
+        f"decoding in slots does not know cache layers of kind {type(layer).__name__}; use a model of full, "
+        "sliding-window, short-convolution or recurrent layers"
+    )
+
+
 class SlotCache(Cache):
     """The cache of ``slots`` sequences, each shorter than ``capacity`` columns.
 
@@ -177,26 +237,9 @@ class SlotCache(Cache):
 
     def __init__(self, config: PretrainedConfig, *, slots: int, capacity: int, device: torch.device) -> None:
         self.columns = Columns(0, 0, capacity)
-        layers: list[Any] = []
-        for layer in DynamicCache(config=config).layers:
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
-                layers.append(SlotLayer(slots, self.columns, is_sliding=is_sliding))
-            elif type(layer) is LinearAttentionLayer:
-                layers.append(StateLayer(slots, layer.number_of_states))
-            elif isinstance(layer, LinearAttentionLayer) and type(layer).__bases__ == (
-                LinearAttentionLayer,
-                DynamicLayer,
-            ):
-                layers.append(StateAndSlotLayer(slots, self.columns, layer.number_of_states))
-            elif isinstance(layer, CACHELESS):
-                layers.append(layer)
-            else:
-                raise ModelError(
-                    f"decoding in slots does not know cache layers of kind {type(layer).__name__}; use a model of "
-                    "full, sliding-window, short-convolution or recurrent layers"
-                )
-        super().__init__(layers=layers)
+        super().__init__(
+            layers=[slot_layer(layer, slots, self.columns) for layer in DynamicCache(config=config).layers]
+        )
         self.mask = torch.zeros(slots, capacity, dtype=torch.long, device=device)
         self.starts = [0] * slots
 
@@ -221,6 +264,8 @@ class SlotCache(Cache):
         ``mask`` (n, width) of the prefilled cache is left-padded and without holes: row i has ``lengths[i]`` columns.
         """
         now, device = self.columns.now, self.mask.device
+        for layer in prefilled.layers[len(self.layers) :]:  # a model that loops adds layers at its first pass
+            self.layers.append(slot_layer(layer, self.mask.shape[0], self.columns))
         source, target = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
         for mine, layer in zip(self.layers, prefilled.layers, strict=True):
             if isinstance(mine, SlotLayer | StateLayer):
@@ -285,9 +330,11 @@ def full_attention_only(config: PretrainedConfig) -> bool:
 
 
 def column_bytes(cache: DynamicCache) -> int:
-    """Bytes of keys and values that one token of one sequence takes, read from a cache that has seen one token."""
+    """Bytes of keys and values that one token of one sequence takes, an indexer's keys too, read from a cache that has
+    seen one token."""
     kept = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return sum(buffer.nbytes for layer in kept for buffer in (layer.keys, layer.values) if buffer is not None)
+    held = [[layer.keys, layer.values, getattr(layer, "indexer_keys", None)] for layer in kept]
+    return sum(buffer.nbytes for buffers in held for buffer in buffers if buffer is not None)
 
 
 def state_bytes(cache: DynamicCache) -> int:

@@ -26,8 +26,14 @@ SAME_PRODUCT = ("FalconLinear",)  # subclasses of nn.Linear that write the same 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 OF_ANOTHER_LAYER = re.compile(r"_adapter_list\.")
 """Zamba2's layers that share weights each hold the low-rank products of all of them, and call their own alone."""
+SENSES = re.compile(r"(?:^|[._])(?:vision|visual|image|img|audio|speech)(?:[._]|$)")
+"""Parts that some models keep inside their decoder, and that text never comes to."""
 READ = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\b(?!\[|\.(?:dtype|device|shape|size|ndim|is_cuda|data)\b)")
 WRITTEN = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])*\.weight\.data\b")
+WITHOUT_GRADIENT = re.compile(r"(?:\s*@.*\n)*?\s*@torch\.(?:no_grad|inference_mode)\b")
+"""How the source of a forward pass begins that records no gradient."""
+TOGETHER = "one product takes the tokens of all roles to an expert"
+"""Why no role can have an expert of its own."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # PiSSA, OLoRA and the like change the base
 
 
@@ -36,7 +42,8 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
 
     PEFT's own reading also takes vision towers, routers that return more than a product and, in models whose experts
     transformers 5 has fused, those experts: no role slice can reach them. A linear layer whose name PEFT would take for
-    such an expert's is left out too, and one whose weight the model reads itself (``read_past``).
+    such an expert's is left out too, and one whose weight the model reads itself (``read_past``) or that it runs
+    without gradient.
     """
     config = deepcopy(config)
     if str(config.target_modules).lower() != ALL_LINEAR:
@@ -50,7 +57,9 @@ def spelt_out(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:
         and is_plain(module)
         and not ROUTED_EXPERT.search(f".{name}.")
         and not OF_ANOTHER_LAYER.search(name)
+        and not SENSES.search(name)
         and not read_past(base, name)
+        and not runs_without_gradient(base, name)
     ]
     reread = deepcopy(config)
     convert_peft_config_for_transformers(reread, base, None)
@@ -77,12 +86,41 @@ def refuse_unknown(base: PreTrainedModel, setting: str, names: str | Sequence[st
                 f"{setting}={shortened(name)} is no regular expression ({error}); give {ALL_LINEAR} or a list of name "
                 "endings"
             ) from error
+        experts = [] if found else [each for each in routed_experts(base) if f".{each}".endswith(f".{name}")]
+        if name and experts:
+            raise ModelError(
+                f"{setting} names {shortened(name)}, which is {experts[0]}, one of {len(experts)} such matrices of "
+                f"routed experts ({TOGETHER}); {ALL_LINEAR} adapts the linear layers around them"
+            )
         if not name or not found:
             endings = sorted({layer.rpartition(".")[2] for layer, module in base.named_modules() if is_plain(module)})
             raise ModelError(
                 f"{setting} names {shortened(name)}, which no layer of {type(base).__name__} is called"
                 f"{nearest(name[:100], endings)}; its linear layers end with {', '.join(endings[:20])}"
             )
+
+
+def routed_experts(base: nn.Module) -> list[str]:
+    """The names of all matrices of experts that a router chooses among, whatever a family keeps them in."""
+    found = dict[str, None]()
+    for name, module in base.named_modules():
+        is_one = name.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
+        if is_one and "shared" not in name:  # a shared expert computes every token, by plain linear layers
+            found |= {f"{name}.{part}": None for part, _ in module.named_parameters() if not part.endswith("bias")}
+    return list(found)
+
+
+def beside_experts(model: nn.Module) -> str | None:
+    """Which layers the adapters of a ``model`` with routed experts are on, and that those stay as they are; None
+    without experts or without adapters."""
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    experts = routed_experts(model)
+    if not experts or not adapted:
+        return None
+    return (
+        f"adapters are on {', '.join(sorted(adapted))}; the {len(experts)} matrices of routed experts, "
+        f"{experts[0].removeprefix('base_model.model.')} the first, stay the base's: {TOGETHER}"
+    )
 
 
 def refuse_settings(role: str, config: LoraConfig) -> None:
@@ -111,7 +149,7 @@ def refuse_layers(base: PreTrainedModel) -> None:
             layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if not isinstance(module, LoraLinear) or not is_plain(layer) or ROUTED_EXPERT.search(f".{name}."):
                 raise ModelError(
-                    f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts, not "
+                    f"{name}: role slices adapt nn.Linear and Conv1D outside routed experts ({TOGETHER}), not "
                     f"{type(layer).__name__}; choose model.target_modules without it, or name it in "
                     "model.exclude_modules"
                 )
@@ -119,6 +157,11 @@ def refuse_layers(base: PreTrainedModel) -> None:
             if read_past(base, name):
                 raise ModelError(
                     f"{name}: the model reads this layer's weight itself, past an adapter; name it in "
+                    "model.exclude_modules"
+                )
+            if runs_without_gradient(base, name):
+                raise ModelError(
+                    f"{name}: the model runs this layer without gradient, so that it would never learn; name it in "
                     "model.exclude_modules"
                 )
             if module.lora_variant or any(module.lora_bias.values()):
@@ -152,6 +195,22 @@ def read_past(base: nn.Module, name: str, pattern: re.Pattern[str] = READ) -> bo
         holder, _, attribute = holder.rpartition(".")
     kind: Any = type(base.get_submodule(holder))
     return attribute in weights_read(kind, pattern)
+
+
+def runs_without_gradient(base: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` is part of a module whose forward pass records no gradient, such as the indexer by
+    which sparse attention chooses what a token attends to: a choice has none."""
+    parts = name.split(".")
+    kinds: list[Any] = [type(base.get_submodule(".".join(parts[:end]))) for end in range(1, len(parts))]
+    return any(_is_without_gradient(kind) for kind in kinds)
+
+
+@cache
+def _is_without_gradient(kind: Any) -> bool:
+    try:
+        return bool(WITHOUT_GRADIENT.match(inspect.getsource(kind.forward)))
+    except (OSError, TypeError):  # a class made at run time has no source; the first update tells
+        return False
 
 
 @cache

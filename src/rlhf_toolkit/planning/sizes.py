@@ -30,8 +30,9 @@ class ModelSize:
     quantised layer becomes while it is used, 0 where none is, ``column`` keys and values of one token. Elements:
     ``trained``; ``policy``, those of the policy's adapters; ``low_rank``, what the x A^T of one role have together for
     a token; ``queries`` and ``keys``, a token's in one layer. ``tile``: positions and tokens of a tile of the output
-    layer. ``plain``: norms and MLP are transformers' own, which keep more for backward. Where ``recurrent`` layers keep
-    states: bytes of them all for a sequence, ``state``; and of one such layer for a token of a pass, at its peak
+    layer. ``latent``: what a step of latent attention spreads a cached token out to, in one layer, 0 for other
+    attention. ``plain``: norms and MLP are transformers' own, which keep more for backward. Where ``recurrent`` layers
+    keep states: bytes of them all for a sequence, ``state``; and of one such layer for a token of a pass, at its peak
     without gradient, ``scratch``, and for backward, ``scan``.
     """
 
@@ -58,6 +59,7 @@ class ModelSize:
     scratch: int = 0
     scan: int = 0
     matrix: int = 0
+    latent: int = 0
 
 
 @dataclass(frozen=True)

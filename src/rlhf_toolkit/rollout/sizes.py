@@ -168,6 +168,7 @@ def model_size(shared: SharedBase, column: int, *, on_cpu: bool, state: int = 0)
         scratch=recurrence.scratch,
         scan=recurrence.kept,
         matrix=max(map(matrix_bytes, quantised), default=0),
+        latent=latent_width(shared.causal_lm.config),
     )
 
 
@@ -194,6 +195,19 @@ def dimensions(config: Any) -> dict[str, int]:
     }
 
 
+def latent_width(config: Any) -> int:
+    """Elements that a step of latent attention makes of a cached token in one layer: its cache holds what keys and
+    values are made from, and a step makes those of all columns, and the keys once more with the part that is rotated.
+    0 for other attention."""
+    config = config.get_text_config()
+    if not _named(config, "kv_lora_rank", default=0):
+        return 0
+    unrotated, rotated, value = (
+        _named(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
+    return _named(config, "num_attention_heads") * (2 * unrotated + rotated + value)
+
+
 def _named(config: Any, *names: str, default: int | None = None) -> int:
     """The first of the config's attributes ``names`` that has a value. It is asked for each, since what is called
     ``n_layer`` in a file is ``num_hidden_layers`` as an attribute only (``attribute_map``). Raises ModelError where
@@ -212,7 +226,8 @@ def mlp_width(config: Any, hidden: int) -> int:
         dense *= 2
     expert = _named(config, "moe_intermediate_size", default=dense)
     shared = _named(config, "n_shared_experts", default=0) * expert
-    routed = _named(config, "num_experts_per_tok", default=0) * expert
+    experts = _named(config, "num_experts_per_tok", default=0)  # which Doge names where it has none
+    routed = experts * expert if getattr(config, "is_moe", True) else 0
     return max(dense, routed + _named(config, "shared_expert_intermediate_size", default=shared))
 
 
@@ -270,7 +285,7 @@ def needs_of(model: ModelSize, how: Sharding, size: RolloutSize, weights: str) -
     return RolloutNeeds(
         window_bytes=window,
         live_bytes=min(window, live_bytes(model, how)) + prefetched_bytes(model, how),
-        slot_bytes=model.column * size.slot_columns + model.state,
+        slot_bytes=(model.column + model.latent * model.element) * size.slot_columns + model.state,
         choice_bytes=size.logit_rows(model.vocabulary) * model.vocabulary * FP32,
         column_bytes=model.column,
         prefill_bytes=pass_token_bytes(model, on_device, prefill),

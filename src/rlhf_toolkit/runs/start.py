@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from transformers import PretrainedConfig, TrainerCallback
 
-from rlhf_toolkit.checkpoint_files import understood
+from rlhf_toolkit.checkpoint_files import Checkpoint, understood
 from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder, require_identity
+from rlhf_toolkit.data.templates import render_as_of
 from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
@@ -23,6 +25,7 @@ from rlhf_toolkit.distributed.watch import begin_watching
 from rlhf_toolkit.models.folders import commit_of
 from rlhf_toolkit.models.loading import MAIN, load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
+from rlhf_toolkit.models.targets import beside_experts
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, history, mend_logs, versions
@@ -119,19 +122,19 @@ def prepare_run(
         offloaded = topology.launch.offload_optimizer != "none"
         require_optimizer(experiment.update.optimizer, topology.device, offloaded=offloaded)
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
+    began = take_for_now(checkpoint)
+    given = experiment.model
     with agreement("loading"):
-        config = load_model_config(
-            experiment.model.name,
-            trust_remote_code=experiment.model.trust_remote_code,
-            revision=experiment.model.revision,
-        )
+        config = load_model_config(given.name, trust_remote_code=given.trust_remote_code, revision=given.revision)
     data = parts.load_data(config)
     opening = parts.opening(data)
-    on_main(lambda: say(opening.text(experiment.model, config)))
+    on_main(lambda: say(opening.text(given, config)))
     done = 0 if checkpoint is None else checkpoint.step // parts.updates_per_round
     if checkpoint is not None:
         on_main(lambda: mend_logs(folder, axis=parts.axis, until=done))
     model = parts.load_model(config)
+    if (of_experts := beside_experts(model)) is not None:
+        on_main(lambda: say(of_experts))
     identity = parts.identity(data, model)
     require_same("the fingerprint of", identity)
     if checkpoint is not None:
@@ -156,14 +159,28 @@ def prepare_run(
         "settings": settings,
         "identity": identity,
         "wandb_id": run_id if mirror is None else mirror.run_id,
-        "commit": commit_of(experiment.model.name, experiment.model.revision or MAIN),
+        "commit": commit_of(given.name, given.revision or MAIN),
+        "began": began,
         **described_here(topology),
     }
     with agreement("loading"):
-        trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
+        trainer.beside_adapters = travelling(given, opening.tokenizer, opening.stop_ids)
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     watch_run(parts, trainer, progress, mirror)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def take_for_now(checkpoint: Checkpoint | None) -> str:
+    """When the run began, here or before ``checkpoint``: chat templates that write the date write this. A collective.
+    Raises CheckpointError where the checkpoint names no moment."""
+    now = on_main(lambda: datetime.now().isoformat(timespec="seconds"))
+    if checkpoint is None:
+        render_as_of(now)
+        return now
+    with understood(checkpoint.folder):
+        began = str(checkpoint.state.get("began", now))
+        render_as_of(began)
+    return began
 
 
 def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
