@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,12 @@ def test_few_slots_that_move_say_what_many_say(built: Built, monkeypatch: pytest
     many, moves = rolled_out(built, 5), list[int]()
     monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
     shift = IndexedSlotLayer.shift
-    monkeypatch.setattr(IndexedSlotLayer, "shift", lambda layer, by: (moves.append(by), shift(layer, by)))
+
+    def watched(layer: Any, by: int) -> None:
+        moves.append(by)
+        shift(layer, by)
+
+    monkeypatch.setattr(IndexedSlotLayer, "shift", watched)
     few = rolled_out(built, 2)
     assert any(by < 0 for by in moves), "columns ran out"
     assert torch.equal(few.responses, many.responses)
