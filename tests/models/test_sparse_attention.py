@@ -43,7 +43,12 @@ def test_few_slots_that_move_say_what_many_say(built: Built, monkeypatch: pytest
     many, moves = rolled_out(built, 5), list[int]()
     monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
     shift = IndexedSlotLayer.shift
-    monkeypatch.setattr(IndexedSlotLayer, "shift", lambda layer, by: (moves.append(by), shift(layer, by)))
+
+    def noted(layer: IndexedSlotLayer, by: int) -> None:
+        moves.append(by)
+        shift(layer, by)
+
+    monkeypatch.setattr(IndexedSlotLayer, "shift", noted)
     few = rolled_out(built, 2)
     assert any(by < 0 for by in moves), "columns ran out"
     assert torch.equal(few.responses, many.responses)
