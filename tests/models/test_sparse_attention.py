@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -45,11 +44,11 @@ def test_few_slots_that_move_say_what_many_say(built: Built, monkeypatch: pytest
     monkeypatch.setattr(decoding, "SPARE_COLUMNS", 1)
     shift = IndexedSlotLayer.shift
 
-    def watched(layer: Any, by: int) -> None:
+    def noted(layer: IndexedSlotLayer, by: int) -> None:
         moves.append(by)
         shift(layer, by)
 
-    monkeypatch.setattr(IndexedSlotLayer, "shift", watched)
+    monkeypatch.setattr(IndexedSlotLayer, "shift", noted)
     few = rolled_out(built, 2)
     assert any(by < 0 for by in moves), "columns ran out"
     assert torch.equal(few.responses, many.responses)

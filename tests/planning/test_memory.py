@@ -196,7 +196,8 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors(case: Case) -> None:
         shared.next_token_logits(one, cache.step_mask, one, cache)
         found = one_token(shared, Alone())
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "columns")]
-    buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
+    buffers = [each for layer in layers for each in vars(layer).values() if isinstance(each, torch.Tensor)]
+    buffers = [each for each in buffers if columns in each.shape]
     assert 2 * columns * column_bytes(found) == sum(buffer.nbytes for buffer in buffers)
     states = [state for layer in cache.layers for _, _, state in states_of(layer)]
     assert 2 * state_bytes(found) == sum(state.nbytes for state in states)

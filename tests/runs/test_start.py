@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from rlhf_toolkit.errors import CheckpointError, ConfigError, TopologyError
+from rlhf_toolkit.errors import CheckpointError, ConfigError, ModelError, TopologyError
 from rlhf_toolkit.models.loading import load_model_config as real_config
 from rlhf_toolkit.runs import start
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
@@ -18,7 +19,7 @@ from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.support.processes import environment_of_tests
-from tests.support.tiny import merged, write_task
+from tests.support.tiny import SIZES, merged, write_task
 from tests.trainers.test_fine_tuning import sections
 
 
@@ -98,3 +99,16 @@ def test_a_folder_that_another_run_has_claimed_meanwhile_is_left_to_it(
     with pytest.raises(CheckpointError, match="claimed by another run while this one was loading"):
         prepare(experiment_from_dict(write_task(tmp_path)))
     assert (tmp_path / "run/run.json").read_text() == "{}"
+
+
+def test_a_mixture_of_experts_is_told_what_is_adapted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MixtralConfig(**SIZES, num_local_experts=4, bos_token_id=1, eos_token_id=1)
+    task = write_task(tmp_path, model=MixtralForCausalLM(config))
+    with pytest.raises(
+        ModelError, match=r"target_modules names 'experts\.gate_up_proj', which is model\.layers\.0\.mlp"
+    ):
+        prepare(experiment_from_dict(merged(task, {"model.target_modules": ["experts.gate_up_proj"]})))
+    run: Any = prepare(experiment_from_dict(task))
+    run.progress.bar.close()
+    said = "adapters are on k_proj, o_proj, q_proj, v_proj; the 4 matrices of routed experts, model.layers.0.mlp.exper"
+    assert said in capsys.readouterr().out

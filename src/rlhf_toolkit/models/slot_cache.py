@@ -121,11 +121,11 @@ class IndexedSlotLayer(SlotLayer):
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Write the indexer's keys (slots, 1, D) of one step to column ``now`` and return all columns in use: called
         before or after ``update``, within the same step."""
-        held = self._room_of_indexer(indexer_key_states)
+        held = self._indexer_columns(indexer_key_states)
         held[:, self.columns.now] = indexer_key_states[:, 0]
         return held[:, self.columns.first : self.columns.now + 1]
 
-    def _room_of_indexer(self, like: torch.Tensor) -> torch.Tensor:
+    def _indexer_columns(self, like: torch.Tensor) -> torch.Tensor:
         if self.indexer_keys is None:
             self.indexer_keys = like.new_zeros(self.slots, self.columns.capacity, like.shape[-1])
         return self.indexer_keys
@@ -135,7 +135,7 @@ class IndexedSlotLayer(SlotLayer):
         super().admit(layer, rows, slots)
         if layer.indexer_keys is not None:
             now = self.columns.now
-            self._room_of_indexer(layer.indexer_keys)[slots, now - layer.indexer_keys.shape[1] : now] = (
+            self._indexer_columns(layer.indexer_keys)[slots, now - layer.indexer_keys.shape[1] : now] = (
                 layer.indexer_keys[rows]
             )
 
