@@ -23,8 +23,8 @@ from rlhf_toolkit.settings.knobs import (
     BIASES,
     FROM_0_TO_1,
     FROM_0_TO_BELOW_1,
+    LAYERS,
     NO_DROPOUT,
-    NOT_EMPTY,
     NOT_NEGATIVE,
     PENALTY,
     TEMPLATE,
@@ -101,7 +101,7 @@ class ModelConfig(Section):
         "kaiming", "how a new adapter's A starts: kaiming, PEFT's own, or gaussian; B is zero", choices=STARTS
     )
     target_modules: str | list[str] = knob(
-        "all-linear", "layers to adapt: all-linear or a list of name endings", NOT_EMPTY
+        "all-linear", "layers to adapt: all-linear or a list of name endings", LAYERS
     )
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
     policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
