@@ -34,6 +34,9 @@ class Scores:
 class NoFunctions:
     """Stands in for ``Rewards`` where no function scores: models give the scores, and every total here is 0."""
 
+    def require_columns(self, prompt: Prompt) -> None:
+        """Do nothing: no function is called with them."""
+
     def submit(self, row: int, prompt: Prompt, response: str, token_ids: Sequence[int]) -> None:
         """Do nothing: no call begins early."""
 

@@ -35,12 +35,18 @@ from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 @dataclass(frozen=True)
 class Setup:
-    """All that is known of a run before its model is loaded."""
+    """All that is known of a run before its model is loaded. Raises ConfigError where the environment cannot be called
+    with the columns of the prompts."""
 
     experiment: Experiment
     algorithm: Algorithm
     topology: Topology
     task: Task
+
+    def __post_init__(self) -> None:
+        if self.algorithm.environment is not None:
+            for first in (*self.task.prompts[:1], *self.task.held_out[:1]):
+                self.algorithm.environment.require_columns(first.columns)
 
     def cutting(self, *, packing: bool) -> Cutting:
         """How rollouts are cut."""

@@ -166,6 +166,7 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     data, reward = experiment.data, load_rewards(experiment)
     tokenizer, stop_ids = load_tokenizer_of(experiment, config)
     prompts = load_prompts(data, tokenizer, str(data.evaluation), data.evaluation_split, 1)
+    reward.require_columns(prompts[0])
     schedule = PromptSchedule(len(prompts), 1, experiment.run.seed)
     sampling = make_sampling(experiment, tokenizer, stop_ids, config)
     task = Task(tokenizer, sampling, prompts, prompts, schedule, reward)

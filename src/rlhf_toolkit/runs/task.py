@@ -60,6 +60,9 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     held_out: tuple[Prompt, ...] = ()
     if data.evaluation:
         held_out = load_prompts(data, tokenizer, data.evaluation, data.evaluation_split, processes)
+    with agreement("loading"):
+        for first in (prompts[0], *held_out[:1]):
+            reward.require_columns(first)
     schedule = PromptSchedule(len(prompts), experiment.rollout.prompts_per_rollout, experiment.run.seed)
     task = Task(tokenizer, sampling, prompts, held_out, schedule, reward)
     check_length(experiment.model.name, config, task)
@@ -111,17 +114,15 @@ def check_length(name: str, config: PretrainedConfig, task: Task) -> None:
         on_main(lambda: say(warning))
 
 
-def load_rewards(experiment: Experiment) -> Scorer:
+def load_rewards(experiment: Experiment) -> Rewards | NoFunctions:
     """The rewards of ``reward.functions``, or the one of ``reward.function``; what fails and may fail is said on the
     terminal."""
     reward = experiment.reward
     if not (reward.function or reward.functions):
         return NoFunctions()
     entries = reward.functions or [{"function": reward.function, "kwargs": reward.kwargs}]
-    specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
-    if not reward.functions:
-        specs = [replace(specs[0], setting="reward")]
-    specs = [with_secrets(spec) for spec in specs]
+    places = [f"reward.functions[{number}]" if reward.functions else "reward" for number in range(len(entries))]
+    specs = [with_secrets(RewardSpec.parse(*each)) for each in zip(entries, places, strict=True)]
     return Rewards(specs, warn=warn)
 
 

@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that is no setting: one of another library, of another section, or misspelt."""
+"""What an unknown name may mean: a setting of another section, a misspelt one, or what other libraries call it."""
 
 from __future__ import annotations
 
