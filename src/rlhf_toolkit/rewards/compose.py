@@ -251,6 +251,7 @@ def weighted_sum(
     sums = [[0.0] * count for count in tokens]
     totals = [0.0] * len(tokens)
     parts: dict[str, list[float]] = {}
+    dropped = dict[int, str]()
     by_token = False
     for spec in specs:
         parts[spec.name] = [_part(value) for value in values[spec.name]]
@@ -258,6 +259,8 @@ def weighted_sum(
             if isinstance(value, Fault):
                 policy = reaction(spec, value)
                 kept[i] = kept[i] and policy == "score"
+                if policy != "score":
+                    dropped.setdefault(i, f"reward {spec.name} {value.what}")
                 spoiled[i] = spoiled[i] or policy == "skip"
                 value = spec.failure_score
             totals[i] += spec.weight * _part(value)
@@ -274,7 +277,7 @@ def weighted_sum(
                 f"the weighted sum of all rewards is {totals[i]:g} for {_named(prompts[i])}, which float32 cannot "
                 "hold; lower the weights"
             )
-    return Scores(totals, parts, kept, sums if by_token else None, dict(failures))
+    return Scores(totals, parts, kept, sums if by_token else None, dict(failures), dropped)
 
 
 def _part(value: Score | Fault) -> float:

@@ -17,6 +17,7 @@ from rlhf_toolkit.models.roles import POLICY, VALUE
 from rlhf_toolkit.models.shared_base import NOWHERE, ON_ADAPTER, SharedBase
 from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
+from rlhf_toolkit.reporting.sample_rows import with_columns
 from rlhf_toolkit.rollout.model_rewards import TextReward
 from rlhf_toolkit.runs.algorithm import idle_numbers, resolve
 from rlhf_toolkit.runs.assembly import Setup, make_ppo_trainer
@@ -157,6 +158,10 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         return {"reward_model": base_fingerprint("", weights)} if weights else {}
 
     def samples(self, trainer: PPOTrainer, kind: str) -> Sequence[Record]:
-        """The first responses of the newest rollout or evaluation."""
-        newest = trainer.evaluated_samples if kind == "eval" else trainer.rollouts.newest.samples
-        return newest[: self.experiment.run.samples]
+        """The first responses of the newest rollout or evaluation, with the columns of their prompts."""
+        of_evaluation = kind == "eval"
+        newest = trainer.evaluated_samples if of_evaluation else trainer.rollouts.newest.samples
+        prompts = trainer.held_out.prompts if of_evaluation else trainer.maker.source.prompts
+        chosen = newest[: self.experiment.run.samples]
+        rows = {sample.get("row") for sample in chosen}
+        return with_columns(chosen, {each.index: each.columns for each in prompts if each.index in rows})
