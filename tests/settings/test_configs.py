@@ -198,7 +198,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {
         "output_dir": "runs/ppo",
         "seed": 0,
-        "save_every": 0,
+        "save_every": None,
         "keep_checkpoints": 2,
         "keep_best": False,
         "evaluate_every": 0,

@@ -13,7 +13,7 @@ from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.evaluated import HeldOut
 from rlhf_toolkit.rollout.experience import ExperienceMaker
@@ -66,6 +66,8 @@ def make_ppo_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PP
         trained=sum(sizes),
     )
     packing = packs(update.packing, shared)
+    maker = make_experience_maker(setup, packing=packing, on_tokens=progress.on_tokens)
+    maker.scored_sampler.clock.onlooker = progress
     return PPOTrainer(
         model=shared,
         args=training_arguments(
@@ -78,7 +80,7 @@ def make_ppo_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PP
             learning_rate=update.policy_lr,
         ),
         processing_class=setup.task.tokenizer,
-        maker=make_experience_maker(setup, packing=packing, on_tokens=progress.on_tokens),
+        maker=maker,
         loss=algorithm.loss,
         schedule=Schedule(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=algorithm.over_mini_batch,

@@ -27,8 +27,9 @@ from rlhf_toolkit.models.loading import adapter_config, load_base
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
+from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.reporting.report import print_report
-from rlhf_toolkit.reporting.run_log import Progress, write_fine_tuning_summary
+from rlhf_toolkit.reporting.run_log import write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.runs.callbacks import EngineCheck
 from rlhf_toolkit.runs.opening import Opening, adapters_text
@@ -101,7 +102,7 @@ class TrainingItems:
 class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, FineTuner]):
     """SFT, reward models and DPO, whose records count optimizer steps."""
 
-    axis = "step"
+    axis, title = "step", "supervised run"
 
     def load_data(self, config: PretrainedConfig) -> TrainingItems:
         """Tokenizer and items."""

@@ -13,7 +13,7 @@ from rlhf_toolkit.distributed.collectives import all_gather, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
-from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
@@ -57,7 +57,7 @@ class Run(Generic[E, T]):
             raise stopped(self.trainer, self.checkpoint, str(stop)) from None
         finally:
             stopping.hold()  # what follows is an end, whole or broken, and not long
-            self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
+            self.progress.close()  # so that whatever is printed next starts on a line of its own
             if writer is not None:
                 writer.close()  # what is being written is a sound checkpoint, whatever ends the run
 

@@ -24,16 +24,20 @@ from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
-from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, history, mend_logs, versions
+from rlhf_toolkit.reporting.panel import begin_panel
+from rlhf_toolkit.reporting.progress import Progress
+from rlhf_toolkit.reporting.quiet import quiet_libraries
+from rlhf_toolkit.reporting.run_log import Record, RunLog, history, mend_logs, versions
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
 from rlhf_toolkit.runs.opening import Opening
+from rlhf_toolkit.runs.places import places_text
 from rlhf_toolkit.runs.run import Run, with_dtype
 from rlhf_toolkit.runs.tokenizer import identity_of_template, travelling
 from rlhf_toolkit.runs.weights import fingerprint_of
 from rlhf_toolkit.settings.configs import RunConfig
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
-from rlhf_toolkit.texts import printable, say
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.optimizers import require_optimizer
 from rlhf_toolkit.trainers.saving import CheckpointWriter
@@ -48,10 +52,11 @@ A = TypeVar("A", bound=Run[Any, Any])
 class Kind(ABC, Generic[E, D, M, T]):
     """One kind of run: what it does for ``prepare_run``, in the order in which it is asked.
 
-    ``D`` is what it loads before the model, ``M`` its model, ``T`` its trainer. ``axis`` is what its records count.
+    ``D`` is what it loads before the model, ``M`` its model, ``T`` its trainer. ``axis`` is what its records count,
+    ``title`` what it is called.
     """
 
-    axis = "rollout"
+    axis, title = "rollout", "PPO"
 
     def __init__(self, experiment: E, topology: Topology) -> None:
         """Settle what needs neither files of the run nor the model. Raises ConfigError."""
@@ -108,8 +113,10 @@ def prepare_run(
     kind: type[Kind[E, D, M, T]], run: type[A], experiment: E, *, resume: bool = False, overwrite: bool = False
 ) -> A:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
+    quiet_libraries()
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
+    on_main(lambda: begin_panel(f"{kind.title}: {experiment.model.name} on {experiment.data.train}"))
     experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     require_same("the setting", flat(settings))
@@ -138,6 +145,7 @@ def prepare_run(
         with understood(checkpoint.folder):
             model.load_trained(checkpoint.folder)
     rounds, updates = parts.rounds(data), parts.updates_per_round
+    on_main(lambda: say(places_text(experiment.run, rounds, parts.axis)))
     progress = Progress(num_rollouts=rounds, updates_per_rollout=updates, show=topology.is_main, unit=parts.axis)
     trainer = parts.make_trainer(data, model, progress)
     identity |= parts.identity_of_rewards(trainer)
@@ -183,11 +191,11 @@ def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: W
 
 
 def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
-    """Tells people on rank 0: above the bar, and in W&B."""
+    """Tells people on rank 0: on the terminal, and in W&B."""
 
     def notify(title: str, text: str) -> None:
-        if not progress.bar.disable:
-            progress.bar.write(printable(f"{title}: {text}"), file=sys.stderr)
+        if progress.shown:
+            say(f"{title}: {text}", sys.stderr)
         if mirror is not None:
             mirror.alert(title, text)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.endings import check_turn_end
@@ -27,7 +26,7 @@ from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
 from rlhf_toolkit.secrets import resolved
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import Experiment
-from rlhf_toolkit.texts import printable, say
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.types import Prompt
 
 
@@ -123,7 +122,7 @@ def load_rewards(experiment: Experiment) -> Rewards | NoFunctions:
     entries = reward.functions or [{"function": reward.function, "kwargs": reward.kwargs}]
     places = [f"reward.functions[{number}]" if reward.functions else "reward" for number in range(len(entries))]
     specs = [with_secrets(RewardSpec.parse(*each)) for each in zip(entries, places, strict=True)]
-    return Rewards(specs, warn=warn)
+    return Rewards(specs, warn=say)
 
 
 def with_secrets(spec: RewardSpec) -> RewardSpec:
@@ -132,11 +131,6 @@ def with_secrets(spec: RewardSpec) -> RewardSpec:
     kwargs = resolved(dict(spec.kwargs), f"{spec.setting}.kwargs")
     url = None if spec.url is None else READERS["url"](f"{spec.setting}.url", resolved(spec.url, f"{spec.setting}.url"))
     return replace(spec, kwargs=kwargs, url=url)
-
-
-def warn(line: str) -> None:
-    """A line above the progress bar."""
-    tqdm.write(printable(line))
 
 
 def load_prompts(

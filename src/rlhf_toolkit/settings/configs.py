@@ -373,7 +373,9 @@ class RunConfig(Section):
 
     output_dir: str = knob("runs/ppo", "run folder: adapters, checkpoints, JSONL, summary")
     seed: int = knob(0, "every random stream derives from it")
-    save_every: int = knob(0, "rollouts between checkpoints; 0: only the final adapters", NOT_NEGATIVE)
+    save_every: int | None = knob(
+        None, "rollouts between checkpoints; none: ten times a run; 0: only the final adapters", NOT_NEGATIVE
+    )
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ABOVE_0)
     keep_best: bool = knob(False, "also write and keep the checkpoint of the best evaluation")
     evaluate_every: int = knob(0, "rollouts between evaluations; 0: only those at start and end", NOT_NEGATIVE)

@@ -121,6 +121,7 @@ class Section:
                 raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
             if rule is not None and not rule.holds(value):
                 given = shortened(value) if isinstance(value, (list, dict)) else value
+                or_none = "" if rule.words.startswith("not ") else or_none
                 raise ConfigError(f"{name}={given} must {rule.words}{or_none}; {default_of(setting)}")
 
 
