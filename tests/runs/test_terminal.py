@@ -34,8 +34,8 @@ row #: # tokens of prompt
  prompt # | w#
 trained: the policy's adapter (LoRA of rank # on all-linear), the value's adapter (LoRA of rank # on all-linear) and \
 its head
-writes: {here}/run: log.jsonl, samples.jsonl, summary.json, a checkpoint every rollout, the newest # kept
 micro-batches: packed, shared prefixes once
+writes: {here}/run: log.jsonl, samples.jsonl, summary.json, a checkpoint every rollout, the newest # kept
 ranks: {ranks}; #M parameters, #M trained; # mini-batch(es) a pass, micro-batches of at most # tokens a role; the role \
 pass asks policy, value, reference; where an update is one pass, reference
 rollout: base gathered once a rollout, # slot(s), # tokens a prefill; sampling #, role pass #, update # of # GiB free

@@ -145,7 +145,6 @@ def prepare_run(
         with understood(checkpoint.folder):
             model.load_trained(checkpoint.folder)
     rounds, updates = parts.rounds(data), parts.updates_per_round
-    on_main(lambda: say(places_text(experiment.run, rounds, parts.axis)))
     progress = Progress(num_rollouts=rounds, updates_per_rollout=updates, show=topology.is_main, unit=parts.axis)
     trainer = parts.make_trainer(data, model, progress)
     identity |= parts.identity_of_rewards(trainer)
@@ -173,8 +172,10 @@ def prepare_run(
 
 
 def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
-    """Add what watches the run to its trainer: engine check, alarms, log, evaluations, and the keeping of the best."""
+    """Say where everything goes, and add what watches the run to its trainer: engine check, alarms, log, evaluations,
+    and the keeping of the best."""
     settings, alarms = parts.experiment.run, parts.alarms(notifier(progress, mirror))
+    on_main(lambda: say(places_text(settings, progress.rounds, parts.axis)))
     log = RunLog(
         Path(settings.output_dir),
         updates_per_rollout=parts.updates_per_round,

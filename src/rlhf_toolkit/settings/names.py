@@ -13,7 +13,7 @@ ROUNDS = ("ppo.num_rollouts", "sft.epochs", "reward_model.epochs", "dpo.epochs")
 EPOCHS = ("ppo.num_ppo_epochs", "sft.epochs", "reward_model.epochs", "dpo.epochs")
 BATCH = ("rollout.prompts_per_rollout", "sft.batch_size", "reward_model.batch_size", "dpo.batch_size")
 BASE, DTYPE, DATA, HELD_OUT = ("model.name",), ("model.dtype",), ("data.train",), ("data.evaluation",)
-MICRO, REWARD, TARGETS = ("update.micro_batch_tokens",), ("reward.function",), ("model.target_modules",)
+MICRO, FUNCTION, TARGETS = ("update.micro_batch_tokens",), ("reward.function",), ("model.target_modules",)
 
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("model_name_or_path", "model_name", "model_path", "base_model", "pretrained", "path"), BASE),
@@ -32,7 +32,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("max_prompt_length", "prompt_max_len"), ("data.max_prompt_tokens", "data.max_tokens")),
     **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), BUDGET[::-1]),
     "system": ("data.system_prompt",),
-    **dict.fromkeys(("reward_funcs", "reward_func", "reward_functions", "reward_fn", "func"), REWARD),
+    **dict.fromkeys(("reward_funcs", "reward_func", "reward_functions", "reward_fn", "func"), FUNCTION),
     **dict.fromkeys(("reward_model", "reward_model_path", "reward_pretrain"), ("reward.model",)),
     "reward_weights": ("reward.functions",),
     **dict.fromkeys(("max_completion_length", "max_response_length", "response_length", "max_tokens"), BUDGET),
