@@ -302,6 +302,15 @@ def test_after_a_mistake_the_same_command_starts(tmp_path: Path, recipe: RecipeP
     recipe.run("--config", str(path)).succeeded()
 
 
+def test_after_a_mistake_in_the_first_rollout_the_same_command_starts(tmp_path: Path, recipe: RecipeProcesses) -> None:
+    path = experiment_of(tmp_path, {"data.evaluation": "{here}/heldout.jsonl"})
+    right = (tmp_path / "reward.py").read_text()
+    (tmp_path / "reward.py").write_text(RAISES)
+    assert recipe.run("--config", str(path)).status == 1
+    (tmp_path / "reward.py").write_text(right)
+    recipe.run("--config", str(path)).succeeded()
+
+
 # ---- one process, while it trains ------------------------------------------------------------------------------------
 
 RAISES = """

@@ -15,6 +15,7 @@ from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.run_claims import release
 from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
@@ -58,6 +59,7 @@ class Run(Generic[E, T]):
         finally:
             stopping.hold()  # what follows is an end, whole or broken, and not long
             self.progress.close()  # so that whatever is printed next starts on a line of its own
+            release(self.folder)
             if writer is not None:
                 writer.close()  # what is being written is a sound checkpoint, whatever ends the run
 
