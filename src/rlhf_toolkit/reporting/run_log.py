@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.files import appended, write_text
-from rlhf_toolkit.reporting.seal import SUMMARY, sealed
+from rlhf_toolkit.reporting.seal import SEAL, SUMMARY, require_seal, sealed
 from rlhf_toolkit.texts import say
 
 Record = dict[str, Any]
@@ -128,7 +128,8 @@ def _lines(path: Path) -> list[Record]:
         raise CheckpointError(f"{path} is no file; put the file itself there, or remove it")
     records = list[Record]()
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last line
+        for line in whole.splitlines() if newline else ():
             record = json.loads(line)
             place = record.get("rollout", record.get("step")) if isinstance(record, dict) else None
             if not isinstance(place, int) or not isinstance(record.get("kind"), str):
@@ -145,17 +146,10 @@ def _lines(path: Path) -> list[Record]:
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
     """Write and return ``summary.json``: the score of every rollout, None where no response got one, time, speed,
     memory, evaluations and versions."""
-    records, evaluations = read_records(folder, "train"), read_records(folder, "eval")
     summary = {
-        "mean_scores": [record.get("critic/score/mean") for record in records],
-        "mean_raw_scores": [record.get("critic/raw_score/mean") for record in records],
-        "ref_kl": [record.get("actor/ref_kl") for record in records],
-        "seconds_per_rollout": [record["timing_s/step"] for record in records],
+        **ppo_curves(read_records(folder, "train")),
         "seconds": seconds,
-        "tokens_per_second": sum(r["perf/total_num_tokens"] for r in records)
-        / max(sum(r["timing_s/step"] for r in records), 1e-9),
-        "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
-        "evaluations": evaluations,
+        "evaluations": read_records(folder, "eval"),
         "world_size": world_size,
         "device": device,
         "versions": versions(),
@@ -163,10 +157,48 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
     return _write_sealed(folder, summary)
 
 
+def ppo_curves(records: Sequence[Record]) -> Record:
+    """What a summary says of the rollouts of these records."""
+    seconds = [record["timing_s/step"] for record in records]
+    return {
+        "mean_scores": [record.get("critic/score/mean") for record in records],
+        "mean_raw_scores": [record.get("critic/raw_score/mean") for record in records],
+        "ref_kl": [record.get("actor/ref_kl") for record in records],
+        "seconds_per_rollout": seconds,
+        "tokens_per_second": sum(record["perf/total_num_tokens"] for record in records) / max(sum(seconds), 1e-9),
+        "peak_memory_gib": most_memory(records),
+    }
+
+
+def supervised_curves(records: Sequence[Record], prefix: str) -> Record:
+    """What a summary says of the steps of these records."""
+    return {
+        "losses": [record[f"{prefix}/loss"] for record in records if f"{prefix}/loss" in record],
+        "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
+        "peak_memory_gib": most_memory(records),
+    }
+
+
+def most_memory(records: Sequence[Record]) -> float:
+    """The peak over records, in GiB."""
+    return max((record["perf/max_memory_allocated_gb"] for record in records), default=0.0)
+
+
 def _write_sealed(folder: Path, summary: Record) -> Record:
     whole = sealed(folder, summary)
     write_text(folder / SUMMARY, json.dumps(whole, indent=2) + "\n")
     return whole
+
+
+def summary_of_ended(folder: Path, rounds: int, axis: str) -> Record | None:
+    """``summary.json`` where it and what it is made of are as a run of so many rounds left them; else None."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        require_seal(folder, summary)
+        last = max(record[axis] for record in read_records(folder, "train", axis))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, CheckpointError):
+        return None
+    return dict(summary) if SEAL in summary and last >= rounds else None
 
 
 def versions() -> dict[str, str]:
@@ -182,13 +214,10 @@ def write_fine_tuning_summary(
     folder: Path, *, seconds: float, world_size: int, device: str, prefix: str, extra: Record
 ) -> Record:
     """Write and return ``summary.json`` of a supervised run: its curve, evaluations, time, memory and versions."""
-    records, evaluations = read_records(folder, "train", "step"), read_records(folder, "eval", "step")
     summary = {
-        "losses": [record[f"{prefix}/loss"] for record in records if f"{prefix}/loss" in record],
-        "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
-        "evaluations": evaluations,
+        **supervised_curves(read_records(folder, "train", "step"), prefix),
+        "evaluations": read_records(folder, "eval", "step"),
         "seconds": seconds,
-        "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
         "world_size": world_size,
         "device": device,
         "versions": versions(),

@@ -50,7 +50,9 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
-        began, extra = time.perf_counter(), dict[str, Any]()
+        began, extra, ended = time.perf_counter(), dict[str, Any](), self.ended()
+        if ended is not None:
+            return self.finished(ended)
         self.fit()
         if isinstance(self.experiment, RewardExperiment) and self.experiment.reward_model.normalise:
             mean, deviation = self.trainer.normalise_rewards()
@@ -70,9 +72,7 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
             prefix=self.trainer.objective.prefix,
             extra=extra,
         )
-        if self.mirror is not None:
-            self.mirror.finish()
-        return summary
+        return self.finished(summary)
 
 
 def run_recipe(kind: type[FineTuning], description: str | None) -> None:

@@ -39,11 +39,14 @@ class PPORun(Run[Experiment, PPOTrainer]):
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
-        began = time.perf_counter()
+        began, ended = time.perf_counter(), self.ended()
         try:
-            self.fit()
+            if ended is None:
+                self.fit()
         finally:
             self.trainer.maker.scored_sampler.scorer.close()
+        if ended is not None:
+            return self.finished(ended)
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
@@ -51,9 +54,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
         summary = write_summary(
             self.folder, seconds=seconds, world_size=self.topology.world_size, device=str(self.topology.device)
         )
-        if self.mirror is not None:
-            self.mirror.finish()
-        return summary
+        return self.finished(summary)
 
 
 def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> PPORun:

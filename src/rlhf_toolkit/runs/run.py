@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf_toolkit.checkpoint_files import Checkpoint
 from rlhf_toolkit.distributed import stopping
@@ -14,6 +14,7 @@ from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.progress import Progress
+from rlhf_toolkit.reporting.run_log import summary_of_ended
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.run_claims import release
 from rlhf_toolkit.runs.stop import stopped
@@ -42,6 +43,24 @@ class Run(Generic[E, T]):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.experiment.run.output_dir)
+
+    def ended(self) -> dict[str, Any] | None:
+        """The summary of a run that is resumed although it has had all its rounds, with files as it left them; None
+        where there is something to do. Says so. A collective."""
+        if self.checkpoint is None:
+            return None
+        progress = self.progress
+        summary = on_main(lambda: summary_of_ended(self.folder, progress.rounds, progress.unit))
+        if summary is not None:
+            on_main(lambda: say(f"{self.folder} has had its {progress.rounds} {progress.unit}s: nothing is done anew"))
+            release(self.folder)
+        return summary
+
+    def finished(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Close the mirror in W&B; ``summary`` on rank 0, on others an empty one."""
+        if self.mirror is not None:
+            self.mirror.finish()
+        return summary if self.topology.is_main else {}
 
     def fit(self) -> None:
         """Train to the end, from the checkpoint if there is one.
