@@ -44,8 +44,11 @@ class Section:
 
 SECTIONS = (
     Section("environment", "exam.agreement", 90),
+    Section("kernels", "exam.agreement", 30),
     Section("update", "exam.agreement", 90),
     Section("ratio", "exam.running", 90),
+    Section("seven_billion", "exam.speed", 90),
+    Section("quantised_ppo", "exam.running", 150),
     Section("ppo", "exam.running", 150),
     Section("attention", "exam.agreement", 75),
     Section("decode", "exam.speed", 180),

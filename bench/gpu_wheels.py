@@ -37,12 +37,13 @@ WHEELS = {  # name and version -> who needs it
     "multiprocess<0.70.20": "datasets",
     "xxhash": "datasets",
     "psutil": "the toolkit",
+    "bitsandbytes==0.50.2": "quantised bases and moments in 8 bits; holds kernels for every CUDA, 41 MiB",
     "trl==1.12.0": "section trl: the last version with PPO",
     "vaderSentiment": "section trl: the reward",
 }
 PLATFORM = ["--python-version", "3.12", "--implementation", "cp"] + [
     word
-    for glibc in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+    for glibc in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
     for word in ("--platform", f"{glibc}_x86_64")
 ]
 

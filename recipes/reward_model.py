@@ -7,7 +7,7 @@ accelerate launch --config_file accelerate_configs/X.yaml recipes/reward_model.p
 from __future__ import annotations
 
 from rlhf_toolkit.errors import reported
-from rlhf_toolkit.runs.fine_tuning import run_recipe
+from rlhf_toolkit.runs.recipe import run_recipe
 from rlhf_toolkit.settings.experiment import RewardExperiment
 
 if __name__ == "__main__":

@@ -210,6 +210,24 @@ def test_data_show_of_broken_rows_is_one_line(tmp_path: Path, capsys: pytest.Cap
         assert line.startswith("DataError: row 0: conversations has a turn from 'bot'; those who speak are human, ")
 
 
+def test_data_show_of_any_column_as_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A conversation is continued where the assistant has the last word; an option that says nothing is refused."""
+    words, rows = ["--model", write_task(tmp_path, chat_template=TURNS)["model"]["name"]], tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": ask("w1", "w2"), "chosen": "w3", "question": "w4 w5"}) + "\n")
+    for column, shown in (("messages", "4 | <user> w1 <assistant> w2"), ("question", "4 | <user> w4 w5 <assistant>")):
+        main(["data", "show", str(rows), *words, "--as", "prompts", "--column", column, "--stop-string", "w9"])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2] == "stop tokens: '</s>'; stop strings: 'w9'"
+        assert lines[4].endswith(shown) and ("continues" in lines[3]) == (column == "messages")
+    for option, kind in ((["--column", "question"], "examples"), (["--stop-string", "w9"], "examples")):
+        line = ended(["data", "show", str(rows), *words, *option], capsys)
+        assert line.startswith(f"ConfigError: {option[0]} is about prompts, and these rows are read as {kind}; ")
+    line = ended(
+        ["data", "show", str(rows), *words, "--as", "prompts", "--column", "chosen", "--turns", "last"], capsys
+    )
+    assert line.startswith("ConfigError: --turns last is about examples")
+
+
 def test_report_of_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"losses": [2.0] * 10 + [1.0] * 10, "evaluations": [], "seconds": 60.0, "peak_memory_gib": 1.0}
     print_report(tmp_path, summary)

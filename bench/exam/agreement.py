@@ -15,6 +15,7 @@ import torch
 from common import machine, prepared, versions
 from exam.subject import DEVICE, Exam, config_of, made_on, random_base, relative, sections_of, wait
 
+from rlhf_toolkit.models.quantised import ERROR, Quantisation, dequantised, quantised
 from tests.support.values import there
 
 IMPORTED = ("deepspeed", "peft", "datasets", "pyarrow", "trl.experimental.ppo", "wandb", "vaderSentiment")
@@ -85,40 +86,44 @@ def rates(size: int) -> dict[str, float]:
 
 
 def update(exam: Exam) -> None:
-    """One rollout and its update by the trainer itself, in float32, on the GPU and on a CPU: tokens, log-probs,
-    gradients and parameters. Without a GPU the other side packs nothing."""
+    """One rollout and its update by the trainer itself, in float32 and over a base of each kind, on the GPU and on a
+    CPU: tokens, log-probs, gradients and parameters. Without a GPU the other side packs nothing."""
     sections_of(exam, "tiny", "update_here")  # both sides find prompts and config, neither writes them
-    file = exam.work / "update_other.pt"
     script = str(Path(__file__).parents[1] / "gpu_exam.py")
     command = [sys.executable, script, "--section", "update_other", "--work", str(exam.work)]
     command += [] if exam.sizes.small != "tiny" else ["--rehearse"]
     without_gpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     other = subprocess.Popen(command, env={**os.environ, **without_gpu})
-    mine = one_update(exam, "update_here", packing="on")
+    mine = {kind: one_update(exam, f"update_here_{kind}", packing="on", kind=kind) for kind in Quantisation}
     if other.wait() != 0:
         raise RuntimeError("the update on the CPU failed; its output is above")
-    compare(exam, mine, torch.load(file))
+    theirs = torch.load(exam.work / "update_other.pt")
+    for kind in Quantisation:
+        compare(exam, kind, mine[kind], theirs[kind])
 
 
 def update_other(exam: Exam) -> None:
     """The CPU's side of ``update``, in a process that sees no GPU."""
     packing = "on" if torch.version.cuda and exam.sizes.small != "tiny" else "off"
-    torch.save(one_update(exam, "update_there", packing=packing), exam.work / "update_other.pt")
+    found = {str(k): one_update(exam, f"update_there_{k}", packing=packing, kind=k) for k in Quantisation}
+    torch.save(found, exam.work / "update_other.pt")
 
 
-def compare(exam: Exam, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+def compare(exam: Exam, kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Every tensor of both sides: gradients relative to the largest of their group, all else absolutely."""
-    exam.report.check("the same tokens are sampled", torch.equal(mine["sequences"], theirs["sequences"]))
+    of = "" if kind == Quantisation.NONE else f"{kind}: "
+    exam.report.check(f"{of}the same tokens are sampled", torch.equal(mine["sequences"], theirs["sequences"]))
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages"):
-        exam.report.check(f"largest difference of {name}", apart(mine[name], theirs[name]), CLOSE)
-    for kind in ("gradients", "parameters"):
-        names = sorted(mine[kind])
-        scale = max(float(theirs[kind][name].abs().max()) for name in names) if kind == "gradients" else 1.0
-        worst = max(apart(mine[kind][name], theirs[kind][name]) for name in names) / scale
-        exam.report.check(f"largest difference of {kind}", worst, CLOSE)
+        exam.report.check(f"{of}largest difference of {name}", apart(mine[name], theirs[name]), CLOSE)
+    for part in ("gradients", "parameters"):
+        names = sorted(mine[part])
+        scale = max(float(theirs[part][name].abs().max()) for name in names) if part == "gradients" else 1.0
+        worst = max(apart(mine[part][name], theirs[part][name]) for name in names) / scale
+        exam.report.check(f"{of}largest difference of {part}", worst, CLOSE)
     moved = max(apart(theirs["start"][name], theirs["parameters"][name]) for name in theirs["start"])
-    exam.report.check("the update moves parameters by more than that", moved > 10 * CLOSE)
-    exam.report.figure(device=mine["device"], other=theirs["device"], moved=moved, metrics=mine["metrics"])
+    exam.report.check(f"{of}the update moves parameters by more than that", moved > 10 * CLOSE)
+    found = {"moved": moved, "metrics": mine["metrics"]}
+    exam.report.figure(device=mine["device"], other=theirs["device"], **{str(kind): found})
 
 
 def apart(found: torch.Tensor, right: torch.Tensor) -> float:
@@ -126,12 +131,13 @@ def apart(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found - right).abs().max()) if found.shape == right.shape else float("nan")
 
 
-def one_update(exam: Exam, name: str, *, packing: str) -> dict[str, Any]:
+def one_update(exam: Exam, name: str, *, packing: str, kind: str) -> dict[str, Any]:
     """What a run of one rollout and one update has made. AdamW's epsilon is so large that its first step is nearly
     proportional to the gradient and not to its sign."""
     from transformers import TrainerCallback
 
     shape = {"model__dtype": "float32", "model__value_head_std": 0.1, "rollout__max_new_tokens": 8}
+    shape |= {"model__quantization": str(kind)}
     task = {"rollout__prompts_per_rollout": 8, "ppo__num_rollouts": 1, "update__packing": packing}
     rates = {f"update__{which}_lr": 1e-1 for which in ("policy", "value", "value_head")}
     small = {"update__adam_epsilon": 1.0, "update__micro_batch_tokens": 256}
@@ -166,6 +172,26 @@ def one_update(exam: Exam, name: str, *, packing: str) -> dict[str, Any]:
         "device": str(run.topology.device),
         "metrics": {key: value for key, value in trainer.state.log_history[0].items() if "timing" not in key},
     }
+
+
+# ---- quantised matrices ----------------------------------------------------------------------------------------------
+
+
+def kernels(exam: Exam) -> None:
+    """Bytes that the GPU makes of a matrix against a CPU's, and matrices that both make of the same bytes."""
+    generator = torch.Generator().manual_seed(3)
+    for kind in (kind for kind in Quantisation if kind != Quantisation.NONE):
+        for shape in map(torch.Size, ((96, 200), (64, 96), (1024, 4864))):
+            matrix = torch.randn(shape, generator=generator)
+            stored = quantised(matrix, kind)
+            right = dequantised(stored, shape, kind, torch.float32)
+            theirs = dequantised(quantised(matrix.to(DEVICE), kind).cpu(), shape, kind, torch.float32)
+            # A scale that is rounded another way turns a few numbers that lie between two.
+            exam.report.check(f"{kind} {tuple(shape)}: quantised there", relative(theirs, right), ERROR[kind] / 10)
+            exam.report.check(f"{kind} {tuple(shape)}: change of a matrix", relative(right, matrix), ERROR[kind])
+            for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+                again = dequantised(stored.to(DEVICE), shape, kind, dtype)
+                exam.report.check(f"{kind} {tuple(shape)} in {dtype}", relative(again, right), most)
 
 
 # ---- 5: packed attention against padded ------------------------------------------------------------------------------

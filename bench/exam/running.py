@@ -56,21 +56,27 @@ def ratio(exam: Exam) -> None:
 
 def ppo(exam: Exam) -> None:
     """The recipe as a user starts it: one process with ZeRO-3, then without DeepSpeed; the same rollouts of both."""
-    folder_of(exam, exam.sizes.small, weights=True)
     found = {name: whole_run(exam, name, stage) for name, stage in (("zero3", 3), ("plain", None))}
-    for name, record in found.items():
-        finite = all(math.isfinite(value) for line in record for value in line.values() if isinstance(value, float))
-        complete = finite and len(record) == exam.sizes.rollouts
-        exam.report.check(f"{name}: every rollout, all numbers finite", complete)
-        exam.report.check(f"{name}: the policy moves", bool(record) and record[-1].get("actor/ref_kl", 0.0) != 0.0)
     if all(found.values()):
         first, second = (record[0]["critic/score/mean"] for record in found.values())
         exam.report.check("difference of the first rollouts' scores", abs(first - second), 0.05)
 
 
-def whole_run(exam: Exam, name: str, stage: int | None) -> list[dict[str, Any]]:
-    """A run of ``recipes/ppo.py`` under ``accelerate launch``; its records."""
-    sections = sections_of(exam, exam.sizes.small, name, model__dtype="bfloat16", rollout__responses_per_prompt=2)
+def quantised_ppo(exam: Exam) -> None:
+    """The same over quantised bases, which are quantised while they are loaded, with moments in 8 bits."""
+    zero3 = {"model__quantization": "nf4", "update__optimizer": "adamw_8bit"}
+    plain = {"model__quantization": "float8"}
+    if DEVICE == "cuda":
+        plain["update__optimizer"] = "paged_adamw_8bit"
+    for name, stage, changes in (("nf4, zero3", 3, zero3), ("float8, plain", None, plain)):
+        whole_run(exam, name.replace(", ", "_"), stage, ppo__num_rollouts=2, **changes)
+
+
+def whole_run(exam: Exam, name: str, stage: int | None, **changes: Any) -> list[dict[str, Any]]:
+    """A run of ``recipes/ppo.py`` under ``accelerate launch``, and checks of its records, which it returns."""
+    folder_of(exam, exam.sizes.small, weights=True)
+    changes = {"model__dtype": "bfloat16", "rollout__responses_per_prompt": 2, **changes}
+    sections = sections_of(exam, exam.sizes.small, name, **changes)
     config, launch = exam.work / f"{name}.yaml", exam.work / f"{name}_launch.yaml"
     config.write_text(yaml.safe_dump(sections))
     launch.write_text(yaml.safe_dump(launch_config(1, stage)))
@@ -81,6 +87,10 @@ def whole_run(exam: Exam, name: str, stage: int | None) -> list[dict[str, Any]]:
         exam.report.check(f"{name}: the run ends", False)
         return []
     found = records(exam.work / name)
+    finite = all(math.isfinite(value) for line in found for value in line.values() if isinstance(value, float))
+    complete = finite and len(found) == changes.get("ppo__num_rollouts", exam.sizes.rollouts)
+    exam.report.check(f"{name}: every rollout, all numbers finite", complete)
+    exam.report.check(f"{name}: the policy moves", bool(found) and found[-1].get("actor/ref_kl", 0.0) != 0.0)
     last = found[-1]
     exam.report.figure(
         **{

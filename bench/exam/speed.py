@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,10 +40,15 @@ def decode(exam: Exam) -> None:
         exam.report.figure(**{shape: found})
         if DEVICE == "cuda":  # speed and memory of a rehearsal say nothing
             exam.report.check(f"{shape}: generate's rate over ours", 1 / found["ratio"], 1.0)
-            for phase, needed in found["predicted_gib"].items():
-                over = found[f"{phase}_gib"] / needed
-                exam.report.check(f"{shape}: memory of a {phase}, measured over predicted", over, UNDERESTIMATE)
-                exam.report.check(f"{shape}: memory of a {phase}, predicted over measured", 1 / over, OVERESTIMATE)
+            check_memory(exam, shape, found)
+
+
+def check_memory(exam: Exam, name: str, found: dict[str, Any]) -> None:
+    """Measured bytes against predicted ones, of a rollout and of an update."""
+    for phase, needed in found["predicted_gib"].items():
+        over = found[f"{phase}_gib"] / needed
+        exam.report.check(f"{name}: memory of a {phase}, measured over predicted", over, UNDERESTIMATE)
+        exam.report.check(f"{name}: memory of a {phase}, predicted over measured", 1 / over, OVERESTIMATE)
 
 
 @contextmanager
@@ -57,11 +62,36 @@ def emptied() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def ours(exam: Exam, shape: str) -> dict[str, Any]:
+def seven_billion(exam: Exam) -> None:
+    """The largest shape with its layers in 4 bits where 24 GiB are free, and in bfloat16 on the whole card; both with
+    gradient checkpointing."""
+    shape = exam.sizes.shapes[-1]
+    for kind in ("nf4", "none"):
+        changes = {"model__quantization": kind, "model__gradient_checkpointing": True}
+        with emptied(), free_of(24) if kind == "nf4" else nullcontext():
+            found = ours(exam, shape, **changes)
+        exam.report.figure(**{kind: found})
+        if DEVICE == "cuda":
+            check_memory(exam, kind, found)
+
+
+@contextmanager
+def free_of(gib: float) -> Iterator[None]:
+    """Inside, the GPU has no more than ``gib`` GiB free: the rest is taken."""
+    if DEVICE == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        taken = torch.empty(max(0, free - int(gib * 2**30)), dtype=torch.uint8, device=DEVICE)
+        yield
+        del taken
+    else:
+        yield
+
+
+def ours(exam: Exam, shape: str, **changes: Any) -> dict[str, Any]:
     """Two rollouts and updates of ``shape`` by the trainer; the second is timed. Responses have their full length."""
     sizes = exam.sizes
-    changes = {"model__dtype": "bfloat16", "ppo__num_rollouts": 2, **UNSTOPPED}
-    sections = sections_of(exam, shape, f"decode_{shape}", **changes)
+    name = "_".join(["decode", shape, *map(str, changes.values())])
+    sections = sections_of(exam, shape, name, model__dtype="bfloat16", ppo__num_rollouts=2, **UNSTOPPED, **changes)
     with made_on():
         run = prepared(sections, stops=False)
     trainer = run.trainer

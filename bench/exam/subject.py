@@ -17,6 +17,8 @@ import torch
 from common import GPU_SHAPES, ROOT, experiment, known
 
 from rlhf_toolkit.models.attention import ROLE_ATTENTION
+from rlhf_toolkit.models.quantised import Quantisation
+from rlhf_toolkit.models.quantised_loading import quantise_layers
 
 sys.path.insert(0, str(ROOT))
 from tests.support.builders import tiny_tokenizer
@@ -160,11 +162,21 @@ def made_on(device: str = DEVICE) -> Iterator[None]:
     """Inside, ``prepare`` makes the base from the folder's config instead of loading it. Random numbers of a GPU are
     others than a CPU's: for the same weights on both, make them on the CPU; Trainer moves them."""
 
-    def load_base(name: str, config: Any, topology: Any, *, dtype: torch.dtype, **_: Any) -> Any:
-        return random_base(config, dtype=dtype, device=device)
+    def load_base(name: str, config: Any, topology: Any, *, dtype: torch.dtype, quantization: str, **_: Any) -> Any:
+        base = random_base(config, dtype=dtype, device=device)
+        return base if quantization == Quantisation.NONE else quantise(base, Quantisation(quantization))
 
     with patch("rlhf_toolkit.runs.weights.load_base", load_base):
         yield
+
+
+def quantise(base: Any, kind: Quantisation) -> Any:
+    """``base`` with its linear layers quantised where they lie, one after another."""
+    weights = {name: module.weight.detach() for name, module in base.named_modules() if hasattr(module, "weight")}
+    for name in quantise_layers(base, kind):
+        layer = base.get_submodule(name)
+        layer.weight.data = layer.stored(weights.pop(name))
+    return base
 
 
 # ---- experiments -----------------------------------------------------------------------------------------------------

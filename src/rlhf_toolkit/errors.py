@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from rlhf_toolkit.texts import LINES, printable, quoted
+from rlhf_toolkit.last_words import say_last, says_it_for_us
+from rlhf_toolkit.texts import printable, quoted
 
 DISK_FULL = "No space left on device"
 """What the operating system says, in the text of OSError as in that of safetensors' error."""
@@ -126,8 +127,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 at_a_good_end: list[Callable[[], None]] = []
 """What ``reported`` calls where a script has come to its end."""
+at_any_other_end: list[Callable[[int], None]] = []
+"""What ``reported`` calls with the status where it ends a script; the last of them may end the process."""
 at_a_failure: list[Callable[[str], str]] = []
 """What ``reported`` tells a script's last line before it ends with it; gives the line that is said."""
+
+
+TOO_EARLY = "stopped by SIGINT before there was anything to keep; start it again"
 
 
 class _Script:
@@ -143,9 +149,9 @@ def in_script() -> bool:
 def reported() -> Iterator[None]:
     """For scripts: an RLHFError ends the process with status 1 and its message, one line, instead of a stack.
 
-    What a reward raised follows in full, since that is the user's code; so does, on rank 0, what another rank raised.
-    A disk that is full ends it in the same way, whoever wrote, and so does another rank's end. A run that was stopped
-    ends with 128 and the signal's number. Anything else passes.
+    What a reward raised stands above it in full, since that is the user's code; so does, on rank 0, what another rank
+    raised. A disk that is full ends it in the same way, whoever wrote, and so does another rank's end. A run that was
+    stopped ends with 128 and the signal's number. Anything else passes, or is left to the launcher of ``rlhf train``.
     """
     _Script.runs = True
     try:
@@ -168,7 +174,11 @@ def reported() -> Iterator[None]:
         said = _told(line)
         if said != line:  # it is only what another rank's end has caused here
             _end(said)
+        if says_it_for_us():
+            _end(line, "".join(traceback.format_exception(error)).rstrip())
         raise
+    except KeyboardInterrupt:  # where nothing of a run has taken the signals yet
+        _end(TOO_EARLY if os.environ.get("RANK", "0") == "0" else "", status=128 + 2)
 
 
 def _told(line: str) -> str:
@@ -177,16 +187,9 @@ def _told(line: str) -> str:
     return line
 
 
-def say_at_once(line: str, *more: str) -> None:
-    """Write lines to the terminal, which ranks share, in one piece and under this rank's name."""
-    rank = os.environ.get("RANK", "0")
-    prefix = "" if rank == "0" else f"\n[rank {rank}] "  # not at the end of rank 0's progress bar
-    shown = [printable(text, LINES) for text in (line, *more)]
-    sys.stderr.write("\n".join([prefix + shown[0], *shown[1:], ""]))
-    sys.stderr.flush()
-
-
 def _end(line: str, *more: str, status: int = 1) -> NoReturn:
     if line:
-        say_at_once(line, *more)
+        say_last(line, *more)
+    for step in at_any_other_end:
+        step(status)
     sys.exit(status)

@@ -105,6 +105,9 @@ def test_the_summary_says_which_columns_were_read() -> None:
     row: Row = {"conversations": turns("a", "b")}
     assert examples([row]).source == "loss on every assistant message of conversations"
     assert examples([{**row, "system": "x"}]).source == "loss on every assistant message of conversations, system"
+    assert examples([row], turns="last").source == "loss on the last assistant message of conversations"
+    found = examples([{"prompt": ask("a"), "completion": [said("assistant", "b")]}], turns="last")
+    assert found.source == "prompts from prompt, loss on the last message of completion"
 
 
 def test_the_toolkit_s_own_columns_come_first() -> None:

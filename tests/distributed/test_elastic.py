@@ -4,6 +4,7 @@ same numbers on any others."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,4 +219,8 @@ def test_what_a_checkpoint_is_tied_to_is_named(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(CheckpointError, match=words):
             prepare(experiment, resume=True)
         path.write_text(before)
+    for other in (True, False, str(tmp_path / "copy.jinja")):
+        shutil.copy(template, tmp_path / "copy.jinja")
+        with pytest.raises(CheckpointError, match=r"data\.chat_template"):
+            prepare(replace(experiment, data=replace(experiment.data, chat_template=other)), resume=True)
     prepare(experiment, resume=True).train()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -33,6 +34,7 @@ def gemma4() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma4_text"](**{**GEMMA4, **SIZES}))
 
 
+@pytest.mark.thorough
 def test_parameters_after_four_updates_equal_those_of_one_process(tmp_path: Path) -> None:
     changes = {
         **{"ppo.num_ppo_epochs": 2, "ppo.mini_batches": 2, "ppo.num_rollouts": 1, "ppo.entropy_coef": 0.01},

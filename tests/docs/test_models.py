@@ -24,6 +24,7 @@ def test_the_page_names_every_architecture() -> None:
     assert f"**{results.count(WORKING)} work" in text and f"of {len(results)} decoder-only" in text
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_sample_of_its_rows_is_so() -> None:
     rows = dict(ROW.findall(PAGE.read_text()))

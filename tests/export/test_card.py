@@ -193,13 +193,17 @@ def test_the_card_of_a_run_of_all_weights(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(name == "README.md" or name.startswith("policy/") for name in hub.files)
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["plain text", "chat template"])
+@pytest.mark.parametrize("chat", ["", "chat template", "a template of one's own"])
 def test_the_code_on_a_reward_models_card_scores_as_the_run_did(
-    chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores of all training responses were normalised; only head, adapter and tokens as in the run give that again."""
-    settings = sections(tmp_path, "reward_model", {"reward_model.normalise": True, "data.chat_template": chat})
-    tiny_tokenizer(words=WORDS, pad="</s>", chat_template=TURNS).save_pretrained(tmp_path / "model")
+    changes: dict[str, Any] = {"reward_model.normalise": True, "data.chat_template": bool(chat)}
+    if chat.startswith("a"):
+        (tmp_path / "own.jinja").write_text(TURNS.replace("</s>", "<end>"))
+        changes |= {"data.chat_template": str(tmp_path / "own.jinja"), "model.eos_token": "<end>"}
+    settings = sections(tmp_path, "reward_model", changes)
+    tiny_tokenizer(words=(*WORDS[:-1], "<end>"), pad="</s>", chat_template=TURNS).save_pretrained(tmp_path / "model")
     prepare_fine_tuning(experiment_from_dict(settings, RewardExperiment)).train()
     score = names_of(tmp_path / "run", monkeypatch)["score"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
@@ -26,7 +27,7 @@ from rlhf_toolkit.models.quantised import (
     stored_bytes,
     weight_count,
 )
-from rlhf_toolkit.models.quantised_loading import Quantiser
+from rlhf_toolkit.models.quantised_loading import QuantisedLoading, Quantiser
 from tests.distributed.test_quantised_base import ALONE, base_on, dense, roles_on
 from tests.models.test_architectures import WORKS
 from tests.support.roles import packed_rows, sequences_and_mask
@@ -41,7 +42,8 @@ LEVELS = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """NF4's numbers, from the appendix of Dettmers et al. (2023)."""
-SHAPES = ((128, 192), (7, 9), (1, 64), (3, 65))
+SHAPES = ((128, 192), (7, 9), (1, 64), (3, 65), (64, 96), (50, 80), (20, 48))
+"""With rows that end within a scale's 64 weights, and of them such as a kernel takes sixteen at a time."""
 
 
 def written_out(stored: Tensor, shape: tuple[int, int], kind: Quantisation) -> Tensor:
@@ -240,6 +242,17 @@ def test_a_stored_matrix_of_another_shape_or_none_at_all(tmp_path: Path) -> None
         assert "\n" not in str(caught.value)
 
 
+def test_what_waits_for_a_weight_has_the_dtype_that_is_read(folder: str) -> None:
+    """transformers before 5.23 casts what it reads to what it finds there: as bytes every weight would be cut."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(folder))
+    quantiser = Quantiser(QuantisedLoading(INT8, torch.device("cpu"), None))
+    quantiser.update_dtype(torch.bfloat16)
+    quantiser._process_model_before_weight_loading(model)
+    waiting = [layer.weight.dtype for layer in model.modules() if isinstance(layer, QuantisedLinear)]
+    assert waiting == [torch.bfloat16] * 14
+
+
 # ---- what lies in 4 bits already -------------------------------------------------------------------------------------
 
 
@@ -278,7 +291,9 @@ def test_a_model_that_is_stored_in_nf4_is_loaded_as_it_is(folder: str, tmp_path:
         assert left >= 6
 
 
-def test_what_is_stored_in_other_bits_is_refused_by_name(folder: str, tmp_path: Path) -> None:
+def test_what_is_stored_in_other_bits_is_refused_by_name(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_by_bitsandbytes(folder, tmp_path / "nf4")
     save_by_bitsandbytes(folder, tmp_path / "fp4", bnb_4bit_quant_type="fp4")
     save_by_bitsandbytes(folder, tmp_path / "spoiled")
@@ -298,3 +313,8 @@ def test_what_is_stored_in_other_bits_is_refused_by_name(folder: str, tmp_path: 
         with pytest.raises(ModelError, match=words) as caught:
             base_on(str(tmp_path / place), ALONE, kind)
         assert "\n" not in str(caught.value)
+    monkeypatch.setattr(transformers, "__version__", "5.20.1")
+    with pytest.raises(
+        ModelError, match=r"stored in nf4, which is read with transformers 5.21 or newer, not with 5.20.1"
+    ):
+        base_on(str(tmp_path / "nf4"), ALONE, "nf4")

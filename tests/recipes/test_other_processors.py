@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import environment_of_tests
 from tests.support.tiny import merged, write_experiment, write_task
 
@@ -26,6 +28,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.thorough
 def test_a_run_ends_on_other_processors_in_their_own_dtype_and_in_bfloat16(tmp_path: Path) -> None:
     wrong, running = {}, {}
     for name, environment in PROCESSORS.items():

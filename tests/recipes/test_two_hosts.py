@@ -49,7 +49,10 @@ def low_words(prompts, responses, **columns):
     return [float(sum(word < "w14" for word in response.split())) for response in responses]
 '''
 
-pytestmark = pytest.mark.skipif(reason_against() is not None, reason=f"two hosts: {reason_against()}")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(reason_against() is not None, reason=f"two hosts: {reason_against()}"),
+]
 
 
 @dataclass

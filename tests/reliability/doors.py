@@ -22,7 +22,7 @@ from tests.support.forked import Processes
 from tests.support.processes import ROOT, Finished
 from tests.support.tiny import merged, tiny_llama, write_experiment, write_task
 
-CLI, PPO = str(ROOT / "src/rlhf_toolkit/cli.py"), str(ROOT / "recipes/ppo.py")
+CLI, PPO = str(ROOT / "src/rlhf_toolkit/cli/__main__.py"), str(ROOT / "recipes/ppo.py")
 SECONDS = 60
 """What a case may take on a busy machine; on a quiet one it takes two seconds."""
 ONE_LINE = re.compile(r"^(\w*Error): ", flags=re.MULTILINE)

@@ -126,6 +126,7 @@ def tried(name: str, entry: Entry, answer: str) -> str | None:
     return None
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_no_field_and_no_answer_of_any_scorer_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each payload as the answer, and, a few in turn, in each field of the entry, with answers that reach it."""

@@ -78,6 +78,7 @@ class _Trial:
     process: int
     pipe: int
     began: float
+    server: ground.Server
     ground: ground.Ground
     said: bytes = b""
 
@@ -95,27 +96,27 @@ def try_door(door: str, seed: int, count: int | None = None, *, workers: int = 2
         importlib.import_module(name)
     waiting = list(enumerate(module.cases(seed, count or getattr(module, "COUNT", DEFAULT_COUNT))))[::-1]
     limit, results = getattr(module, "LIMIT", DEFAULT_LIMIT), dict[int, Result]()
-    server, running = ground.Server(), dict[int, _Trial]()
+    running = dict[int, _Trial]()
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory(prefix="strangers-") as scratch:
         while waiting or running:
             while waiting and len(running) < workers:
-                trial = _begun(module, *waiting.pop(), Path(scratch), server)
+                trial = _begun(module, *waiting.pop(), Path(scratch))
                 running[trial.pipe] = trial
-            before = server.connections()
             for trial in _over(running, limit):
                 result = _ended(door, trial, limit)
-                came = server.connections() - before
+                came = trial.server.connections()
+                trial.server.socket.close()
                 if came and not any(each.startswith("fetched") for each in result.harms):
                     result = Result(**{**vars(result), "harms": (*result.harms, f"fetched: {came} connections")})
                 results[trial.number] = result
                 shutil.rmtree(trial.ground.folder.parent, ignore_errors=True)
-    server.socket.close()
     return [results[number] for number in sorted(results)]
 
 
-def _begun(module: Any, number: int, case: Any, scratch: Path, server: ground.Server) -> _Trial:
+def _begun(module: Any, number: int, case: Any, scratch: Path) -> _Trial:
+    server = ground.Server()  # of its own: so it is known which of the children that run has come
     place = ground.prepare(scratch / str(number), server.url)
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -126,7 +127,7 @@ def _begun(module: Any, number: int, case: Any, scratch: Path, server: ground.Se
         server.socket.close()
         _try(module, case, place, writing)
     os.close(writing)
-    return _Trial(number, case, child, reading, time.monotonic(), place)
+    return _Trial(number, case, child, reading, time.monotonic(), server, place)
 
 
 def _over(running: dict[int, _Trial], limit: float) -> list[_Trial]:

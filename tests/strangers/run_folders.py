@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_toolkit import cli
+from rlhf_toolkit.cli import results
 from rlhf_toolkit.export.card import push, write_card
 from rlhf_toolkit.export.folders import read_run
 from rlhf_toolkit.settings.loading import experiment_from_dict
@@ -262,7 +262,7 @@ def run(case: Case) -> str:
     folder = Path("run")
     case.change(folder)
     if case.way == "report":
-        cli.report(Namespace(run_folder=folder))
+        results.report(Namespace(run_folder=folder))
         shown = (here().folder.parent / "log").read_text(errors="replace")
         good = all(each.isprintable() or each in "\n\t" for each in shown)
     else:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_toolkit.algorithms.kl_names import GRADIENT_OF_K2, OWN_GRADIENT
 from rlhf_toolkit.algorithms.logprobs import LOG_RATIO_BOUND
 from rlhf_toolkit.algorithms.masking import masked_mean, zero_outside
 from rlhf_toolkit.errors import ConfigError
@@ -64,9 +65,11 @@ def with_gradient_of_k2(estimator: Estimator) -> Estimator:
     return straight_through
 
 
-_BASE: dict[str, Estimator] = {"k1": kl_k1, "abs": kl_abs, "k2": kl_k2, "k3": kl_k3}
+_BASE: dict[str, Estimator] = dict(zip(OWN_GRADIENT, (kl_k1, kl_abs, kl_k2, kl_k3), strict=True))
 
-KL_ESTIMATORS: dict[str, Estimator] = _BASE | {f"{name}+": with_gradient_of_k2(_BASE[name]) for name in _BASE}
+KL_ESTIMATORS: dict[str, Estimator] = _BASE | dict(
+    zip(GRADIENT_OF_K2, map(with_gradient_of_k2, _BASE.values()), strict=True)
+)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None, *, estimator: str) -> Tensor:

@@ -146,9 +146,9 @@ def tokenise_examples(
     if shape == ("text",):
         source = "loss on every token of text but the first"
     elif len(shape) == 1:
-        source = f"loss on every assistant message of {read_from}"
+        source = f"loss on {'the last' if turns == 'last' else 'every'} assistant message of {read_from}"
     else:
-        source = f"prompts from {read_from}, loss on {shape[1]}"
+        source = f"prompts from {read_from}, loss on {'the last message of ' * (turns == 'last')}{shape[1]}"
     return ExampleSet(tuple(examples), total, dict(dropped.reasons), source + unread.text())
 
 

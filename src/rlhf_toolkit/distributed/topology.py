@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from rlhf_toolkit.distributed.collectives import all_gather, rank, world_size
 from rlhf_toolkit.distributed.extensions import build_cpu_collectives
 from rlhf_toolkit.distributed.machines import meeting, name_interface
-from rlhf_toolkit.errors import TopologyError, at_a_good_end
+from rlhf_toolkit.errors import TopologyError, at_a_good_end, at_any_other_end
 
 ZERO_STAGES = (2, 3)
 TIMEOUT_MINUTES = 120
@@ -162,6 +162,7 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
         distributed_c10d._get_default_store().set_timeout(timeout)
     if gloo and world_size() > 1:
         at_a_good_end.append(end_process)
+        at_any_other_end.append(end_process)
     topology = Topology(launch, rank(), world_size(), state.device)
     check_agreement(topology, state)
     return topology
@@ -290,18 +291,18 @@ def free_memory(device: torch.device) -> int:
     return min(all_gather(mine))
 
 
-def end_process() -> NoReturn:
-    """End this process with status 0, as Python would but without the teardown of the interpreter.
+def end_process(status: int = 0) -> NoReturn:
+    """End this process with ``status``, as Python would but without the teardown of the interpreter.
 
     There a gloo group's threads may abort the process ("terminate called without an active exception"), after a run
-    that has ended well. Leaving the group does not end them, since every parameter that DeepSpeed shards holds the
-    group (torch 2.13, deepspeed 0.19.8).
+    that has ended well, and after one that was stopped they keep it for some ten seconds. Leaving the group does not
+    end them, since every parameter that DeepSpeed shards holds the group (torch 2.13, deepspeed 0.19.8).
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def leave_group() -> None:

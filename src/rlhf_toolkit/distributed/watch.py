@@ -35,9 +35,9 @@ from rlhf_toolkit.errors import (
     at_a_failure,
     at_a_good_end,
     in_script,
-    say_at_once,
     shortened,
 )
+from rlhf_toolkit.last_words import launcher_is_gone, say_at_once, say_last
 
 POLL = 0.5
 LOOKS = 20
@@ -70,7 +70,7 @@ class Watch:
         self._main = MainThread(interval=max(POLL, stall_seconds / LOOKS))
         self._beats = dict[int, tuple[Any, float]]()
         self._read, self._write = os.pipe()
-        self._closed, self._heard = threading.Event(), 0.0
+        self._closed, self._heard, self._ending = threading.Event(), 0.0, False
         self._before: dict[int, Any] = {}
         self._deciding = threading.Lock()
         names = {"watch": self._listen, "watch's talk": self._talk}
@@ -106,6 +106,7 @@ class Watch:
     def told(self, line: str) -> str:
         """Tell the other ranks that this one ends with ``line``, and give the line that it should end with: where it
         failed only because another rank had ended, what that one said."""
+        self._ending = True
         lost = self._ranks > 1 and any(words in line for words in LOST_PEER)
         found = [silent_end(line) if lost else line]
 
@@ -123,12 +124,12 @@ class Watch:
         return found[0]
 
     def _listen(self) -> None:
-        """Hear signals, and whether the store still answers."""
-        waited, rounds = 0.0, 0
+        """Hear signals, and whether the store still answers and the launcher is still there."""
+        waited, rounds, orphaned = 0.0, 0, False
         while not self._closed.is_set():
             ready, _, _ = select.select([self._read], [], [], POLL)
             for number in os.read(self._read, 256) if ready else b"":
-                if number not in SIGNALS:
+                if number not in SIGNALS or self._fails():
                     continue
                 with self._deciding:
                     first = stopping.requested() == 0
@@ -138,10 +139,19 @@ class Watch:
                     self._end(f"stopped at once by a second {signal.Signals(number).name}", 128 + number)
                 if first:
                     self._stop(number)
+            if not orphaned and launcher_is_gone():  # nobody else could end this run any more
+                orphaned = True
+                os.kill(os.getpid(), signal.SIGTERM)
             waited = waited + POLL if rounds == self._rounds and not ready else 0.0
             rounds = self._rounds
             if waited > ANSWER and self._store is not None:
                 self._end(_line_of(StallError(NO_ANSWER.format(seconds=ANSWER))), 1)
+
+    def _fails(self) -> bool:
+        """Whether a rank has failed already: a launcher's signal, which follows, must not put another end over it."""
+        found = [self._ending]
+        within(4 * POLL, lambda: found.append(bool(self._get(FAILURE))))
+        return any(found)
 
     def _talk(self) -> None:
         """Hear what the other ranks say, and let them hear where this one is."""
@@ -238,7 +248,7 @@ class Watch:
     def _end(self, line: str, status: int, *, every_rank: bool = True) -> NoReturn:
         """End this process here and now: its main thread may never come back."""
         if every_rank or self._rank == 0:
-            say_at_once(line)
+            say_last(line)
         os._exit(status)
 
     def _after(self, failure: str) -> str:

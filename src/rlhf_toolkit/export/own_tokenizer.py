@@ -12,6 +12,7 @@ from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 """One of them is there where a tokenizer is."""
 TOKENIZER_FILES = (
@@ -29,15 +30,20 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for path in files if any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES)]
 
 
+def stops_beside(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """The stop tokens that are named beside the adapter in ``folder``; ``config`` is the base's."""
+    if not (folder / GENERATION_CONFIG).is_file():
+        return ()
+    found = generation_eos_of(str(folder), config)
+    return (found,) if isinstance(found, int) else tuple(found or ())
+
+
 def own_tokenizer(
     folder: Path, config: PretrainedConfig, *, trust_remote_code: bool
 ) -> tuple[PreTrainedTokenizerBase | None, tuple[int, ...]]:
     """The tokenizer beside the adapter in ``folder``, None where there is none, and the stop tokens that are named
     there. ``config`` is the base's. Raises ModelError where a token has no row in the base's embedding."""
-    stops: tuple[int, ...] = ()
-    if (folder / GENERATION_CONFIG).is_file():
-        found = generation_eos_of(str(folder), config)
-        stops = (found,) if isinstance(found, int) else tuple(found or ())
+    stops = stops_beside(folder, config)
     if not tokenizer_files(folder):
         return None, stops
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)

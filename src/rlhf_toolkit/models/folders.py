@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 
 from rlhf_toolkit.errors import ModelError, described, shortened
 from rlhf_toolkit.files import is_plain_name, link_outside, special_file
@@ -70,6 +70,15 @@ def check_model_folder(name: str) -> None:
                 raise ModelError(f"{path} has {key}={shortened(value)}, code of the hub's; remove it")
         if path.name == "adapter_config.json":
             check_adapter_config(folder, found)
+
+
+def commit_of(name: str, revision: str) -> str | None:
+    """The commit of the hub that ``revision`` of the model ``name`` was when its config was fetched; None for a folder,
+    or where that is not in the cache."""
+    if Path(name).expanduser().is_dir():
+        return None
+    found = try_to_load_from_cache(name, CONFIGS[0], revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def check_weights_are_here(name: str) -> None:

@@ -59,7 +59,11 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
-        quantise_layers(model, self.how.kind, self.how.stored_but or ())
+        for name in quantise_layers(model, self.how.kind, self.how.stored_but or ()):
+            layer: Any = model.get_submodule(name)
+            # On the meta device, and for transformers before 5.23 alone: it casts what it reads to the dtype that it
+            # sees here, which as bytes would cut every weight to a whole number before it is quantised.
+            layer.weight = nn.Parameter(layer.weight.to(self.dtype), requires_grad=False)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
         """Whether ``placed`` sees this tensor: those to quantise, and, to be sharded at once, all parameters of the

@@ -13,6 +13,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.core_model_loading import WeightConverter
@@ -24,6 +26,8 @@ ONLY_EXPERTS = "mxfp4"  # of GPT-OSS: transformers reads it, and routed experts 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 PARTS = ("weight", "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax", STATE)
 """The names under which a matrix and what belongs to it are stored."""
+OLDEST = Version("5.21")
+"""The first version of transformers that hands a quantiser of ours the parts of a stored weight."""
 MOST_STATE = 4096
 """Bytes of that JSON; bitsandbytes writes some hundred."""
 
@@ -45,6 +49,11 @@ def check_stored(name: str, config: PretrainedConfig, kind: str) -> bool:
         return False
     nf4 = method == "bitsandbytes" and stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"
     if nf4 and kind == "nf4":
+        if Version(transformers.__version__) < OLDEST:
+            raise ModelError(
+                f"{name} is stored in nf4, which is read with transformers {OLDEST} or newer, not with "
+                f"{transformers.__version__}; update it, or give the model it was made from"
+            )
         return True
     way_out = "set model.quantization to nf4, as it is stored" if nf4 else "give the model it was made from"
     raise ModelError(

@@ -182,25 +182,32 @@ def update_bytes(model: ModelSize, how: Sharding, size: PassSize, *, streamed: b
     if how.stage == 2:
         share = 0 if how.offloaded else -(-trained // how.ranks)
         gradients = share + how.bucket * FP32 * (2 if how.overlap else 1)
-    gradients += model.matrix  # a layer's at a time, forward and backward
     gathered = live_bytes(model, how)
     ahead = prefetched_bytes(model, how)
     if streamed and gathered == window_bytes(model, how):
         gathered = model.largest
     if gathered < window_bytes(model, how):  # backward gathers again
         return gradients + gathered + ahead + activation_bytes(model, how, size)
-    before_backward = _kept_of_forward(model, how, size) + ahead + _last_norm(model, size)
+    before_backward = _kept_of_forward(model, how, size) + ahead + max(_last_norm(model, size), model.matrix)
     if size.checkpointing:  # a layer keeps nothing for backward yet
-        before_backward = max(before_backward, ahead + _inputs_of_layers(model, size) + _pass(model, how, size))
+        passing = model.matrix + _pass(model, how, size)
+        before_backward = max(before_backward, ahead + _inputs_of_layers(model, size) + passing)
     return gradients + gathered + max(before_backward, activation_bytes(model, how, size))
 
 
 def activation_bytes(model: ModelSize, how: Sharding, size: PassSize) -> int:
     """What backward needs of the forward pass, and the largest thing that is made on the way: the last norm, the output
-    layer, or the backward of an MLP, in a layer that is computed again where there is checkpointing."""
-    backward = size.tokens * max((2 * model.hidden + 3 * model.intermediate) * model.element, model.scratch)
-    if size.checkpointing:
-        backward += size.tokens * (layer_token_bytes(model, how, size) + model.scan)
+    layer, or the backward of an MLP, in a layer that is computed again where there is checkpointing.
+
+    The gradients of product, gate and up and the product of two are there at once, when what the layer has kept of the
+    product is gone; a quantised layer's matrix only before, beside the gradient of the product alone.
+    """
+    width, matrix = model.intermediate, ceil(model.matrix / size.tokens)
+    mlp = 2 * model.hidden * model.element + max(2 * width * model.element, width * model.element + matrix)
+    backward = size.tokens * max(mlp, model.scratch + matrix)
+    if size.checkpointing:  # its input is counted among those of all layers
+        again = layer_token_bytes(model, how, size) - model.hidden * model.element + model.scan
+        backward += size.tokens * again
     made = max(_last_norm(model, size), _head(model, how, size, gradient=True), backward)
     return _kept_of_forward(model, how, size) + made
 

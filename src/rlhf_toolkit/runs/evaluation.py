@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from rlhf_toolkit.algorithms.evaluation import Estimate, estimate, win_rate
+from rlhf_toolkit.data.preview import is_rendered
 from rlhf_toolkit.data.prompts import PromptSchedule
 from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, TopologyError, described
@@ -35,6 +36,7 @@ from rlhf_toolkit.rollout.evaluated import (
 )
 from rlhf_toolkit.runs.algorithm import resolve
 from rlhf_toolkit.runs.assembly import Setup, make_scored_sampler
+from rlhf_toolkit.runs.opening import taught_otherwise
 from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import with_dtype
 from rlhf_toolkit.runs.task import (
@@ -49,6 +51,7 @@ from rlhf_toolkit.runs.task import (
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
+from rlhf_toolkit.texts import say
 
 BASE = "base"
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -148,6 +151,7 @@ def compare_contestants(
     model = experiment.model
     config = load_model_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     setup = Setup(experiment, algorithm, topology, load_held_out(experiment, config))
+    say_what_was_taught_otherwise([Path(folder) for folder in folders if folder is not None], setup.task, config)
     progress = Progress(num_rollouts=len(contestants), updates_per_rollout=1, show=True, unit="contestant")
     responses: dict[str, dict[str, HeldOutResponses]] = {}
     try:
@@ -173,6 +177,15 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     check_turns(experiment, task)
     say_how_tokens_are_drawn(experiment, trains=False)
     return task
+
+
+def say_what_was_taught_otherwise(folders: Sequence[Path], task: Task, config: PretrainedConfig) -> None:
+    """A line for each contestant that was trained with another template or other stop tokens than the experiment's, as
+    which all of them are asked."""
+    used = is_rendered(task.held_out[0])
+    for folder in folders:
+        for line in taught_otherwise(folder, task.tokenizer, task.sampling.stop_ids, config, template=used):
+            say(line)
 
 
 def compare(setup: Setup, responses: dict[str, dict[str, HeldOutResponses]]) -> Evaluation:

@@ -28,15 +28,14 @@ from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.progress import Progress
-from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.run_log import write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.runs.callbacks import EngineCheck
 from rlhf_toolkit.runs.opening import Opening, adapters_text
 from rlhf_toolkit.runs.packing import packs
-from rlhf_toolkit.runs.run import Run, read_command
+from rlhf_toolkit.runs.run import Run
 from rlhf_toolkit.runs.start import Kind, prepare_run
-from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
+from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
 from rlhf_toolkit.runs.weights import load_adapted_base
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
@@ -73,13 +72,6 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
             extra=extra,
         )
         return self.finished(summary)
-
-
-def run_recipe(kind: type[FineTuning], description: str | None) -> None:
-    """A supervised recipe: read its command line, run the experiment, print the report."""
-    command = read_command(kind, description)
-    run = prepare_fine_tuning(command.experiment, resume=command.resume, overwrite=command.overwrite)
-    print_report(run.folder, run.train())
 
 
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:
@@ -128,8 +120,9 @@ class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, Fi
         model, role = self.experiment.model, REWARD if isinstance(self.experiment, RewardExperiment) else POLICY
         trained = "all weights" if self.experiment.full else adapters_text(model, role, model.policy_adapter)
         trained += " and its head" * self.experiment.trains_head
-        values = self.experiment.data.chat_template_kwargs
-        return Opening(data.tokenizer, data.stop_ids, data.first, values, trained)
+        values, start = self.experiment.data.chat_template_kwargs, model.policy_adapter
+        starts = () if start is None else (start,)
+        return Opening(data.tokenizer, data.stop_ids, data.first, values, trained, adapters=starts)
 
     def identity(self, data: TrainingItems, model: SharedBase | WholeModel) -> dict[str, str]:
         """Also of the examples, and of the reference where the objective has one."""
@@ -257,21 +250,14 @@ def load_items(
 ) -> tuple[list[Item], list[Item], Example | Pair]:
     """Training and held-out items, with a line about what was dropped from each, and the first row to train on."""
     data = experiment.data
-    options: dict[str, Any] = {
-        "max_tokens": data.max_tokens,
-        "system_prompt": data.system_prompt,
-        "chat_template": bool(data.chat_template),
-        "template_values": data.chat_template_kwargs,
-        "stop_ids": stop_ids,
-    }
+    options = {"max_tokens": data.max_tokens, "stop_ids": stop_ids, **rendering(data)}
     tokenise: Callable[..., ExampleSet | PairSet] = tokenise_pairs
     if isinstance(experiment, SFTExperiment):
         tokenise = partial(tokenise_examples, turns=experiment.sft.turns)
 
     def load(source: str, split: str) -> ExampleSet | PairSet:
         with agreement("loading"):
-            rows = load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows)
-            found = tokenise(rows, tokenizer, **options)
+            found = tokenise(load_rows(source, split, **reading(data)), tokenizer, **options)
         on_main(lambda: say(f"{source}: {found.summary()}"))
         return found
 

@@ -111,6 +111,7 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
     def opening(self, data: Setup) -> Opening:
         """The first prompt, and the adapters that are trained."""
         model, task = self.experiment.model, data.task
+        adapters = (model.policy_adapter, model.value_adapter, self.experiment.reward.adapter)
         trained = [adapters_text(model, POLICY, model.policy_adapter)]
         if self.algorithm.trains_value:
             adapter = adapters_text(model, VALUE, model.value_adapter)
@@ -122,6 +123,7 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
             self.experiment.data.chat_template_kwargs,
             ", ".join(trained),
             task.sampling.stop_strings,
+            [*dict.fromkeys(folder for folder in adapters if folder is not None)],
         )
 
     def rounds(self, data: Setup) -> int:

@@ -1,8 +1,7 @@
-"""What all runs have in common: the parts of a prepared one, its training, and the command line of a recipe."""
+"""What all runs have in common: the parts of a prepared one, and its training."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,7 +19,6 @@ from rlhf_toolkit.run_claims import release
 from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
-from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
 from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.base import RoleTrainer
 
@@ -81,29 +79,6 @@ class Run(Generic[E, T]):
             release(self.folder)
             if writer is not None:
                 writer.close()  # what is being written is a sound checkpoint, whatever ends the run
-
-
-@dataclass(frozen=True)
-class Command(Generic[E]):
-    """What a recipe was told on its command line."""
-
-    experiment: E
-    resume: bool
-    overwrite: bool
-
-
-def read_command(kind: type[E], description: str | None) -> Command[E]:
-    """The command line of every recipe: the experiment's YAML file, overrides, and what to do with an earlier run."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="the experiment's YAML file")
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest sound checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
-    )
-    options = parser.parse_args()
-    experiment = load_experiment(options.config, parse_overrides(options.overrides), kind)
-    return Command(experiment, options.resume, options.overwrite)
 
 
 def with_dtype(experiment: E, topology: Topology, *, trains: bool = True) -> E:

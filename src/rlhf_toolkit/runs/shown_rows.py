@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -21,24 +21,27 @@ from rlhf_toolkit.errors import ConfigError, DataError, shortened
 from rlhf_toolkit.export.folders import revision_of
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.runs.opening import model_text
-from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
+from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
 from rlhf_toolkit.settings.configs import ModelConfig
 from rlhf_toolkit.settings.supervised import DatasetConfig
 from rlhf_toolkit.settings.yaml_text import read_yaml
 
 EXAMPLES, PAIRS, PROMPTS = KINDS = ("examples", "pairs", "prompts")
+COLUMN = "prompt"
+"""Of prompts, where none is named."""
 
 
 @dataclass(frozen=True)
 class Asked:
     """Which rows: of ``data.train``, read as ``kind`` (None: as their columns say), the first ``count``; ``column``
-    holds the prompts, and ``turns`` is as in ``sft.turns``."""
+    holds the prompts, ``turns`` is as in ``sft.turns`` and ``stop_strings`` as in ``rollout.stop_strings``."""
 
     model: ModelConfig
     data: DatasetConfig
     kind: str | None = None
-    column: str = "prompt"
+    column: str = COLUMN
     turns: str = "all"
+    stop_strings: tuple[str, ...] = ()
     count: int = 3
 
 
@@ -57,7 +60,10 @@ def asked(words: Mapping[str, Any]) -> Asked:
         **{name: words[name] for name in ("streaming", "max_rows", "system_prompt", "max_tokens")},
     )
     model = ModelConfig(name=name, revision=revision, eos_token=words["eos_token"] or None)
-    return Asked(model, data, **{name: words[name] for name in ("kind", "column", "turns", "count")})
+    strings = tuple(words["stop_string"])
+    return Asked(
+        model, data, stop_strings=strings, **{name: words[name] for name in ("kind", "column", "turns", "count")}
+    )
 
 
 def shown_rows(asked: Asked) -> str:
@@ -65,13 +71,17 @@ def shown_rows(asked: Asked) -> str:
     for what a run would refuse, but for a turn that no stop token ends, which stands behind the rows."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file is in the error, too
-    model, data = asked.model, asked.data
+    model, data, strings = asked.model, asked.data, asked.stop_strings
     config = load_model_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    tokenizer, stop_ids = load_run_tokenizer(model, data.chat_template, config)
-    rows = load_rows(data.train, data.train_split, streaming=data.streaming, max_rows=data.max_rows)
-    read = replace(asked, kind=asked.kind or kind_of(rows, asked.column))
-    found = tokenised(read, rows, tokenizer, stop_ids)
-    about = template_lines(tokenizer, stop_ids, used=is_rendered(rows_of(found)[0]))
+    tokenizer, stop_ids = load_run_tokenizer(model, data.chat_template, config, stop_strings=strings)
+    rows = load_rows(data.train, data.train_split, **reading(data))
+    kind = asked.kind or kind_of(rows, asked.column)
+    refuse_idle(asked, kind)
+    if kind == PROMPTS and asked.column not in rows.column_names:
+        columns = shortened(", ".join(rows.column_names), 400)[1:-1]
+        raise ConfigError(f"no column {shortened(asked.column, 80)}; name one of these with --column: {columns}")
+    found = tokenised(asked, kind, rows, tokenizer, stop_ids)
+    about = template_lines(tokenizer, stop_ids, used=is_rendered(rows_of(found)[0]), stop_strings=strings)
     shown = preview(found, tokenizer, asked.count, data.chat_template_kwargs)
     more = turn_lines(asked, found, tokenizer, stop_ids) if isinstance(found, PromptSet) else []
     return "\n".join([f"model: {model_text(model, config)}", *about, shown, *more])
@@ -84,29 +94,29 @@ def kind_of(rows: Rows, column: str) -> str:
     return PROMPTS if column in rows.column_names and not is_example_shape(rows) else EXAMPLES
 
 
+def refuse_idle(asked: Asked, kind: str) -> None:
+    """Raise ConfigError for an option that says nothing about rows that are read as ``kind``."""
+    options = (
+        ("--column", asked.column != COLUMN, PROMPTS),
+        ("--stop-string", bool(asked.stop_strings), PROMPTS),
+        ("--turns last", asked.turns != "all", EXAMPLES),
+    )
+    for option, given, of in options:
+        if given and kind != of:
+            raise ConfigError(
+                f"{option} is about {of}, and these rows are read as {kind}; leave it out, or say --as {of}"
+            )
+
+
 def tokenised(
-    asked: Asked, rows: Rows, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]
+    asked: Asked, kind: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]
 ) -> ExampleSet | PairSet | PromptSet:
-    """The set of examples, pairs or prompts."""
-    data = asked.data
-    if asked.kind == PROMPTS:
-        return tokenise_prompts(
-            rows,
-            tokenizer,
-            column=asked.column,
-            chat_template=bool(data.chat_template),
-            system_prompt=data.system_prompt,
-            template_values=data.chat_template_kwargs,
-            max_prompt_tokens=data.max_tokens,
-        )
-    options: dict[str, Any] = {
-        "max_tokens": data.max_tokens,
-        "system_prompt": data.system_prompt,
-        "chat_template": bool(data.chat_template),
-        "template_values": data.chat_template_kwargs,
-        "stop_ids": stop_ids,
-    }
-    if asked.kind == PAIRS:
+    """The set of examples, pairs or prompts, by ``kind``."""
+    most, options = asked.data.max_tokens, rendering(asked.data)
+    if kind == PROMPTS:
+        return tokenise_prompts(rows, tokenizer, column=asked.column, max_prompt_tokens=most, **options)
+    options |= {"max_tokens": most, "stop_ids": stop_ids}
+    if kind == PAIRS:
         return tokenise_pairs(rows, tokenizer, **options)
     return tokenise_examples(rows, tokenizer, turns=asked.turns, **options)
 
@@ -118,12 +128,16 @@ def turn_lines(
     chat = next((prompt for prompt in found.prompts if prompt.messages), None)
     if chat is None:
         return []
-    values = template_values(chat.columns, asked.data.chat_template_kwargs, index=chat.index)
-    chosen = asked.model.eos_token is not None
     try:
         said = check_turn_end(
-            chat.messages or (), tokenizer, values, index=chat.index, stop_ids=stop_ids, chosen=chosen
+            chat.messages or (),
+            tokenizer,
+            template_values(chat.columns, asked.data.chat_template_kwargs, index=chat.index),
+            index=chat.index,
+            stop_ids=stop_ids,
+            stop_strings=asked.stop_strings,
+            chosen=asked.model.eos_token is not None,
         )
     except DataError as error:
-        return [f"a run without rollout.stop_strings would be refused: {error}"]
+        return [f"a run would be refused: {error}"]
     return [] if said is None else [said]

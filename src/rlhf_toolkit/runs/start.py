@@ -20,7 +20,8 @@ from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.distributed.watch import begin_watching
-from rlhf_toolkit.models.loading import load_model_config
+from rlhf_toolkit.models.folders import commit_of
+from rlhf_toolkit.models.loading import MAIN, load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
@@ -162,10 +163,11 @@ def prepare_run(
         "settings": settings,
         "identity": identity,
         "wandb_id": run_id if mirror is None else mirror.run_id,
-        "commit": getattr(config, "_commit_hash", None),
+        "commit": commit_of(experiment.model.name, experiment.model.revision or MAIN),
         **described_here(topology),
     }
-    trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
+    with agreement("loading"):
+        trainer.beside_adapters = travelling(experiment.model, opening.tokenizer, opening.stop_ids)
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     watch_run(parts, trainer, progress, mirror)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)

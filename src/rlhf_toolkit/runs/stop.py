@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf_toolkit.checkpoint_files import Checkpoint
 from rlhf_toolkit.distributed import stopping
 from rlhf_toolkit.errors import StopAskedError
+from rlhf_toolkit.last_words import command_of_rlhf
 from rlhf_toolkit.trainers.base import RoleTrainer
 
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
@@ -35,9 +36,9 @@ def stopped(trainer: RoleTrainer, resumed_from: Checkpoint | None, why: str) -> 
 
 
 def command(*, resume: bool) -> str:
-    """The command line that this process was started with, by a launcher if it was, with ``--resume`` or, to begin
-    afresh in the folder that the run has claimed, ``--overwrite``."""
-    words = launched_by(parent_command()) or [Path(sys.executable).name, *sys.argv]
+    """The command line that this process was started with, by ``rlhf train`` or a launcher if it was, with ``--resume``
+    or, to begin afresh in the folder that the run has claimed, ``--overwrite``."""
+    words = command_of_rlhf() or launched_by(parent_command()) or [Path(sys.executable).name, *sys.argv]
     kept = [word for word in words if word not in ("--resume", "--overwrite")]
     return shlex.join([*kept, "--resume" if resume else "--overwrite"])
 

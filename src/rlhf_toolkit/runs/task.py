@@ -22,7 +22,7 @@ from rlhf_toolkit.rewards.values import READERS
 from rlhf_toolkit.rollout.decoding import Sampling
 from rlhf_toolkit.rollout.scored_sampler import Scorer
 from rlhf_toolkit.runs.sampling_rules import logit_rules, uncorrected, unheeded
-from rlhf_toolkit.runs.tokenizer import load_run_tokenizer
+from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
 from rlhf_toolkit.secrets import resolved
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import Experiment
@@ -139,13 +139,11 @@ def load_prompts(
     """The prompts of one source, at least one for each process, and a line about what was dropped."""
     with agreement("loading"):
         found = tokenise_prompts(
-            load_rows(source, split, streaming=data.streaming, max_rows=data.max_rows),
+            load_rows(source, split, **reading(data)),
             tokenizer,
             column=data.prompt_column,
-            chat_template=bool(data.chat_template),
-            system_prompt=data.system_prompt,
-            template_values=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
+            **rendering(data),
         )
     on_main(lambda: say(f"{source}: {found.summary()}"))
     if len(found.prompts) < processes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_toolkit.algorithms.kl import KL_ESTIMATORS
+from rlhf_toolkit.algorithms.kl_names import KL_NAMES
 from rlhf_toolkit.errors import ConfigError, shortened
 from rlhf_toolkit.settings.knobs import (
     ABOVE_0,
@@ -292,7 +292,7 @@ class PPOConfig(Section):
         None, "how tokens become one loss; none: as the loss's source does", choices=AGGREGATIONS
     )
     kl_in: str = knob("reward", "reward: shapes each token's; loss: a term of the loss", choices=("reward", "loss"))
-    kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=tuple(KL_ESTIMATORS))
+    kl_estimator: str = knob("k1", "of the KL to the reference, token by token", choices=KL_NAMES)
     kl_coef: float = knob(0.05, "weight of the KL to the reference", NOT_NEGATIVE)
     kl_target: float | None = knob(
         None, "adapt kl_coef towards this KL per token, averaged over responses as in verl; none: fixed", ABOVE_0

@@ -33,20 +33,24 @@ LARGEST_FLOAT = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must do: in words that follow "must", and as a test."""
+    """What a value must do: in words that follow "must", and as a test. Of a number's ``bounds`` a JSON schema speaks,
+    in its own words; they say no more than the test."""
 
     words: str
     holds: Callable[[Any], bool]
+    bounds: tuple[tuple[str, float], ...] = ()
 
 
-ABOVE_0 = Rule("be above 0", lambda value: value > 0)
-AT_LEAST_1 = Rule("be at least 1", lambda value: value >= 1)
-ABOVE_1 = Rule("be above 1", lambda value: value > 1)
-NOT_NEGATIVE = Rule("not be negative", lambda value: value >= 0)
-WITHIN_0_AND_1 = Rule("be above 0 and below 1", lambda value: 0 < value < 1)
-FROM_0_TO_1 = Rule("be in [0, 1]", lambda value: 0 <= value <= 1)
-FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
-ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1)
+ABOVE_0 = Rule("be above 0", lambda value: value > 0, (("exclusiveMinimum", 0),))
+AT_LEAST_1 = Rule("be at least 1", lambda value: value >= 1, (("minimum", 1),))
+ABOVE_1 = Rule("be above 1", lambda value: value > 1, (("exclusiveMinimum", 1),))
+NOT_NEGATIVE = Rule("not be negative", lambda value: value >= 0, (("minimum", 0),))
+WITHIN_0_AND_1 = Rule(
+    "be above 0 and below 1", lambda value: 0 < value < 1, (("exclusiveMinimum", 0), ("exclusiveMaximum", 1))
+)
+FROM_0_TO_1 = Rule("be in [0, 1]", lambda value: 0 <= value <= 1, (("minimum", 0), ("maximum", 1)))
+FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1, (("minimum", 0), ("exclusiveMaximum", 1)))
+ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1, (("exclusiveMinimum", 0), ("maximum", 1)))
 NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
 LAYERS = Rule(
     "be all-linear, a list of name endings such as [q_proj, v_proj], or a regular expression of whole names",
@@ -70,7 +74,7 @@ BIASES = Rule(
         for token, number in value.items()
     ),
 )
-PENALTY = Rule("be from 0.01 to 100", lambda value: 0.01 <= value <= 100)
+PENALTY = Rule("be from 0.01 to 100", lambda value: 0.01 <= value <= 100, (("minimum", 0.01), ("maximum", 100)))
 WORDS_TO_AVOID = Rule("hold texts with more than white space", lambda value: all(text.strip() for text in value))
 TOKENS = Rule("name one token or more", lambda value: bool(value) and all(value))
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")

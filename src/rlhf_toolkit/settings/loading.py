@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from rlhf_toolkit.errors import ConfigError, shortened
 from rlhf_toolkit.secrets import keep_secrets_of
 from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.kinds import KIND, require_kind
 from rlhf_toolkit.settings.knobs import default_of, require_plain
 from rlhf_toolkit.settings.names import meant, section_meant
 from rlhf_toolkit.settings.yaml_text import file_text, read_yaml
@@ -45,6 +46,7 @@ def load_experiment(
     if not isinstance(values, Mapping | None):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections such as model: and ppo:")
     sections = dict(values or {})
+    require_kind(sections.pop(KIND, None), kind, str(path))
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
         sections[section] = {**_settings(section, sections.get(section)), key: value}

@@ -1,41 +1,18 @@
-"""``rlhf``: the commands that need no distributed launch. This module reads their arguments and prints their lines; the
-work of each is done elsewhere.
+"""Commands on what a run has left: report, card, merge, chat, evaluate, inspect.
 
-Modules are imported by the command that needs them, so that ``rlhf --help`` answers at once.
+This module reads their arguments and prints their lines; the work of each is done elsewhere, in modules that are
+imported by the command that needs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
-from rlhf_toolkit.errors import reported, shortened
+from rlhf_toolkit.cli.words import Argument, Command, Options, at_least_1, penalty, share
 from rlhf_toolkit.texts import say
-
-Options = argparse.Namespace
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. An error the user can mend ends the process with status 1 and one line."""
-    parsed = command_line().parse_args(arguments)
-    with reported():
-        from transformers.utils import logging
-
-        warnings.filterwarnings("ignore")  # no warnings and no bars of libraries between a command's lines
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        parsed.run(parsed)
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def report(options: Options) -> None:
@@ -152,66 +129,15 @@ def inspect(options: Options) -> None:
     say("\n".join(found.lines()))
 
 
-def show_data(options: Options) -> None:
-    """Print rows of training data token by token."""
-    from rlhf_toolkit.runs.shown_rows import asked, shown_rows
-
-    say(shown_rows(asked(vars(options))))
-
-
-# ---- their words -----------------------------------------------------------------------------------------------------
-
-
-class Argument:
-    """What ``add_argument`` is given."""
-
-    def __init__(self, *names: str, **options: Any) -> None:
-        self.names, self.options = names, options
-
-
-@dataclass(frozen=True)
-class Command:
-    """What is typed, what ``--help`` says of it, the function that runs it, and the arguments it takes."""
-
-    name: str
-    help: str
-    run: Callable[[Options], None]
-    arguments: tuple[Argument, ...]
-
-
-def _at_least_1(text: str) -> int:
-    if not (text.isdecimal() and len(text) <= 18 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no whole number from 1 up")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    return _number(text, 0.0, 1.0)
-
-
-def _penalty(text: str) -> float:
-    return _number(text, 0.01, 100.0)
-
-
-def _number(text: str, least: float, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not least < value <= most:
-        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no number above {least:g} and up to {most:g}")
-    return value
-
-
 DTYPES = ("bfloat16", "float16", "float32")
 RUN = Argument("run_folder", type=Path, metavar="RUN", help="a run's run.output_dir")
 BASE = Argument("base", help="hub name, NAME@REVISION or folder of the base model")
 TRUST = Argument("--trust-remote-code", action="store_true", help="run model code from the hub")
 FILTERS = (
-    Argument("--top-k", type=_at_least_1, default=0, metavar="K", help="draw from the K likeliest tokens"),
-    Argument("--top-p", type=_share, default=1.0, metavar="P", help="from the smallest set with this probability"),
-    Argument("--min-p", type=_share, default=0.0, metavar="P", help="from tokens P times as likely as the likeliest"),
-    Argument("--repetition-penalty", type=_penalty, metavar="X", help="without it, the model's generation config's"),
+    Argument("--top-k", type=at_least_1, default=0, metavar="K", help="draw from the K likeliest tokens"),
+    Argument("--top-p", type=share, default=1.0, metavar="P", help="from the smallest set with this probability"),
+    Argument("--min-p", type=share, default=0.0, metavar="P", help="from tokens P times as likely as the likeliest"),
+    Argument("--repetition-penalty", type=penalty, metavar="X", help="without it, the model's generation config's"),
     Argument("--keep-special-tokens", action="store_true", help="in answers, but those that end them"),
 )
 COMMANDS = (
@@ -233,7 +159,7 @@ COMMANDS = (
             Argument("--dtype", choices=DTYPES, help="of the result; without it, the base's own"),
             Argument(
                 "--verify",
-                type=_at_least_1,
+                type=at_least_1,
                 metavar="N",
                 help="then compare logits with base + adapter on N random sequences",
             ),
@@ -248,7 +174,7 @@ COMMANDS = (
             BASE,
             Argument("adapters", nargs="*", metavar="ADAPTER", help="hub names or folders of adapters"),
             Argument("--dtype", choices=DTYPES, help="of the base; without it, the one it is stored in"),
-            Argument("--max-new-tokens", type=_at_least_1, default=256, metavar="N", help="of an answer (256)"),
+            Argument("--max-new-tokens", type=at_least_1, default=256, metavar="N", help="of an answer (256)"),
             Argument("--seed", type=int, default=0, help="of the tokens drawn at a temperature above 0 (0)"),
             *FILTERS,
             TRUST,
@@ -263,7 +189,7 @@ COMMANDS = (
             Argument(
                 "contestants", nargs="+", metavar="CONTESTANT", help="adapter folders, their names on the hub, or base"
             ),
-            Argument("--samples", type=_at_least_1, metavar="N", help="sampled responses to each prompt as well"),
+            Argument("--samples", type=at_least_1, metavar="N", help="sampled responses to each prompt as well"),
             Argument("--no-greedy", action="store_true", help="sampled responses only"),
             Argument("--no-kl", action="store_true", help="leave out the pass that the KL to the reference needs"),
             Argument("--set", action="append", default=[], metavar="section.key=value", help="replaces a setting"),
@@ -282,56 +208,3 @@ COMMANDS = (
         ),
     ),
 )
-DATA_COMMANDS = (
-    Command(
-        "show",
-        "print rows token by token, what is trained, and what is dropped",
-        show_data,
-        (
-            Argument("source", metavar="SOURCE", help="a hub dataset, or a json, jsonl, csv or parquet file"),
-            Argument("--model", required=True, help="hub name, NAME@REVISION or folder, for its tokenizer"),
-            Argument(
-                "--as", dest="kind", choices=("examples", "pairs", "prompts"), help="without it, as their columns say"
-            ),
-            Argument("--split", default="train", help="default: %(default)s"),
-            Argument("--streaming", action="store_true", help="read rows while they are tokenised, store none"),
-            Argument("--max-rows", type=_at_least_1, metavar="N", help="read only the first N rows"),
-            Argument("--count", type=int, default=3, help="rows to print; default: %(default)s"),
-            Argument("--max-tokens", type=int, default=1024, help="longer rows are dropped; default: %(default)s"),
-            Argument("--no-chat-template", action="store_true", help="take strings as they stand"),
-            Argument("--chat-template", metavar="FILE", help="render with this file of Jinja"),
-            Argument(
-                "--template-value",
-                action="append",
-                default=[],
-                metavar="NAME=VALUE",
-                help="what the template reads, such as enable_thinking=false",
-            ),
-            Argument("--eos-token", action="append", default=[], metavar="TOKEN", help="as model.eos_token"),
-            Argument("--column", default="prompt", help="of prompts; default: %(default)s"),
-            Argument("--turns", choices=("all", "last"), default="all", help="as sft.turns; default: %(default)s"),
-            Argument("--system-prompt", help="system message of conversations that bring none"),
-        ),
-    ),
-)
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands; what it parses has the command's function as ``run``."""
-
-    def add(parser: argparse.ArgumentParser, commands: Sequence[Command]) -> Any:
-        places = parser.add_subparsers(required=True, metavar="COMMAND")
-        for command in commands:
-            place = places.add_parser(command.name, help=command.help)
-            for argument in command.arguments:
-                place.add_argument(*argument.names, **argument.options)
-            place.set_defaults(run=command.run)
-        return places
-
-    parser = argparse.ArgumentParser(prog="rlhf", description="What to do with the result of a run (docs/export.md).")
-    add(add(parser, COMMANDS).add_parser("data", help="look at training data as a model will see it"), DATA_COMMANDS)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,88 @@
+"""Where a run goes: how many processes, and accelerate's settings for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_toolkit.cli.shipped import launch_configs
+from rlhf_toolkit.errors import ConfigError, nearest, shortened
+from rlhf_toolkit.settings.yaml_text import file_text, read_yaml
+
+
+@dataclass(frozen=True)
+class Where:
+    """``file`` is accelerate's YAML; without one the run is one plain process, which needs no launcher."""
+
+    processes: int
+    file: Path | None
+    gpus: int
+    stage: int | None = None
+    options: tuple[str, ...] = field(default=())
+    """More of accelerate's, such as which machine this is."""
+
+    def launch_options(self) -> list[str]:
+        """What ``accelerate launch`` is given."""
+        return ["--config_file", str(self.file), "--num_processes", str(self.processes), *self.options]
+
+    def text(self) -> str:
+        """Where the run goes, in words."""
+        device = "GPU" if self.gpus else "CPU"
+        sharding = "no DeepSpeed" if self.stage is None else f"ZeRO-{self.stage}"
+        by = "" if self.file is None else f", by {self.file.name}"
+        return f"{self.processes} process{'es' if self.processes > 1 else ''} on {device}, {sharding}{by}"
+
+
+def chosen(
+    launch: str | None, processes: int | None, *, gpus: int, quantised: bool, options: tuple[str, ...] = ()
+) -> Where:
+    """Where a run goes on a machine with so many ``gpus``: what ``launch`` names, a file or one of
+    ``accelerate_configs``, or one process for each GPU and one on a CPU, unless ``processes`` says how many.
+
+    Several GPUs share the base by ZeRO-3, which needs least memory; a ``quantised`` one is small and stays whole, by
+    ZeRO-2. Raises ConfigError.
+    """
+    if launch is not None:
+        path = launch_file(launch)
+        settings = launch_settings(path)
+        stage = (settings.get("deepspeed_config") or {}).get("zero_stage", 2) if is_deepspeed(settings) else None
+        return Where(processes or settings["num_processes"], path, gpus, stage, options)
+    if options:
+        raise ConfigError("a run on several machines needs a launch config; give --launch zero3_2nodes or one like it")
+    if processes is not None and gpus and processes > gpus:
+        raise ConfigError(f"--processes {processes}, but there are {gpus} GPUs here; give {gpus} or less")
+    count = processes or max(1, gpus)
+    if count == 1:
+        return Where(1, None, gpus)
+    name, stage = ("cpu_zero3", 3) if not gpus else ("zero2_2gpu", 2) if quantised else ("zero3_2gpu", 3)
+    return Where(count, launch_configs()[name], gpus, stage)
+
+
+def launch_file(name: str) -> Path:
+    """The file of accelerate's settings that ``--launch`` names. Raises ConfigError."""
+    known, path = launch_configs(), Path(name)
+    if path.is_file():
+        return path
+    stem = name.removesuffix(".yaml")
+    if stem in known:
+        return known[stem]
+    raise ConfigError(
+        f"--launch {shortened(name, 80)[1:-1]} is no file{nearest(path.stem, known)}; give a YAML file of accelerate's "
+        f"or one of {', '.join(known)}"
+    )
+
+
+def launch_settings(path: Path) -> Mapping[str, Any]:
+    """What stands in a file of accelerate's settings. Raises ConfigError where it says no number of processes."""
+    settings = read_yaml(file_text(path), f"{path} is not valid YAML")
+    count = settings.get("num_processes") if isinstance(settings, Mapping) else None
+    if not isinstance(settings, Mapping) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{path} has no num_processes: 1 or more; give a file that accelerate config has written")
+    return settings
+
+
+def is_deepspeed(settings: Mapping[str, Any]) -> bool:
+    """Whether accelerate is told to use DeepSpeed."""
+    return str(settings.get("distributed_type", "")).upper() == "DEEPSPEED"
