@@ -94,7 +94,7 @@ class TrainingItems:
 class FineTuningKind(Kind[FineTuning, TrainingItems, SharedBase | WholeModel, FineTuner]):
     """SFT, reward models and DPO, whose records count optimizer steps."""
 
-    axis, title = "step", "supervised run"
+    axis = "step"
 
     def load_data(self, config: PretrainedConfig) -> TrainingItems:
         """Tokenizer and items."""

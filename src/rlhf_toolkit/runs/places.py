@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from rlhf_toolkit.settings.configs import RunConfig
+from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 
 SAVES = 10
 """Checkpoints of a run that does not say how often."""
+
+
+TITLES = {"sft": "SFT", "reward_model": "reward model", "dpo": "DPO"}
+
+
+def title_of(experiment: Experiment | FineTuning) -> str:
+    """What this kind of run is called."""
+    return TITLES[experiment.JOB] if isinstance(experiment, FineTuning) else "PPO"
 
 
 def saved_every(run: RunConfig, rounds: int) -> int:

@@ -32,7 +32,7 @@ from rlhf_toolkit.reporting.run_log import Record, RunLog, history, mend_logs, v
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
 from rlhf_toolkit.runs.opening import Opening
-from rlhf_toolkit.runs.places import places_text
+from rlhf_toolkit.runs.places import places_text, title_of
 from rlhf_toolkit.runs.run import Run, with_dtype
 from rlhf_toolkit.runs.tokenizer import identity_of_template, travelling
 from rlhf_toolkit.runs.weights import fingerprint_of
@@ -53,11 +53,10 @@ A = TypeVar("A", bound=Run[Any, Any])
 class Kind(ABC, Generic[E, D, M, T]):
     """One kind of run: what it does for ``prepare_run``, in the order in which it is asked.
 
-    ``D`` is what it loads before the model, ``M`` its model, ``T`` its trainer. ``axis`` is what its records count,
-    ``title`` what it is called.
+    ``D`` is what it loads before the model, ``M`` its model, ``T`` its trainer. ``axis`` is what its records count.
     """
 
-    axis, title = "rollout", "PPO"
+    axis = "rollout"
 
     def __init__(self, experiment: E, topology: Topology) -> None:
         """Settle what needs neither files of the run nor the model. Raises ConfigError."""
@@ -114,10 +113,7 @@ def prepare_run(
     kind: type[Kind[E, D, M, T]], run: type[A], experiment: E, *, resume: bool = False, overwrite: bool = False
 ) -> A:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
-    quiet_libraries()
-    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
-    begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
-    on_main(lambda: begin_panel(f"{kind.title}: {experiment.model.name} on {experiment.data.train}"))
+    topology = begun(experiment)
     experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     require_same("the setting", flat(settings))
@@ -171,6 +167,15 @@ def prepare_run(
     trainer.keep_checkpoints(CheckpointWriter(folder, experiment.run.keep_checkpoints), about, checkpoint)
     watch_run(parts, trainer, progress, mirror)
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
+
+
+def begun(experiment: Experiment | FineTuning) -> Topology:
+    """Join the process group, watch the other ranks, and say what begins."""
+    quiet_libraries()
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
+    begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
+    on_main(lambda: begin_panel(f"{title_of(experiment)}: {experiment.model.name} on {experiment.data.train}"))
+    return topology
 
 
 def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
