@@ -183,7 +183,8 @@ REFUSED = {
         spoil=wrote("prompts.jsonl", ""),
     ),
     "missing column": Refused(
-        "DataError: no column 'question' for data.prompt_column; the columns are prompt",
+        "DataError: no column 'question' for data.prompt_column; the columns are prompt; set data.prompt_column: "
+        "prompt",
         {"data.prompt_column": "question"},
     ),
     "missing dataset": Refused(

@@ -105,7 +105,8 @@ def _misfit(name: str, parameters: list[inspect.Parameter], besides: Collection[
     shown = f"{name}({', '.join(_written(each) for each in parameters[:SHOWN])})"
     right = ", ".join(["prompts", "responses", *besides, "**columns"])
     if positional and positional[0].name in RESPONSES_FIRST:
-        return f"{shown} takes the responses first, as TRL has it; here prompts come first: def {name}({right})"
+        as_trl = ", as TRL has it" if positional[0].name.startswith("completion") else ""
+        return f"{shown} takes the responses first{as_trl}; here prompts come first: def {name}({right})"
     if len(positional) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
         return f"{shown} cannot take prompts and responses; write def {name}({right})"
     lacks = [each for each in besides if each not in names]
