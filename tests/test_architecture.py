@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
-    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets", "last_words"},
+    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets", "last_words", "run_claims"},
     {"algorithms", "data", "distributed", "planning", "rewards", "checkpoint_files"},
     {"settings", "checkpoints", "reporting", "models"},
     {"rollout", "export"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import namedtuple
 from itertools import pairwise
@@ -19,7 +21,6 @@ from rlhf_toolkit import checkpoints
 from rlhf_toolkit.checkpoint_files import Checkpoint, Contents, complete, temporary
 from rlhf_toolkit.checkpoints import (
     LEAST_FREE_BYTES,
-    RUN_FILE,
     base_fingerprint,
     checksum,
     claim_run_folder,
@@ -31,6 +32,7 @@ from rlhf_toolkit.checkpoints import (
 from rlhf_toolkit.distributed import collectives
 from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.run_claims import RUN_FILE, release
 from tests.support.allocations import Allocations
 from tests.support.offenders import for_each
 
@@ -98,6 +100,50 @@ def test_a_folder_of_another_run(tmp_path: Path) -> None:
         f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, or choose "
         "another folder"
     )
+
+
+EVALUATION, ROLLOUT = '{"kind": "eval", "rollout": 0}\n', '{"kind": "train", "rollout": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("left", "is_free"),
+    [
+        ({}, True),
+        ({"log.jsonl": EVALUATION, "samples.jsonl": EVALUATION}, True),
+        ({"log.jsonl": EVALUATION + ROLLOUT}, False),
+        ({"log.jsonl": "{}\n"}, False),
+        ({"log.jsonl": "half a li"}, False),
+        ({"checkpoint-1/state.json": "{}"}, False),
+        ({"policy/adapter_config.json": "{}"}, False),
+        ({"thesis.tex": "years of work"}, False),
+    ],
+)
+def test_a_run_that_ended_before_its_first_rollout_leaves_the_folder_free(
+    left: dict[str, str], is_free: bool, tmp_path: Path
+) -> None:
+    folder = started(tmp_path / "run")
+    release(folder)  # as at the end of a process, however it ends
+    for name, text in left.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    if is_free:
+        assert open_run_folder(folder, changed(run__seed=1), resume=False, overwrite=False) is None
+        claim_run_folder(folder, changed(run__seed=1), overwrite=False)
+        assert [path.name for path in folder.iterdir()] == [RUN_FILE]
+    else:
+        assert "holds another run" in refusal(folder)
+
+
+def test_a_run_that_goes_on_keeps_its_folder_from_the_first_moment(tmp_path: Path) -> None:
+    """Of another process, which is then killed: its lock goes with it."""
+    folder = tmp_path / "run"
+    text = "import sys, time; from tests.test_checkpoints import started; from pathlib import Path; "
+    text += "started(Path(sys.argv[1])); print('claimed', flush=True); time.sleep(1000)"
+    with subprocess.Popen([sys.executable, "-c", text, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "claimed\n"
+        assert "holds another run" in refusal(folder)
+        other.kill()
+    assert open_run_folder(folder, SETTINGS, resume=False, overwrite=False) is None
 
 
 def test_overwriting_a_run_keeps_it_until_the_folder_is_claimed(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file, write_text
+from rlhf_toolkit.run_claims import RUN_FILE, came_to_nothing, hold
 from rlhf_toolkit.texts import printable, say
 
-RUN_FILE = "run.json"
 CHANGED = {
     "base": "was trained on another base",
     "rows": "was trained on other data: a row of data.train has been edited, added or removed",
@@ -83,7 +83,7 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
             say(f"passed over: {printable(line)}")
         remove_leftovers(folder)
         return found
-    if holds_run and not overwrite:
+    if holds_run and not overwrite and not came_to_nothing(folder):
         raise CheckpointError(
             f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, "
             "or choose another folder"
@@ -98,7 +98,7 @@ def claim_run_folder(folder: Path, experiment: dict[str, Any], *, overwrite: boo
     run has claimed the folder since ``open_run_folder`` looked into it.
     """
     text = _as_text(experiment)
-    if not overwrite and (folder / RUN_FILE).exists():
+    if not overwrite and (folder / RUN_FILE).exists() and not came_to_nothing(folder):
         raise CheckpointError(
             f"run.output_dir={folder} has been claimed by another run while this one was loading; choose another folder"
         )
@@ -108,6 +108,7 @@ def claim_run_folder(folder: Path, experiment: dict[str, Any], *, overwrite: boo
         else:
             path.unlink()
     write_text(folder / RUN_FILE, text)
+    hold(folder)
 
 
 def require_identity(checkpoint: Checkpoint, settings: dict[str, Any], identity: Mapping[str, str]) -> None:

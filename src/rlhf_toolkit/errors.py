@@ -84,6 +84,10 @@ class StopAskedError(RLHFError):
     status = 128 + 15
 
 
+class RunWarning(RuntimeWarning):
+    """What a run goes on with, and people should know of."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that an allocation failed, on a card or in the machine's memory."""
     if isinstance(error, MemoryError | OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":

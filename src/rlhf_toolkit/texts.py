@@ -11,6 +11,8 @@ It also keeps secrets: what ``rlhf_toolkit.secrets`` has read from the environme
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TextIO
 
 LINES = "\n\t"
@@ -18,6 +20,8 @@ LINES = "\n\t"
 WORDS = LINES + "\u00a0\u3000\u200c\u200d"
 """And in one that is read: spaces of other scripts, and what joins letters and parts the words of some."""
 HIDDEN = "********"
+around_lines: Callable[[], AbstractContextManager[object]] = nullcontext
+"""What takes a progress bar off the terminal while a line is written: who shows bars sets it."""
 _secrets: set[str] = set()
 
 
@@ -51,8 +55,9 @@ def printable(text: str, keep: str = "", *, longest: int | None = None) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print ``text``, of one line or several, at once."""
-    print(printable(text, LINES), file=file or sys.stdout, flush=True)
+    """Print ``text``, of one line or several, at once, on a line of its own where a bar stands on the terminal."""
+    with around_lines():
+        print(printable(text, LINES), file=file or sys.stdout, flush=True)
 
 
 def quoted(value: Any, length: int) -> str:

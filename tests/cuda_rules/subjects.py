@@ -66,7 +66,7 @@ def ppo_trainer(folder: Path, changes: dict[str, Any]) -> PPOTrainer:
     """One that has not begun, its model on the device."""
     task = write_task(folder, model=tiny_llama(initializer_range=0.2))
     run = prepare(experiment_from_dict(merged(task, {"rollout.prompts_per_rollout": 4, **changes})))
-    run.progress.bar.close()
+    run.progress.close()
     run.trainer.model.to(run.trainer.args.device)
     return run.trainer
 

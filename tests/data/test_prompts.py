@@ -382,7 +382,9 @@ def test_all_too_long() -> None:
 def test_missing_column() -> None:
     with pytest.raises(DataError) as caught:
         tokenised(["a"], column="question")
-    assert message_of(caught) == "no column 'question' for data.prompt_column; the columns are prompt, label, x"
+    assert message_of(caught) == (
+        "no column 'question' for data.prompt_column; the columns are prompt, label, x; set data.prompt_column: prompt"
+    )
 
 
 @pytest.mark.parametrize("name", ["prompts", "responses"])

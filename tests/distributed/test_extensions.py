@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,6 +34,7 @@ def built(tmp_path: Path) -> Path:
     copy = tmp_path / source.name
     shutil.copytree(source, copy)
     (copy / OP / "lock").touch()
+    (copy / extensions.FINISHED).unlink()
     return copy
 
 
@@ -51,7 +53,41 @@ def test_a_child_process_finds_the_same_folder(monkeypatch: pytest.MonkeyPatch, 
     assert extensions.build_folder() == first
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_environment_does_not_build_it_again(built: Path) -> None:
+    """Neither does one whose files are all newer than the op, nor one without a compiler: what has been built to its
+    end is loaded as it is."""
+    (built / extensions.FINISHED).write_bytes((extensions.build_folder() / extensions.FINISHED).read_bytes())
+    (built / OP / "build.ninja").write_text("another environment's paths")
+    for path in built.rglob("*.o"):
+        path.unlink()
+    quiet = run(BUILD, seconds=60, TORCH_EXTENSIONS_DIR=str(built.parent), CXX="no-such-compiler").succeeded()
+    assert "building" not in quiet.output
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_was_not_built_to_its_end_is_built_again(
+    spoilt: bool, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is one whose bytes have changed. What is built, and where it stays, is said."""
+    if spoilt:
+        (built / extensions.FINISHED).write_bytes((extensions.build_folder() / extensions.FINISHED).read_bytes())
+        (built / OP / f"{OP}.so").write_bytes(b"half of it")
+    told, loaded = list[str](), list[str]()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(built.parent))
+    monkeypatch.setattr(extensions, "say", told.append)
+    builder = SimpleNamespace(load=lambda verbose: loaded.append(OP), _loaded_ops={})
+    accelerator = SimpleNamespace(create_op_builder=lambda name: builder)
+    monkeypatch.setattr(extensions, "get_accelerator", lambda: accelerator)
+    extensions.build_cpu_collectives()
+    assert loaded == [OP] and builder._loaded_ops == {}
+    assert told[0] == (
+        f"building DeepSpeed's op for collectives on CPUs with c++, once: about a minute; kept in {built}"
+    )
+    assert told[1].startswith("built in ")
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(TopologyError) as caught:
         extensions.build_cpu_collectives()

@@ -45,6 +45,9 @@ def test_every_file_named_exists(page: Path) -> None:
 
 @BY_PAGE
 def test_every_setting_named_exists(page: Path) -> None:
+    """But on the page of mistakes, which are run by a test of their own."""
+    if page.name == "mistakes.md":
+        return
     known = {f"{section}.{key}" for section, values in settings().items() for key in values}
     named = set(SETTING.findall(page.read_text())) - {"reward.py", "run.json", "update.json", "rollout.json"}
     unknown = {name for name in named if name not in known and not any(key.startswith(name) for key in known)}

@@ -23,6 +23,7 @@ from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.card import ROWS, _numbers, card, push, write_card
 from rlhf_toolkit.export.card_kinds import KINDS
 from rlhf_toolkit.export.folders import read_run, trained_quantised
+from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.seal import SEAL, sealed
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.settings.experiment import RewardExperiment
@@ -106,10 +107,8 @@ def test_a_base_of_the_hub_is_named_in_the_metadata(folder: Path) -> None:
     assert "put its path" not in text
 
 
-def test_the_code_on_the_card_loads_the_policy(
-    finished_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(finished_run / "model", folder.parent / "model")
+def test_the_code_on_the_card_loads_the_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is a folder: the code finds it by what lies beside the adapter."""
     monkeypatch.chdir(folder.parent)
     names: dict[str, Any] = {}
     exec(block(card(read_run(Path("run").resolve())), "python"), names)
@@ -329,8 +328,51 @@ def test_a_file_that_is_not_as_the_run_left_it_is_named(finished_run: Path, tmp_
     ):
         read_run(folder)
     (folder / name).unlink()
-    with pytest.raises(CheckpointError):
-        read_run(folder)
+    if name != "summary.json":  # without it the run has not ended
+        with pytest.raises(CheckpointError):
+            read_run(folder)
+
+
+def interrupted(folder: Path) -> Path:
+    """What is left of a run that was killed after its first checkpoint, in the middle of a line of its log."""
+    for name in ("policy", "value", "checkpoint-2"):
+        shutil.rmtree(folder / name)
+    for name in ("summary.json", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    text = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").write_text(text + '{"kind": "train", "roll')
+    return folder
+
+
+def test_a_run_that_was_interrupted_has_a_report_from_its_newest_checkpoint(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = read_run(folder).summary
+    found = read_run(interrupted(folder)).summary
+    assert found["mean_scores"] == whole["mean_scores"][:1], "not what comes after the checkpoint"
+    assert [each["rollout"] for each in found["evaluations"]] == [0, 1]
+    assert found["seconds"] == found["seconds_per_rollout"][0] and found["versions"] == whole["versions"]
+    print_report(folder, found)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "\n  the run has not ended: this is checkpoint-1, after rollout 1 of 2\n\n  mean score, first"
+    )
+    assert said.endswith(f"  adapters    {folder}/checkpoint-1/policy, {folder}/checkpoint-1/value\n")
+
+
+def test_and_a_card_whose_code_loads_that_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(interrupted(folder).resolve())
+    text = card(run)
+    assert "The run has not ended: this is checkpoint-1, after rollout 1 of 2.\n" in text
+    assert [row[0] for row in table(text, "Adapters")] == ["`checkpoint-1/policy/`", "`checkpoint-1/value/`"]
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, Any] = {}
+    exec(block(text, "python"), names)
+    assert adapter_speaks(names["model"])
+    with pytest.raises(
+        CheckpointError, match=r"the run has not ended: this is checkpoint-1, after rollout 1 of 2; let"
+    ):
+        push(run, "me/mine", FakeHub())
 
 
 def test_unfinished_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -339,8 +381,9 @@ def test_unfinished_and_foreign_folders_are_refused(folder: Path, tmp_path: Path
     (folder / "summary.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"summary\.json cannot be read"):
         read_run(folder)
-    (folder / "summary.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no summary\.json, which is written when training ends"):
+    shutil.rmtree(interrupted(folder) / "checkpoint-1")
+    said = r"no summary\.json, which is written when training ends, and no sound checkpoint; let the run end"
+    with pytest.raises(CheckpointError, match=said):
         read_run(folder)
 
 

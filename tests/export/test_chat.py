@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_toolkit.errors import ModelError
-from rlhf_toolkit.export.chat import COMMANDS, load_chat
+from rlhf_toolkit.export.chat import COMMANDS, HELP, _Stream, load_chat
 from rlhf_toolkit.seeding import derive_seed
 from tests.support.builders import CHAT_TEMPLATE
 from tests.support.exports import write_adapter, write_base
@@ -115,6 +116,38 @@ def test_a_system_message_begins_the_conversation(tmp_path: Path) -> None:
     told = folders.talk("w8", "/system w11 w12", "w3 w4", "w9")
     assert told.endswith("conversations begin again\n" + answers)
     assert answers != folders.transcript(folders.expected("w3 w4", "w9"))
+
+
+def test_the_system_message_can_be_seen_and_taken_away(tmp_path: Path) -> None:
+    folders = Folders(tmp_path, CHAT_TEMPLATE)
+    told = folders.talk("/system", "/system be kind", "/system", "/system none", "/system", "/help")
+    again = "conversations begin again\n"
+    assert told == (
+        f"{folders.greeting()}there is no system message\n{again}system message: be kind\n{again}"
+        f"there is no system message\n{HELP}\n"
+    )
+
+
+@TEMPLATES
+def test_ctrl_c_stops_an_answer_and_not_the_program(
+    tmp_path: Path, template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been said stays in the conversation, of the contestant that was stopped alone."""
+    folders = Folders(tmp_path, template)
+    whole, put, count = folders.expected("w3 w4")[0], _Stream.put, itertools.count()
+
+    def interrupted(stream: Any, value: Any) -> None:
+        put(stream, value)
+        if next(count) == 2:  # the prompt and two tokens of the base's answer
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Stream, "put", interrupted)
+    told = folders.talk("w3 w4", "/reset", adapters=1)
+    begun = " ".join(whole[0].split()[:2])
+    assert told == (
+        f"{folders.greeting(1)}[base] {begun}\n(stopped)\n[{folders.adapters[0]}] {whole[1]}\n"
+        "conversations begin again\n"
+    )
 
 
 def test_without_a_template_there_is_no_system_message(tmp_path: Path) -> None:

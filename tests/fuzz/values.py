@@ -161,7 +161,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "dpo.loss": ("sigmoid", "ipo"),
     "dpo.label_smoothing": (0.0, 0.3),
     "run.seed": (0, -1, 1, 2**31, 2**63, 10**30),
-    "run.save_every": (0, 1, 2),
+    "run.save_every": (0, 1, 2, None),
     "run.keep_best": (False, True),
     "run.keep_checkpoints": (1, 2, 10**9),
     "run.evaluate_every": (0, 1),

@@ -170,7 +170,7 @@ def test_the_choice_is_made_at_load_and_printed(
     changes: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = prepare(experiment_from_dict(merged(write_task(tmp_path), changes)))
-    run.progress.bar.close()
+    run.progress.close()
     assert says in capsys.readouterr().out
     assert run.trainer.maker.scored_sampler.cutting.packing == ("packed" in says.split("(")[0])
 

@@ -183,7 +183,8 @@ REFUSED = {
         spoil=wrote("prompts.jsonl", ""),
     ),
     "missing column": Refused(
-        "DataError: no column 'question' for data.prompt_column; the columns are prompt",
+        "DataError: no column 'question' for data.prompt_column; the columns are prompt; set data.prompt_column: "
+        "prompt",
         {"data.prompt_column": "question"},
     ),
     "missing dataset": Refused(
@@ -299,6 +300,15 @@ def test_a_mistake_costs_nobody_the_run_that_is_to_be_replaced(tmp_path: Path, r
 def test_after_a_mistake_the_same_command_starts(tmp_path: Path, recipe: RecipeProcesses) -> None:
     path = experiment_of(tmp_path, {})
     assert recipe.run("--config", str(path), "data.prompt_column=question").status == 1
+    recipe.run("--config", str(path)).succeeded()
+
+
+def test_after_a_mistake_in_the_first_rollout_the_same_command_starts(tmp_path: Path, recipe: RecipeProcesses) -> None:
+    path = experiment_of(tmp_path, {"data.evaluation": "{here}/heldout.jsonl"})
+    right = (tmp_path / "reward.py").read_text()
+    (tmp_path / "reward.py").write_text(RAISES)
+    assert recipe.run("--config", str(path)).status == 1
+    (tmp_path / "reward.py").write_text(right)
     recipe.run("--config", str(path)).succeeded()
 
 

@@ -71,6 +71,26 @@ def test_the_clock_adds_up_phases_and_starts_anew() -> None:
     assert set(clock.take()) == {"step"}
 
 
+def test_what_is_apart_belongs_to_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation between two rollouts: neither the step nor any of its phases counts it."""
+    ticks = iter([0.0, 1.0, 3.0, 10.0, 11.0, 12.0, 15.0, 18.0, 20.0, 30.0])
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    clock, heard = Clock(), list[tuple[str, ...]]()
+    clock.onlooker = SimpleNamespace(
+        begins=lambda name, count: heard.append((name, str(count))),
+        advances=lambda: heard.append(("one",)),
+        ends=lambda name: heard.append((name, "ends")),
+    )
+    with clock.phase("gen", 2):
+        clock.advance()
+    with clock.apart("testing") as seconds, clock.phase("gen"):
+        pass
+    assert seconds == {"testing": 10.0}
+    assert clock.take() == {"gen": 2.0, "step": 20.0}
+    nested = [("testing", "0"), ("gen", "0"), ("gen", "ends"), ("testing", "ends")]
+    assert heard == [("gen", "2"), ("one",), ("gen", "ends"), *nested]
+
+
 def test_a_step_is_the_time_between_two_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the steps of a run add up to the run."""
     ticks = iter([0.0, 1.0, 3.0, 10.0, 14.0])

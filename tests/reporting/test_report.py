@@ -118,11 +118,11 @@ def test_without_evaluations_nothing_is_shown(tmp_path: Path) -> None:
 
 def test_it_says_where_everything_lies(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
-    text = "\n".join(places(tmp_path))
+    text = "\n".join(places(tmp_path, tmp_path))
     assert str(tmp_path / "log.jsonl") in text and f"adapters    {tmp_path / 'policy'}" in text
     assert str(tmp_path / "value") not in text, "what was not trained is not there"
     (tmp_path / "policy/config.json").touch()
-    assert f"model       {tmp_path / 'policy'}" in "\n".join(places(tmp_path))
+    assert f"model       {tmp_path / 'policy'}" in "\n".join(places(tmp_path, tmp_path))
 
 
 def test_ranks_without_a_summary_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

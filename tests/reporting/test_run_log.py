@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.reporting import run_log
 from rlhf_toolkit.reporting.run_log import (
     PACKAGES,
-    Progress,
     RunLog,
     history,
     mend_logs,
@@ -39,7 +35,7 @@ def log_of(folder: Path, **options: Any) -> RunLog:
     return RunLog(folder, **{**settings, **options})
 
 
-def say(log: RunLog | Progress, step: int, *, main: bool = True, **logs: float) -> None:
+def say(log: RunLog, step: int, *, main: bool = True, **logs: float) -> None:
     """What Trainer does when it logs ``logs``, whose ``/`` is written ``__``, after optimizer step ``step``."""
     state = TrainerState(global_step=step, is_world_process_zero=main, is_local_process_zero=True)
     named = {name.replace("__", "/"): value for name, value in logs.items()}
@@ -234,111 +230,3 @@ def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) 
         assert importlib.metadata.version(name) == version
     monkeypatch.setattr(run_log, "PACKAGES", ("torch", "no-such-package"))
     assert versions().keys() == {"torch"} and "torch" in PACKAGES
-
-
-# ---- the bar ---------------------------------------------------------------------------------------------------------
-
-
-class Bar:
-    """tqdm's part that is used; ``n`` counts rollouts."""
-
-    def __init__(self, **options: Any) -> None:
-        self.n, self.postfix, self.closed = 0, "", False
-        self.written: list[str] = []
-        self.options, self.disable = options, options["disable"]
-
-    def set_postfix_str(self, text: str, refresh: bool) -> None:
-        self.postfix = text
-
-    def update(self, count: int) -> None:
-        self.n += count
-
-    def write(self, line: str) -> None:
-        self.written.append(line)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@pytest.fixture
-def progress(monkeypatch: pytest.MonkeyPatch) -> Progress:
-    """Of five rollouts with four updates each, with a clock that gains two seconds at each look."""
-    ticks = iter(range(0, 1000, 2))
-    monkeypatch.setattr(run_log, "tqdm", Bar)
-    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    return Progress(num_rollouts=5, updates_per_rollout=4, show=True)
-
-
-def begin(progress: Progress, step: int) -> None:
-    progress.on_step_begin(ARGUMENTS, TrainerState(global_step=step), TrainerControl())
-
-
-def test_the_bar_counts_rollouts_not_updates(progress: Progress) -> None:
-    counted: Sequence[int] = []
-    for step in range(9):
-        begin(progress, step)
-        counted = [*counted, progress.bar.n]
-    assert counted == [0, 0, 0, 0, 1, 1, 1, 1, 2]
-    say(progress, 12, train__loss=0.1)
-    assert progress.bar.n == 3, "the last of a rollout's updates ends it"
-
-
-def test_while_sampling_the_bar_tells_tokens_and_rate(progress: Progress) -> None:
-    progress.on_tokens(8)
-    assert progress.bar.postfix == "sampling 8 tokens"
-    progress.on_tokens(8)
-    assert progress.bar.postfix == "sampling 16 tokens, 8 tok/s"
-    begin(progress, 0)
-    assert progress.bar.postfix == "updating"
-    progress.on_tokens(5)
-    assert progress.bar.postfix == "sampling 5 tokens", "the next rollout begins at 0"
-
-
-def test_a_rollout_has_one_line_and_an_evaluation_none(progress: Progress) -> None:
-    say(progress, 4, train__loss=0.1, critic__score__mean=0.25, timing_s__step=7.5)
-    say(progress, 4, eval__score__mean=0.3, timing_s__step=1.0)
-    assert progress.bar.written == ["rollout    1  score    0.25     7.5 s"]
-    progress.bar.disable = True
-    say(progress, 8, train__loss=0.1, critic__score__mean=0.5, timing_s__step=7.5)
-    assert len(progress.bar.written) == 1, "ranks other than 0 say nothing"
-    assert progress.bar.n == 2
-
-
-def test_the_bar_is_closed_at_the_end(progress: Progress) -> None:
-    progress.on_train_end(ARGUMENTS, TrainerState(), TrainerControl())
-    assert progress.bar.closed and progress.bar.options["total"] == 5
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"kind": "train", "rollout": 2, "train/lo',
-        "[" * 100_000,
-        '{"kind": "train", "rollout": ' + "9" * 5_000 + "}",
-        "[1]",
-        "null",
-        '{"kind": 3, "rollout": 1}',
-        '{"kind": "train"}',
-    ],
-    ids=["cut", "deep", "huge", "a list", "null", "no kind", "no rollout"],
-)
-def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
-    """Before a run goes on, whose summary would read it in the end."""
-    say(log_of(tmp_path), 4, train__loss=0.5)
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write(line + "\n")
-    for reader in (mend_logs, lambda folder: read_records(folder, "train")):
-        with pytest.raises(CheckpointError, match=r"log\.jsonl cannot be read at line 2 .*; restore that file, or"):
-            reader(tmp_path)
-    (tmp_path / "log.jsonl").unlink()
-    (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(CheckpointError, match="is no file"):
-        mend_logs(tmp_path)
-
-
-def test_an_evaluation_that_the_log_lacks(tmp_path: Path) -> None:
-    log = log_of(tmp_path)
-    assert log.lacks_evaluation(0)
-    say(log, 8, eval__score__mean=0.1)
-    say(log, 12, train__loss=0.1)
-    assert [log.lacks_evaluation(step) for step in (4, 8, 12)] == [True, False, True]

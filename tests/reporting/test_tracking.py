@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,9 @@ import pytest
 
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.reporting import tracking
-from rlhf_toolkit.reporting.tracking import SAMPLE_COLUMNS, WandbMirror, imported
+from rlhf_toolkit.reporting.tracking import WandbMirror, imported
 
-SAMPLE = {"rollout": 3, "kind": "train", "prompt": "p", "response": "r", "score": 0.5, "extra": 1}
+SAMPLE = {"rollout": 3, "kind": "train", "prompt": "p", "response": "r", "score": 0.5, "rewards": {"a": 1.0}}
 
 
 class Wandb:
@@ -84,7 +83,8 @@ def test_a_record_is_logged_without_its_kind_and_with_a_table_of_samples(monkeyp
     mirror = mirror_of(wandb, monkeypatch)
     mirror({"kind": "train", "rollout": 3, "critic/score/mean": 0.5}, [SAMPLE])
     mirror({"kind": "eval", "rollout": 3, "eval/score/mean": 0.7}, [])
-    table = ("table", list(SAMPLE_COLUMNS), [[3, "train", "p", "r", 0.5]])
+    heading = ["rollout", "kind", "prompt", "response", "score", "reward/a", "dropped"]
+    table = ("table", heading, [[3, "train", "p", "r", 0.5, 1.0, None]])
     assert wandb.logged == [
         {"rollout": 3, "critic/score/mean": 0.5, "samples/train": table},
         {"rollout": 3, "eval/score/mean": 0.7},
@@ -98,20 +98,24 @@ def test_only_offline_a_resumed_run_tells_its_history_again(
     mode: str, reachable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = Wandb(None if reachable else OSError("no network"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mirror = mirror_of(wandb, monkeypatch, mode=mode, run_id="old")
+    mirror = mirror_of(wandb, monkeypatch, mode=mode, run_id="old")
     mirror.catch_up([({"kind": "train", "rollout": number, "train/loss": 0.5}, []) for number in (1, 2)])
     offline = [] if mode == "online" and reachable else [1, 2]
     assert [values["rollout"] for values in wandb.logged] == offline
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_where_it_cannot_go_online_it_goes_offline_and_says_so(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_cannot_go_online_it_goes_offline_and_says_so(
+    own: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     wandb = Wandb()
     wandb.refuses = wandb.errors.Error("no key") if own else OSError("no network")
-    with pytest.warns(UserWarning, match=r"no (key|network).*logged offline in f/wandb.*wandb sync"):
-        mirror_of(wandb, monkeypatch)
+    mirror_of(wandb, monkeypatch)
+    why = "Error: no key" if own else "OSError: no network"
+    assert capsys.readouterr().err == (
+        f"W&B could not be started online ({why}); this run is logged offline in f/wandb, send it later with wandb "
+        "sync\n"
+    )
     first, second = wandb.started
     assert (first.pop("mode"), second.pop("mode")) == ("online", "offline")
     assert first == second, "with the same settings"

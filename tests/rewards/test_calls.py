@@ -13,17 +13,16 @@ import torch
 
 from rlhf_toolkit.rewards.calls import (
     LARGEST,
-    Asked,
     Batch,
     Fault,
     Outcome,
-    asked,
     checked,
     from_json,
     is_async,
     outcome_of,
     to_json,
 )
+from rlhf_toolkit.rewards.signatures import Asked, asked
 from tests.support import misbehaving
 from tests.support.offenders import for_each
 
@@ -248,9 +247,11 @@ def test_what_a_function_asks_for() -> None:
     def tokens(prompts: list[str], responses: list[str], /, tokens: Any = None) -> list[float]:
         return []
 
-    assert asked(options) == Asked(False, frozenset({"scale"}), frozenset({"p", "r"}))
-    assert asked(tokens) == Asked(True, frozenset(), frozenset())
-    assert asked(lambda *texts, **columns: []) == Asked()
+    assert asked(options) == Asked(
+        "options", options=frozenset({"scale"}), texts=frozenset({"p", "r"}), needs=frozenset({"label"})
+    )
+    assert asked(tokens) == Asked("tokens", tokens=True, open=False)
+    assert asked(lambda *texts, **columns: []) == Asked("<lambda>")
 
 
 # ---- what a worker sends ---------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def test_a_kwarg_or_the_tokens_with_the_name_of_a_column(keys: dict[str, int]) -
         "reward.functions[0].kwargs.factor is also a column of the dataset; rename one of the two"
     )
     with pytest.raises(
-        ConfigError, match=r"reward\.functions\[0\]: the parameter tokens gets the response's token ids"
+        ConfigError, match=r"reward\.functions\[0\]\.function: the parameter tokens gets the response's token ids"
     ):
         scored(of("from_tokens", **keys), tokens=1)
     assert scored(of("quick", **keys), tokens=1).totals == [1, 2, 3, 4, 5]  # the column, for who does not ask for ids
@@ -305,7 +305,7 @@ def test_a_line_for_each_batch_with_failures_up_to_a_few() -> None:
 
 
 def test_lines_go_to_stderr_by_default(capfd: pytest.CaptureFixture[str]) -> None:
-    spec = RewardSpec.parse(of("act", on_failure="score", failure_score=-0.5), 0)
+    spec = RewardSpec.parse(of("act", on_failure="score", failure_score=-0.5))
     with closing(Rewards([spec])) as rewards:
         rewards.collect(*batch_of(["none", "b"]))
     assert capfd.readouterr().err.startswith("reward act: 1 of 1 calls failed and were scored as -0.5; the first: ")

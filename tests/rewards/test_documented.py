@@ -28,7 +28,7 @@ def python_block(name: str) -> str:
 
 def test_every_key_is_in_the_table_with_its_default() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \|(?: (.*?))? \| ", PAGE, flags=re.MULTILINE))
-    spec = RewardSpec.parse({"function": "f.py:f"}, 0)
+    spec = RewardSpec.parse({"function": "f.py:f"})
     for each in fields(RewardSpec):
         default = getattr(spec, each.name)
         if each.name not in ("setting", "name", "function", "url", "workers", "timeout"):
@@ -42,7 +42,9 @@ def test_every_key_is_in_the_table_with_its_default() -> None:
 
 def test_the_entries_are_valid() -> None:
     lists = [yaml.safe_load(text)["reward"]["functions"] for text in blocks("yaml")]
-    specs = [[RewardSpec.parse(entry, i) for i, entry in enumerate(entries)] for entries in lists]
+    specs = [
+        [RewardSpec.parse(entry, f"reward.functions[{i}]") for i, entry in enumerate(entries)] for entries in lists
+    ]
     assert [[spec.name for spec in each] for each in specs] == [["correct", "short"], ["correct"], ["judge", "short"]]
 
 

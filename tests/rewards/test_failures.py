@@ -202,7 +202,7 @@ def test_an_answer_that_is_no_score_is_not_asked_for_again(tmp_path: Path) -> No
 def test_a_file_that_takes_its_process_down(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        Rewards([RewardSpec.parse({"function": f"{tmp_path}/f.py:f", "workers": 2}, 0)])
+        Rewards([RewardSpec.parse({"function": f"{tmp_path}/f.py:f", "workers": 2})])
     assert str(caught.value).startswith(f"reward.functions[0].function='{tmp_path}/f.py:f': its worker {said}")
 
 
@@ -312,7 +312,7 @@ def test_what_a_worker_has_started_goes_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("deed", ["loop", "sleep", "a"])
 def test_close_leaves_no_process_and_no_thread(deed: str) -> None:
     before, threads = set(psutil.Process().children(recursive=True)), threading.active_count()
-    rewards = Rewards([RewardSpec.parse(of("act"), 0)])
+    rewards = Rewards([RewardSpec.parse(of("act"))])
     for i, row in enumerate(zip(*batch_of([deed] * 5), strict=True)):
         rewards.submit(i, *row)
     assert len(set(psutil.Process().children()) - before) == 2
@@ -324,7 +324,7 @@ def test_close_leaves_no_process_and_no_thread(deed: str) -> None:
 
 def test_rewards_that_nobody_refers_to_any_more_are_closed() -> None:
     before = set(psutil.Process().children())
-    rewards = Rewards([RewardSpec.parse(of("act"), 0)])
+    rewards = Rewards([RewardSpec.parse(of("act"))])
     assert set(psutil.Process().children()) > before
     del rewards
     wait_until(lambda: set(psutil.Process().children()) <= before)
@@ -340,7 +340,7 @@ from rlhf_toolkit.types import Prompt
 file, end = sys.argv[1:]
 keys = {"function": file + ":has_torch", "workers": 1}
 hangs = {"function": file + ":act", "workers": 2}
-rewards = Rewards([RewardSpec.parse(keys, 0), RewardSpec.parse(hangs, 1)])
+rewards = Rewards([RewardSpec.parse(keys), RewardSpec.parse(hangs, "reward.functions[1]")])
 prompts = [Prompt(i, "p", (1,), {}) for i in range(3)]
 scores = rewards.collect(prompts, ["a"] * 3, [[1]] * 3)
 rewards.submit(0, prompts[0], "loop", [1])

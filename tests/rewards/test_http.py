@@ -291,7 +291,7 @@ def test_each_retry_waits_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(http, "BACKOFF", 0.5)
     monkeypatch.setattr(http, "LONGEST_BACKOFF", 3.0)
     with served(misbehaving("500")[0]) as server:
-        caller = http.HTTPCaller(RewardSpec.parse(of(server, retries=5), 0))
+        caller = http.HTTPCaller(RewardSpec.parse(of(server, retries=5)))
         monkeypatch.setattr(caller._closed, "wait", lambda seconds: waits.append(seconds))
         from rlhf_toolkit.rewards.calls import Batch, Fault
 
@@ -305,7 +305,7 @@ def test_each_retry_waits_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None
 def test_close_cuts_off_requests_and_ends_their_threads() -> None:
     before = threading.active_count()
     with socket.create_server(("127.0.0.1", 0)) as never_accepts:
-        rewards = Rewards([RewardSpec.parse({"url": f"http://127.0.0.1:{never_accepts.getsockname()[1]}/"}, 0)])
+        rewards = Rewards([RewardSpec.parse({"url": f"http://127.0.0.1:{never_accepts.getsockname()[1]}/"})])
         for i, row in enumerate(zip(*batch_of(["r"] * 9), strict=True)):
             rewards.submit(i, *row)
         time.sleep(0.1)

@@ -17,15 +17,15 @@ U = {"url": "http://judge.example:8000/score?kind=a"}
 
 
 def parsed(text: str) -> RewardSpec:
-    return RewardSpec.parse(yaml.safe_load(text), 2)
+    return RewardSpec.parse(yaml.safe_load(text), "reward.functions[2]")
 
 
 def test_what_is_not_said() -> None:
-    assert RewardSpec.parse(F, 0) == RewardSpec("reward.functions[0]", "score", "my/reward.py:score")
-    assert RewardSpec.parse(U, 1) == RewardSpec(
+    assert RewardSpec.parse(F) == RewardSpec("reward.functions[0]", "score", "my/reward.py:score")
+    assert RewardSpec.parse(U, "reward.functions[1]") == RewardSpec(
         "reward.functions[1]", "judge.example", url="http://judge.example:8000/score?kind=a", workers=4, timeout=60.0
     )
-    bare = RewardSpec.parse(F, 0)
+    bare = RewardSpec.parse(F)
     assert (bare.weight, bare.kwargs, bare.workers, bare.batch_size, bare.timeout) == (1.0, {}, 0, 1, None)
     assert (bare.on_failure, bare.failure_score, bare.retries) == ("error", 0.0, 0)
 
@@ -67,7 +67,7 @@ def test_what_yaml_reads_as_text_or_as_nothing() -> None:
     ("url", "name"), [("http://127.0.0.1:8000", "127.0.0.1"), ("https://[::1]:80/x", "__1"), ("http://Judge/", "judge")]
 )
 def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
-    assert RewardSpec.parse({"url": url}, 0).name == name
+    assert RewardSpec.parse({"url": url}).name == name
 
 
 @for_each(
@@ -115,5 +115,5 @@ def test_the_name_of_a_server_is_its_host(url: str, name: str) -> None:
 )
 def test_an_entry_that_cannot_work_is_refused(entry: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        RewardSpec.parse(entry, 2)
+        RewardSpec.parse(entry, "reward.functions[2]")
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

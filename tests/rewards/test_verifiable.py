@@ -358,7 +358,7 @@ def test_math_runs_in_workers() -> None:
         **{"workers": 1, "timeout": 20, "on_failure": "score", "failure_score": -1.0},
     }
     boxes = ["7", "8", "3+4", "9^{9^{9^{9}}}", "7.0"]
-    pool = worker_pool(RewardSpec.parse(functions, 0))
+    pool = worker_pool(RewardSpec.parse(functions))
     try:
         batches = [Batch(["p"], [rf"\boxed{{{box}}}"], [[1]], {"answer": ["7"]}) for box in boxes]
         outcomes = [pool.start(batch).result(timeout=200) for batch in batches]

@@ -61,7 +61,7 @@ def write_reward_model(folder: Path, *, labels: int = 1) -> Path:
 
 def prepared(folder: Path, **changes: Any) -> PPOTrainer:
     run = prepare(experiment_from_dict(merged(write_task(folder), {"rollout.max_new_tokens": 12, **changes})))
-    run.progress.bar.close()
+    run.progress.close()
     return run.trainer
 
 

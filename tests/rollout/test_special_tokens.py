@@ -50,7 +50,7 @@ def collected(folder: Path, **changes: Any) -> Any:
         merged(task, {**CHANGES, **names, "reward.model": str(folder / "rm"), **changes})
     )
     run = prepare(settings)
-    run.progress.bar.close()
+    run.progress.close()
     found = run.trainer.maker.collect(run.trainer.model, 0)
     environment: Any = run.trainer.maker.scored_sampler.sampler.environment
     return run.trainer, found, environment.function.__globals__

@@ -157,7 +157,7 @@ def test_the_policy_reads_the_answers_and_no_loss_sees_them(tmp_path: Path) -> N
     """Sampling's log-probs equal the training path's where the policy wrote: so it has read the same prefixes. And a
     change of an answer's log-prob changes nothing."""
     run = prepare(experiment_from_dict(task(tmp_path, "tool")))
-    run.progress.bar.close()
+    run.progress.close()
     experience = run.trainer.maker.collect(run.trainer.model, 0).experience
     written, width = experience.token_mask, experience.token_mask.shape[1]
     real = torch.arange(width) < experience.response_lengths[:, None]

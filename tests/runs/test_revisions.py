@@ -94,7 +94,7 @@ def test_every_other_kind_of_run(kind: str, ground: Ground, tmp_path: Path, caps
         changes |= {"sft.full": True, "update.lr": 1e-3}
         del experiment["model"]["lora_rank"], experiment["model"]["lora_alpha"]
         del experiment["model"]["value_head_std"]
-    prepare_fine_tuning(experiment_from_dict(merged(experiment, changes), KINDS[section])).progress.bar.close()
+    prepare_fine_tuning(experiment_from_dict(merged(experiment, changes), KINDS[section])).progress.close()
     assert ground.hub.taken() == {V1}
     assert f"model: {MODEL} (llama), revision v1, commit {ground.commit[:12]}\n" in capsys.readouterr().out
     assert read_json(tmp_path / "run/run.json")["model"]["revision"] == "v1"

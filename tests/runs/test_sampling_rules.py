@@ -101,7 +101,7 @@ def test_a_run_says_both_at_its_start(tmp_path: Path, capsys: pytest.CaptureFixt
     task = write_task(tmp_path)
     file = tmp_path / "model/generation_config.json"
     file.write_text(json.dumps({"eos_token_id": 1, "repetition_penalty": 1.05}))
-    prepare(experiment_from_dict(merged(task, {"rollout.min_p": 0.1}))).progress.bar.close()
+    prepare(experiment_from_dict(merged(task, {"rollout.min_p": 0.1}))).progress.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "generation_config.json" in line and "repetition_penalty=1.05" in line]
     assert [line for line in lines if line.startswith("rollout.min_p=0.1: tokens are drawn from another distribution")]

@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from rlhf_toolkit.errors import CheckpointError, ConfigError, ModelError, TopologyError
 from rlhf_toolkit.models.loading import load_model_config as real_config
+from rlhf_toolkit.run_claims import hold, release
 from rlhf_toolkit.runs import start
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import prepare
@@ -93,11 +94,13 @@ def test_a_folder_that_another_run_has_claimed_meanwhile_is_left_to_it(
 
     def load_model_config(*args: Any, **kwargs: Any) -> Any:
         (tmp_path / "run/run.json").write_text("{}")
+        hold(tmp_path / "run")
         return real_config(*args, **kwargs)
 
     monkeypatch.setattr(start, "load_model_config", load_model_config)
     with pytest.raises(CheckpointError, match="claimed by another run while this one was loading"):
         prepare(experiment_from_dict(write_task(tmp_path)))
+    release(tmp_path / "run")
     assert (tmp_path / "run/run.json").read_text() == "{}"
 
 

@@ -198,7 +198,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {
         "output_dir": "runs/ppo",
         "seed": 0,
-        "save_every": 0,
+        "save_every": None,
         "keep_checkpoints": 2,
         "keep_best": False,
         "evaluate_every": 0,
@@ -427,7 +427,13 @@ def test_required_settings(section: str, name: str) -> None:
             {"target_modules": [1]},
             "model.target_modules=[1] is not str or list of str; the default is all-linear",
         ),
-        ("rollout", {"stop_strings": "x"}, "rollout.stop_strings='x' is not list of str; the default is []"),
+        ("rollout", {"stop_strings": "x"}, "rollout.stop_strings='x' is not list of str; write a list: ['x']"),
+        ("rollout", {"stop_strings": "a, b"}, "rollout.stop_strings='a, b' is not list of str; write a list: ['a, b']"),
+        (
+            "model",
+            {"exclude_modules": "q_proj,v_proj"},
+            "model.exclude_modules='q_proj,v_proj' is not list of str; write a list: ['q_proj', 'v_proj']",
+        ),
         (
             "rollout",
             {"stop_strings": [1, None]},
@@ -1092,7 +1098,15 @@ def test_long_texts_that_are_no_path_are_taken() -> None:
     assert len(found.data.system_prompt or "") == 4800 and len(found.model.target_modules) > 256
 
 
-@for_each("value", [[], ""])
-def test_no_layer_to_adapt_is_refused(value: Any) -> None:
-    said = error_of("model", target_modules=value)
-    assert said == f"model.target_modules={value} must name a layer; the default is all-linear"
+@for_each("value", [[], "", "q_proj", "q_proj,v_proj", "q_proj, v_proj", "gate-up", "all_linear"])
+def test_what_can_name_no_layer_is_refused(value: Any) -> None:
+    """Whole names of layers have dots."""
+    assert error_of("model", target_modules=value) == (
+        f"model.target_modules={value} must be all-linear, a list of name endings such as [q_proj, v_proj], or a "
+        "regular expression of whole names; the default is all-linear"
+    )
+
+
+@for_each("value", ["all-linear", "All-Linear", ".*_proj", r".*\.(q|v)_proj", "model.layers.0.mlp", ["q_proj"]])
+def test_what_can_name_layers_is_taken(value: Any) -> None:
+    assert experiment(model={"target_modules": value}).model.target_modules == value

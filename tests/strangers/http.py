@@ -170,7 +170,7 @@ def run(case: Case) -> str:
         threading.Thread(target=_serve, args=(server, case.says), daemon=True).start()
         url = case.url or f"http://127.0.0.1:{port}/score"
         entry = {"url": url, "name": "judge", "timeout": 1.5, "on_failure": case.policy}
-        rewards = Rewards([RewardSpec.parse(entry, 0)], warn=lambda line: _lines.append(line))
+        rewards = Rewards([RewardSpec.parse(entry)], warn=lambda line: _lines.append(line))
         try:
             result = rewards.collect([Prompt(0, "p", (1,), {})], ["r"], [[1]])
         finally:

@@ -286,7 +286,7 @@ def run(case: Case) -> str:
     entry: dict[str, Any] = {"function": f"{path}:score", "name": "r", "on_failure": case.policy}
     if case.workers:
         entry |= {"workers": 1, "timeout": 3}
-    rewards = Rewards([RewardSpec.parse(entry, 0)], warn=lambda line: _lines.append(line))
+    rewards = Rewards([RewardSpec.parse(entry)], warn=lambda line: _lines.append(line))
     try:
         result = rewards.collect([Prompt(0, "p", (1,), {})], ["r"], [[1]])
     finally:

@@ -193,7 +193,7 @@ def run(case: Case) -> str:
     function = f"rlhf_toolkit.rewards.verifiable:{case.shape}"
     if case.shape == "texts":
         function = "tests.strangers.rows:called_otherwise"
-    rewards = Rewards([RewardSpec.parse({"function": function}, 0)])
+    rewards = Rewards([RewardSpec.parse({"function": function})])
     score = rewards.collect([Prompt(0, "p", (1,), case.row)], [case.response], [[1]]).totals[0]
     wrong = case.option or not (math.isfinite(score) and 0 <= score <= 1)
     if score == 1.0 and case.row == VERIFIERS[case.shape] and case.shape != "think_answer_format":

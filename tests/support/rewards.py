@@ -33,7 +33,7 @@ def batch_of(responses: list[str], **columns: Any) -> tuple[list[Prompt], list[s
 
 @contextmanager
 def rewards_of(*entries: dict[str, Any], warn: Callable[[str], None] | None = None) -> Iterator[Rewards]:
-    specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
+    specs = [RewardSpec.parse(entry, f"reward.functions[{number}]") for number, entry in enumerate(entries)]
     rewards = Rewards(specs, warn=warn if warn is not None else lambda line: None)
     try:
         yield rewards

@@ -96,7 +96,7 @@ def write_task(
         "rollout": {"prompts_per_rollout": 8, "max_new_tokens": 6},
         "ppo": {"num_rollouts": 3, "kl_coef": 0.05},
         "update": {"micro_batch_tokens": 64, "policy_lr": 1e-2, "value_lr": 1e-2, "value_head_lr": 1e-2},
-        "run": {"output_dir": str(folder / "run"), "wandb": "off"},
+        "run": {"output_dir": str(folder / "run"), "wandb": "off", "save_every": 0},
     }
 
 

@@ -69,7 +69,7 @@ def sections(folder: Path, kind: str, changes: dict[str, Any]) -> dict[str, Any]
 
 def prepared(folder: Path, kind: str, **changes: Any) -> FineTuningRun:
     run = prepare_fine_tuning(experiment_from_dict(sections(folder, kind, changes), KINDS[kind]))
-    run.progress.bar.close()
+    run.progress.close()
     return run
 
 

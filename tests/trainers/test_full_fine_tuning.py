@@ -45,7 +45,7 @@ def llama(tied: bool, **sizes: Any) -> PreTrainedModel:
 def prepared(folder: Path, *, tied: bool = True, resume: bool = False, **changes: Any) -> FineTuningRun:
     experiment = experiment_from_dict(sections(folder, changes, tied=tied), SFTExperiment)
     run = prepare_fine_tuning(experiment, resume=resume)
-    run.progress.bar.close()
+    run.progress.close()
     return run
 
 

@@ -58,7 +58,7 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> PPOTrainer:
         write_task(tmp_path), {"update.micro_batch_tokens": 64, "rollout.max_new_tokens": 20, **OPTIONS[request.param]}
     )
     run = prepare(experiment_from_dict(experiment))
-    run.progress.bar.close()
+    run.progress.close()
     return run.trainer
 
 

@@ -44,6 +44,8 @@ NO_ROWS = "holds no rows; give it at least one prompt, or name another split"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 OTHER_KINDS = ("text", "imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder", "meshfolder")
 """What else ``datasets`` may take a folder for: lines of text, and files that stay closed, with a table beside them."""
+LIKELY_PROMPTS = ("prompt", "question", "problem", "instruction", "query", "messages", "conversations", "input", "text")
+"""What prompts are called where they are not called as the settings say, the likeliest first."""
 RESERVED_COLUMNS = ("prompts", "responses")
 """The arguments that a reward gets beside a dataset's columns."""
 
@@ -322,7 +324,11 @@ def tokenise_prompts(
     """
     columns = rows.column_names
     if column not in columns:
-        raise DataError(f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}")
+        likely = next((name for name in LIKELY_PROMPTS if name in columns), None)
+        hint = "" if likely is None else f"; set data.prompt_column: {likely}"
+        raise DataError(
+            f"no column {column!r} for data.prompt_column; the columns are {', '.join(columns) or 'none'}{hint}"
+        )
     for name in RESERVED_COLUMNS:
         if name in columns and name != column:
             raise DataError(

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -155,7 +155,7 @@ def start(*, max_grad_norm: float, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     gloo = {"backend": "gloo"} if launch.zero_stage is not None and not has_gpu else {}
     name_interface()
-    with meeting():
+    with meeting(), redirect_stdout(None):  # DeepSpeed prints that its op is there
         state = PartialState(timeout=min(timeout, timedelta(minutes=MEETING_MINUTES)), **gloo)
     if torch.distributed.is_initialized():
         distributed_c10d._set_pg_timeout(timeout)

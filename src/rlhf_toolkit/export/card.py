@@ -19,6 +19,7 @@ from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
 from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path, readable
 from rlhf_toolkit.export.own_tokenizer import tokenizer_files
 from rlhf_toolkit.files import write_text
+from rlhf_toolkit.reporting.report import UNFINISHED
 from rlhf_toolkit.reporting.run_log import Record, read_records
 from rlhf_toolkit.secrets import masked
 from rlhf_toolkit.texts import WORDS, printable
@@ -76,6 +77,8 @@ def push(run: FinishedRun, repo: str, uploader: Uploader) -> list[str]:
     Nothing else of the run folder leaves this machine: no log, no samples, no checkpoint. Raises CheckpointError with
     the hub's reason.
     """
+    if run.prefix:
+        raise CheckpointError(f"{run.folder}: {run.summary[UNFINISHED]}; let it end (--resume continues), then send it")
     patterns = [CARD, *(f"{glob.escape(name)}/*" for name in ([POLICY] if run.is_whole_model else run.adapters))]
     patterns += [
         f"{glob.escape(path.parent.name)}/{path.name}"
@@ -108,9 +111,15 @@ model = AutoModelForCausalLM.from_pretrained({place}, subfolder={adapter}, dtype
 tokenizer = AutoTokenizer.from_pretrained({place}, subfolder={adapter})"""
 LOAD_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer{more}
 
-base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype=torch.{dtype}{bits})
+{named}base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype=torch.{dtype}{bits})
 model = PeftModel.from_pretrained(base, {place}, subfolder={adapter})
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
+PEFT = "from peft import PeftModel"
+NAMED_BASE = """base_name = PeftConfig.from_pretrained({place}, subfolder={adapter}).base_model_name_or_path
+"""
+LOCAL_BASE = """The base was a folder on the machine that trained: `{adapter}/adapter_config.json` names it. On another
+machine set `base_name` to where it lies there."""
+UNNAMED_BASE = "The base was a folder on the machine that trained; put its path in place of the name."
 NF4 = """, quantization_config=BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{dtype}
 )"""
@@ -191,6 +200,9 @@ class _Card:
         if run.is_whole_model:
             what = f"{_inline(base)} with all of its weights (`{POLICY}/`)"
         text = f"{what}, trained with rlhf_toolkit {self.kind.done.format(count=count)}"
+        if UNFINISHED in run.summary:
+            said = str(run.summary[UNFINISHED])
+            text += f" {said[0].upper()}{said[1:]}."
         if "score_mean" in run.summary:
             text += (
                 " At the end the head was scaled and shifted so that the scores of all training responses have mean 0 "
@@ -207,18 +219,23 @@ class _Card:
             raise CheckpointError(
                 f"{self.run.folder}/run.json has model.dtype={shortened(dtype)}, which is none; restore that file"
             )
-        words = {"base": _code(_shown(self.base)), "place": _code(place), "dtype": dtype}
+        words = {"base": _code(_shown(self.base)), "place": _code(place), "dtype": dtype, "named": ""}
         if self.run.is_whole_model:
-            return f"```python\n{LOAD_MODEL.format(adapter=_code(POLICY), **words)}\n```"
+            return f"```python\n{LOAD_MODEL.format(adapter=_code(f'{self.run.prefix}{POLICY}'), **words)}\n```"
         scores = "reward_model" in settings
         adapters = self.run.adapters
-        adapter = next(name for name in ("reward" if scores else POLICY, *adapters) if name in adapters)
+        wanted = f"{self.run.prefix}{'reward' if scores else POLICY}"
+        adapter = next(name for name in (wanted, *adapters) if name in adapters)
         imports = ["import torch", *["from huggingface_hub import hf_hub_download"] * bool(scores and self.repo)]
-        imports += ["from peft import PeftModel", *["from safetensors.torch import load_file"] * scores]
+        imports += [PEFT, *["from safetensors.torch import load_file"] * scores]
         kind = str(settings["model"].get("quantization", "none"))  # a run from before that setting has none
         words |= {"more": ", BitsAndBytesConfig", "bits": NF4.format(**words)} if kind == "nf4" else NOTHING_MORE
         revision = settings["model"].get("revision")
         at = "" if revision is None else f", revision={_code(revision)}"
+        named_there = _is_local(self.base) and bool(adapters[adapter].get("base_model_name_or_path"))
+        if named_there:
+            imports[imports.index(PEFT)] = PEFT.replace("PeftModel", "PeftConfig, PeftModel")
+            words |= {"base": "base_name", "named": NAMED_BASE.format(adapter=_code(adapter), **words)}
         beside = tokenizer_files(self.run.folder / adapter)  # another than the base's
         tokenizer = f"{words['place']}, subfolder={_code(adapter)}" if beside else f"{words['base']}{at}"
         lines = [*imports, LOAD_ADAPTER.format(adapter=_code(adapter), revision=at, tokenizer=tokenizer, **words)]
@@ -228,7 +245,7 @@ class _Card:
             lines.append(SCORE.format(head=head, **(SCORED_CHAT if settings["data"]["chat_template"] else SCORED_TEXT)))
         text = "```python\n" + "\n".join(lines) + "\n```"
         if _is_local(self.base):
-            text += "\n\nThe base was a folder on the machine that trained; put its path in place of the name."
+            text += f"\n\n{LOCAL_BASE.format(adapter=adapter) if named_there else UNNAMED_BASE}"
         return text + (OTHER_BITS.format(kind=_inline(kind)) if kind not in ("none", "nf4") else "")
 
     def recipe(self) -> Iterable[tuple[str, ...]]:

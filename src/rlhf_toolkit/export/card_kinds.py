@@ -114,4 +114,9 @@ KINDS = {
 
 def kind_of(settings: Mapping[str, Any]) -> Kind:
     """The kind of a run, by the section that only its recipe has."""
-    return next(kind for name, kind in KINDS.items() if name in settings)
+    return KINDS[name_of_kind(settings)]
+
+
+def name_of_kind(settings: Mapping[str, Any]) -> str:
+    """That section."""
+    return next(name for name in KINDS if name in settings)

@@ -34,7 +34,13 @@ from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.texts import WORDS, printable, say
 
 BASE = "base"
-COMMANDS = "/reset  /system TEXT  /temperature NUMBER (0: the likeliest token)  /quit"
+COMMANDS = "/reset  /system TEXT  /temperature NUMBER  /help  /quit"
+HELP = """/reset               forget the conversation
+/system TEXT         set the system message and begin again; /system shows it, /system none takes it away
+/temperature NUMBER  how tokens are drawn; 0: always the likeliest
+/quit                end, as Ctrl-D does
+Ctrl-C               stop an answer; what has been said of it stays in the conversation"""
+NO_SYSTEM = "none"
 
 
 @dataclass
@@ -96,10 +102,14 @@ class Chat:
         argument = argument.strip()
         if name == "/reset":
             self._reset()
+        elif name == "/help":
+            self._say(HELP)
         elif name == "/system" and not all(each.tokenizer.chat_template for each in self.contestants):
             self._say("the tokenizer has no chat template, so there is no system message; say it in a line")
+        elif name == "/system" and not argument:
+            self._say(f"system message: {self.system}" if self.system else "there is no system message")
         elif name == "/system":
-            self.system = argument
+            self.system = "" if argument == NO_SYSTEM else argument
             self._reset()
         elif name == "/temperature":
             try:
@@ -141,13 +151,17 @@ class Chat:
             sampling["eos_token_id"] = list(contestant.stop_ids)
         stream = _Stream(contestant.tokenizer, self.out, self._left_out(contestant))
         torch.manual_seed(derive_seed(self.seed, "chat", self.turn))
-        with self._explained(contestant), speaking(self.model, contestant.adapter):
-            tokens = self.model.generate(
-                input_ids=ids, attention_mask=mask, streamer=stream, max_new_tokens=self.max_new_tokens, **sampling
-            )
-        answer = self._text(contestant, tokens[0, length:])
+        try:
+            with self._explained(contestant), speaking(self.model, contestant.adapter):
+                self.model.generate(
+                    input_ids=ids, attention_mask=mask, streamer=stream, max_new_tokens=self.max_new_tokens, **sampling
+                )
+        except KeyboardInterrupt:  # it ends this answer, and not the program
+            stream.end()
+            self._say("(stopped)")
+        answer = self._text(contestant, stream.taken[length:])
         contestant.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        contestant.text = self._text(contestant, tokens[0]) + "\n"
+        contestant.text = self._text(contestant, stream.taken) + "\n"
 
     @contextmanager
     def _explained(self, contestant: Contestant) -> Iterator[None]:
@@ -164,8 +178,8 @@ class Chat:
         """The ids that no answer's text has; None: the tokenizer's special tokens."""
         return ends_and_padding(contestant.tokenizer, contestant.stop_ids) if self.keep_special_tokens else None
 
-    def _text(self, contestant: Contestant, tokens: Tensor) -> str:
-        return response_texts([tokens.tolist()], contestant.tokenizer, self._left_out(contestant))[0]
+    def _text(self, contestant: Contestant, tokens: list[int]) -> str:
+        return response_texts([tokens], contestant.tokenizer, self._left_out(contestant))[0]
 
     def prompt(self, contestant: Contestant, text: str) -> tuple[Tensor, Tensor]:
         """The token ids (1, P) that ``contestant`` is to go on from when it is told ``text``, and their mask."""
@@ -261,14 +275,16 @@ def typed(ask: Callable[[str], str] = input) -> Iterator[str]:
 
 
 class _Stream(TextStreamer):
-    """transformers' streamer, into a file of our choice."""
+    """transformers' streamer, into a file of our choice. ``taken`` are the tokens so far, the prompt's too."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO, left_out: frozenset[int] | None = None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=left_out is None)  # type: ignore[arg-type]
         self.file, self.left_out = out, left_out or frozenset()
+        self.taken: list[int] = []
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then token after token."""
+        self.taken += value.flatten().tolist()
         if self.next_tokens_are_prompt or int(value) not in self.left_out:
             super().put(value)
 

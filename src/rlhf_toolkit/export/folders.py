@@ -13,12 +13,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described, shortened
 from rlhf_toolkit.export.own_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
+from rlhf_toolkit.export.unfinished import newest_checkpoint, summary_so_far
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file
 from rlhf_toolkit.models.folders import MOST_BYTES, check_model_folder
 from rlhf_toolkit.reporting.seal import require_seal
+from rlhf_toolkit.run_claims import RUN_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("value_head.safetensors", "reward_head.safetensors")
@@ -30,17 +31,20 @@ REVISION = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder: the experiment's settings, section -> name -> value, the summary and each adapter's settings."""
+    """A run folder: the experiment's settings, section -> name -> value, the summary and each adapter's settings, by
+    its folder. Of a run that has not ended they are those of its newest checkpoint, and folders begin with ``prefix``.
+    """
 
     folder: Path
     settings: dict[str, dict[str, Any]]
     summary: dict[str, Any]
     adapters: dict[str, dict[str, Any]]
+    prefix: str = ""
 
     @property
     def is_whole_model(self) -> bool:
         """Whether the run trained all weights: ``policy/`` is a model, and there is no adapter."""
-        return not self.adapters and (self.folder / "policy/config.json").is_file()
+        return not self.adapters and (self.folder / f"{self.prefix}policy/config.json").is_file()
 
 
 def model_folder(name: str) -> Path:
@@ -109,8 +113,8 @@ def trained_quantised(adapter: Path) -> str | None:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run. Raises CheckpointError where the folder holds none, a link to something outside, or files
-    that are not as the run left them."""
+    """Read a run: a finished one, or what there is up to the newest checkpoint. Raises CheckpointError where the folder
+    holds neither, a link to something outside, or files that are not as the run left them."""
     if not (folder / RUN_FILE).is_file():
         raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is not a run folder; give a run's run.output_dir")
     link = link_outside(folder, passing_over=WANDB_LOGS)
@@ -119,18 +123,21 @@ def read_run(folder: Path) -> FinishedRun:
     odd = special_file(folder)
     if odd is not None:
         raise CheckpointError(f"{odd} is a pipe, a socket or a device, not a file; remove it")
-    if not (folder / "summary.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no summary.json, which is written when training ends; let the run end (--resume continues)"
-        )
-    adapters = {path.parent.name: read_json(path) for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))}
-    adapters = {name: config for name, config in adapters.items() if not name.startswith("checkpoint-")}
     settings = read_json(folder / RUN_FILE)
     if not all(isinstance(section, dict) for section in settings.values()):
         raise CheckpointError(f"{folder / RUN_FILE} holds no settings; restore that file")
-    summary = read_json(folder / "summary.json")
-    require_seal(folder, summary)
-    return FinishedRun(folder, settings, summary, adapters)
+    if (folder / "summary.json").is_file():
+        summary, prefix = read_json(folder / "summary.json"), ""
+        require_seal(folder, summary)
+    else:
+        checkpoint = newest_checkpoint(folder)
+        prefix = f"{checkpoint.folder.name}/"
+        with readable(folder):
+            summary = summary_so_far(folder, settings, checkpoint)
+    configs = sorted((folder / prefix).glob(f"*/{ADAPTER_CONFIG}"))
+    return FinishedRun(
+        folder, settings, summary, {f"{prefix}{path.parent.name}": read_json(path) for path in configs}, prefix
+    )
 
 
 @contextmanager

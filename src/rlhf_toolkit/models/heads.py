@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_toolkit.distributed.zero3 import share_parameters
+from rlhf_toolkit.errors import RunWarning
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -291,7 +292,7 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
         warnings.warn(
             f"{device} gives no float32 products of {dtype} factors ({reason}); the output layer's factors are cast, "
             "which is slower",
-            RuntimeWarning,
+            RunWarning,
             stacklevel=2,
         )
         return False

@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_toolkit.data.layout import TokenLayout
+from rlhf_toolkit.errors import RunWarning
 
 LARGEST_SCORES = 2**25
 """Elements of one role's scores in one layer; beyond it the fused kernel's memory matters more. Of one role, so that
@@ -222,7 +223,7 @@ def flash_works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
         warnings.warn(
             f"flash attention does not run on {device} for heads of {size} in {dtype} ({reason}); packed micro-batches "
             "take the slower attention in buckets",
-            RuntimeWarning,
+            RunWarning,
             stacklevel=2,
         )
     return not reason

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,21 +87,57 @@ def combined(meters: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     return means
 
 
+class Onlooker(Protocol):
+    """Who hears of a clock's phases."""
+
+    def begins(self, phase: str, count: int) -> None:
+        """A phase has begun that is about ``count`` things; 0: nobody counts them."""
+
+    def advances(self) -> None:
+        """One of them is done."""
+
+    def ends(self, phase: str) -> None:
+        """The phase has ended, well or not."""
+
+
 class Clock:
-    """Wall-clock seconds of named phases, added up until they are taken."""
+    """Wall-clock seconds of named phases, added up until they are taken. ``onlooker`` hears of each."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._started = time.perf_counter()
+        self.onlooker: Onlooker | None = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block under ``name``."""
+    def phase(self, name: str, count: int = 0) -> Iterator[None]:
+        """Time the block under ``name``; it is about ``count`` things, 0 where nobody counts them."""
         start = time.perf_counter()
+        if self.onlooker is not None:
+            self.onlooker.begins(name, count)
         try:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            if self.onlooker is not None:
+                self.onlooker.ends(name)
+
+    @contextmanager
+    def apart(self, name: str) -> Iterator[dict[str, float]]:
+        """Time the block, which belongs to no step: neither the step around it nor the step's phases count it. At
+        the end of the block the dict that it gives holds its seconds, under ``name``."""
+        found: dict[str, float] = {}
+        before, start = dict(self._seconds), time.perf_counter()
+        try:
+            with self.phase(name):
+                yield found
+        finally:
+            found[name] = time.perf_counter() - start
+            self._seconds, self._started = before, self._started + found[name]
+
+    def advance(self) -> None:
+        """One of the things is done that the phase is about."""
+        if self.onlooker is not None:
+            self.onlooker.advances()
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, and ``step``, all the time between the two calls."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from rlhf_toolkit.texts import WORDS, printable, say
 
+UNFINISHED, CHECKPOINT = "unfinished", "checkpoint"
+"""Entries of the summary of a run that has not ended: how far it has come, in words, and the folder of that state."""
 SHOWN_SAMPLES = 3
 SHOWN_CHARACTERS = 120
 MOST_READ = 100_000
@@ -20,8 +22,9 @@ def print_report(folder: Path, summary: dict[str, Any]) -> None:
     """Print the report of the run in ``folder``. An empty summary (ranks other than 0) prints nothing."""
     if not summary:
         return
+    unfinished = [f"  {summary[UNFINISHED]}", ""] if UNFINISHED in summary else []
     lines = supervised_table(summary) if "losses" in summary else [*table(summary), "", *before_and_after(folder)]
-    say("\n".join(["", *lines, "", *places(folder)]))
+    say("\n".join(["", *unfinished, *lines, "", *places(folder, folder / summary.get(CHECKPOINT, "."))]))
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -108,10 +111,10 @@ def before_and_after(folder: Path) -> list[str]:
     return lines[:-1]
 
 
-def places(folder: Path) -> list[str]:
-    """Where logs, what was trained and W&B's folder lie."""
-    adapters = [folder / role for role in ("policy", "value", "reward")]
-    kind = "model" if (folder / "policy/config.json").exists() else "adapters"
+def places(folder: Path, home: Path) -> list[str]:
+    """Where logs, what was trained, in the folder ``home``, and W&B's folder lie."""
+    adapters = [home / role for role in ("policy", "value", "reward")]
+    kind = "model" if (home / "policy/config.json").exists() else "adapters"
     lines = [
         f"  run folder  {folder}",
         f"  log         {folder / 'log.jsonl'}",

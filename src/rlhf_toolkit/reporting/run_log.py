@@ -1,5 +1,4 @@
-"""The primary record of a run: JSON lines in the run folder, a line a rollout on the terminal, and the summary at the
-end.
+"""The primary record of a run: JSON lines in the run folder, and the summary at the end.
 
 ``log.jsonl`` has one object for each rollout (``kind`` train) and each evaluation (``kind`` eval); ``samples.jsonl``
 has sample responses; ``summary.json`` is written when training ends. Only the true rank 0 writes.
@@ -10,30 +9,23 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.files import appended, write_text
-from rlhf_toolkit.reporting.seal import SUMMARY, sealed
-from rlhf_toolkit.texts import printable, say
+from rlhf_toolkit.reporting.seal import SEAL, SUMMARY, require_seal, sealed
+from rlhf_toolkit.texts import say
 
 Record = dict[str, Any]
 Sink = Callable[[Record, list[Record]], None]
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
-SHOWN = {
-    "critic/score/mean": "score",
-    "actor/ref_kl": "kl",
-    "response_length/mean": "length",
-    "perf/throughput": "tok/s",
-}
+TRAIN, EVAL = "train", "eval"
 
 
 class RunLog(TrainerCallback):
@@ -68,7 +60,7 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write a record that is ours; Trainer's closing record (train_runtime and the like) is not."""
-        kind = _kind(logs or {})
+        kind = kind_of_record(logs or {})
         if kind is None or not state.is_world_process_zero:
             return
         ours = {name: value for name, value in (logs or {}).items() if "/" in name}  # not Trainer's own, such as epoch
@@ -83,55 +75,6 @@ class RunLog(TrainerCallback):
         """Whether ``log.jsonl`` has no evaluation of after ``step`` optimizer steps. Raises CheckpointError."""
         place = step // self.updates_per_rollout
         return all(record[self.axis] != place for record in read_records(self.folder, "eval", self.axis))
-
-
-class Progress(TrainerCallback):
-    """A bar that counts rollouts and, while one is being sampled, its tokens and their rate. Rank 0 shows it."""
-
-    def __init__(self, *, num_rollouts: int, updates_per_rollout: int, show: bool, unit: str = "rollout") -> None:
-        self.updates_per_rollout = updates_per_rollout
-        self.bar = tqdm(total=num_rollouts, unit=unit, disable=not show, mininterval=1.0, dynamic_ncols=True)
-        self._began, self._tokens = 0.0, 0
-
-    def on_tokens(self, count: int) -> None:
-        """Show ``count`` more sampled tokens, and their rate. The decode loop calls it after each step."""
-        now = time.perf_counter()
-        if self._tokens == 0:
-            self._began = now
-        self._tokens += count
-        elapsed = now - self._began
-        rate = f", {self._tokens / elapsed:.0f} tok/s" if elapsed > 0 else ""
-        self.bar.set_postfix_str(f"sampling {self._tokens} tokens{rate}", refresh=False)
-        self.bar.update(0)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show that sampling is over, since a mini-batch has come."""
-        self._tokens = 0
-        self.bar.set_postfix_str("updating", refresh=False)
-        self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Record | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write one line for each rollout above the bar."""
-        if _kind(logs or {}) == "train" and logs is not None:
-            self.bar.update(state.global_step // self.updates_per_rollout - self.bar.n)
-            shown = "  ".join(f"{label} {logs[name]:7.2f}" for name, label in SHOWN.items() if name in logs)
-            if not self.bar.disable and "timing_s/step" in logs:
-                self.bar.write(printable(f"rollout {self.bar.n:4d}  {shown}  {logs['timing_s/step']:6.1f} s"))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        self.bar.close()
 
 
 def read_records(folder: Path, kind: str, axis: str = "rollout") -> list[Record]:
@@ -185,7 +128,8 @@ def _lines(path: Path) -> list[Record]:
         raise CheckpointError(f"{path} is no file; put the file itself there, or remove it")
     records = list[Record]()
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last line
+        for line in whole.splitlines() if newline else ():
             record = json.loads(line)
             place = record.get("rollout", record.get("step")) if isinstance(record, dict) else None
             if not isinstance(place, int) or not isinstance(record.get("kind"), str):
@@ -202,17 +146,10 @@ def _lines(path: Path) -> list[Record]:
 def write_summary(folder: Path, *, seconds: float, world_size: int, device: str) -> Record:
     """Write and return ``summary.json``: the score of every rollout, None where no response got one, time, speed,
     memory, evaluations and versions."""
-    records, evaluations = read_records(folder, "train"), read_records(folder, "eval")
     summary = {
-        "mean_scores": [record.get("critic/score/mean") for record in records],
-        "mean_raw_scores": [record.get("critic/raw_score/mean") for record in records],
-        "ref_kl": [record.get("actor/ref_kl") for record in records],
-        "seconds_per_rollout": [record["timing_s/step"] for record in records],
+        **ppo_curves(read_records(folder, "train")),
         "seconds": seconds,
-        "tokens_per_second": sum(r["perf/total_num_tokens"] for r in records)
-        / max(sum(r["timing_s/step"] for r in records), 1e-9),
-        "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
-        "evaluations": evaluations,
+        "evaluations": read_records(folder, "eval"),
         "world_size": world_size,
         "device": device,
         "versions": versions(),
@@ -220,10 +157,48 @@ def write_summary(folder: Path, *, seconds: float, world_size: int, device: str)
     return _write_sealed(folder, summary)
 
 
+def ppo_curves(records: Sequence[Record]) -> Record:
+    """What a summary says of the rollouts of these records."""
+    seconds = [record["timing_s/step"] for record in records]
+    return {
+        "mean_scores": [record.get("critic/score/mean") for record in records],
+        "mean_raw_scores": [record.get("critic/raw_score/mean") for record in records],
+        "ref_kl": [record.get("actor/ref_kl") for record in records],
+        "seconds_per_rollout": seconds,
+        "tokens_per_second": sum(record["perf/total_num_tokens"] for record in records) / max(sum(seconds), 1e-9),
+        "peak_memory_gib": most_memory(records),
+    }
+
+
+def supervised_curves(records: Sequence[Record], prefix: str) -> Record:
+    """What a summary says of the steps of these records."""
+    return {
+        "losses": [record[f"{prefix}/loss"] for record in records if f"{prefix}/loss" in record],
+        "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
+        "peak_memory_gib": most_memory(records),
+    }
+
+
+def most_memory(records: Sequence[Record]) -> float:
+    """The peak over records, in GiB."""
+    return max((record["perf/max_memory_allocated_gb"] for record in records), default=0.0)
+
+
 def _write_sealed(folder: Path, summary: Record) -> Record:
     whole = sealed(folder, summary)
     write_text(folder / SUMMARY, json.dumps(whole, indent=2) + "\n")
     return whole
+
+
+def summary_of_ended(folder: Path, rounds: int, axis: str) -> Record | None:
+    """``summary.json`` where it and what it is made of are as a run of so many rounds left them; else None."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        require_seal(folder, summary)
+        last = max(record[axis] for record in read_records(folder, "train", axis))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, CheckpointError):
+        return None
+    return dict(summary) if SEAL in summary and last >= rounds else None
 
 
 def versions() -> dict[str, str]:
@@ -239,13 +214,10 @@ def write_fine_tuning_summary(
     folder: Path, *, seconds: float, world_size: int, device: str, prefix: str, extra: Record
 ) -> Record:
     """Write and return ``summary.json`` of a supervised run: its curve, evaluations, time, memory and versions."""
-    records, evaluations = read_records(folder, "train", "step"), read_records(folder, "eval", "step")
     summary = {
-        "losses": [record[f"{prefix}/loss"] for record in records if f"{prefix}/loss" in record],
-        "accuracies": [record[f"{prefix}/accuracy"] for record in records if f"{prefix}/accuracy" in record],
-        "evaluations": evaluations,
+        **supervised_curves(read_records(folder, "train", "step"), prefix),
+        "evaluations": read_records(folder, "eval", "step"),
         "seconds": seconds,
-        "peak_memory_gib": max((r["perf/max_memory_allocated_gb"] for r in records), default=0.0),
         "world_size": world_size,
         "device": device,
         "versions": versions(),
@@ -254,10 +226,11 @@ def write_fine_tuning_summary(
     return _write_sealed(folder, summary)
 
 
-def _kind(logs: Record) -> str | None:
+def kind_of_record(logs: Record) -> str | None:
+    """Of what a record is, a round of training or an evaluation; None for Trainer's own closing record."""
     if "train/loss" in logs or "train/grad_norm" in logs:  # no loss is there where every update was left out
-        return "train"
-    return "eval" if any(name.startswith("eval/") for name in logs) else None
+        return TRAIN
+    return EVAL if any(name.startswith("eval/") for name in logs) else None
 
 
 def _append(path: Path, records: list[Record]) -> None:

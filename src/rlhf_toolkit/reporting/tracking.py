@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_toolkit.errors import ConfigError, described, shortened
+from rlhf_toolkit.reporting.sample_rows import table
+from rlhf_toolkit.texts import say
 
-SAMPLE_COLUMNS = ("rollout", "kind", "prompt", "response", "score")
 START_TIMEOUT_SECONDS = 60
 """W&B tries for so long before the run goes offline; the environment's WANDB_INIT_TIMEOUT replaces it."""
 FINISH_TIMEOUT_SECONDS = 300
@@ -44,13 +45,14 @@ class WandbMirror:
             "resume": "allow",
         }
         wandb = self._wandb = imported(mode)
+        self._axis = axis
         try:
             self.run = wandb.init(mode=mode, settings=_settings(wandb), **options)
         except (wandb.errors.Error, OSError) as error:
-            warnings.warn(
+            say(
                 f"W&B could not be started online ({described(error)}); this run is logged offline in {folder}/wandb, "
                 "send it later with wandb sync",
-                stacklevel=2,
+                sys.stderr,
             )
             self.run = wandb.init(mode="offline", settings=_settings(wandb), **options)
             mode = "offline"
@@ -67,11 +69,9 @@ class WandbMirror:
         """Log one record and a table of its samples. No ``step`` is passed: W&B would drop points that come out of
         order."""
         values = {name: value for name, value in record.items() if name != "kind"}
-        rows = [[sample[column] for column in SAMPLE_COLUMNS] for sample in samples]
-        table = (
-            {f"samples/{record['kind']}": self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}
-        )
-        self.run.log({**values, **table})
+        heading, rows = table(samples, self._axis)
+        shown = {f"samples/{record['kind']}": self._wandb.Table(columns=heading, data=rows)} if rows else {}
+        self.run.log({**values, **shown})
 
     def alert(self, title: str, text: str) -> None:
         """Raise an alert, which W&B sends on as the project's owner has asked; offline it waits for ``wandb sync``."""

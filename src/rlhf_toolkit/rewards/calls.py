@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from rlhf_toolkit.errors import described, shortened
+from rlhf_toolkit.rewards.signatures import Asked, asked
 
 LARGEST = 3.4028234663852886e38
 """Scores become float32, of which this is the largest; beyond it they would be infinite."""
@@ -70,16 +71,6 @@ Outcome = Fault | list[Score | Fault]
 """What comes of one call: a fault of the call as a whole, or for each response its score or its own fault."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a function's parameters say: whether it gets token ids, under the name ``tokens``, and the names that no
-    column may have. These are ``options``, its parameters with a default, and ``texts``, its first two."""
-
-    tokens: bool = False
-    options: frozenset[str] = frozenset()
-    texts: frozenset[str] = frozenset()
-
-
 class Source(Protocol):
     """Where the scores of one reward come from."""
 
@@ -115,17 +106,6 @@ class InProcess:
 
     def close(self) -> None:
         """Do nothing: there is no process or thread to end."""
-
-
-def asked(function: Callable[..., Any]) -> Asked:
-    """What ``function`` asks for. ``**columns`` alone does not ask for tokens."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some built-in functions have no signature
-        return Asked()
-    first = [each.name for each in parameters[:2] if each.kind is each.POSITIONAL_OR_KEYWORD]
-    options = {each.name for each in parameters if each.default is not each.empty} - {"tokens"}
-    return Asked("tokens" in [each.name for each in parameters], frozenset(options), frozenset(first))
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -53,8 +53,14 @@ class _Reward:
     warned: int = 0
     suppressed: int = 0
 
+    def require_columns(self, prompt: Prompt) -> None:
+        """ConfigError where the function cannot be called with the columns of such prompts."""
+        self.check_names(prompt)
+        self.source.asks.require(f"{self.spec.setting}.function", prompt.columns, self.spec.kwargs)
+
     def check_names(self, prompt: Prompt) -> None:
         """ConfigError where a column of the dataset has the name of an argument that the function gets anyway."""
+        place = f"{self.spec.setting}.function"
         for name in prompt.columns:
             if name in self.spec.kwargs:
                 raise ConfigError(
@@ -62,18 +68,18 @@ class _Reward:
                 )
             if name in self.source.asks.options:
                 raise ConfigError(
-                    f"{self.spec.setting}: the dataset has a column {shortened(name)}, and {self.spec.name} an option "
+                    f"{place}: the dataset has a column {shortened(name)}, and {self.spec.name} an option "
                     "of that name, a parameter with a default; columns go to parameters without one: rename the "
                     "column, or drop the default"
                 )
             if name in self.source.asks.texts:
                 raise ConfigError(
-                    f"{self.spec.setting}: the dataset has a column {shortened(name)}, which {self.spec.name} calls "
+                    f"{place}: the dataset has a column {shortened(name)}, which {self.spec.name} calls "
                     "the texts of prompts or responses; rename one of the two"
                 )
         if self.source.asks.tokens and "tokens" in prompt.columns:
             raise ConfigError(
-                f"{self.spec.setting}: the parameter tokens gets the response's token ids, but the dataset has a "
+                f"{place}: the parameter tokens gets the response's token ids, but the dataset has a "
                 "column tokens; rename one of the two"
             )
 
@@ -133,8 +139,9 @@ class _Reward:
 class Rewards:
     """The rewards of ``specs`` for one rank; ``warn`` is given a line when a failure is scored or dropped.
 
-    Loads every function and starts the worker processes: ConfigError where one cannot be loaded, where two have the
-    same name, and for a ``timeout`` that nothing could keep. To be closed; the end of the process does it, too.
+    Loads every function and starts the worker processes: ConfigError where one cannot be loaded or called with prompts
+    and responses, where two have the same name, and for a ``timeout`` that nothing could keep. To be closed; the end of
+    the process does it, too.
     """
 
     def __init__(self, specs: Sequence[RewardSpec], *, warn: Callable[[str], None] | None = None) -> None:
@@ -154,9 +161,17 @@ class Rewards:
         try:
             for spec in specs:
                 self._rewards.append(_Reward(spec, source_of(spec)))
+                if misfit := self._rewards[-1].source.asks.misfit:
+                    raise ConfigError(f"{spec.setting}.function: {misfit}")
         except BaseException:
             self.close()
             raise
+
+    def require_columns(self, prompt: Prompt) -> None:
+        """ConfigError where a function cannot be called with the columns of prompts such as ``prompt``. A run asks
+        before it loads its model."""
+        for reward in self._rewards:
+            reward.require_columns(prompt)
 
     def submit(self, i: int, prompt: Prompt, response: str, token_ids: Sequence[int]) -> None:
         """Response ``i`` of the batch is complete: rewards in workers and remote ones start on it, the others wait.
@@ -236,6 +251,7 @@ def weighted_sum(
     sums = [[0.0] * count for count in tokens]
     totals = [0.0] * len(tokens)
     parts: dict[str, list[float]] = {}
+    dropped = dict[int, str]()
     by_token = False
     for spec in specs:
         parts[spec.name] = [_part(value) for value in values[spec.name]]
@@ -243,6 +259,8 @@ def weighted_sum(
             if isinstance(value, Fault):
                 policy = reaction(spec, value)
                 kept[i] = kept[i] and policy == "score"
+                if policy != "score":
+                    dropped.setdefault(i, f"reward {spec.name} {value.what}")
                 spoiled[i] = spoiled[i] or policy == "skip"
                 value = spec.failure_score
             totals[i] += spec.weight * _part(value)
@@ -259,7 +277,7 @@ def weighted_sum(
                 f"the weighted sum of all rewards is {totals[i]:g} for {_named(prompts[i])}, which float32 cannot "
                 "hold; lower the weights"
             )
-    return Scores(totals, parts, kept, sums if by_token else None, dict(failures))
+    return Scores(totals, parts, kept, sums if by_token else None, dict(failures), dropped)
 
 
 def _part(value: Score | Fault) -> float:

@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol
 
-from rlhf_toolkit.rewards.calls import Asked, Batch, Outcome
+from rlhf_toolkit.rewards.calls import Batch, Outcome
+from rlhf_toolkit.rewards.signatures import Asked
 
 JOIN_SECONDS = 5.0
 """How long ``close`` waits for threads whose calls it has cut off."""

@@ -22,9 +22,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from rlhf_toolkit.errors import ConfigError, described
-from rlhf_toolkit.rewards.calls import Asked, Batch, Fault, Outcome, from_json, most_bytes, too_slow
+from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, from_json, most_bytes, too_slow
 from rlhf_toolkit.rewards.confinement import environment_of_workers
 from rlhf_toolkit.rewards.lanes import JOIN_SECONDS, Lanes, deadline
+from rlhf_toolkit.rewards.signatures import Asked
 from rlhf_toolkit.rewards.specification import RewardSpec
 
 START_SECONDS = 600.0
@@ -163,7 +164,7 @@ class WorkerProcess:
         content = json.loads(answer)
         if "error" in content:
             return ConfigError(content["error"])
-        return Asked(content["tokens"], frozenset(content["options"]), frozenset(content["texts"]))
+        return Asked.of(content)
 
     def call(self, message: bytes, counts: Sequence[int], timeout: float | None) -> Outcome:
         """Send a pickled batch, whose responses have ``counts`` tokens, and wait for its outcome, ``timeout`` seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_toolkit.types import Prompt
 
@@ -18,10 +18,11 @@ class Scores:
     that is not finite and says nothing else: its update has to be left out.
 
     ``parts[name][i]`` is the value of one reward before its weight, NaN where it failed (also where a failure score
-    stood in for it). ``token_rewards[i]`` has one number for each token of response i, the same weighted sum token by
-    token, in which a reward's single number stands on the last token; their sum is ``totals[i]``, and all are 0 where
-    ``kept[i]`` is False. It is None where no reward gave numbers for tokens: then all of ``totals[i]`` belongs on the
-    last token. ``failures[name]`` counts the calls, after all retries, that gave no score for one response or more.
+    stood in for it). ``dropped[i]`` says why, where ``kept[i]`` is False. ``token_rewards[i]`` has one number for each
+    token of response i, the same weighted sum token by token, in which a reward's single number stands on the last
+    token; their sum is ``totals[i]``, and all are 0 where ``kept[i]`` is False. It is None where no reward gave numbers
+    for tokens: then all of ``totals[i]`` belongs on the last token. ``failures[name]`` counts the calls, after all
+    retries, that gave no score for one response or more.
     """
 
     totals: list[float]
@@ -29,10 +30,14 @@ class Scores:
     kept: list[bool]
     token_rewards: list[list[float]] | None
     failures: dict[str, int]
+    dropped: dict[int, str] = field(default_factory=dict)
 
 
 class NoFunctions:
     """Stands in for ``Rewards`` where no function scores: models give the scores, and every total here is 0."""
+
+    def require_columns(self, prompt: Prompt) -> None:
+        """Do nothing: no function is called with them."""
 
     def submit(self, row: int, prompt: Prompt, response: str, token_ids: Sequence[int]) -> None:
         """Do nothing: no call begins early."""

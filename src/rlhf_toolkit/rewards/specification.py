@@ -48,13 +48,12 @@ class RewardSpec:
     network: bool = True
 
     @classmethod
-    def parse(cls, entry: Mapping[str, Any], number: int) -> RewardSpec:
-        """The reward that entry ``number`` (from 0) of the list describes.
+    def parse(cls, entry: Mapping[str, Any], setting: str = "reward.functions[0]") -> RewardSpec:
+        """The reward that the entry at ``setting`` describes.
 
-        ConfigError, which names ``reward.functions[number].key``, for an unknown key, a value of the wrong kind, and a
-        key that would have no effect. Without ``name`` it is the function's, or the host of the address.
+        ConfigError, which names ``{setting}.key``, for an unknown key, a value of the wrong kind, and a key that would
+        have no effect. Without ``name`` it is the function's, or the host of the address.
         """
-        setting = f"reward.functions[{number}]"
         if not isinstance(entry, Mapping):
             raise ConfigError(f"{setting} holds {shortened(entry)}, not settings; write function: path/to/file.py:name")
         known = [each.name for each in fields(cls) if each.name != "setting"]

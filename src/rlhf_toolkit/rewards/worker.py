@@ -13,8 +13,9 @@ from typing import Any
 
 from rlhf_toolkit.errors import ConfigError, described
 from rlhf_toolkit.plugins import load_function
-from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, asked, outcome_of, to_json
+from rlhf_toolkit.rewards.calls import Batch, Fault, Outcome, outcome_of, to_json
 from rlhf_toolkit.rewards.confinement import leave_network
+from rlhf_toolkit.rewards.signatures import asked
 
 PR_SET_PDEATHSIG = 1
 
@@ -42,9 +43,7 @@ def serve(descriptor: int) -> None:
     except ConfigError as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
-    asks = asked(function)
-    described_asks = {"tokens": asks.tokens, "options": sorted(asks.options), "texts": sorted(asks.texts)}
-    connection.send_bytes(json.dumps(described_asks).encode())
+    connection.send_bytes(json.dumps(asked(function).plain()).encode())
     while True:
         try:
             message = connection.recv_bytes()

@@ -173,6 +173,10 @@ class ExperienceMaker:
             sampled,
             baselines=self.scored_sampler.baselines(greedy, sampled)[place],
             kept=sampled.kept & greedy.kept[place],
+            dropped={
+                **{row: f"greedy: {greedy.dropped[i]}" for row, i in enumerate(place) if i in greedy.dropped},
+                **sampled.dropped,
+            },
             failures={name: failed + greedy.failures.get(name, 0) for name, failed in sampled.failures.items()},
         )
 

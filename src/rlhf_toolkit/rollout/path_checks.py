@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_toolkit.algorithms.deviation import Deviation
 from rlhf_toolkit.distributed.collectives import rank
-from rlhf_toolkit.errors import TrainingPathError
+from rlhf_toolkit.errors import RunWarning, TrainingPathError
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, VALUE
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -126,7 +126,7 @@ class PathChecks:
             if rollout == 0:
                 raise
             if not self._warned and rank() == 0:
-                warnings.warn(f"rollout {rollout}: {error}", stacklevel=2)
+                warnings.warn(f"rollout {rollout}: {error}", RunWarning, stacklevel=2)
             self._warned = True
 
     def _unexplained(self, found: Deviation) -> str | None:

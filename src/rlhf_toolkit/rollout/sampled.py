@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,7 +31,7 @@ class Sampled:
     elsewhere than on the last one, so that each row's sum is 0; ``groups`` (B,), equal for the responses to one prompt;
     ``baselines`` (B,), the score of the greedy response to the row's prompt, or None; ``drawn_logprobs`` (B, R) in what
     tokens were drawn from, None where that is the policy's whole distribution; ``failures``, how many calls of each
-    reward failed.
+    reward failed; ``dropped``, why there is no score, by the rows that have none.
     """
 
     sequences: Tensor
@@ -49,6 +50,7 @@ class Sampled:
     prompts: list[str] = field(repr=False, default_factory=list)
     responses: list[str] = field(repr=False, default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
 
     @property
     def token_mask(self) -> Tensor:
@@ -84,6 +86,10 @@ class Sampled:
             token_rewards=torch.where(total.isfinite()[:, None], self.token_rewards, 0.0),
             parts={**self.parts, name: torch.where(there, scores, torch.nan)},
             failures={**self.failures, **failed},
+            dropped={
+                row: self.dropped.get(row, f"reward {name} gave {scores[row].item()}")
+                for row in (~(self.kept & total.isfinite())).nonzero().flatten().tolist()
+            },
         )
 
     def rows(self, index: Sequence[int]) -> Sampled:
@@ -97,6 +103,7 @@ class Sampled:
             drawn_logprobs=None if self.drawn_logprobs is None else self.drawn_logprobs[list(index)],
             prompts=[self.prompts[i] for i in index],
             responses=[self.responses[i] for i in index],
+            dropped={new: self.dropped[row] for new, row in enumerate(index) if row in self.dropped},
         )
 
 
@@ -104,9 +111,25 @@ COLUMNS = tuple(each.name for each in fields(Sampled) if each.type == "Tensor")
 
 
 def as_samples(sampled: Sampled, scores: Tensor) -> list[Sample]:
-    """Prompt, response and score of every row, for the logs; None where there is no score, since JSON has no NaN."""
-    rows = zip(sampled.prompts, sampled.responses, scores.tolist(), strict=True)
-    return [{"prompt": p, "response": r, "score": value if math.isfinite(value) else None} for p, r, value in rows]
+    """Every row for the logs: prompt, response, score, what each reward gave before its weight, the prompt's ``row`` in
+    the dataset and, where there is no score, why; None for what is no number, since JSON has no NaN."""
+    parts = {name: part.tolist() for name, part in sampled.parts.items()}
+    texts, scored = zip(sampled.prompts, sampled.responses, strict=True), scores.tolist()
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "score": _finite(scored[i]),
+            "rewards": {name: _finite(part[i]) for name, part in parts.items()},
+            "row": int(sampled.groups[i]),
+            **({"dropped": sampled.dropped[i]} if i in sampled.dropped else {}),
+        }
+        for i, (prompt, response) in enumerate(texts)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores: Scores, *, pad_id: int) -> Sampled:
@@ -132,11 +155,13 @@ def sampled_here(batch: PromptBatch, rollout: Rollout, texts: list[str], scores:
         prompts=[prompt.text for prompt in batch.prompts],
         responses=texts,
         failures=dict(scores.failures),
+        dropped=dict(scores.dropped),
     )
 
 
 def joined(parts: Sequence[Sampled], *, pad_id: int) -> Sampled:
     """The rows of all ``parts`` under one another; their failures added up."""
+    starts = itertools.accumulate((len(part) for part in parts), initial=0)
     fills, drawn = {"sequences": pad_id}, [p.drawn_logprobs for p in parts if p.drawn_logprobs is not None]
     return Sampled(
         **{name: stack_rows([getattr(p, name) for p in parts], fill=fills.get(name, 0)) for name in COLUMNS},
@@ -145,6 +170,7 @@ def joined(parts: Sequence[Sampled], *, pad_id: int) -> Sampled:
         prompts=[text for p in parts for text in p.prompts],
         responses=[text for p in parts for text in p.responses],
         failures={name: sum(p.failures.get(name, 0) for p in parts) for name in parts[0].parts},
+        dropped={start + i: why for start, p in zip(starts, parts, strict=False) for i, why in p.dropped.items()},
     )
 
 

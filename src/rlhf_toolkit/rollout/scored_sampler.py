@@ -97,8 +97,9 @@ class ScoredSampler:
         def submit(row: int, tokens: list[int]) -> None:
             """Slow rewards work on a response while others are still being decoded."""
             self.scorer.submit(row, batch.prompts[row], self.sampler.texts([tokens])[0], tokens)
+            self.clock.advance()
 
-        with self.clock.phase("gen"):
+        with self.clock.phase("gen", len(batch)):
             rollout = self.sampler.decode(
                 shared, batch, sampling, stream=names, expected=self.expected, on_finished=submit
             )

@@ -6,7 +6,7 @@ there, so that they get no log-prob ratio, no KL, no value step and no reward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.chat import rendered_ids
 from rlhf_toolkit.errors import RewardError, described, shortened
+from rlhf_toolkit.rewards.signatures import asked
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 
 DecodeTurn = Callable[[PromptBatch, list[int], int], Rollout]
@@ -32,6 +33,10 @@ class Environment:
     function: Callable[..., Sequence[str | None]]
     max_turns: int
     name: str = "environment"
+
+    def require_columns(self, columns: Collection[str]) -> None:
+        """ConfigError where the function cannot be called with a dataset's ``columns``."""
+        asked(self.function, besides=("turn",)).require("rollout.environment", columns)
 
     def answers(self, prompts: Sequence[Prompt], responses: list[str], turn: int) -> list[str | None]:
         """The function's answer to each response. Raises RewardError where the function raises, or returns anything

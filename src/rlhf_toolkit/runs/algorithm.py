@@ -19,6 +19,7 @@ from rlhf_toolkit.algorithms.policy_losses import AGGREGATION_OF, POLICY_LOSSES,
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.models.shared_base import ON_ADAPTER
 from rlhf_toolkit.plugins import arguments_for, find, load_function, takes
+from rlhf_toolkit.rewards.signatures import asked
 from rlhf_toolkit.rollout.curriculum import CURRICULA, Curriculum
 from rlhf_toolkit.rollout.curriculum import OFFERED as OFFERED_TO_CURRICULA
 from rlhf_toolkit.rollout.evaluated import Passing
@@ -298,11 +299,14 @@ def curriculum_of(data: DataConfig, *, count: int, seed: int) -> Callable[[Seque
 
 
 def environment_of(rollout: RolloutConfig) -> Environment | None:
-    """What answers the policy in the middle of a response, if anything does."""
+    """What answers the policy in the middle of a response, if anything does. Raises ConfigError where it cannot be
+    called with prompts, responses and the turn."""
     if rollout.environment is None:
         return None
-    name = f"rollout.environment={rollout.environment}"
-    return Environment(load_function(rollout.environment, "rollout.environment"), rollout.max_turns, name)
+    function = load_function(rollout.environment, "rollout.environment")
+    if misfit := asked(function, besides=("turn",)).misfit:
+        raise ConfigError(f"rollout.environment: {misfit}")
+    return Environment(function, rollout.max_turns, f"rollout.environment={rollout.environment}")
 
 
 def passing_of(reward: RewardConfig) -> Passing | None:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from rlhf_toolkit.runs.places import saved_every
 from rlhf_toolkit.settings.configs import OptimizerConfig, RunConfig
 
 
@@ -22,6 +23,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments. Trainer counts optimizer steps; the experiment counts rounds: rollouts of PPO, steps of a
     supervised run."""
+    every = saved_every(run, rounds)
     arguments = TrainingArguments(
         output_dir=run.output_dir,
         seed=run.seed % 2**32,  # numpy takes no other; no stream of ours begins with it
@@ -41,8 +43,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         eval_strategy="steps" if run.evaluate_every else "no",
         eval_steps=max(1, run.evaluate_every) * steps_per_round,
-        save_strategy="steps" if run.save_every else "no",
-        save_steps=max(1, run.save_every) * steps_per_round,
+        save_strategy="steps" if every else "no",
+        save_steps=max(1, every) * steps_per_round,
         save_total_limit=run.keep_checkpoints,
         ignore_data_skip=True,  # the loader starts at the right round by itself
         remove_unused_columns=False,

@@ -13,7 +13,7 @@ from rlhf_toolkit.distributed.topology import Topology, deepspeed_settings
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.models.reward_model import load_reward_model
 from rlhf_toolkit.models.shared_base import SharedBase
-from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.rollout.cutting import Cutting
 from rlhf_toolkit.rollout.evaluated import HeldOut
 from rlhf_toolkit.rollout.experience import ExperienceMaker
@@ -35,12 +35,18 @@ from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 @dataclass(frozen=True)
 class Setup:
-    """All that is known of a run before its model is loaded."""
+    """All that is known of a run before its model is loaded. Raises ConfigError where the environment cannot be called
+    with the columns of the prompts."""
 
     experiment: Experiment
     algorithm: Algorithm
     topology: Topology
     task: Task
+
+    def __post_init__(self) -> None:
+        if self.algorithm.environment is not None:
+            for first in (*self.task.prompts[:1], *self.task.held_out[:1]):
+                self.algorithm.environment.require_columns(first.columns)
 
     def cutting(self, *, packing: bool) -> Cutting:
         """How rollouts are cut."""
@@ -60,6 +66,8 @@ def make_ppo_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PP
         trained=sum(sizes),
     )
     packing = packs(update.packing, shared)
+    maker = make_experience_maker(setup, packing=packing, on_tokens=progress.on_tokens)
+    maker.scored_sampler.clock.onlooker = progress
     return PPOTrainer(
         model=shared,
         args=training_arguments(
@@ -72,7 +80,7 @@ def make_ppo_trainer(setup: Setup, shared: SharedBase, progress: Progress) -> PP
             learning_rate=update.policy_lr,
         ),
         processing_class=setup.task.tokenizer,
-        maker=make_experience_maker(setup, packing=packing, on_tokens=progress.on_tokens),
+        maker=maker,
         loss=algorithm.loss,
         schedule=Schedule(ppo.num_rollouts, ppo.num_ppo_epochs, ppo.mini_batches),
         over_mini_batch=algorithm.over_mini_batch,

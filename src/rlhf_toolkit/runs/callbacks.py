@@ -9,13 +9,14 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from rlhf_toolkit.distributed.topology import Topology, check_engine
+from rlhf_toolkit.reporting.panel import end_panel
 from rlhf_toolkit.trainers.base import RoleTrainer
 
 SCORE, LOSS = "eval/score/mean", "eval/loss"
 
 
 class EngineCheck(TrainerCallback):
-    """Looks at the engine once it exists."""
+    """Looks at the engine once it exists; what the run says at its start ends here."""
 
     def __init__(self, trainer: RoleTrainer, topology: Topology) -> None:
         self.trainer, self.topology = trainer, topology
@@ -23,6 +24,8 @@ class EngineCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises TopologyError where the engine is not what was asked for."""
         check_engine(self.topology, self.trainer.model_wrapped)
+        if self.topology.is_main:
+            end_panel()
 
 
 class Evaluating(Protocol):

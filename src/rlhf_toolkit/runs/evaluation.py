@@ -26,7 +26,7 @@ from rlhf_toolkit.export.folders import adapter_folder
 from rlhf_toolkit.files import created
 from rlhf_toolkit.models.loading import build_ppo_roles, load_model_config
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
-from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.rollout.evaluated import (
     HeldOutResponses,
     Values,
@@ -158,10 +158,10 @@ def compare_contestants(
         for label, folder in zip(contestants, folders, strict=True):
             shared = load_contestant(setup, config, folder)
             responses[label] = _answers(setup, shared, progress, greedy=greedy, kl=kl)
-            progress.bar.update(1)
+            progress.next_round()
     finally:
         setup.task.reward.close()
-        progress.bar.close()
+        progress.close()
     return compare(setup, responses)
 
 
@@ -170,6 +170,7 @@ def load_held_out(experiment: Experiment, config: PretrainedConfig) -> Task:
     data, reward = experiment.data, load_rewards(experiment)
     tokenizer, stop_ids = load_tokenizer_of(experiment, config)
     prompts = load_prompts(data, tokenizer, str(data.evaluation), data.evaluation_split, 1)
+    reward.require_columns(prompts[0])
     schedule = PromptSchedule(len(prompts), 1, experiment.run.seed)
     sampling = make_sampling(experiment, tokenizer, stop_ids, config)
     task = Task(tokenizer, sampling, prompts, prompts, schedule, reward)
@@ -231,6 +232,7 @@ def _answers(
     """What the contestant that is the policy of ``shared`` says."""
     packing = packs(setup.experiment.update.packing, shared)
     scored_sampler = make_scored_sampler(setup, packing=packing, on_tokens=progress.on_tokens, trains=False)
+    scored_sampler.clock.onlooker = progress
     prompts, samples = setup.task.held_out, setup.experiment.run.evaluation_samples
     found = dict[str, HeldOutResponses]()
     with scored_sampler.opened(shared) as opened:

@@ -27,7 +27,8 @@ from rlhf_toolkit.models.loading import adapter_config, load_base
 from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
-from rlhf_toolkit.reporting.run_log import Progress, write_fine_tuning_summary
+from rlhf_toolkit.reporting.progress import Progress
+from rlhf_toolkit.reporting.run_log import write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.runs.callbacks import EngineCheck
 from rlhf_toolkit.runs.opening import Opening, adapters_text
@@ -48,7 +49,9 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
-        began, extra = time.perf_counter(), dict[str, Any]()
+        began, extra, ended = time.perf_counter(), dict[str, Any](), self.ended()
+        if ended is not None:
+            return self.finished(ended)
         self.fit()
         if isinstance(self.experiment, RewardExperiment) and self.experiment.reward_model.normalise:
             mean, deviation = self.trainer.normalise_rewards()
@@ -68,9 +71,7 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
             prefix=self.trainer.objective.prefix,
             extra=extra,
         )
-        if self.mirror is not None:
-            self.mirror.finish()
-        return summary
+        return self.finished(summary)
 
 
 def prepare_fine_tuning(experiment: FineTuning, *, resume: bool = False, overwrite: bool = False) -> FineTuningRun:

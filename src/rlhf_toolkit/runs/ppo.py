@@ -16,7 +16,9 @@ from rlhf_toolkit.models.loading import build_ppo_roles
 from rlhf_toolkit.models.roles import POLICY, VALUE
 from rlhf_toolkit.models.shared_base import NOWHERE, ON_ADAPTER, SharedBase
 from rlhf_toolkit.reporting.alarms import Alarms, Notify
-from rlhf_toolkit.reporting.run_log import Progress, Record, write_summary
+from rlhf_toolkit.reporting.progress import Progress
+from rlhf_toolkit.reporting.run_log import Record, write_summary
+from rlhf_toolkit.reporting.sample_rows import with_columns
 from rlhf_toolkit.rollout.model_rewards import TextReward
 from rlhf_toolkit.runs.algorithm import idle_numbers, resolve
 from rlhf_toolkit.runs.assembly import Setup, make_ppo_trainer
@@ -37,11 +39,14 @@ class PPORun(Run[Experiment, PPOTrainer]):
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again, save; return the summary (an empty one on ranks other than 0)."""
-        began = time.perf_counter()
+        began, ended = time.perf_counter(), self.ended()
         try:
-            self.fit()
+            if ended is None:
+                self.fit()
         finally:
             self.trainer.maker.scored_sampler.scorer.close()
+        if ended is not None:
+            return self.finished(ended)
         self.trainer.save_model()
         if not self.topology.is_main:
             return {}
@@ -49,9 +54,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
         summary = write_summary(
             self.folder, seconds=seconds, world_size=self.topology.world_size, device=str(self.topology.device)
         )
-        if self.mirror is not None:
-            self.mirror.finish()
-        return summary
+        return self.finished(summary)
 
 
 def prepare(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> PPORun:
@@ -159,6 +162,10 @@ class PPOKind(Kind[Experiment, Setup, SharedBase, PPOTrainer]):
         return {"reward_model": base_fingerprint("", weights)} if weights else {}
 
     def samples(self, trainer: PPOTrainer, kind: str) -> Sequence[Record]:
-        """The first responses of the newest rollout or evaluation."""
-        newest = trainer.evaluated_samples if kind == "eval" else trainer.rollouts.newest.samples
-        return newest[: self.experiment.run.samples]
+        """The first responses of the newest rollout or evaluation, with the columns of their prompts."""
+        of_evaluation = kind == "eval"
+        newest = trainer.evaluated_samples if of_evaluation else trainer.rollouts.newest.samples
+        prompts = trainer.held_out.prompts if of_evaluation else trainer.maker.source.prompts
+        chosen = newest[: self.experiment.run.samples]
+        rows = {sample.get("row") for sample in chosen}
+        return with_columns(chosen, {each.index: each.columns for each in prompts if each.index in rows})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf_toolkit.checkpoint_files import Checkpoint
 from rlhf_toolkit.distributed import stopping
@@ -12,8 +12,10 @@ from rlhf_toolkit.distributed.collectives import all_gather, on_main
 from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
-from rlhf_toolkit.reporting.run_log import Progress
+from rlhf_toolkit.reporting.progress import Progress
+from rlhf_toolkit.reporting.run_log import summary_of_ended
 from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.run_claims import release
 from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
@@ -40,6 +42,24 @@ class Run(Generic[E, T]):
         """The run folder."""
         return Path(self.experiment.run.output_dir)
 
+    def ended(self) -> dict[str, Any] | None:
+        """The summary of a run that is resumed although it has had all its rounds, with files as it left them; None
+        where there is something to do. Says so. A collective."""
+        if self.checkpoint is None:
+            return None
+        progress = self.progress
+        summary = on_main(lambda: summary_of_ended(self.folder, progress.rounds, progress.unit))
+        if summary is not None:
+            on_main(lambda: say(f"{self.folder} has had its {progress.rounds} {progress.unit}s: nothing is done anew"))
+            release(self.folder)
+        return summary
+
+    def finished(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Close the mirror in W&B; ``summary`` on rank 0, on others an empty one."""
+        if self.mirror is not None:
+            self.mirror.finish()
+        return summary if self.topology.is_main else {}
+
     def fit(self) -> None:
         """Train to the end, from the checkpoint if there is one.
 
@@ -55,7 +75,8 @@ class Run(Generic[E, T]):
             raise stopped(self.trainer, self.checkpoint, str(stop)) from None
         finally:
             stopping.hold()  # what follows is an end, whole or broken, and not long
-            self.progress.bar.close()  # so that whatever is printed next starts on a line of its own
+            self.progress.close()  # so that whatever is printed next starts on a line of its own
+            release(self.folder)
             if writer is not None:
                 writer.close()  # what is being written is a sound checkpoint, whatever ends the run
 

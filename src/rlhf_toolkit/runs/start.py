@@ -28,16 +28,20 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.targets import beside_experts
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.alarms import Notify
-from rlhf_toolkit.reporting.run_log import Progress, Record, RunLog, history, mend_logs, versions
+from rlhf_toolkit.reporting.panel import begin_panel
+from rlhf_toolkit.reporting.progress import Progress
+from rlhf_toolkit.reporting.quiet import quiet_libraries
+from rlhf_toolkit.reporting.run_log import Record, RunLog, history, mend_logs, versions
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
 from rlhf_toolkit.runs.opening import Opening
+from rlhf_toolkit.runs.places import places_text, title_of
 from rlhf_toolkit.runs.run import Run, with_dtype
 from rlhf_toolkit.runs.tokenizer import identity_of_template, travelling
 from rlhf_toolkit.runs.weights import fingerprint_of
 from rlhf_toolkit.settings.configs import RunConfig
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
-from rlhf_toolkit.texts import printable, say
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.base import RoleTrainer
 from rlhf_toolkit.trainers.optimizers import require_optimizer
 from rlhf_toolkit.trainers.saving import CheckpointWriter
@@ -112,8 +116,7 @@ def prepare_run(
     kind: type[Kind[E, D, M, T]], run: type[A], experiment: E, *, resume: bool = False, overwrite: bool = False
 ) -> A:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
-    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
-    begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
+    topology = begun(experiment)
     experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
     require_same("the setting", flat(settings))
@@ -170,6 +173,15 @@ def prepare_run(
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
 
 
+def begun(experiment: Experiment | FineTuning) -> Topology:
+    """Join the process group, watch the other ranks, and say what begins."""
+    quiet_libraries()
+    topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
+    begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
+    on_main(lambda: begin_panel(f"{title_of(experiment)}: {experiment.model.name} on {experiment.data.train}"))
+    return topology
+
+
 def take_for_now(checkpoint: Checkpoint | None) -> str:
     """When the run began, here or before ``checkpoint``: chat templates that write the date write this. A collective.
     Raises CheckpointError where the checkpoint names no moment."""
@@ -184,8 +196,10 @@ def take_for_now(checkpoint: Checkpoint | None) -> str:
 
 
 def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
-    """Add what watches the run to its trainer: engine check, alarms, log, evaluations, and the keeping of the best."""
+    """Say where everything goes, and add what watches the run to its trainer: engine check, alarms, log, evaluations,
+    and the keeping of the best."""
     settings, alarms = parts.experiment.run, parts.alarms(notifier(progress, mirror))
+    on_main(lambda: say(places_text(settings, progress.rounds, parts.axis)))
     log = RunLog(
         Path(settings.output_dir),
         updates_per_rollout=parts.updates_per_round,
@@ -202,11 +216,11 @@ def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: W
 
 
 def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
-    """Tells people on rank 0: above the bar, and in W&B."""
+    """Tells people on rank 0: on the terminal, and in W&B."""
 
     def notify(title: str, text: str) -> None:
-        if not progress.bar.disable:
-            progress.bar.write(printable(f"{title}: {text}"), file=sys.stderr)
+        if progress.shown:
+            say(f"{title}: {text}", sys.stderr)
         if mirror is not None:
             mirror.alert(title, text)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rlhf_toolkit.distributed.topology import Topology, check_engine
 from rlhf_toolkit.distributed.zero3 import element_count
 from rlhf_toolkit.models.quantised import weight_count
+from rlhf_toolkit.reporting.panel import end_panel
 from rlhf_toolkit.rollout.role_pass import Needs
-from rlhf_toolkit.texts import LINES, printable
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.ppo import PPOTrainer
 
 
@@ -26,7 +26,8 @@ class StartCheck(TrainerCallback):
         check_engine(self.topology, self.trainer.model_wrapped)
         placement = self.trainer.maker.scored_sampler.sampler.place(self.trainer.model_wrapped)
         if self.topology.is_main:
-            tqdm.write(printable(f"{self.description()}\n{placement.description()}", LINES))  # above the progress bar
+            say(f"ranks: {self.description()}\n{placement.description()}")
+            end_panel()
 
     def description(self) -> str:
         """One line: processes, sharding, sizes and cuts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_toolkit.data.endings import check_turn_end
@@ -27,7 +26,7 @@ from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
 from rlhf_toolkit.secrets import resolved
 from rlhf_toolkit.settings.configs import DataConfig
 from rlhf_toolkit.settings.experiment import Experiment
-from rlhf_toolkit.texts import printable, say
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.types import Prompt
 
 
@@ -60,6 +59,9 @@ def load_task(experiment: Experiment, config: PretrainedConfig, topology: Topolo
     held_out: tuple[Prompt, ...] = ()
     if data.evaluation:
         held_out = load_prompts(data, tokenizer, data.evaluation, data.evaluation_split, processes)
+    with agreement("loading"):
+        for first in (prompts[0], *held_out[:1]):
+            reward.require_columns(first)
     schedule = PromptSchedule(len(prompts), experiment.rollout.prompts_per_rollout, experiment.run.seed)
     task = Task(tokenizer, sampling, prompts, held_out, schedule, reward)
     check_length(experiment.model.name, config, task)
@@ -111,18 +113,16 @@ def check_length(name: str, config: PretrainedConfig, task: Task) -> None:
         on_main(lambda: say(warning))
 
 
-def load_rewards(experiment: Experiment) -> Scorer:
+def load_rewards(experiment: Experiment) -> Rewards | NoFunctions:
     """The rewards of ``reward.functions``, or the one of ``reward.function``; what fails and may fail is said on the
     terminal."""
     reward = experiment.reward
     if not (reward.function or reward.functions):
         return NoFunctions()
     entries = reward.functions or [{"function": reward.function, "kwargs": reward.kwargs}]
-    specs = [RewardSpec.parse(entry, number) for number, entry in enumerate(entries)]
-    if not reward.functions:
-        specs = [replace(specs[0], setting="reward")]
-    specs = [with_secrets(spec) for spec in specs]
-    return Rewards(specs, warn=warn)
+    places = [f"reward.functions[{number}]" if reward.functions else "reward" for number in range(len(entries))]
+    specs = [with_secrets(RewardSpec.parse(*each)) for each in zip(entries, places, strict=True)]
+    return Rewards(specs, warn=say)
 
 
 def with_secrets(spec: RewardSpec) -> RewardSpec:
@@ -131,11 +131,6 @@ def with_secrets(spec: RewardSpec) -> RewardSpec:
     kwargs = resolved(dict(spec.kwargs), f"{spec.setting}.kwargs")
     url = None if spec.url is None else READERS["url"](f"{spec.setting}.url", resolved(spec.url, f"{spec.setting}.url"))
     return replace(spec, kwargs=kwargs, url=url)
-
-
-def warn(line: str) -> None:
-    """A line above the progress bar."""
-    tqdm.write(printable(line))
 
 
 def load_prompts(

@@ -23,8 +23,8 @@ from rlhf_toolkit.settings.knobs import (
     BIASES,
     FROM_0_TO_1,
     FROM_0_TO_BELOW_1,
+    LAYERS,
     NO_DROPOUT,
-    NOT_EMPTY,
     NOT_NEGATIVE,
     PENALTY,
     TEMPLATE,
@@ -101,7 +101,7 @@ class ModelConfig(Section):
         "kaiming", "how a new adapter's A starts: kaiming, PEFT's own, or gaussian; B is zero", choices=STARTS
     )
     target_modules: str | list[str] = knob(
-        "all-linear", "layers to adapt: all-linear or a list of name endings", NOT_EMPTY
+        "all-linear", "layers to adapt: all-linear or a list of name endings", LAYERS
     )
     exclude_modules: list[str] = knob([], "linear layers to leave alone, by name ending")
     policy_adapter: str | None = knob(None, "LoRA folder (SFT) the policy starts from; a frozen copy is the reference")
@@ -373,7 +373,9 @@ class RunConfig(Section):
 
     output_dir: str = knob("runs/ppo", "run folder: adapters, checkpoints, JSONL, summary")
     seed: int = knob(0, "every random stream derives from it")
-    save_every: int = knob(0, "rollouts between checkpoints; 0: only the final adapters", NOT_NEGATIVE)
+    save_every: int | None = knob(
+        None, "rollouts between checkpoints; none: ten times a run; 0: only the final adapters", NOT_NEGATIVE
+    )
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ABOVE_0)
     keep_best: bool = knob(False, "also write and keep the checkpoint of the best evaluation")
     evaluate_every: int = knob(0, "rollouts between evaluations; 0: only those at start and end", NOT_NEGATIVE)

@@ -21,6 +21,7 @@ COUNTER_BITS = 63
 TOKEN_DIGITS = 9
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+NAMES = re.compile(r"[\w\s,-]+")
 SPOKEN = ".system_prompt"
 PATTERN = ".target_modules"
 LONGEST_PART, LONGEST_PATH = 255, 4096
@@ -51,7 +52,13 @@ FROM_0_TO_1 = Rule("be in [0, 1]", lambda value: 0 <= value <= 1, (("minimum", 0
 FROM_0_TO_BELOW_1 = Rule("be in [0, 1)", lambda value: 0 <= value < 1, (("minimum", 0), ("exclusiveMaximum", 1)))
 ABOVE_0_TO_1 = Rule("be in (0, 1]", lambda value: 0 < value <= 1, (("exclusiveMinimum", 0), ("maximum", 1)))
 NO_DROPOUT = Rule("be 0: dropout makes the ratio differ from 1 before any update", lambda value: value == 0)
-NOT_EMPTY = Rule("name a layer", bool)
+LAYERS = Rule(
+    "be all-linear, a list of name endings such as [q_proj, v_proj], or a regular expression of whole names",
+    lambda value: (
+        bool(value) and (isinstance(value, list) or value.lower() == "all-linear" or not NAMES.fullmatch(value))
+    ),
+)
+"""A layer's whole name has a dot, so a text of bare names, with commas between them, means a list."""
 LARGEST_BIAS = 100.0
 """OpenAI's: a token so biased is written always, or never."""
 BIASES = Rule(
@@ -118,6 +125,7 @@ class Section:
                 raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
             if rule is not None and not rule.holds(value):
                 given = shortened(value) if isinstance(value, (list, dict)) else value
+                or_none = "" if rule.words.startswith("not ") else or_none
                 raise ConfigError(f"{name}={given} must {rule.words}{or_none}; {default_of(setting)}")
 
 

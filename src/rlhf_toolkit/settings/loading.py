@@ -6,6 +6,7 @@ becomes what the setting takes; anything else that does not fit is a ConfigError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import Field, fields
@@ -13,11 +14,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from rlhf_toolkit.errors import ConfigError, nearest, shortened
+from rlhf_toolkit.errors import ConfigError, shortened
 from rlhf_toolkit.secrets import keep_secrets_of
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.kinds import KIND, require_kind
 from rlhf_toolkit.settings.knobs import default_of, require_plain
+from rlhf_toolkit.settings.names import meant, section_meant
 from rlhf_toolkit.settings.yaml_text import file_text, read_yaml
 
 E = TypeVar("E")
@@ -75,19 +77,17 @@ def experiment_from_dict(
     """
     known = {section.name for section in fields(kind)}  # type: ignore[arg-type]
     kinds = {name: hint for name, hint in get_type_hints(kind).items() if name in known}  # no constants of the class
+    names = {name: [setting.name for setting in fields(section)] for name, section in kinds.items()}
     sections = {}
     for name, section in values.items():
         if name not in kinds:
-            raise ConfigError(f"unknown section {shortened(name, 80)}{_suggestion(str(name), kinds)}")
+            raise ConfigError(f"unknown section {shortened(name, 80)}{section_meant(str(name), names)}")
         hints, settings = get_type_hints(kinds[name]), {setting.name: setting for setting in fields(kinds[name])}
         given = _settings(name, section)
         for key in given:
             if key not in settings:
                 place = shortened(key, 80)[1:-1] if isinstance(key, str) else shortened(key, 80)
-                other = next((other for other, each in kinds.items() if key in get_type_hints(each)), None)
-                near = _suggestion(f"{name}.{key}", [f"{name}.{each}" for each in settings])
-                hint = f"; did you mean {other}.{key}?" if other is not None else near
-                raise ConfigError(f"unknown setting {name}.{place}{hint}")
+                raise ConfigError(f"unknown setting {name}.{place}{meant(name, str(key), names)}")
         sections[name] = kinds[name](
             **{key: converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in given.items()}
         )
@@ -101,10 +101,6 @@ def _settings(name: str, section: Any) -> Mapping[str, Any]:
             f"section {name} holds {shortened(section)}, not settings; write them as name: value below it"
         )
     return section or {}
-
-
-def _suggestion(name: str, known: Any) -> str:
-    return nearest(name, known) or f"; known are {', '.join(sorted(known))}"
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -127,7 +123,10 @@ def converted(name: str, value: Any, hint: Any, setting: Field[Any]) -> Any:
         return value
     wanted = " or ".join(NAMES.get(option) or option.__name__ for option in options)
     way_out = default_of(setting)
-    if setting.metadata["choices"]:
+    if list[str] in options and isinstance(value, str):
+        parts = value.split(",") if re.fullmatch(r"[\w.,]{,200}", value) else [value]
+        way_out = f"write a list: {shortened(parts)}"
+    elif setting.metadata["choices"]:
         way_out = f"known are {', '.join(setting.metadata['choices'])}"
     elif str in options and value is not None and not isinstance(value, (list, dict)):
         way_out = f"put text in quotes, in a shell as \"'{value}'\""

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer
 
 from rlhf_toolkit.checkpoint_files import EXPERIENCE, OPTIMIZER, PLUGINS, Checkpoint, Contents, load_tensors, understood
@@ -33,7 +32,7 @@ from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.meters import Meter, Number, combined, plain, shared_out
 from rlhf_toolkit.seeding import derive_seed
-from rlhf_toolkit.texts import printable, say
+from rlhf_toolkit.texts import say
 from rlhf_toolkit.trainers.attempts import accumulate
 from rlhf_toolkit.trainers.first_gradients import FirstGradients
 from rlhf_toolkit.trainers.kept_batches import Part
@@ -103,7 +102,7 @@ class RoleTrainer(Trainer):
         self.update_retries += 1
         if self.args.process_index == 0:
             what = what or f"update {self.state.global_step + 1}"
-            tqdm.write(printable(f"{what} is made again with {smaller}: {said}"))
+            say(f"{what} is made again with {smaller}: {said}")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW, that of ``args.optim``, over the named groups (``optimizers.py``)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -122,8 +123,9 @@ class FineTuner(RoleTrainer):
         self, eval_dataset: Sequence[Item] | None = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The objective's metrics on held-out items."""
+        began = time.perf_counter()
         metrics = self.measured(list(eval_dataset or self.held_out), metric_key_prefix)
-        self.log(dict(metrics))
+        self.log({**metrics, "timing_s/testing": time.perf_counter() - began})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

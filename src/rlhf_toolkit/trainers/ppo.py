@@ -348,7 +348,7 @@ class PPOTrainer(RoleTrainer):
         scored_sampler = self.maker.scored_sampler
         with (
             located("evaluation"),
-            scored_sampler.clock.phase("testing"),
+            scored_sampler.clock.apart("testing") as seconds,
             scored_sampler.opened(self.model_wrapped) as shared,
         ):
             greedy = held_out_responses(scored_sampler, shared, prompts, greedy=True, kl=True)
@@ -359,7 +359,7 @@ class PPOTrainer(RoleTrainer):
         metrics = greedy_metrics(greedy, metric_key_prefix)
         if at_random is not None:
             metrics |= sampled_metrics(at_random, self.held_out.passing, metric_key_prefix)
-        self.log(dict(metrics))
+        self.log({**metrics, **{f"timing_s/{phase}": time for phase, time in seconds.items()}})
         # Callbacks hear of it, and Trainer learns that this step's evaluation has been done.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

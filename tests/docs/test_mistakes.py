@@ -1,0 +1,82 @@
+"""Each mistake of the tables costs its one line, before the model's weights are touched; docs/mistakes.md has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_toolkit.errors import _Script, reported
+from rlhf_toolkit.runs.ppo import PPOKind, prepare
+from rlhf_toolkit.runs.task import load_rewards
+from rlhf_toolkit.settings.experiment import Experiment
+from rlhf_toolkit.settings.loading import load_experiment
+from tests.support.mistakes import SCORINGS, SETTINGS, STARTS, Mistake
+from tests.support.offenders import for_each
+from tests.support.rewards import prompts_for
+from tests.support.tiny import merged, write_experiment, write_task
+
+PAGE = Path(__file__).parents[2] / "docs/mistakes.md"
+TABLES = {"settings": SETTINGS, "starts": STARTS, "scorings": SCORINGS}
+
+
+def written(case: Mistake, folder: Path, changes: dict[str, Any]) -> Path:
+    """The experiment's file with the mistake in it, and the files beside it."""
+    here = {name: v.replace("{here}", str(folder)) if isinstance(v, str) else v for name, v in changes.items()}
+    task = merged(write_task(folder), here)
+    for name, text in case.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text.format(here=folder))
+    return write_experiment(folder / "experiment.yaml", task)
+
+
+def last_line(case: Mistake, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ends the run: all that stderr gets, but for the stack of a reward that has raised."""
+
+    def load_model(*_: Any) -> None:
+        raise AssertionError("the model is loaded before the mistake is seen")
+
+    monkeypatch.setattr(_Script, "runs", False)
+    monkeypatch.setattr(PPOKind, "load_model", load_model)
+    path = written(case, folder, case.changes)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end, reported():
+        experiment: Experiment = load_experiment(path)
+        if case in SCORINGS:
+            with_rewards(experiment)
+        else:
+            prepare(experiment, **case.arguments)
+    assert end.value.code == 1
+    *above, line = capsys.readouterr().err.splitlines()
+    stack = above[:1] == ["Traceback (most recent call last):"] and case.written == "a reward that raises"
+    assert not above or stack, "one line, but for the stack of the user's own code above it"
+    return line.replace(str(folder), "{here}").replace(str(Path.cwd()), "{cwd}").partition(": ")[2]
+
+
+def with_rewards(experiment: Experiment) -> None:
+    """The first scoring, of two responses."""
+    rewards = load_rewards(experiment)
+    try:
+        rewards.collect(prompts_for(2), ["w1", "w2"], [[1], [2]])
+    finally:
+        rewards.close()
+
+
+@for_each("case", [*SETTINGS, *STARTS, *SCORINGS], lambda case: case.written)
+def test_a_mistake_costs_one_line(
+    case: Mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert last_line(case, tmp_path, monkeypatch, capsys) == case.line
+
+
+def table(cases: tuple[Mistake, ...]) -> str:
+    """As the page shows it."""
+    rows = [f"| {case.written} | `{case.line.replace('{here}', '…').replace('{cwd}', '…')}` |" for case in cases]
+    return "\n".join(["| what is written | the line |", "| --- | --- |", *rows]) + "\n"
+
+
+def test_the_page_shows_these_tables() -> None:
+    page = PAGE.read_text()
+    for name, cases in TABLES.items():
+        assert table(cases) in page, name
