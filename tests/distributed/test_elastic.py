@@ -252,4 +252,4 @@ def test_a_template_that_writes_the_date_writes_the_same_the_next_day(
         prepare(experiment, resume=True)
     run: Any = prepare(experiment, resume=True)
     assert {prompt.text[:3] for prompt in run.trainer.maker.source.prompts} == {"w1 "}
-    run.progress.bar.close()
+    run.progress.close()

@@ -112,6 +112,6 @@ def test_a_mixture_of_experts_is_told_what_is_adapted(tmp_path: Path, capsys: py
     ):
         prepare(experiment_from_dict(merged(task, {"model.target_modules": ["experts.gate_up_proj"]})))
     run: Any = prepare(experiment_from_dict(task))
-    run.progress.bar.close()
+    run.progress.close()
     said = "adapters are on k_proj, o_proj, q_proj, v_proj; the 4 matrices of routed experts, model.layers.0.mlp.exper"
     assert said in capsys.readouterr().out
