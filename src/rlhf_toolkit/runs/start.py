@@ -20,6 +20,7 @@ from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.distributed.watch import begin_watching
+from rlhf_toolkit.given import given_section
 from rlhf_toolkit.models.loading import load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
@@ -111,7 +112,7 @@ def prepare_run(
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
     begin_watching(stall_seconds=60 * experiment.run.stall_minutes)
     experiment = with_dtype(experiment, topology)
-    folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
+    folder, settings = Path(experiment.run.output_dir), experiment.as_dict() | given_section()
     require_same("the setting", flat(settings))
     parts = kind(experiment, topology)
     with agreement("finding the optimizer"):

@@ -13,6 +13,7 @@ from rlhf_toolkit.checkpoints import fingerprint
 from rlhf_toolkit.data.template_files import TemplateFile, use_template
 from rlhf_toolkit.data.tokenizers import end_with, stop_token_ids
 from rlhf_toolkit.files import write_text
+from rlhf_toolkit.given import TOKENIZER, given_object
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 from rlhf_toolkit.settings.configs import ModelConfig
 
@@ -42,7 +43,8 @@ def identity_of_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def travelling(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> partial[None] | None:
     """What writes the tokenizer and the stop tokens into a folder, where they are others than the base's: whoever
     merges the adapter or talks to it finds them beside its weights."""
-    if model.eos_token is None and not isinstance(tokenizer.chat_template, TemplateFile):
+    given = given_object(TOKENIZER, model.name) is not None
+    if not given and model.eos_token is None and not isinstance(tokenizer.chat_template, TemplateFile):
         return None
     return partial(_write, tokenizer, list(stop_ids))
 
