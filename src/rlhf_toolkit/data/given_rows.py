@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from types import NoneType
 from typing import Any
 
 import datasets
@@ -12,6 +15,8 @@ from rlhf_toolkit.errors import DataError, described, shortened
 
 MOST_LOOKED_AT = 5
 """Names of splits or types that a message quotes."""
+PLAIN = (NoneType, bool, int, float, str, bytes, datetime.date, datetime.time, datetime.timedelta, Decimal)
+"""Values that a table holds as they are; of others ``datasets`` keeps what it likes."""
 
 
 def rows_of(value: Any, setting: str) -> datasets.Dataset:
@@ -50,6 +55,25 @@ def _table(value: Any, setting: str) -> datasets.Dataset:
     for index, row in enumerate(value):
         if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
             raise DataError(f"{setting}: row {index} is {shortened(row)}, no dict with columns by name; give it as one")
+        odd = next(_odd_values(row), None)
+        if odd is not None:
+            raise DataError(
+                f"{setting}: row {index} holds {shortened(odd)} ({type(odd).__name__}); give texts, numbers, dates, "
+                "lists and dicts of them"
+            )
     names = dict.fromkeys(name for row in value for name in row)
     columns = {name: [row.get(name) for row in value] for name in names}
     return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+
+
+def _odd_values(row: Mapping[str, Any]) -> Iterator[Any]:
+    """What of a row no table holds: arrays of numpy and torch count as lists."""
+    waiting: list[Any] = list(row.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif not isinstance(value, PLAIN) and not hasattr(value, "tolist"):
+            yield value

@@ -8,6 +8,7 @@ sharded is taken away from the object, which would hold the whole on every rank 
 from __future__ import annotations
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ def require_usable(model: object) -> None:
                 f"the model is a {kind}, a base with an adapter; give the base, and the adapter as policy_adapter"
             )
         raise ModelError(f"the model is a {kind}, no PreTrainedModel of transformers; give one, a hub name or a folder")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ModelError(
             f"the {kind} has an adapter on it; give it without, and the adapter's folder as policy_adapter"
         )

@@ -21,10 +21,10 @@ from rlhf_toolkit.runs.ppo import PPORun, prepare
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
 
-R = TypeVar("R", bound=PPORun | FineTuningRun)
+A = TypeVar("A", bound=PPORun | FineTuningRun)
 
 
-class Program(Generic[R]):
+class Program(Generic[A]):
     """A run that a Python program makes: its experiment and its objects, and the run once it is prepared.
 
     ``experiment`` is the same that a YAML file would give. The run is prepared, and the model loaded, by the first of
@@ -43,7 +43,7 @@ class Program(Generic[R]):
                 )
         self.experiment = experiment_from_dict(settings.sections, self.CONFIG.EXPERIMENT)
         self.callbacks, self._brought = tuple(callbacks), brought
-        self._run: R | None = None
+        self._run: A | None = None
         self._trained = False
 
     @property
@@ -52,11 +52,11 @@ class Program(Generic[R]):
         return Path(self.experiment.run.output_dir)
 
     @property
-    def run(self) -> R:
+    def run(self) -> A:
         """The prepared run; ``run.trainer`` is the Trainer, ``run.trainer.model`` the base with its roles."""
         if self._run is None:
             self.prepare()
-        return cast(R, self._run)
+        return cast(A, self._run)
 
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
         """Load and check everything, up to the first step. ``resume`` goes on from the newest checkpoint in the folder,
