@@ -43,6 +43,10 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def model_in(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+
 def made(task: dict[str, Any], **changes: Any) -> PPOTrainer:
     """A trainer of the sections of ``task``, whose model, reward and rows may be given otherwise."""
     sections = {name: dict(section) for name, section in task.items()}
@@ -94,7 +98,7 @@ def test_help_shows_every_setting_of_the_file() -> None:
     assert {"full", "epochs", "lr"} <= set(inspect.signature(SFTConfig).parameters)
 
 
-BAD_SETTINGS = {
+BAD_SETTINGS: dict[str, dict[str, Any]] = {
     r"unknown setting kl_coeff; did you mean kl_coef\?": {"kl_coeff": 1},
     r"name is a setting of model and run; write model=\{": {"name": "x"},
     r"learning_rate; here it is policy_lr, value_lr": {"learning_rate": 1e-5},
@@ -159,7 +163,8 @@ def test_rows_are_those_of_a_file(tmp_path: Path) -> None:
 
 def bad_models() -> dict[str, Any]:
     adapted: Any = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    injected, meta, empty = tiny_llama(), tiny_llama().to("meta"), tiny_llama()
+    injected, meta, empty = tiny_llama(), tiny_llama(), tiny_llama()
+    torch.nn.Module.to(meta, "meta")
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), injected)
     empty.get_input_embeddings().weight.data = torch.empty(0)  # type: ignore[union-attr]
     return {
@@ -196,7 +201,7 @@ def of_names(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_objects_make_the_run_that_names_make_and_leave_a_trace(of_names: tuple[Path, dict[str, Any]]) -> None:
     folder, task = of_names
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = model_in(folder)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     namespace: dict[str, Any] = {}
     exec((folder / "reward.py").read_text(), namespace)
@@ -211,8 +216,8 @@ def test_objects_make_the_run_that_names_make_and_leave_a_trace(of_names: tuple[
         callbacks=[heard],
     )
     first = trainer.evaluate()
-    shared = trainer.run.trainer.model.causal_lm
-    assert before["model.embed_tokens.weight"] == shared.get_input_embeddings().weight.data_ptr()
+    embeddings: Any = trainer.run.trainer.model.causal_lm.get_input_embeddings()
+    assert before["model.embed_tokens.weight"] == embeddings.weight.data_ptr()
     summary = trainer.train()
     assert trainer.evaluate()["eval/score/mean"] == summary["evaluations"][-1]["eval/score/mean"]
     assert [record["rollout"] for record in read_records(folder / "objects", "eval")] == [0, 3]
@@ -237,19 +242,20 @@ def test_a_run_goes_on_with_the_same_objects_only(of_names: tuple[Path, dict[str
     folder, task = of_names
     task = merged(task, {"run.output_dir": str(tmp_path / "run"), "ppo.num_rollouts": 1})
     rows, longer = rows_in(folder / "prompts.jsonl"), merged(task, {"ppo.num_rollouts": 2})
-    made(task, train_dataset=rows).train()
+    made(task, model=model_in(folder), train_dataset=rows).train()
+
+    def go_on(**changes: Any) -> dict[str, Any]:
+        return made(longer, **{"model": model_in(folder), "train_dataset": rows, **changes}).train(resume=True)
+
     with pytest.raises(CheckpointError, match=r"given\.data\.train='list of 24 rows.* now .*'list of 23 rows"):
-        made(longer, train_dataset=rows[:23]).train(resume=True)
+        go_on(train_dataset=rows[:23])
     with pytest.raises(CheckpointError, match=r"reward\.functions=.*few_words.* now .*polite"):
-        made(longer, train_dataset=rows, reward_funcs=polite).train(resume=True)
+        go_on(reward_funcs=polite)
+    other = model_in(folder)
+    other.get_input_embeddings().weight.data[3] += 1.0
     with pytest.raises(CheckpointError, match="was trained on another base"):
-        other = tiny_llama()
-        other.name_or_path = str(folder / "model")
-        other.get_input_embeddings().weight.data[3] += 1.0  # type: ignore[operator,union-attr]
-        bare = made(longer, train_dataset=rows)
-        bare._brought.objects |= {("model", str(folder / "model")): other}  # type: ignore[dict-item]
-        bare.train(resume=True)
-    summary = made(longer, train_dataset=rows).train(resume=True)
+        go_on(model=other)
+    summary = go_on()
     assert len(summary["mean_scores"]) == 2
     found: Experiment = experiment_from_dict(
         {k: v for k, v in json.loads((tmp_path / "run/run.json").read_text()).items() if k != "given"}
@@ -294,7 +300,7 @@ def test_supervised_runs_take_the_same_arguments(of_names: tuple[Path, dict[str,
         "batch_size": 5,
         "wandb": "off",
     }
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = model_in(folder)
     tuned = SFTTrainer(model, **shared, full=True, lr=1e-3, output_dir=str(tmp_path / "sft"))
     before = tuned.evaluate()["eval/loss"]
     assert tuned.train()["world_size"] == 1 and tuned.evaluate()["eval/loss"] < before
