@@ -12,7 +12,7 @@ import json
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from rlhf_toolkit.errors import described, shortened
@@ -40,12 +40,14 @@ class WorkerTraceback(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """The responses that one call is about: position for position prompt, response, its token ids and columns."""
+    """The responses that one call is about: position for position prompt, response, its token ids and columns, and the
+    response as messages (``turns``), where the function asks for these."""
 
     prompts: list[str]
     responses: list[str]
     tokens: list[list[int]]
     columns: dict[str, list[Any]]
+    turns: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -72,12 +74,14 @@ Outcome = Fault | list[Score | Fault]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a function's parameters say: whether it gets token ids, under the name ``tokens``, and the names that no
-    column may have. These are ``options``, its parameters with a default, and ``texts``, its first two."""
+    """What a function's parameters say: whether it gets token ids, under the name ``tokens``, and the response as
+    messages, under the name ``turns``, and the names that no column may have. These are ``options``, its parameters
+    with a default, and ``texts``, its first two."""
 
     tokens: bool = False
     options: frozenset[str] = frozenset()
     texts: frozenset[str] = frozenset()
+    turns: bool = False
 
 
 class Source(Protocol):
@@ -124,8 +128,9 @@ def asked(function: Callable[..., Any]) -> Asked:
     except (TypeError, ValueError):  # some built-in functions have no signature
         return Asked()
     first = [each.name for each in parameters[:2] if each.kind is each.POSITIONAL_OR_KEYWORD]
-    options = {each.name for each in parameters if each.default is not each.empty} - {"tokens"}
-    return Asked("tokens" in [each.name for each in parameters], frozenset(options), frozenset(first))
+    options = {each.name for each in parameters if each.default is not each.empty} - {"tokens", "turns"}
+    names = {each.name for each in parameters}
+    return Asked("tokens" in names, frozenset(options), frozenset(first), "turns" in names)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -141,9 +146,13 @@ def outcome_of(
     ``timeout`` (seconds) cancels what is awaited; nothing can interrupt a function that is not ``async`` from within
     its own process. Only what says that somebody wants the whole run to stop, as KeyboardInterrupt does, is raised.
     """
-    tokens = {"tokens": [list(each) for each in batch.tokens]} if asked(function).tokens else {}
+    asks, more = asked(function), dict[str, Any]()
+    if asks.tokens:
+        more["tokens"] = [list(each) for each in batch.tokens]
+    if asks.turns:
+        more["turns"] = [list(each) for each in batch.turns]
     try:
-        scores = function(list(batch.prompts), list(batch.responses), **batch.columns, **tokens, **kwargs)
+        scores = function(list(batch.prompts), list(batch.responses), **batch.columns, **more, **kwargs)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores, timeout))
         return checked(scores, [len(each) for each in batch.tokens])

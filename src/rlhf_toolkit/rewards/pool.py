@@ -163,7 +163,7 @@ class WorkerProcess:
         content = json.loads(answer)
         if "error" in content:
             return ConfigError(content["error"])
-        return Asked(content["tokens"], frozenset(content["options"]), frozenset(content["texts"]))
+        return Asked(content["tokens"], frozenset(content["options"]), frozenset(content["texts"]), content["turns"])
 
     def call(self, message: bytes, counts: Sequence[int], timeout: float | None) -> Outcome:
         """Send a pickled batch, whose responses have ``counts`` tokens, and wait for its outcome, ``timeout`` seconds

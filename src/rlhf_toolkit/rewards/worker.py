@@ -43,7 +43,12 @@ def serve(descriptor: int) -> None:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
     asks = asked(function)
-    described_asks = {"tokens": asks.tokens, "options": sorted(asks.options), "texts": sorted(asks.texts)}
+    described_asks = {
+        "tokens": asks.tokens,
+        "options": sorted(asks.options),
+        "texts": sorted(asks.texts),
+        "turns": asks.turns,
+    }
     connection.send_bytes(json.dumps(described_asks).encode())
     while True:
         try:
