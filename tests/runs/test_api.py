@@ -137,6 +137,9 @@ def test_functions_stand_under_names_that_tell_them_apart() -> None:
     ]
     assert config.sections["rollout"]["environment"].endswith("<lambda>#2")
     assert len(config.functions) == 3, "the first is found where it is"
+    more = config.with_settings({"answer": lambda responses: responses, "passes_at": 1.0, "data": {"evaluation": "x"}})
+    assert len(more.functions) == 4 and len(config.functions) == 3, "one lambda never takes another's place"
+    assert len({id(function) for function in more.functions.values()}) == 4
 
 
 BAD_ROWS: dict[str, Any] = {

@@ -98,10 +98,8 @@ class Settings:
 
     def __init__(self, **settings: Any) -> None:
         self.functions: dict[tuple[What, str], Any] = {}
-        self.sections = self._placed(settings)
-        kinds = section_types(self.EXPERIMENT)
-        for name, section in self.sections.items():
-            section_from_dict(name, section, kinds)
+        self.sections: Sections = {}
+        self._take(settings)
 
     def __init_subclass__(cls) -> None:
         """What ``help()`` and an editor show: every knob that has a name of its own, with its default."""
@@ -114,12 +112,17 @@ class Settings:
 
     def with_settings(self, settings: Mapping[str, Any]) -> Settings:
         """A copy with ``settings`` in the place of those that it has."""
-        other = type(self)(**settings)
-        merged = {name: dict(section) for name, section in self.sections.items()}
-        for name, section in other.sections.items():
-            merged[name] = {**merged.get(name, {}), **section}
-        other.sections, other.functions = merged, {**self.functions, **other.functions}
+        other = type(self)()
+        other.functions = dict(self.functions)
+        other.sections = {name: dict(section) for name, section in self.sections.items()}
+        other._take(settings)
         return other
+
+    def _take(self, settings: Mapping[str, Any]) -> None:
+        kinds = section_types(self.EXPERIMENT)
+        for name, section in self._placed(settings).items():
+            self.sections[name] = {**self.sections.get(name, {}), **section}
+            section_from_dict(name, self.sections[name], kinds)
 
     def named(self, function: Any) -> str:
         """The name that stands for ``function`` in a setting: where Python finds it under that name, too, a YAML file
