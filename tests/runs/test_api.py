@@ -281,6 +281,10 @@ def test_what_cannot_be_an_argument(of_names: tuple[Path, dict[str, Any]]) -> No
         r"data\.streaming reads a file": {"train_dataset": rows, "streaming": True},
         r"came from no folder that would have a tokenizer": {"model": tiny_llama()},
         r"reward\.function is missing": {"reward_funcs": ()},
+        r"reward\.model=.* is also what the given model": {
+            "model": model_in(folder),
+            "reward": {"model": str(folder / "model")},
+        },
     }
     for message, arguments in bad.items():
         with pytest.raises(RLHFError, match=message):

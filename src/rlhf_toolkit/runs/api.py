@@ -42,6 +42,8 @@ class Program(Generic[A]):
                     f"the callback {shortened(callback)} is no TrainerCallback of transformers; make it one"
                 )
         self.experiment = experiment_from_dict(settings.sections, self.CONFIG.EXPERIMENT)
+        if isinstance(self.experiment, Experiment):
+            brought.refuse_for_rewards(self.experiment.reward.model)
         self.callbacks, self._brought = tuple(callbacks), brought
         self._run: A | None = None
         self._trained = False

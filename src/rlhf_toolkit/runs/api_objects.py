@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.checkpoints import fingerprint
 from rlhf_toolkit.data.given_rows import rows_of
-from rlhf_toolkit.errors import ConfigError
+from rlhf_toolkit.errors import ConfigError, shortened
 from rlhf_toolkit.given import MARK, MODEL, ROWS, TOKENIZER, What
 from rlhf_toolkit.models.given_model import require_usable
 from rlhf_toolkit.runs.api_functions import source_fingerprint
@@ -31,6 +31,14 @@ class Brought:
         self.objects |= functions
         for (_, name), function in functions.items():
             self.about[f"functions.{name}"] = f"source {source_fingerprint(function)}"
+
+    def refuse_for_rewards(self, name: str | None) -> None:
+        """Raise ConfigError where a reward model has the name that an object stands under: it would be taken for it."""
+        if name is not None and {(MODEL, name), (TOKENIZER, name)} & self.objects.keys():
+            raise ConfigError(
+                f"reward.model={shortened(name)} is also what the given model or tokenizer came from; give the reward "
+                "model's folder in another spelling, or the policy's name in place of the object"
+            )
 
     def rows(self, value: Any, setting: str) -> str:
         """The name of rows; a file's or a hub dataset's is its own."""

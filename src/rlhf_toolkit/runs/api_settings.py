@@ -45,6 +45,7 @@ ELSEWHERE = {
     "eval_steps": "evaluate_every",
     "eval_strategy": "evaluate_every",
     "save_strategy": "save_every",
+    "tokenizer": "the trainer's argument processing_class",
     "report_to": "wandb",
     "run_name": 'run={"name": ...}',
     "bf16": "dtype",
