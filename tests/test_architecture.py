@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
-    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets", "last_words", "run_claims"},
+    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets", "given", "last_words", "run_claims"},
     {"algorithms", "data", "distributed", "planning", "rewards", "checkpoint_files"},
     {"settings", "checkpoints", "reporting", "models"},
     {"rollout", "export"},
@@ -27,6 +27,8 @@ OUR_CONFIG = re.compile(r"\b(Experiment|(Model|Data|Reward|Rollout|PPO|Update|Ru
 SIBLINGS = {
     ("types", "errors"),
     ("plugins", "errors"),
+    ("plugins", "given"),
+    ("given", "errors"),
     ("errors", "texts"),
     ("errors", "last_words"),
     ("last_words", "texts"),

@@ -36,8 +36,9 @@ def experience() -> Experience:
 
 @pytest.mark.parametrize("name", ["lengths", "rollout_logprobs", "finished"])
 def test_a_rollout_has_one_shape(name: str) -> None:
+    misshapen: dict[str, Any] = {name: torch.zeros(ROWS + 1, WIDTH)}
     with pytest.raises(DataError, match=f"^{name} has shape .*, expected "):
-        replace(rollout(), **{name: torch.zeros(ROWS + 1, WIDTH)})
+        replace(rollout(), **misshapen)
 
 
 @for_each("name", [*PER_ROW, *PER_TOKEN])

@@ -21,6 +21,7 @@ from rlhf_toolkit.distributed.collectives import all_gather
 from rlhf_toolkit.distributed.zero3 import full_shape, own_part
 from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file, write_text
+from rlhf_toolkit.given import SECTION
 from rlhf_toolkit.run_claims import RUN_FILE, came_to_nothing, hold
 from rlhf_toolkit.texts import printable, say
 
@@ -43,7 +44,9 @@ FREE_TO_CHANGE = (
     "alarms.",
     "data.evaluation",
     "ppo.num_rollouts",
-)  # prefixes: how long a run is and who watches it
+    f"{SECTION}.data.evaluation",
+    f"{SECTION}.functions.",
+)  # prefixes: how long a run is and who watches it; and the text of a function, as that of a reward's file is
 NEVER_FREE = ("run.seed",)
 CHUNK = 2**18  # elements of a parameter that are widened to int64 at a time
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from rlhf_toolkit.errors import ConfigError, described, nearest, shortened
+from rlhf_toolkit.given import FUNCTION, given_object
 
 with_state: dict[str, Any] = {}
 """By what their settings say, the objects that this process has loaded and that bring their own state."""
@@ -81,7 +82,7 @@ def arguments_for(
 
 
 def load_function(spec: str, setting: str) -> Callable[..., Any]:
-    """The callable that ``path/to/file.py:name`` or ``package.module:name`` stands for.
+    """The callable that ``path/to/file.py:name`` or ``package.module:name`` stands for, or that a program has given.
 
     A process runs a file once, as a module of its own, however many settings name functions of it; they share its
     global variables. A file that has changed since is run anew, as another module. While a file runs, its folder is
@@ -92,6 +93,15 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
 
     An object with ``state_dict()`` and ``load_state_dict(state)`` has its state in checkpoints: see ``with_state``.
     """
+    found = given_object(FUNCTION, spec)
+    if found is None:
+        found = _imported(spec, setting)
+    if callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None)):
+        with_state[spec] = found
+    return found  # type: ignore[no-any-return]
+
+
+def _imported(spec: str, setting: str) -> Callable[..., Any]:
     place, colon, name = spec.rpartition(":")
     if not (colon and place and name):
         raise ConfigError(
@@ -105,7 +115,7 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
         )
     try:
         module = _module_of(path) if path.suffix == ".py" else importlib.import_module(place)
-        found = _callable(module, name, spec, setting)
+        return _callable(module, name, spec, setting)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # importing runs code, which may end scripts, and so may looking up a name
@@ -118,13 +128,15 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
             f"{setting}={shortened(spec)}: importing {shortened(place)[1:-1]} raised "
             f"{described(error)}{where}; repair it, or give path/to/file.py:name"
         ) from error
-    if callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None)):
-        with_state[spec] = found
-    return found
 
 
 def _callable(module: ModuleType, name: str, spec: str, setting: str) -> Callable[..., Any]:
     if not hasattr(module, name):
+        if module.__name__ == "__main__" or not name.isidentifier():  # names of what is found in one program alone
+            raise ConfigError(
+                f"{setting}={shortened(spec)} was given as an object by a Python program; start that program, or write "
+                "path/to/file.py:name"
+            )
         known = [key for key in dir(module) if callable(getattr(module, key)) and not key.startswith("_")]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'no functions'}"

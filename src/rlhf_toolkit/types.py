@@ -65,7 +65,8 @@ class Rollout:
     fp32, the policy's log-probs on the decoding path; ``finished`` (B,) bool, True where a stop token or stop string
     ended the response and False where the token budget did; ``written`` (B, R) bool, True where the policy wrote the
     token, and False at what an environment answered; None: it wrote all of them; ``drawn_logprobs`` (B, R) fp32, the
-    tokens' log-probs in the distribution that they were drawn from, None where that is the policy's whole one.
+    tokens' log-probs in the distribution that they were drawn from, None where that is the policy's whole one;
+    ``turns``, for each row the messages of policy and environment, None where a response is one turn.
     """
 
     responses: torch.Tensor
@@ -74,6 +75,7 @@ class Rollout:
     finished: torch.Tensor
     written: torch.Tensor | None = None
     drawn_logprobs: torch.Tensor | None = None
+    turns: tuple[tuple[dict[str, Any], ...], ...] | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.responses.shape

@@ -97,6 +97,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "rollout.keep_special_tokens": (False, True),
     "rollout.environment": (None, "HERE/plugins.py:answering"),
     "rollout.max_turns": (1, 2, 4),
+    "rollout.max_turn_tokens": (None, 1, 2),
     "rollout.mode": ("auto", "window", "stream"),
     "rollout.slots": (None, 1, 2, 10**6),
     "rollout.replace_uniform_groups": (0, 1, 10**9),

@@ -107,7 +107,7 @@ def test_prompts_expected_to_be_long_begin_first() -> None:
 
 
 def test_tokens_are_those_of_each_row_without_padding() -> None:
-    columns = {"rollout_logprobs": torch.zeros(3, 2), "finished": torch.tensor([True, False, True])}
+    columns: dict[str, Any] = {"rollout_logprobs": torch.zeros(3, 2), "finished": torch.tensor([True, False, True])}
     rollout = Rollout(torch.tensor([[7, 8], [9, 0], [0, 0]]), torch.tensor([2, 1, 0]), **columns)
     assert tokens_of(rollout) == [[7, 8], [9], []]
 

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.response_texts import response_texts
-from rlhf_toolkit.errors import RewardError
-from rlhf_toolkit.rollout.turns import Environment, decode_with_turns
+from rlhf_toolkit.errors import ConfigError, RewardError
+from rlhf_toolkit.rollout.turns import Conversation, Environment, decode_with_turns
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from rlhf_toolkit.types import Prompt, PromptBatch, Rollout
 from tests.support.builders import tiny_tokenizer
+from tests.support.chat_tokenizers import word_tokenizer
 from tests.support.launch import run_recipe
 from tests.support.tiny import WORDS, merged, tiny_llama, write_experiment, write_task
 from tests.support.values import named, there
@@ -133,6 +134,67 @@ def test_the_last_turn_is_not_answered() -> None:
 def test_what_an_environment_may_not_do(answers: Any, message: str) -> None:
     with pytest.raises(RewardError, match=message):
         decoded(Script({0: [[5, STOP]]}), answers)
+
+
+def test_messages_answer_in_the_models_own_template_and_turns_have_budgets() -> None:
+    tokenizer = word_tokenizer(words=(*WORDS, "<tool>"), pad="</s>")
+    stop, w = tokenizer.eos_token_id, tokenizer.get_vocab()
+    script = Script({0: [[w["w1"], stop], [w["w2"], stop]], 1: [[w["w3"], stop], [w["w4"]] * 9], 2: [[w["w5"]] * 9]})
+    messages = ({"role": "user", "content": "w0"},)
+    prompts = tuple(Prompt(i, "", (40 + i,), {"n": i}, messages) for i in script.scripts)
+    seen: list[Any] = []
+
+    def answer(prompts: list[str], responses: list[str], turns: list[Any], n: list[int], **more: Any) -> list[Any]:
+        seen.append(turns)
+        said = {0: {"role": "tool", "content": "w7"}, 1: [{"role": "user", "content": "w8"}] * 2}
+        return [said[number] if len(each) == 1 else None for number, each in zip(n, turns, strict=True)]
+
+    found = decode_with_turns(
+        script,
+        tokenizer,
+        PromptBatch(prompts, (0,) * 3),
+        Environment(answer, 3, most_tokens=4),
+        texts_of=partial(response_texts, tokenizer=tokenizer),
+        budget=20,
+        pad_id=PAD,
+        stop_ids={stop},
+    )
+    first = ["w1", "</s>", "<tool>", "w7", "<assistant>", "w2", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(found.responses[0, :7].tolist()) == first
+    second = ["w3", "</s>", "<user>", "w8", "<user>", "w8", "<assistant>", *["w4"] * 4]
+    assert tokenizer.convert_ids_to_tokens(found.responses[1, :11].tolist()) == second
+    assert found.written is not None
+    assert found.written[0, :7].tolist() == [True, True, False, False, False, True, True]
+    assert found.lengths.tolist() == [7, 11, 4] and found.finished.tolist() == [True, False, False]
+    assert [budget for *_, budget in script.seen] == [4, 4, 4, 4, 4]
+    ours = {"role": "assistant", "content": "w1"}
+    assert seen[0] == [[ours], [{"role": "assistant", "content": "w3"}]]
+    assert found.turns is not None
+    assert found.turns[0] == (ours, {"role": "tool", "content": "w7"}, {"role": "assistant", "content": "w2"})
+    assert [len(row) for row in found.turns] == [3, 4, 1]
+
+
+def test_what_messages_may_not_answer() -> None:
+    def tool(prompts: Any, responses: Any, **more: Any) -> list[Any]:
+        return [{"role": "tool", "content": "w1"}] * len(prompts)
+
+    with pytest.raises(RewardError, match=r"answers row 0 with messages, but its prompt is a plain text; set data"):
+        decoded(Script({0: [[5, STOP]]}), tool)
+    with pytest.raises(RewardError, match=r"or messages of role user or tool"):
+        decoded(Script({0: [[5, STOP]]}), lambda *a, **k: [{"role": "assistant", "content": "w1"}])
+
+    def asks(prompts: Any, responses: Any, turns: Any, **more: Any) -> list[Any]:
+        return [None]
+
+    with pytest.raises(ConfigError, match="the dataset has a column turns; rename one of the two"):
+        Environment(asks, 2).require_columns(["turns"])
+
+
+def test_a_prefilled_turn_is_one_turn_of_the_conversation() -> None:
+    prompt = Prompt(0, "", (40,), {}, ({"role": "user", "content": "w0"}, {"role": "assistant", "content": "So "}))
+    turns = [{"role": "assistant", "content": "it is."}, {"role": "tool", "content": "1"}, {"role": "assistant"}]
+    row = Conversation(prompt, turns=turns)
+    assert [message["content"] for message in row.messages] == ["w0", "So it is.", "1"]
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------

@@ -145,6 +145,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "replace_uniform_groups": 0,
         "environment": None,
         "max_turns": 4,
+        "max_turn_tokens": None,
         "weights": "exact",
     },
     "ppo": {

@@ -54,6 +54,7 @@ def ppo(changes: dict[str, Any]) -> Experiment:
         ("model.revision", "v1", {"model.name": FOLDER}, {"model.name": "m"}),
         ("reward.overlong_penalty", 0.5, {}, {"reward.overlong_buffer": 4}),
         ("rollout.max_turns", 2, {}, {"rollout.environment": "e:e"}),
+        ("rollout.max_turn_tokens", 2, {}, {"rollout.environment": "e:e"}),
         ("ppo.importance_cap", 3.0, {}, {"ppo.importance_correction": "token"}),
         ("ppo.importance_floor", 0.1, {}, {"ppo.importance_correction": "token_mask"}),
         (

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from rlhf_toolkit.errors import ConfigError
-from rlhf_toolkit.settings.yaml_text import MOST_CHARACTERS, file_text, read_yaml
+from rlhf_toolkit.settings.loading import load_experiment
+from rlhf_toolkit.settings.yaml_text import MOST_CHARACTERS, file_text, read_with_lines, read_yaml
 from tests.support.offenders import for_each
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
@@ -32,7 +33,7 @@ BAD = {
     "a: &a0 [1,1]\n"
     + "\n".join(f"b{i}: &a{i + 1} [*a{i},*a{i},*a{i}]" for i in range(12)): "aliases stand for more than",
     "a: &a [*a]": "within the value",
-    "a: 1\na: 2": "'a' stands twice at line 1",
+    "a: 1\na: 2": "'a' stands twice, at lines 1 and 2",
     "[" * 200 + "]" * 200: "nested deeper",
     "a: [1": "line 1",
     "x" * (MOST_CHARACTERS + 1): "more than 262144 characters",
@@ -58,3 +59,45 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none", "a\0b"):
         with pytest.raises(ConfigError, match="cannot read the experiment"):
             file_text(place)
+
+
+PLACED = """\
+model: {name: m}
+data:
+  train: t.jsonl
+reward:
+  functions:
+    - function: r.py:f
+    - function: r.py:g
+      weigth: 2
+ppo:
+  kl_coef: -1
+"""
+
+
+def test_an_error_names_the_line_of_the_setting_that_it_is_about(tmp_path: Path) -> None:
+    assert read_with_lines(PLACED, "x")[1]["reward.functions[1].weigth"] == 8
+    path = tmp_path / "x.yaml"
+    changes = {
+        "": r"ppo\.kl_coef=-1\.0 .*\(.*x\.yaml, line 10\)$",
+        "kl_coef: -1|kl_koef: 1": r"unknown setting ppo\.kl_koef.* line 10\)$",
+        "ppo:|pop:": r"unknown section 'pop'.* line 9\)$",
+        "kl_coef: -1|kl_stop: 1": r"ppo\.kl_stop=1\.0 does nothing.* line 10\)$",
+        "ppo:\n  kl_coef: -1|ppo: 3": r"section ppo holds 3.* line 9\)$",
+    }
+    for change, expected in changes.items():
+        old, _, new = change.partition("|")
+        path.write_text(PLACED.replace(old, new) if old else PLACED)
+        with pytest.raises(ConfigError, match=expected):
+            load_experiment(path)
+    path.write_text(PLACED)
+    with pytest.raises(ConfigError, match=r"ppo\.kl_coef=-2\.0 [^(]*$"):
+        load_experiment(path, {"ppo.kl_coef": -2})
+
+
+def test_names_that_a_stranger_makes_long_cost_nothing() -> None:
+    key = "k" * 1000
+    text = f"a: &a {{{key}: &b {{{key}1: {{{key}2: 1}}}}}}\nb: [{'*a, ' * 2000}]"
+    begun = time.process_time()
+    assert set(read_with_lines(text, "x")[1]) == {"a", "b"}
+    assert time.process_time() - begun < 5

@@ -36,6 +36,7 @@ from rlhf_toolkit.data.template_values import Unread
 from rlhf_toolkit.data.template_values import template_values as values_of
 from rlhf_toolkit.data.templates import NOTHING
 from rlhf_toolkit.errors import DataError, described, shortened
+from rlhf_toolkit.given import ROWS, given_object, refuse_foreign
 from rlhf_toolkit.seeding import derived_generator
 from rlhf_toolkit.types import Prompt
 
@@ -144,6 +145,10 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
     DataError where there is no such file or dataset, it cannot be read, or it is empty. JSON is looked through first, a
     line at a time; of a stream, what is broken further on and does no harm is found when it is read.
     """
+    rows = given_object(ROWS, source)
+    if rows is not None:
+        return rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+    refuse_foreign(source, "the data", "name a file or a dataset of the hub", DataError)
     path = Path(source)
     is_file = path.suffix.lower() in FORMATS
     if not is_file and path.is_file():
@@ -153,7 +158,6 @@ def load_rows(source: str, split: str, *, streaming: bool = False, max_rows: int
     if is_file and not path.is_file():
         raise DataError(f"there is no file {path} (looked in {Path.cwd()}); check data.train or data.evaluation")
     place = _File(path, split, FORMATS[path.suffix.lower()]) if is_file else _HubDataset(source, split)
-    rows: Rows
     if streaming:
         if set(split) & set("[+"):
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,9 +24,11 @@ from transformers import (
 from rlhf_toolkit.distributed.collectives import agreement
 from rlhf_toolkit.distributed.topology import Topology, shard, sharded_loading, shards_while_loading
 from rlhf_toolkit.errors import DISK_FULL, ModelError, RLHFError, described, shortened
+from rlhf_toolkit.given import MODEL, TOKENIZER, given_object
 from rlhf_toolkit.models.adapter_files import read_lora_config, steps
 from rlhf_toolkit.models.attention import PACKABLE, ROLE_ATTENTION
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
+from rlhf_toolkit.models.given_model import take_over, weights_of
 from rlhf_toolkit.models.quantised import Quantisation, require_kernels
 from rlhf_toolkit.models.quantised_loading import QuantisedLoading
 from rlhf_toolkit.models.renamed import config_value
@@ -62,6 +65,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or a ModelError that says what to do. ``revision``, here and below, is the branch, tag or
     commit of a model of the hub; None: its main branch. A local folder has none."""
+    tokenizer: PreTrainedTokenizerBase | None = given_object(TOKENIZER, name)
+    if tokenizer is not None:
+        return copy.deepcopy(tokenizer)
     check_model_folder(name)
     with explained(name, revision):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
@@ -69,10 +75,16 @@ def load_tokenizer(
 
 def load_model_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """The model's config without dropout and router noise: in PPO old and new log-probs must come from one function."""
-    check_model_folder(name)
-    with explained(name, revision):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
-        text = config.get_text_config()  # which raises where there are two
+    model = given_object(MODEL, name)
+    if model is not None:
+        config = copy.deepcopy(model.config)
+        config.architectures = config.architectures or [type(model).__name__]  # as a saved one says
+        text = config.get_text_config()
+    else:
+        check_model_folder(name)
+        with explained(name, revision):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
+            text = config.get_text_config()  # which raises where there are two
     for part in {id(c): c for c in (config, text)}.values():
         for key, value in vars(part).items():
             if ("drop" in key or "jitter" in key) and isinstance(value, float):
@@ -82,6 +94,9 @@ def load_model_config(name: str, *, trust_remote_code: bool = False, revision: s
 
 def generation_config_of(name: str, revision: str | None = None) -> GenerationConfig | None:
     """The model's generation config, where it has one. ModelError where that cannot be used."""
+    model = given_object(MODEL, name)
+    if model is not None:
+        return cast(GenerationConfig | None, model.generation_config)
     try:
         return GenerationConfig.from_pretrained(name, revision=revision or MAIN)
     except OSError:
@@ -120,32 +135,49 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base in ``dtype``; under ZeRO-3 every rank holds only its shard from the beginning, else the whole on
     its own device. With ``quantization`` its linear layers are quantised one by one while it is loaded."""
+    chosen, kind = attention_of(config, attention, topology), Quantisation(quantization)
+    given: PreTrainedModel | None = given_object(MODEL, name)
+    with agreement("loading"):
+        if given is None:
+            refuse_larger(name, config)
+        stored = given is None and check_stored(name, config, kind)
+        if kind != Quantisation.NONE:
+            require_kernels(kind, topology.device)
+    source: Any = AutoModelForCausalLM if given is None else type(given)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision or MAIN}
+    with attention_explained(config, attention), loading_weights(name, topology, dtype, kind, revision):
+        base, found = source.from_pretrained(
+            name if given is None else None,
+            config=plain_config(config) if stored else config,
+            dtype=dtype,
+            attn_implementation=chosen,
+            output_loading_info=True,
+            **(options if given is None else {"state_dict": weights_of(given)}),
+            **straight_to_device(topology),
+            **quantised_while_loading(topology, kind, kept_whole(config) if stored else None),
+        )
+    require_all_weights(name, found)
+    if given is not None:
+        take_over(given, base, shards=shards_while_loading(topology))
+    return cast(PreTrainedModel, base)
+
+
+def attention_of(config: PretrainedConfig, attention: str, topology: Topology) -> str:
+    """transformers' name of the attention that ``model.attention`` stands for here. ModelError where it cannot be."""
     if attention == "sdpa" and config_value(config.get_text_config(), "attn_logit_softcapping") is not None:
         raise ModelError(
             f"{config.model_type} does not run with model.attention=sdpa (it caps attention's scores); set it to eager"
         )
     on_cpu = topology.device.type == "cpu" and config.model_type not in OWN_ATTENTION
     ours = attention == "sdpa" and (on_cpu or config.model_type in PACKABLE)
-    chosen = ROLE_ATTENTION if ours else attention
-    kind = Quantisation(quantization)
-    with agreement("loading"):
-        refuse_larger(name, config)
-        stored = check_stored(name, config, kind)
-        if kind != Quantisation.NONE:
-            require_kernels(kind, topology.device)
+    return ROLE_ATTENTION if ours else attention
+
+
+@contextmanager
+def attention_explained(config: PretrainedConfig, attention: str) -> Iterator[None]:
+    """Around ``loading_weights``: a model that does not run with this attention, as a ModelError that says so."""
     try:
-        with loading_weights(name, topology, dtype, kind, revision):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=plain_config(config) if stored else config,
-                dtype=dtype,
-                attn_implementation=chosen,
-                trust_remote_code=trust_remote_code,
-                revision=revision or MAIN,
-                output_loading_info=True,
-                **straight_to_device(topology),
-                **quantised_while_loading(topology, kind, kept_whole(config) if stored else None),
-            )
+        yield
     except ModelError as error:
         cause = error.__cause__
         if not isinstance(cause, (ValueError, ImportError)) or "attention" not in str(cause):
@@ -153,9 +185,6 @@ def load_base(
         raise ModelError(
             f"{config.model_type} does not run with model.attention={attention} ({described(cause)}); set it to eager"
         ) from cause
-    model, found = loaded
-    require_all_weights(name, found)
-    return cast(PreTrainedModel, model)
 
 
 def refuse_larger(name: str, config: PretrainedConfig) -> None:

@@ -12,7 +12,7 @@ import json
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from rlhf_toolkit.errors import described, shortened
@@ -41,12 +41,14 @@ class WorkerTraceback(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """The responses that one call is about: position for position prompt, response, its token ids and columns."""
+    """The responses that one call is about: position for position prompt, response, its token ids and columns, and the
+    response as messages (``turns``), where the function asks for these."""
 
     prompts: list[str]
     responses: list[str]
     tokens: list[list[int]]
     columns: dict[str, list[Any]]
+    turns: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -121,9 +123,13 @@ def outcome_of(
     ``timeout`` (seconds) cancels what is awaited; nothing can interrupt a function that is not ``async`` from within
     its own process. Only what says that somebody wants the whole run to stop, as KeyboardInterrupt does, is raised.
     """
-    tokens = {"tokens": [list(each) for each in batch.tokens]} if asked(function).tokens else {}
+    asks, more = asked(function), dict[str, Any]()
+    if asks.tokens:
+        more["tokens"] = [list(each) for each in batch.tokens]
+    if asks.turns:
+        more["turns"] = [list(each) for each in batch.turns]
     try:
-        scores = function(list(batch.prompts), list(batch.responses), **batch.columns, **tokens, **kwargs)
+        scores = function(list(batch.prompts), list(batch.responses), **batch.columns, **more, **kwargs)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores, timeout))
         return checked(scores, [len(each) for each in batch.tokens])

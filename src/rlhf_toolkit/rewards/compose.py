@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_toolkit.errors import ConfigError, RewardError, shortened
 from rlhf_toolkit.plugins import load_function
@@ -31,6 +32,12 @@ class _Row:
     prompt: Prompt
     response: str
     token_ids: list[int]
+    turns: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The response as messages: its turns, or the one that it is."""
+        return [dict(each) for each in self.turns] or [{"role": "assistant", "content": self.response}]
 
     def is_same(self, other: _Row) -> bool:
         """Whether both are the same response to the same prompt; columns, which may be arrays, are not compared."""
@@ -77,11 +84,13 @@ class _Reward:
                     f"{place}: the dataset has a column {shortened(name)}, which {self.spec.name} calls "
                     "the texts of prompts or responses; rename one of the two"
                 )
-        if self.source.asks.tokens and "tokens" in prompt.columns:
-            raise ConfigError(
-                f"{place}: the parameter tokens gets the response's token ids, but the dataset has a "
-                "column tokens; rename one of the two"
-            )
+        asks = self.source.asks
+        for name, asked, what in (("tokens", asks.tokens, "token ids"), ("turns", asks.turns, "messages")):
+            if asked and name in prompt.columns:
+                raise ConfigError(
+                    f"{place}: the parameter {name} gets the response's {what}, but the dataset has a "
+                    f"column {name}; rename one of the two"
+                )
 
     def start(self, batch: Mapping[int, _Row]) -> None:
         """Make a call for the rows that wait for one, if any do."""
@@ -92,7 +101,8 @@ class _Reward:
         prompts = [row.prompt for row in rows]
         columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
         texts, responses = [prompt.text for prompt in prompts], [row.response for row in rows]
-        call = self.source.start(Batch(texts, responses, [row.token_ids for row in rows], columns))
+        turns = [row.messages for row in rows] if self.source.asks.turns else []
+        call = self.source.start(Batch(texts, responses, [row.token_ids for row in rows], columns, turns))
         self.calls.append((numbers, call))
 
     def results(self, count: int) -> tuple[list[Score | Fault], list[tuple[Fault, list[int]]]]:
@@ -173,7 +183,14 @@ class Rewards:
         for reward in self._rewards:
             reward.require_columns(prompt)
 
-    def submit(self, i: int, prompt: Prompt, response: str, token_ids: Sequence[int]) -> None:
+    def submit(
+        self,
+        i: int,
+        prompt: Prompt,
+        response: str,
+        token_ids: Sequence[int],
+        turns: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Response ``i`` of the batch is complete: rewards in workers and remote ones start on it, the others wait.
 
         Its number, not the order of these calls, says where its score goes. RuntimeError for a number given twice.
@@ -182,7 +199,7 @@ class Rewards:
             raise RuntimeError(f"response {i} was submitted twice for one batch")
         for reward in self._rewards:
             reward.check_names(prompt)
-        self._rows[i] = _Row(prompt, response, list(token_ids))
+        self._rows[i] = _Row(prompt, response, list(token_ids), turns)
         for reward in self._rewards:
             if reward.source.early:
                 reward.waiting.append(i)
@@ -190,15 +207,21 @@ class Rewards:
                     reward.start(self._rows)
 
     def collect(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], token_ids: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+        turns: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     ) -> Scores:
         """The scores of the whole batch; what was not submitted before starts now. Every response has a token.
+        ``turns`` are the responses as messages, where they may have several turns; none of these was submitted before.
 
         RewardError where a reward with ``on_failure: error`` fails, and where a total is beyond float32. RuntimeError
         where a response was submitted that differs from the one collected. In any case the next batch starts afresh.
         """
         try:
-            rows = [_Row(*row) for row in zip(prompts, responses, map(list, token_ids), strict=True)]
+            said = [()] * len(prompts) if turns is None else turns
+            rows = [_Row(*row) for row in zip(prompts, responses, map(list, token_ids), said, strict=True)]
             for i, row in self._rows.items():
                 if not (0 <= i < len(rows) and row.is_same(rows[i])):
                     other = shortened(rows[i].response) if 0 <= i < len(rows) else f"only {len(rows)} responses"
@@ -207,7 +230,7 @@ class Rewards:
                     )
             for i, row in enumerate(rows):
                 if i not in self._rows:
-                    self.submit(i, *(row.prompt, row.response, row.token_ids))
+                    self.submit(i, row.prompt, row.response, row.token_ids, row.turns)
             for reward in sorted(self._rewards, key=lambda each: not each.source.early):  # workers work meanwhile
                 if not reward.source.early:
                     reward.waiting = list(range(len(rows)))

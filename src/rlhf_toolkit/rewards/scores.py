@@ -43,7 +43,11 @@ class NoFunctions:
         """Do nothing: no call begins early."""
 
     def collect(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], token_ids: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+        turns: object = None,
     ) -> Scores:
         """Give every response 0."""
         return Scores([0.0] * len(responses), {}, [True] * len(responses), None, {})

@@ -14,6 +14,8 @@ from rlhf_toolkit.errors import ConfigError, nearest, shortened
 
 RESPONSES_FIRST = ("completions", "completion", "responses", "response", "outputs")
 """What a first parameter is called that wants responses, as TRL calls its rewards."""
+OURS = frozenset(("tokens", "turns"))
+"""Parameters that get what is no column: token ids, and responses as messages."""
 SHOWN = 10
 
 
@@ -22,9 +24,10 @@ class Asked:
     """What the parameters of the function ``name`` say.
 
     Its first two get prompts and responses, everything else is given by name. ``tokens``: it gets the responses' token
-    ids, under that name. No column may be called as ``options``, its parameters with a default, or as ``texts``, its
-    first two. ``needs`` are the others without a default; it takes these and the options alone, unless it is ``open``,
-    which has ``**columns``. ``misfit`` says why it cannot be called with prompts and responses, if it cannot.
+    ids, under that name, ``turns``: the responses as messages. No column may be called as ``options``, its parameters
+    with a default, or as ``texts``, its first two. ``needs`` are the others without a default; it takes these and the
+    options alone, unless it is ``open``, which has ``**columns``. ``misfit`` says why it cannot be called with prompts
+    and responses, if it cannot.
     """
 
     name: str = ""
@@ -34,6 +37,7 @@ class Asked:
     needs: frozenset[str] = frozenset()
     open: bool = True
     misfit: str = ""
+    turns: bool = False
 
     def plain(self) -> dict[str, Any]:
         """As values of JSON, of which ``Asked.of`` makes it again."""
@@ -58,7 +62,7 @@ class Asked:
                 raise ConfigError(
                     f"{place}.{name}: {called} has no such parameter{nearest(name, known)}; it takes {takes}"
                 )
-        absent = sorted(self.needs - {*columns, *given, *(["tokens"] if self.tokens else [])})
+        absent = sorted(self.needs - {*columns, *given, *OURS})
         there = ", ".join(map(_short, sorted(columns)[:SHOWN])) or "none"
         if absent:
             way_out = "rename one of them, or give it a default"
@@ -90,11 +94,12 @@ def asked(function: Callable[..., Any], *, besides: Collection[str] = ()) -> Ask
     return Asked(
         name=name,
         tokens="tokens" in [each.name for each in parameters],
-        options=frozenset({each.name for each in parameters if each.default is not each.empty} - {"tokens"}),
+        options=frozenset({each.name for each in parameters if each.default is not each.empty} - OURS),
         texts=frozenset(first),
         needs=frozenset(without_default - set(besides)),
         open=any(each.kind is each.VAR_KEYWORD for each in parameters),
         misfit=_misfit(name, parameters, besides),
+        turns="turns" in [each.name for each in parameters],
     )
 
 

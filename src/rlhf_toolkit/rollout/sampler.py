@@ -183,6 +183,7 @@ class Sampler:
                     texts_of=self.texts,
                     budget=sampling.max_new_tokens,
                     pad_id=sampling.pad_id,
+                    stop_ids=sampling.stop_ids,
                     # In the window ranks take as many turns as they need; while streaming, all take as many.
                     anyone=bool if alone else any_rank,
                     agreeing=nullcontext if alone else partial(agreement, "the environment"),
@@ -197,7 +198,8 @@ class Sampler:
 def copied(rollout: Rollout) -> Rollout:
     """A copy of ``rollout`` in ordinary tensors: those made under ``bare_tensors`` can have no part in autograd."""
     columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-    return Rollout(**{name: column.clone() for name, column in columns.items() if column is not None})
+    clones: dict[str, Any] = {name: x.clone() for name, x in columns.items() if isinstance(x, torch.Tensor)}
+    return replace(rollout, **clones)
 
 
 def tokens_of(rollout: Rollout) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -35,8 +35,14 @@ class Scorer(Protocol):
     def submit(self, row: int, prompt: Prompt, response: str, token_ids: list[int]) -> None:
         """A response is there, while others are still being decoded."""
 
-    def collect(self, prompts: Sequence[Prompt], responses: list[str], token_ids: list[list[int]]) -> Scores:
-        """The scores of all of a rank's responses."""
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        responses: list[str],
+        token_ids: list[list[int]],
+        turns: Sequence[Sequence[dict[str, Any]]] | None = None,
+    ) -> Scores:
+        """The scores of all of a rank's responses. ``turns`` are their messages, None where each is one turn."""
 
     def close(self) -> None:
         """End what it has started."""
@@ -95,8 +101,10 @@ class ScoredSampler:
         names = () if greedy else (self.seed, *stream)
 
         def submit(row: int, tokens: list[int]) -> None:
-            """Slow rewards work on a response while others are still being decoded."""
-            self.scorer.submit(row, batch.prompts[row], self.sampler.texts([tokens])[0], tokens)
+            """Slow rewards work on a response while others are still being decoded; those of several turns come to
+            their end together."""
+            if self.sampler.environment is None:
+                self.scorer.submit(row, batch.prompts[row], self.sampler.texts([tokens])[0], tokens)
             self.clock.advance()
 
         with self.clock.phase("gen", len(batch)):
@@ -107,7 +115,7 @@ class ScoredSampler:
         texts = self.sampler.texts(tokens)
         self._tell_unread(tokens)
         with self.clock.phase("reward"), agreement("the reward"), stopping.interruptible():
-            scores = self.scorer.collect(batch.prompts, texts, tokens)
+            scores = self.scorer.collect(batch.prompts, texts, tokens, rollout.turns)
         mine = sampled_here(batch, rollout, texts, scores, pad_id=sampling.pad_id)
         sampled = gather_rollout(mine, shares, pad_id=sampling.pad_id)
         with self.clock.phase("reward"):

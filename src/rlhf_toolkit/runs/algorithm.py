@@ -5,7 +5,7 @@ Settings that would do nothing are refused here, and so are functions that canno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any
@@ -116,7 +116,7 @@ def resolve(experiment: Experiment) -> Algorithm:
         new_kl_control=kl_control_of(ppo),
         first_ratio_tolerance=ppo.first_ratio_tolerance,
         curriculum=curriculum_of(data, count=experiment.rollout.prompts_per_rollout, seed=seed),
-        environment=environment_of(experiment.rollout),
+        environment=environment_of(experiment.rollout, data.chat_template_kwargs),
         passing=passing_of(experiment.reward),
     )
 
@@ -298,15 +298,16 @@ def curriculum_of(data: DataConfig, *, count: int, seed: int) -> Callable[[Seque
     return partial(Curriculum, function, count=count, seed=seed, kwargs=data.curriculum_kwargs)
 
 
-def environment_of(rollout: RolloutConfig) -> Environment | None:
-    """What answers the policy in the middle of a response, if anything does. Raises ConfigError where it cannot be
-    called with prompts, responses and the turn."""
+def environment_of(rollout: RolloutConfig, values: Mapping[str, Any]) -> Environment | None:
+    """What answers the policy in the middle of a response, if anything does; ``values`` go to the chat template.
+    Raises ConfigError where it cannot be called with prompts, responses and the turn."""
     if rollout.environment is None:
         return None
     function = load_function(rollout.environment, "rollout.environment")
     if misfit := asked(function, besides=("turn",)).misfit:
         raise ConfigError(f"rollout.environment: {misfit}")
-    return Environment(function, rollout.max_turns, f"rollout.environment={rollout.environment}")
+    name = f"rollout.environment={rollout.environment}"
+    return Environment(function, rollout.max_turns, name, rollout.max_turn_tokens, values)
 
 
 def passing_of(reward: RewardConfig) -> Passing | None:

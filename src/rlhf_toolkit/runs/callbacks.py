@@ -47,11 +47,18 @@ class EvaluationAtBothEnds(TrainerCallback):
 
     def __init__(self, trainer: Evaluating, lacks: Callable[[int], bool] = lambda step: False) -> None:
         self.trainer, self.lacks = trainer, lacks
+        self._before_training = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A program may have asked for the first evaluation already."""
+        self._before_training = self._before_training or state.global_step == 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """When a run is resumed, only what was due as it stopped and has not come to its end."""
         step = state.global_step
-        due = step == 0 or (args.eval_strategy != "no" and step % args.eval_steps == 0 and self.lacks(step))
+        due = args.eval_strategy != "no" and step % args.eval_steps == 0 and self.lacks(step)
+        if step == 0:
+            due = not self._before_training
         if self.trainer.held_out and due:
             self.trainer.evaluate()
 

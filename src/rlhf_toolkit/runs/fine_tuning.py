@@ -36,7 +36,7 @@ from rlhf_toolkit.runs.packing import packs
 from rlhf_toolkit.runs.run import Run
 from rlhf_toolkit.runs.start import Kind, prepare_run
 from rlhf_toolkit.runs.tokenizer import load_run_tokenizer, reading, rendering
-from rlhf_toolkit.runs.weights import load_adapted_base
+from rlhf_toolkit.runs.weights import load_adapted_base, require_one_model
 from rlhf_toolkit.seeding import derive_seed
 from rlhf_toolkit.settings.experiment import DPOExperiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.texts import say
@@ -208,6 +208,7 @@ def load_trained_model(experiment: FineTuning, config: PretrainedConfig, topolog
         base, adapter = load_adapted_base(model, config, topology)
         torch.manual_seed(derive_seed(experiment.run.seed, "adapters"))
         return build_roles(experiment, base, adapter)
+    require_one_model(model.name)
     base = load_base(
         model.name,
         config,

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, DataError, TopologyError, shortened
 from rlhf_toolkit.export.folders import read_json
+from rlhf_toolkit.given import SECTION
 from rlhf_toolkit.models.finite import find_not_finite
 from rlhf_toolkit.models.folders import check_model_folder
 from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
@@ -138,7 +139,8 @@ def read_settings(run_folder: Path, batch: KeptBatch, *, trust_code: bool) -> Ex
     """The settings of the run that kept the batch. Raises ConfigError where they name code that is not trusted."""
     if not (run_folder / RUN_FILE).is_file():
         raise DataError(f"{run_folder} has no {RUN_FILE}: a kept batch is inspected where it lies, in its run folder")
-    experiment = experiment_from_dict(read_json(run_folder / RUN_FILE), KINDS[batch.kind])
+    settings = {name: section for name, section in read_json(run_folder / RUN_FILE).items() if name != SECTION}
+    experiment = experiment_from_dict(settings, KINDS[batch.kind])
     own_code = isinstance(experiment, Experiment) and ":" in experiment.ppo.policy_loss
     if not trust_code and (own_code or experiment.model.trust_remote_code):
         name = "ppo.policy_loss" if own_code else "model.trust_remote_code"

@@ -22,6 +22,7 @@ from rlhf_toolkit.distributed.collectives import agreement, on_main
 from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology, start
 from rlhf_toolkit.distributed.watch import begin_watching
+from rlhf_toolkit.given import given_section
 from rlhf_toolkit.models.folders import commit_of
 from rlhf_toolkit.models.loading import MAIN, load_model_config
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -118,7 +119,7 @@ def prepare_run(
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
     topology = begun(experiment)
     experiment = with_dtype(experiment, topology)
-    folder, settings = Path(experiment.run.output_dir), experiment.as_dict()
+    folder, settings = Path(experiment.run.output_dir), experiment.as_dict() | given_section()
     require_same("the setting", flat(settings))
     parts = kind(experiment, topology)
     with agreement("finding the optimizer"):

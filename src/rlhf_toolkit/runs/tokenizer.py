@@ -16,6 +16,7 @@ from rlhf_toolkit.checkpoints import fingerprint
 from rlhf_toolkit.data.template_files import TemplateFile, use_template
 from rlhf_toolkit.data.tokenizers import end_with, stop_token_ids
 from rlhf_toolkit.files import write_text
+from rlhf_toolkit.given import TOKENIZER, given_object
 from rlhf_toolkit.models.loading import generation_eos_of, load_tokenizer
 from rlhf_toolkit.settings.configs import DataConfig, ModelConfig
 from rlhf_toolkit.settings.supervised import DatasetConfig
@@ -64,7 +65,8 @@ def travelling(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, stop_ids:
     It writes the tokenizer as it is now. Checkpoints are written in a thread, and whoever calls a tokenizer with
     padding or truncation leaves both in its files until the next call.
     """
-    if model.eos_token is None and not isinstance(tokenizer.chat_template, TemplateFile):
+    given = given_object(TOKENIZER, model.name) is not None
+    if not given and model.eos_token is None and not isinstance(tokenizer.chat_template, TemplateFile):
         return None
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)

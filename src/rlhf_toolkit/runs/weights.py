@@ -6,9 +6,12 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf_toolkit.checkpoints import base_fingerprint
-from rlhf_toolkit.distributed.collectives import on_main
+from rlhf_toolkit.checkpoints import base_fingerprint, checksum, fingerprint
+from rlhf_toolkit.distributed.collectives import on_main, world_size
+from rlhf_toolkit.distributed.machines import require_same
 from rlhf_toolkit.distributed.topology import Topology
+from rlhf_toolkit.given import MODEL, given_object
+from rlhf_toolkit.models.given_model import weights_of
 from rlhf_toolkit.models.loading import load_base, lora_config
 from rlhf_toolkit.models.quantised import Quantisation, QuantisedLinear, stored_bytes
 from rlhf_toolkit.models.shared_base import SharedBase
@@ -18,10 +21,20 @@ from rlhf_toolkit.settings.configs import ModelConfig
 from rlhf_toolkit.texts import say
 
 
+def require_one_model(name: str) -> None:
+    """Raise TopologyError where a program has given ranks different models as ``name``: one that starts from random
+    weights needs a seed. A collective."""
+    model = given_object(MODEL, name)
+    if model is not None and world_size() > 1:
+        sums = [checksum(tensor.flatten(), 0) for tensor in weights_of(model).values()]
+        require_same("the weights of", {"the model that was given": fingerprint(sums)})
+
+
 def load_adapted_base(
     model: ModelConfig, config: PretrainedConfig, topology: Topology
 ) -> tuple[PreTrainedModel, LoraConfig]:
     """The base, and the settings of a new adapter on it."""
+    require_one_model(model.name)
     base = load_base(
         model.name,
         config,

@@ -224,9 +224,10 @@ class RolloutConfig(Section):
         False, "rewards, environment and samples read special tokens too, all but those that end a response or pad it"
     )
     environment: str | None = knob(
-        None, "path/to/file.py:name of (prompts, responses, turn, **columns) -> answers, after which the policy goes on"
+        None, "path/to/file.py:name of (prompts, responses, turn, **columns) -> answers, texts or messages, or none"
     )
     max_turns: int = knob(4, "turns of the policy in one response, where there is an environment", ABOVE_0)
+    max_turn_tokens: int | None = knob(None, "token budget of one turn; none: what is left of max_new_tokens", ABOVE_0)
     mode: str = knob(
         "auto", "window: gather the base once; stream: decode through its shards; auto: what fits", choices=MODES
     )

@@ -285,6 +285,16 @@ def kl_stop(experiment: Experiment) -> None:
         )
 
 
+def turn_budget(experiment: Experiment) -> None:
+    """A turn's budget is less than the response's, or it cuts nothing."""
+    turn, whole = experiment.rollout.max_turn_tokens, experiment.rollout.max_new_tokens
+    if turn is not None and turn >= whole:
+        raise ConfigError(
+            f"rollout.max_turn_tokens={turn} cuts no turn: a response has rollout.max_new_tokens={whole}, all turns "
+            f"and answers together; set it to {whole - 1} or less, or drop it"
+        )
+
+
 def overlong_buffer(experiment: Experiment) -> None:
     """The buffer begins within the response. ``soft_overlong_penalty`` would refuse too, but after a rollout."""
     buffer, budget = experiment.reward.overlong_buffer, experiment.rollout.max_new_tokens
@@ -320,6 +330,7 @@ RULES = (
     value_warmup,
     kl_horizon,
     kl_stop,
+    turn_budget,
     overlong_buffer,
     held_out,
     number_of_updates,

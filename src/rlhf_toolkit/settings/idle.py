@@ -80,7 +80,7 @@ def idle_around_responses(experiment: Experiment) -> list[Idle]:
         ),
         (
             experiment.rollout.environment is None,
-            ("rollout.max_turns",),
+            ("rollout.max_turns", "rollout.max_turn_tokens"),
             "without rollout.environment a response has one turn; name an environment, or leave this one out",
         ),
     ]

@@ -7,8 +7,8 @@ becomes what the setting takes; anything else that does not fit is a ConfigError
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,9 +20,10 @@ from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.kinds import KIND, require_kind
 from rlhf_toolkit.settings.knobs import default_of, require_plain
 from rlhf_toolkit.settings.names import meant, section_meant
-from rlhf_toolkit.settings.yaml_text import file_text, read_yaml
+from rlhf_toolkit.settings.yaml_text import file_text, read_with_lines, read_yaml
 
 E = TypeVar("E")
+NAMED = re.compile(r"(?<=^section )\w+|(?<=^unknown section ')\w+|[a-z]\w*(?:\.\w+|\[\d+\])+")
 ON_OFF = {True: "on", False: "off"}
 NAMES = {
     NoneType: "none",
@@ -42,7 +43,7 @@ def load_experiment(
 
     Raises ConfigError for a file that cannot be read and for settings that cannot work.
     """
-    values = read_yaml(file_text(path), f"{path} is not valid YAML")
+    values, lines = read_with_lines(file_text(path), f"{path} is not valid YAML")
     if not isinstance(values, Mapping | None):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections such as model: and ppo:")
     sections = dict(values or {})
@@ -50,7 +51,22 @@ def load_experiment(
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
         sections[section] = {**_settings(section, sections.get(section)), key: value}
-    return experiment_from_dict(sections, kind)
+        lines.pop(name, None)
+    with at_lines(path, lines):
+        return experiment_from_dict(sections, kind)
+
+
+@contextmanager
+def at_lines(path: str | Path, lines: Mapping[str, int]) -> Iterator[None]:
+    """A ConfigError from inside ends with the file's line of the first setting that it names, of those in ``lines``."""
+    try:
+        yield
+    except ConfigError as error:
+        words = NAMED.findall(str(error))
+        line = next((lines[word] for word in words if word in lines), None)
+        if line is not None:
+            error.args = (f"{error} ({path}, line {line})",)
+        raise
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -75,23 +91,30 @@ def experiment_from_dict(
 
     Raises ConfigError for values that cannot work and for an unknown name, with the nearest known one.
     """
-    known = {section.name for section in fields(kind)}  # type: ignore[arg-type]
-    kinds = {name: hint for name, hint in get_type_hints(kind).items() if name in known}  # no constants of the class
-    names = {name: [setting.name for setting in fields(section)] for name, section in kinds.items()}
-    sections = {}
-    for name, section in values.items():
-        if name not in kinds:
-            raise ConfigError(f"unknown section {shortened(name, 80)}{section_meant(str(name), names)}")
-        hints, settings = get_type_hints(kinds[name]), {setting.name: setting for setting in fields(kinds[name])}
-        given = _settings(name, section)
-        for key in given:
-            if key not in settings:
-                place = shortened(key, 80)[1:-1] if isinstance(key, str) else shortened(key, 80)
-                raise ConfigError(f"unknown setting {name}.{place}{meant(name, str(key), names)}")
-        sections[name] = kinds[name](
-            **{key: converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in given.items()}
-        )
-    return kind(**sections)
+    kinds = section_types(kind)
+    return kind(**{name: section_from_dict(name, section, kinds) for name, section in values.items()})
+
+
+def section_types(kind: type[Any]) -> dict[str, type[Any]]:
+    """The sections of a kind of run, by name."""
+    known = {section.name for section in fields(kind)}
+    return {name: hint for name, hint in get_type_hints(kind).items() if name in known}  # no constants of the class
+
+
+def section_from_dict(name: str, section: Any, kinds: Mapping[str, type[Any]]) -> Any:
+    """The section ``name``, one of ``kinds``, with these settings; one of None has its defaults. Raises ConfigError."""
+    names = {each: [setting.name for setting in fields(section)] for each, section in kinds.items()}
+    if name not in kinds:
+        raise ConfigError(f"unknown section {shortened(name, 80)}{section_meant(str(name), names)}")
+    hints, settings = get_type_hints(kinds[name]), {setting.name: setting for setting in fields(kinds[name])}
+    given = _settings(name, section)
+    for key in given:
+        if key not in settings:
+            place = shortened(key, 80)[1:-1] if isinstance(key, str) else shortened(key, 80)
+            raise ConfigError(f"unknown setting {name}.{place}{meant(name, str(key), names)}")
+    return kinds[name](
+        **{key: converted(f"{name}.{key}", value, hints[key], settings[key]) for key, value in given.items()}
+    )
 
 
 def _settings(name: str, section: Any) -> Mapping[str, Any]:

@@ -20,6 +20,8 @@ from rlhf_toolkit.texts import printable
 MOST_CHARACTERS = 2**18
 """Of a file or of a value; experiments have some thousand."""
 MOST_DEEP = DEEPEST + 10
+LONGEST_NAME = 80
+"""Of a setting whose line is told."""
 TEXT, NUMBERS = "tag:yaml.org,2002:str", ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -71,15 +73,21 @@ def read_yaml(text: str, fault: str) -> Any:
 
     Raises ConfigError, which begins with ``fault`` and never quotes ``text``: a secret may stand in it.
     """
+    return read_with_lines(text, fault)[0]
+
+
+def read_with_lines(text: str, fault: str) -> tuple[Any, dict[str, int]]:
+    """``read_yaml``, and the line of each key in ``text``, from 1, by its dotted name: ``reward.functions[0].url``."""
     if len(text) > MOST_CHARACTERS:
         raise ConfigError(f"{fault}: it has more than {MOST_CHARACTERS} characters; put data into a file of its own")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return None
+            return None, {}
         _expanded(node, {}, set())
-        return loader.construct_document(node)
+        lines = _lines(node)  # before merge keys become what they stand for
+        return loader.construct_document(node), lines
     except _Refused as error:
         raise ConfigError(f"{fault}: {error}; repair it") from error
     except yaml.MarkedYAMLError as error:
@@ -106,12 +114,12 @@ def _expanded(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> i
     if isinstance(node, yaml.SequenceNode):
         children = list(node.value)
     elif isinstance(node, yaml.MappingNode):
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)[1]
-            raise _Refused(
-                f"{shortened(twice, 80)} stands twice at line {node.start_mark.line + 1} and below; keep one"
-            )
+        first = dict[tuple[str, str], int]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in first:
+                raise _Refused(f"{shortened(key.value, 80)} stands twice, at lines {first[name]} and {line}; keep one")
+            first[name] = line
         children = [child for pair in node.value for child in pair]
     for child in children:
         size += _expanded(child, known, open_nodes)
@@ -120,3 +128,21 @@ def _expanded(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> i
     open_nodes.discard(id(node))
     known[id(node)] = size
     return size
+
+
+def _lines(root: yaml.Node) -> dict[str, int]:
+    """The line of each key that may be a setting's, by its dotted name: four levels, of short names. What an alias
+    stands for has that of its own text."""
+    lines, level = dict[str, int](), [("", root)]
+    for _ in range(4):
+        below = list[tuple[str, yaml.Node]]()
+        for name, node in level:
+            if isinstance(node, yaml.SequenceNode):
+                below += [(f"{name}[{number}]", item) for number, item in enumerate(node.value)]
+            for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+                if isinstance(key, yaml.ScalarNode) and len(key.value) <= LONGEST_NAME:
+                    place = f"{name}.{key.value}".removeprefix(".")
+                    lines[place] = key.start_mark.line + 1
+                    below.append((place, value))
+        level = below
+    return lines
