@@ -67,7 +67,10 @@ def with_rewards(experiment: Experiment) -> None:
 def test_a_mistake_costs_one_line(
     case: Mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert last_line(case, tmp_path, monkeypatch, capsys) == case.line
+    line, _, place = last_line(case, tmp_path, monkeypatch, capsys).partition(" ({here}/experiment.yaml, line ")
+    assert line == case.line
+    assert not place or 1 <= int(place.rstrip(")")) <= len((tmp_path / "experiment.yaml").read_text().splitlines())
+    assert place or case not in SETTINGS
 
 
 def table(cases: tuple[Mistake, ...]) -> str:

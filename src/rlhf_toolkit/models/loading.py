@@ -37,6 +37,8 @@ from rlhf_toolkit.models.shared_base import ON_ADAPTER, SharedBase
 from rlhf_toolkit.models.stored_nf4 import check_stored, kept_whole, plain_config
 
 REWARD_HEAD = "reward_head.safetensors"
+MOST_IDS = 2**31
+"""No vocabulary has so many tokens, and tokenizers take no larger number for one."""
 MAIN = "main"
 """The branch of the hub that is meant where no revision is named."""
 PEFTS_START = "kaiming"  # which PEFT calls True
@@ -117,7 +119,7 @@ def generation_eos_of(name: str, config: PretrainedConfig, revision: str | None 
     generation = generation_config_of(name, revision)
     found = config.get_text_config().eos_token_id if generation is None else generation.eos_token_id
     tokens = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens):
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < MOST_IDS for token in tokens):
         raise ModelError(f"{name} has eos_token_id={shortened(found)}, which is no token's number; repair its configs")
     return found
 
