@@ -119,6 +119,7 @@ def test_killed_and_resumed_equals_straight(
 MORTAL = """
 import os
 import runpy
+import time
 from pathlib import Path
 
 from rlhf_toolkit.trainers.fine_tuner import FineTuner
@@ -128,6 +129,8 @@ real_step = FineTuner.training_step
 
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 5:
+        while not Path(self.args.output_dir, "checkpoint-4/manifest.json").is_file():  # a thread writes it meanwhile
+            time.sleep(0.05)
         os._exit(9)
     return real_step(self, *args, **kwargs)
 
@@ -179,7 +182,7 @@ def test_a_supervised_run_killed_and_resumed_equals_straight(
 
 def test_a_supervised_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     """In the words that PPO has."""
-    settings = sections(tmp_path, "sft", {})
+    settings = sections(tmp_path, "sft", {"run.save_every": 0})
     experiment = experiment_from_dict(settings, SFTExperiment)
     with pytest.raises(CheckpointError, match=r"--resume, but run\.output_dir=.* holds no run; start without --resume"):
         prepare_fine_tuning(experiment, resume=True)

@@ -2,7 +2,8 @@
 out.
 
 Three tables, from cheap to dear: the experiment's file alone, one process that must refuse before it loads the model's
-weights (they are deleted, so that loading them would be another error), and one rank of two that goes wrong.
+weights (they are deleted, so that loading them would be another error), and one rank of two that goes wrong. More
+mistakes of one process: ``tests/support/mistakes.py``.
 """
 
 from __future__ import annotations
@@ -187,35 +188,6 @@ REFUSED = {
         "prompt",
         {"data.prompt_column": "question"},
     ),
-    "missing dataset": Refused(
-        "DataError: there is no file {here}/nothing.jsonl (looked in {cwd}); check data.train or data.evaluation",
-        {"data.train": "{here}/nothing.jsonl"},
-    ),
-    "fewer prompts than a rollout takes": Refused(
-        "DataError: rollout.prompts_per_rollout=32 is more than the 24 prompts there are, so that every rollout would "
-        "repeat some; set it to 24 or less, or add prompts",
-        {"rollout.prompts_per_rollout": 32},
-    ),
-    "no chat template": Refused(
-        "DataError: the tokenizer of {here}/model has no chat template; set data.chat_template: false and give prompts "
-        "as strings, or use a model that has one",
-        {"data.chat_template": True},
-    ),
-    "missing model": Refused(
-        "ModelError: cannot load the model '/nowhere/model': there is no such folder; give a hub name or a local "
-        "folder",
-        {"model.name": "/nowhere/model"},
-    ),
-    "reward file missing": Refused(
-        "ConfigError: reward.function='{here}/other.py:f': there is no file {here}/other.py (looked in {cwd}); check "
-        "the path",
-        {"reward.function": "{here}/other.py:f"},
-    ),
-    "reward function missing": Refused(
-        "ConfigError: reward.function='{here}/reward.py:low_word': low_word is not defined there; did you mean "
-        "low_words?",
-        {"reward.function": "{here}/reward.py:low_word"},
-    ),
     "reward file that cannot be imported": Refused(
         "ConfigError: reward.function='{here}/reward.py:low_words': importing {here}/reward.py raised "
         "ZeroDivisionError: division by zero at reward.py:1; repair it, or give path/to/file.py:name",
@@ -230,11 +202,6 @@ REFUSED = {
         "CheckpointError: run.output_dir=/proc/run cannot be written: No such file or directory; choose a folder you "
         "may write to",
         {"run.output_dir": "/proc/run"},
-    ),
-    "output folder is a file": Refused(
-        "CheckpointError: run.output_dir={here}/reward.py cannot be written: File exists; choose a folder you may "
-        "write to",
-        {"run.output_dir": "{here}/reward.py"},
     ),
     "no space left": Refused(
         "CheckpointError: run.output_dir={here}/run has 16 MiB of free space, a run needs at least 256; make room or "
@@ -256,10 +223,6 @@ REFUSED = {
         "CheckpointError: {here}/run was started with model.lora_rank=2, now model.lora_rank=4; resume with the same "
         "settings",
         spoil=another_run,
-        arguments=("--resume",),
-    ),
-    "resume of nothing": Refused(
-        "CheckpointError: --resume, but run.output_dir={here}/run holds no run; start without --resume",
         arguments=("--resume",),
     ),
     "several processes without DeepSpeed": Refused(

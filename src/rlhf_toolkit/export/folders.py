@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ def read_run(folder: Path) -> FinishedRun:
     settings = read_json(folder / RUN_FILE)
     if not all(isinstance(section, dict) for section in settings.values()):
         raise CheckpointError(f"{folder / RUN_FILE} holds no settings; restore that file")
-    if (folder / "summary.json").is_file():
+    if os.path.lexists(folder / "summary.json"):  # whatever it is, it is no run that has not ended
         summary, prefix = read_json(folder / "summary.json"), ""
         require_seal(folder, summary)
     else:
