@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_toolkit.checkpoint_files import Checkpoint
 from rlhf_toolkit.errors import CheckpointError, ConfigError, TopologyError
 from rlhf_toolkit.models.loading import load_model_config as real_config
 from rlhf_toolkit.runs import start
@@ -32,7 +33,7 @@ def test_a_supervised_run_imports_nothing_of_rollout() -> None:
     assert [name for name in ours if "rollout" in name or name == "rlhf_toolkit.trainers.ppo"] == []
 
 
-STEPS = ("open_run_folder", "load_model_config", "fingerprint_of", "require_same", "claim_run_folder", "start_wandb")
+STEPS = ("open_run_folder", "load_model_config", "fingerprint_of", "require_same", "claim_run_folder", "start_trackers")
 
 
 @pytest.mark.parametrize("kind", ["ppo", "sft"])
@@ -98,3 +99,15 @@ def test_a_folder_that_another_run_has_claimed_meanwhile_is_left_to_it(
     with pytest.raises(CheckpointError, match="claimed by another run while this one was loading"):
         prepare(experiment_from_dict(write_task(tmp_path)))
     assert (tmp_path / "run/run.json").read_text() == "{}"
+
+
+def test_a_resumed_run_finds_its_trackers_runs_in_the_checkpoint(tmp_path: Path) -> None:
+    def found(state: dict[str, Any]) -> dict[str, str]:
+        return start.run_ids_in(Checkpoint(tmp_path, 1, state))
+
+    assert found({}) == {}
+    assert found({"run_ids": {"wandb": "w", "mlflow": "m", "trackio": 3}}) == {"wandb": "w", "mlflow": "m"}
+    assert found({"wandb_id": "w"}) == {"wandb": "w"}, "of a run from before there were others"
+    assert found({"wandb_id": None}) == {}
+    with pytest.raises(CheckpointError, match="does not hold what this run needs"):
+        found({"run_ids": 5})

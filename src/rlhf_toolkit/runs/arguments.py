@@ -7,7 +7,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from rlhf_toolkit.settings.configs import OptimizerConfig, RunConfig
+from rlhf_toolkit.settings.configs import RunConfig
+from rlhf_toolkit.settings.optimizer import OptimizerConfig
 
 
 def training_arguments(

@@ -69,7 +69,7 @@ class FineTuningRun(Run[FineTuning, FineTuner]):
             extra=extra,
         )
         if self.mirror is not None:
-            self.mirror.finish()
+            self.mirror.finish(summary)
         return summary
 
 

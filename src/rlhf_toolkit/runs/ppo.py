@@ -50,7 +50,7 @@ class PPORun(Run[Experiment, PPOTrainer]):
             self.folder, seconds=seconds, world_size=self.topology.world_size, device=str(self.topology.device)
         )
         if self.mirror is not None:
-            self.mirror.finish()
+            self.mirror.finish(summary)
         return summary
 
 

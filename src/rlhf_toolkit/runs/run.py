@@ -13,7 +13,7 @@ from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.run_log import Progress
-from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.reporting.trackers import Mirrors
 from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
@@ -32,7 +32,7 @@ class Run(Generic[E, T]):
     topology: Topology
     trainer: T
     checkpoint: Checkpoint | None
-    mirror: WandbMirror | None
+    mirror: Mirrors | None
     progress: Progress
 
     @property
