@@ -190,7 +190,7 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(
     module = Noted("tensorboard", add_scalar=full)
     module.__dict__["SummaryWriter"] = lambda *args, **kwargs: module
     fill(begun_with(module, "tensorboard", Place(tmp_path, "n", "p"), arguments, monkeypatch))
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         "tensorboard has failed (OSError: disk full) and gets nothing more; log.jsonl has all of the run\n"
     )
     module.__dict__["SummaryWriter"] = full

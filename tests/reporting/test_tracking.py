@@ -139,7 +139,7 @@ def test_a_run_that_has_ended_well_is_not_lost_to_wandb(
 ) -> None:
     mirror = mirror_of(Wandb(OSError("no space")), monkeypatch, mode="offline")
     mirror.finish({})
-    assert "W&B has failed at the end of the run (OSError: no space); f has all of it\n" in capsys.readouterr().out
+    assert "W&B has failed at the end of the run (OSError: no space); f has all of it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("mode", "reachable"), [("offline", True), ("online", False), ("online", True)])

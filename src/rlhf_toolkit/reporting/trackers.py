@@ -12,6 +12,7 @@ import copy
 import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ class Integration:
             action()
         except Exception as error:
             self.works = False
-            say(f"{self.name} has failed ({described(error)}) and gets nothing more; log.jsonl has all of the run")
+            say(
+                f"{self.name} has failed ({described(error)}) and gets nothing more; log.jsonl has all of the run",
+                sys.stderr,
+            )
 
 
 class Mirrors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -100,7 +101,7 @@ class WandbMirror:
                 self._log_adapters()
             self.run.finish()
         except Exception as error:  # the run itself has ended well
-            say(f"W&B has failed at the end of the run ({described(error)}); {self.folder} has all of it")
+            say(f"W&B has failed at the end of the run ({described(error)}); {self.folder} has all of it", sys.stderr)
 
     def _log_adapters(self) -> None:
         """Make each adapter an artifact. Its files are sent from where they lie, not from a copy."""
