@@ -3,6 +3,7 @@ can load."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import fields
@@ -13,14 +14,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import rlhf_toolkit
 from rlhf_toolkit.checkpoints import open_run_folder
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.folders import read_run
 from rlhf_toolkit.run_claims import RUN_FILE
 from rlhf_toolkit.settings.alarms import AlarmsConfig
+from tests.support import wandb_file
 from tests.support.launch import ROOT, Finished, run_recipe
 from tests.support.tiny import merged, write_experiment, write_task
 
+READS_EVENTS = importlib.util.find_spec("tensorboard") is not None
 WATCH_WANDB = """
 import json, os
 from pathlib import Path
@@ -70,6 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_run")
     changes = {
         "run.wandb": "offline",
+        "run.trackers": ["wandb", *(["tensorboard"] if READS_EVENTS else [])],
         "run.evaluate_every": 2,
         "run.evaluation_samples": 3,
         "reward.passes_at": 0.5,
@@ -122,6 +127,36 @@ def test_a_run_with_what_wandb_leaves_in_it_can_go_on_and_be_read(run: Path) -> 
     with pytest.raises(CheckpointError, match="has no checkpoint"):  # and nothing about a link
         open_run_folder(folder, settings, resume=True, overwrite=False)
     assert read_run(folder).summary["mean_scores"]
+
+
+def test_wandbs_own_file_has_every_record_and_what_the_run_was(run: Path) -> None:
+    found = wandb_file.read(run / "run/wandb")
+    for kind in ("train", "eval"):
+        for record in log(run, kind):
+            numbers = {name: value for name, value in record.items() if name != "kind"}
+            assert any(numbers.items() <= row.items() for row in found.rows), record
+    assert found.metrics == {"rollout": "", "*": "rollout"}
+    assert found.config["ppo"]["num_rollouts"] == 4
+    assert found.config["versions"]["rlhf_toolkit"] == rlhf_toolkit.__version__
+    assert bool(found.commit) == (ROOT / ".git").exists(), "W&B itself notes the code's commit"
+    summary = json.loads((run / "run/summary.json").read_text())
+    assert summary["versions"]["rlhf_toolkit"] == rlhf_toolkit.__version__
+    assert found.summary["run/seconds"] == summary["seconds"]
+    assert found.summary["run/best_score"] == max(summary["mean_scores"])
+    adapters = {name.partition("-")[0]: files for name, files in found.artifacts.items() if "samples" not in name}
+    assert {*adapters} == {"policy", "value"}
+    assert "adapter_model.safetensors" in adapters["policy"]
+    assert sum("samples" in name for name in found.artifacts) >= 2, "tables of train and eval"
+
+
+@pytest.mark.skipif(not READS_EVENTS, reason="tensorboard is not installed")
+def test_tensorboards_own_reader_finds_the_log(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "run/tensorboard"))
+    events.Reload()
+    curve = {each.step: each.value for each in events.Scalars("critic/score/mean")}
+    assert curve == pytest.approx({record["rollout"]: record["critic/score/mean"] for record in log(run, "train")})
 
 
 def test_wandb_gets_its_own_axis_and_never_a_step(run: Path) -> None:

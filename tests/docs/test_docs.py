@@ -16,7 +16,10 @@ from tests.support.offenders import for_each
 
 SUPERVISED = (SFTExperiment, RewardExperiment, DPOExperiment)
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BY_PAGE = for_each("page", PAGES, lambda page: page.name)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
 FILE = re.compile(r"`((?:src|recipes|accelerate_configs|tests|docs|bench)/[\w./-]+?\.(?:py|yaml|md))(?=[`:])")

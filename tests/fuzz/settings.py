@@ -43,6 +43,7 @@ WITHOUT_TRACE = {
     "sft.turns": "rows have one turn of the assistant's",
     "run.timeout_minutes": "nobody is late",
     "run.stall_minutes": "nobody stands still",
+    "run.trackers": "W&B is off, and none of the others is asked for",
     "run.wandb_project": "W&B is off",
     "run.name": "W&B is off",
     "run.keep_best": "two updates leave no more checkpoints than are kept",

@@ -7,8 +7,9 @@ from dataclasses import Field, fields
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from rlhf_toolkit.settings.configs import AGGREGATIONS, CORRECTIONS, SCHEDULES
+from rlhf_toolkit.settings.configs import AGGREGATIONS, CORRECTIONS
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, FineTuning, RewardExperiment, SFTExperiment
+from rlhf_toolkit.settings.optimizer import SCHEDULES
 
 KINDS: dict[str, type[Experiment] | type[FineTuning]] = {
     "ppo": Experiment,
@@ -171,6 +172,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "run.most_not_finite": (0, 3),
     "run.stall_minutes": (1, 60),
     "run.timeout_minutes": (1, 120),
+    "run.trackers": (None, []),
     "run.name": (None, "a name"),
     "run.wandb_project": ("rlhf_toolkit",),
     "alarms.kl_above": (None, 1e-6, 200.0),

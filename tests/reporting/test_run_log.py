@@ -229,4 +229,4 @@ def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) 
     for name, version in versions().items():
         assert importlib.metadata.version(name) == version
     monkeypatch.setattr(run_log, "PACKAGES", ("torch", "no-such-package"))
-    assert versions().keys() == {"torch"} and "torch" in PACKAGES
+    assert versions().keys() == {"rlhf_toolkit", "torch"} and "torch" in PACKAGES

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.reporting import tracking
-from rlhf_toolkit.reporting.tracking import WandbMirror, imported
+from rlhf_toolkit.reporting.tracking import WandbMirror, numbers_of
 
 SAMPLE = {"rollout": 3, "kind": "train", "prompt": "p", "response": "r", "score": 0.5, "rewards": {"a": 1.0}}
 
@@ -29,6 +29,9 @@ class Wandb:
         self.Settings = SimpleNamespace
         self.Table = lambda columns, data: ("table", columns, data)
         self.id = "abc"
+        self.summary: dict[str, Any] = {}
+        self.artifacts: dict[str, list[str]] = {}
+        self.Artifact = Artifact
 
     def init(self, **options: Any) -> Wandb:
         self.started.append(options)
@@ -46,12 +49,27 @@ class Wandb:
     def alert(self, **what: str) -> None:
         self.alerts.append(what)
 
+    def log_artifact(self, artifact: Artifact) -> None:
+        self.artifacts[artifact.name] = artifact.files
+
     def finish(self) -> None:
+        if self.refuses is not None:
+            raise self.refuses
         self.finished += 1
 
 
+class Artifact:
+    def __init__(self, name: str, type: str) -> None:
+        assert type == "model"
+        self.name, self.files = name, list[str]()
+
+    def add_file(self, path: str, policy: str, skip_cache: bool) -> None:
+        assert (policy, skip_cache) == ("immutable", True), "a copy of every adapter"
+        self.files.append(Path(path).name)
+
+
 def mirror_of(wandb: Wandb, monkeypatch: pytest.MonkeyPatch, **options: Any) -> WandbMirror:
-    monkeypatch.setattr(tracking, "imported", lambda mode: wandb)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
     settings = {"mode": "online", "project": "p", "name": "n", "folder": Path("f"), "config": {"a": 1}}
     return WandbMirror(**{**settings, **options})
 
@@ -89,8 +107,39 @@ def test_a_record_is_logged_without_its_kind_and_with_a_table_of_samples(monkeyp
         {"rollout": 3, "critic/score/mean": 0.5, "samples/train": table},
         {"rollout": 3, "eval/score/mean": 0.7},
     ]
-    mirror.finish()
+    mirror.finish({})
     assert wandb.finished == 1
+
+
+def test_an_ended_run_leaves_its_numbers_and_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for role in ("policy", "value"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "weights").touch()
+    (tmp_path / "policy/adapter_config.json").touch()  # the value is a model of its own, which may be large
+    summary = {"seconds": 2.5, "mean_scores": [0.1, None, 0.4, 0.3], "versions": {"torch": "2"}, "device": "cpu"}
+    wandb = Wandb()
+    mirror_of(wandb, monkeypatch, folder=tmp_path).finish(summary)
+    assert wandb.summary == {"run/seconds": 2.5, "run/best_score": 0.4}
+    assert wandb.artifacts == {"policy-abc": ["adapter_config.json", "weights"]}
+    monkeypatch.setenv("WANDB_LOG_MODEL", "false")
+    mirror_of(without := Wandb(), monkeypatch, folder=tmp_path).finish(summary)
+    assert (without.artifacts, without.finished) == ({}, 1)
+
+
+def test_the_best_of_a_run_is_the_highest_score_or_the_least_loss() -> None:
+    scores = {"evaluations": [{"eval/score/mean": 0.1}, {"eval/score/mean": 0.3}, {"eval/score/mean": 0.2}]}
+    losses = {"losses": [3.0, 1.0], "evaluations": [{"eval/loss": 2.0}, {"eval/loss": 1.5}, {"eval/loss": 1.7}]}
+    assert numbers_of(scores) == {"best_evaluation_score": 0.3}
+    assert numbers_of(losses) == {"least_evaluation_loss": 1.5}
+    assert numbers_of({"mean_scores": [None], "evaluations": []}) == {}
+
+
+def test_a_run_that_has_ended_well_is_not_lost_to_wandb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = mirror_of(Wandb(OSError("no space")), monkeypatch, mode="offline")
+    mirror.finish({})
+    assert "W&B has failed at the end of the run (OSError: no space); f has all of it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("mode", "reachable"), [("offline", True), ("online", False), ("online", True)])
@@ -133,9 +182,3 @@ def test_how_long_it_tries_is_bounded_and_the_users_to_say(monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
     with pytest.raises(ConfigError, match="WANDB_INIT_TIMEOUT='soon' is no number of seconds; set one, or unset it"):
         mirror_of(Wandb(), monkeypatch)
-
-
-def test_a_run_without_the_package_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"^run\.wandb=offline, but wandb cannot be imported.*run\.wandb: off$"):
-        imported("offline")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from rlhf_toolkit.checkpoint_files import Checkpoint
 from rlhf_toolkit.errors import CheckpointError, ConfigError, ModelError, TopologyError
 from rlhf_toolkit.models.loading import load_model_config as real_config
 from rlhf_toolkit.run_claims import hold, release
@@ -34,7 +35,7 @@ def test_a_supervised_run_imports_nothing_of_rollout() -> None:
     assert [name for name in ours if "rollout" in name or name == "rlhf_toolkit.trainers.ppo"] == []
 
 
-STEPS = ("open_run_folder", "load_model_config", "fingerprint_of", "require_same", "claim_run_folder", "start_wandb")
+STEPS = ("open_run_folder", "load_model_config", "fingerprint_of", "require_same", "claim_run_folder", "start_trackers")
 
 
 @pytest.mark.parametrize("kind", ["ppo", "sft"])
@@ -115,3 +116,15 @@ def test_a_mixture_of_experts_is_told_what_is_adapted(tmp_path: Path, capsys: py
     run.progress.close()
     said = "adapters are on k_proj, o_proj, q_proj, v_proj; the 4 matrices of routed experts, model.layers.0.mlp.exper"
     assert said in capsys.readouterr().out
+
+
+def test_a_resumed_run_finds_its_trackers_runs_in_the_checkpoint(tmp_path: Path) -> None:
+    def found(state: dict[str, Any]) -> dict[str, str]:
+        return start.run_ids_in(Checkpoint(tmp_path, 1, state))
+
+    assert found({}) == {}
+    assert found({"run_ids": {"wandb": "w", "mlflow": "m", "trackio": 3}}) == {"wandb": "w", "mlflow": "m"}
+    assert found({"wandb_id": "w"}) == {"wandb": "w"}, "of a run from before there were others"
+    assert found({"wandb_id": None}) == {}
+    with pytest.raises(CheckpointError, match="does not hold what this run needs"):
+        found({"run_ids": 5})

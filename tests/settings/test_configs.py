@@ -23,7 +23,6 @@ from rlhf_toolkit.settings.configs import (
     CORRECTIONS,
     KINDS,
     MODES,
-    SCHEDULES,
     VALUE_SITES,
     PPOConfig,
     RewardConfig,
@@ -33,6 +32,7 @@ from rlhf_toolkit.settings.configs import (
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.knobs import Section
 from rlhf_toolkit.settings.loading import experiment_from_dict, load_experiment, parse_overrides
+from rlhf_toolkit.settings.optimizer import SCHEDULES
 from tests.support.offenders import for_each
 
 EXPERIMENTS = (Experiment, SFTExperiment, RewardExperiment, DPOExperiment)
@@ -208,6 +208,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "most_not_finite": 3,
         "timeout_minutes": 120,
         "stall_minutes": 30.0,
+        "trackers": None,
         "wandb": "offline",
         "wandb_project": "rlhf_toolkit",
         "name": None,

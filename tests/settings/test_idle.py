@@ -66,6 +66,7 @@ def ppo(changes: dict[str, Any]) -> Experiment:
         ("ppo.kl_horizon", 500, {}, {"ppo.kl_target": 0.1}),
         ("ppo.kl_target", 0.1, {"ppo.kl_coef": 0.0}, {"ppo.kl_coef": 0.001}),
         ("alarms.kl_above", 5.0, {"ppo.kl_coef": 0.0}, {"ppo.kl_coef": 1e-6}),
+        ("run.wandb", "online", {"run.trackers": ["mlflow"]}, {"run.trackers": ["mlflow", "wandb"]}),
         ("alarms.stop", True, NO_ALARM, {**NO_ALARM, "alarms.cut_above": 0.5}),
     ],
 )

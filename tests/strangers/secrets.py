@@ -211,7 +211,7 @@ def used(case: Case, settings: dict[str, Any]) -> str:
     card(folder, experiment.as_dict())
     if case.use == "wandb":
         mirror = WandbMirror(mode="offline", project="p", name="n", folder=folder, config=experiment.as_dict())
-        mirror.finish()
+        mirror.finish({})
     open_run_folder(folder, experiment.as_dict(), resume=True, overwrite=False)
     return said
 

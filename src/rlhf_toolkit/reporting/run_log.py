@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import rlhf_toolkit
 from rlhf_toolkit.errors import CheckpointError, described
 from rlhf_toolkit.files import appended, write_text
 from rlhf_toolkit.reporting.seal import SEAL, SUMMARY, require_seal, sealed
@@ -202,8 +203,8 @@ def summary_of_ended(folder: Path, rounds: int, axis: str) -> Record | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of ``PACKAGES``, as far as they are installed."""
-    found = {}
+    """The version of the toolkit, and those of ``PACKAGES`` as far as they are installed."""
+    found = {"rlhf_toolkit": rlhf_toolkit.__version__}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

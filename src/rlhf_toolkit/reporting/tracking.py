@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,12 @@ START_TIMEOUT_SECONDS = 60
 """W&B tries for so long before the run goes offline; the environment's WANDB_INIT_TIMEOUT replaces it."""
 FINISH_TIMEOUT_SECONDS = 300
 """At the end of a run W&B sends for so long; what is left then lies in the run folder for ``wandb sync``."""
+
+
+ROLES = ("policy", "value", "reward")
+"""Folders of what a run has trained."""
+LOGS_MODELS = "WANDB_LOG_MODEL"
+"""The environment variable in which W&B's users say that weights are not to be logged: false."""
 
 
 class WandbMirror:
@@ -44,8 +51,8 @@ class WandbMirror:
             "id": run_id,
             "resume": "allow",
         }
-        wandb = self._wandb = imported(mode)
-        self._axis = axis
+        wandb = self._wandb = importlib.import_module("wandb")
+        self.folder, self._axis = folder, axis
         try:
             self.run = wandb.init(mode=mode, settings=_settings(wandb), **options)
         except (wandb.errors.Error, OSError) as error:
@@ -83,20 +90,39 @@ class WandbMirror:
         for record, samples in history if self.offline else ():
             self(record, samples)
 
-    def finish(self) -> None:
-        """Send what is left and close the run."""
-        self.run.finish()
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Give the run the numbers of ``summary`` and the adapters it has trained, send what is left and close it."""
+        try:
+            self.run.summary.update({f"run/{name}": value for name, value in numbers_of(summary).items()})
+            if os.environ.get(LOGS_MODELS, "").lower() != "false":
+                self._log_adapters()
+            self.run.finish()
+        except Exception as error:  # the run itself has ended well
+            say(f"W&B has failed at the end of the run ({described(error)}); {self.folder} has all of it", sys.stderr)
+
+    def _log_adapters(self) -> None:
+        """Make each adapter an artifact. Its files are sent from where they lie, not from a copy."""
+        for role in ROLES:
+            if (self.folder / role / "adapter_config.json").is_file():
+                artifact = self._wandb.Artifact(f"{role}-{self.run_id}", type="model")
+                for path in sorted(path for path in (self.folder / role).iterdir() if path.is_file()):
+                    artifact.add_file(str(path), policy="immutable", skip_cache=True)
+                self.run.log_artifact(artifact)
 
 
-def imported(mode: str) -> Any:
-    """The module ``wandb``: only a run that is mirrored needs it. Raises ConfigError where it is not installed."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"run.wandb={mode}, but wandb cannot be imported ({described(error)}); install it, or set run.wandb: off"
-        ) from error
-    return wandb
+def numbers_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What W&B compares runs by: the numbers of a run's summary, and the best of its curves."""
+    numbers = {name: value for name, value in summary.items() if isinstance(value, (int, float))}
+    evaluations = [each for each in summary.get("evaluations", []) if isinstance(each, dict)]
+    for name, values, best in (
+        ("best_score", summary.get("mean_scores", []), max),
+        ("best_evaluation_score", [each.get("eval/score/mean") for each in evaluations], max),
+        ("least_evaluation_loss", [each.get("eval/loss") for each in evaluations], min),
+    ):
+        there = [value for value in values if value is not None]
+        if there:
+            numbers[name] = best(there)
+    return numbers
 
 
 def _settings(wandb: Any) -> Any:

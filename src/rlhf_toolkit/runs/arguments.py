@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from rlhf_toolkit.runs.places import saved_every
-from rlhf_toolkit.settings.configs import OptimizerConfig, RunConfig
+from rlhf_toolkit.settings.configs import RunConfig
+from rlhf_toolkit.settings.optimizer import OptimizerConfig
 
 
 def training_arguments(

@@ -24,6 +24,7 @@ from rlhf_toolkit.models.slot_cache import column_bytes, state_bytes
 from rlhf_toolkit.models.targets import refuse_unknown
 from rlhf_toolkit.planning.memory import Placement, place
 from rlhf_toolkit.planning.sizes import kept_bytes
+from rlhf_toolkit.reporting.trackers import require_trackers
 from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import one_token
 from rlhf_toolkit.rollout.sizes import model_size, needs_of, sharding
@@ -58,6 +59,7 @@ def checked(
     kind = PPOKind(experiment, topology) if isinstance(experiment, Experiment) else FineTuningKind(experiment, topology)
     offloaded = asked.offload_optimizer != "none"
     require_optimizer(experiment.update.optimizer, device, offloaded=offloaded)
+    require_trackers(experiment.run.watchers)
     model = experiment.model
     config = load_model_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     data: Any = kind.load_data(config)

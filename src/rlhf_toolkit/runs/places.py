@@ -27,5 +27,6 @@ def places_text(run: RunConfig, rounds: int, unit: str) -> str:
     every, kept = saved_every(run, rounds), run.keep_checkpoints
     times = f"every {unit}" if every == 1 else f"every {every} {unit}s"
     checkpoints = f"a checkpoint {times}, the newest {kept} kept" if every else "no checkpoints before the end"
-    wandb = "" if run.wandb == "off" else f"; W&B {run.wandb}"
-    return f"writes: {run.output_dir}: log.jsonl, samples.jsonl, summary.json, {checkpoints}{wandb}"
+    watchers = ", ".join(f"W&B {run.wandb}" if each == "wandb" else each for each in run.watchers)
+    told = f"; {watchers}" if watchers else ""
+    return f"writes: {run.output_dir}: log.jsonl, samples.jsonl, summary.json, {checkpoints}{told}"

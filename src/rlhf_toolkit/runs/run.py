@@ -14,7 +14,7 @@ from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.reporting.run_log import summary_of_ended
-from rlhf_toolkit.reporting.tracking import WandbMirror
+from rlhf_toolkit.reporting.trackers import Mirrors
 from rlhf_toolkit.run_claims import release
 from rlhf_toolkit.runs.stop import stopped
 from rlhf_toolkit.settings.configs import AUTO
@@ -34,7 +34,7 @@ class Run(Generic[E, T]):
     topology: Topology
     trainer: T
     checkpoint: Checkpoint | None
-    mirror: WandbMirror | None
+    mirror: Mirrors | None
     progress: Progress
 
     @property
@@ -55,9 +55,9 @@ class Run(Generic[E, T]):
         return summary
 
     def finished(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Close the mirror in W&B; ``summary`` on rank 0, on others an empty one."""
+        """Give the trackers the ``summary`` and close them; it on rank 0, on others an empty one."""
         if self.mirror is not None:
-            self.mirror.finish()
+            self.mirror.finish(summary)
         return summary if self.topology.is_main else {}
 
     def fit(self) -> None:

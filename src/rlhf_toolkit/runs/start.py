@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
 
 from rlhf_toolkit.checkpoint_files import Checkpoint, understood
 from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder, require_identity
@@ -33,6 +33,7 @@ from rlhf_toolkit.reporting.panel import begin_panel
 from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.reporting.quiet import quiet_libraries
 from rlhf_toolkit.reporting.run_log import Record, RunLog, history, mend_logs, versions
+from rlhf_toolkit.reporting.trackers import Mirrors, Place, begun, require_trackers
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
 from rlhf_toolkit.runs.opening import Opening
@@ -117,7 +118,7 @@ def prepare_run(
     kind: type[Kind[E, D, M, T]], run: type[A], experiment: E, *, resume: bool = False, overwrite: bool = False
 ) -> A:
     """Build the run on every rank. Raises a subclass of RLHFError for everything the user can mend."""
-    topology = begun(experiment)
+    topology = joined(experiment)
     experiment = with_dtype(experiment, topology)
     folder, settings = Path(experiment.run.output_dir), experiment.as_dict() | given_section()
     require_same("the setting", flat(settings))
@@ -125,6 +126,7 @@ def prepare_run(
     with agreement("finding the optimizer"):
         offloaded = topology.launch.offload_optimizer != "none"
         require_optimizer(experiment.update.optimizer, topology.device, offloaded=offloaded)
+    on_main(lambda: require_trackers(experiment.run.watchers))
     checkpoint = on_main(lambda: open_run_folder(folder, settings, resume=resume, overwrite=overwrite))
     began = take_for_now(checkpoint)
     given = experiment.model
@@ -154,15 +156,15 @@ def prepare_run(
         require_identity(checkpoint, settings, identity)
     else:  # whatever was wrong with settings, files or machines has cost nobody the run that lay here
         on_main(lambda: claim_run_folder(folder, settings, overwrite=overwrite))
-    run_id = None if checkpoint is None else checkpoint.state.get("wandb_id")
-    with agreement("the start of W&B"):
-        mirror = start_wandb(experiment.run, settings, topology, run_id, axis=parts.axis)
+    run_ids = {} if checkpoint is None else run_ids_in(checkpoint)
+    with agreement("the start of trackers"):
+        mirror = start_trackers(experiment.run, settings, topology, trainer.args, run_ids, axis=parts.axis, until=done)
         if mirror is not None and checkpoint is not None:
             mirror.catch_up(history(folder, axis=parts.axis, until=done))
     about = {
         "settings": settings,
         "identity": identity,
-        "wandb_id": run_id if mirror is None else mirror.run_id,
+        "run_ids": run_ids if mirror is None else {**run_ids, **mirror.run_ids},
         "commit": commit_of(given.name, given.revision or MAIN),
         "began": began,
         **described_here(topology),
@@ -174,7 +176,7 @@ def prepare_run(
     return run(experiment, topology, trainer, checkpoint, mirror, progress)
 
 
-def begun(experiment: Experiment | FineTuning) -> Topology:
+def joined(experiment: Experiment | FineTuning) -> Topology:
     """Join the process group, watch the other ranks, and say what begins."""
     quiet_libraries()
     topology = start(max_grad_norm=experiment.update.max_grad_norm, timeout_minutes=experiment.run.timeout_minutes)
@@ -196,7 +198,7 @@ def take_for_now(checkpoint: Checkpoint | None) -> str:
     return began
 
 
-def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: WandbMirror | None) -> None:
+def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: Mirrors | None) -> None:
     """Say where everything goes, and add what watches the run to its trainer: engine check, alarms, log, evaluations,
     and the keeping of the best."""
     settings, alarms = parts.experiment.run, parts.alarms(notifier(progress, mirror))
@@ -216,7 +218,7 @@ def watch_run(parts: Kind[E, D, M, T], trainer: T, progress: Progress, mirror: W
         trainer.add_callback(callback)
 
 
-def notifier(progress: Progress, mirror: WandbMirror | None) -> Notify:
+def notifier(progress: Progress, mirror: Mirrors | None) -> Notify:
     """Tells people on rank 0: on the terminal, and in W&B."""
 
     def notify(title: str, text: str) -> None:
@@ -243,18 +245,43 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
 
 
-def start_wandb(
-    run: RunConfig, settings: dict[str, Any], topology: Topology, run_id: str | None, *, axis: str
-) -> WandbMirror | None:
-    """The W&B mirror, on the true rank 0 only."""
-    if run.wandb == "off" or not topology.is_main:
+def run_ids_in(checkpoint: Checkpoint) -> dict[str, str]:
+    """What trackers call the run that wrote the checkpoint, by tracker."""
+    with understood(checkpoint.folder):
+        found = dict(checkpoint.state.get("run_ids", {}))
+        if "wandb_id" in checkpoint.state:  # before there were others
+            found["wandb"] = checkpoint.state["wandb_id"]
+    return {name: run_id for name, run_id in found.items() if isinstance(run_id, str)}
+
+
+def start_trackers(
+    run: RunConfig,
+    settings: dict[str, Any],
+    topology: Topology,
+    arguments: TrainingArguments,
+    run_ids: dict[str, str],
+    *,
+    axis: str,
+    until: int,
+) -> Mirrors | None:
+    """The run's trackers, on the true rank 0 only. Raises ConfigError where one cannot begin."""
+    if not run.watchers or not topology.is_main:
         return None
-    return WandbMirror(
-        mode=cast(Literal["online", "offline"], run.wandb),
-        project=run.wandb_project,
-        name=run.name or Path(run.output_dir).name,
-        folder=Path(run.output_dir),
-        config=settings,
-        run_id=run_id,
-        axis=axis,
-    )
+    name, folder = run.name or Path(run.output_dir).name, Path(run.output_dir)
+    wandb = None
+    if "wandb" in run.watchers:
+        wandb = WandbMirror(
+            mode=cast(Literal["online", "offline"], run.wandb),
+            project=run.wandb_project,
+            name=name,
+            folder=folder,
+            config={**settings, "versions": versions()},
+            run_id=run_ids.get("wandb"),
+            axis=axis,
+        )
+    others = [
+        begun(each, Place(folder, name, run.wandb_project, until, run_ids.get(each)), settings, arguments, axis)
+        for each in run.watchers
+        if each != "wandb"
+    ]
+    return Mirrors(wandb, others)

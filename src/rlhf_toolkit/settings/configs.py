@@ -22,7 +22,6 @@ from rlhf_toolkit.settings.knobs import (
     AT_LEAST_1,
     BIASES,
     FROM_0_TO_1,
-    FROM_0_TO_BELOW_1,
     LAYERS,
     NO_DROPOUT,
     NOT_NEGATIVE,
@@ -31,6 +30,7 @@ from rlhf_toolkit.settings.knobs import (
     TOKENS,
     WITHIN_0_AND_1,
     WORDS_TO_AVOID,
+    Rule,
     Section,
     knob,
 )
@@ -48,21 +48,15 @@ OTHER_STARTS = {
     "orthogonal": "gives B A = 0 up to rounding only: the policy would not start as its reference",
 }
 """Starts that PEFT knows besides, and why they are refused."""
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 AUTO = "auto"
 VALUE_SITES = ("adapter", "policy_trunk")
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
+EACH_TRACKER = Rule(
+    f"name some of {', '.join(TRACKERS)}, each once",
+    lambda value: all(each in TRACKERS for each in value) and len({*value}) == len(value),
+)
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-SCHEDULES = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "inverse_sqrt",
-)
-"""Those of transformers' ``SchedulerType`` that need nothing but a number of steps."""
 STREAMING = "read rows while they are tokenised; the source is never stored as a whole"
 REVISION = "branch, tag or commit of a model of the hub; none: its main branch"
 WHICH_TEMPLATE = "the tokenizer's chat template, or in that of a file of Jinja"
@@ -322,53 +316,6 @@ class PPOConfig(Section):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Section):
-    """One AdamW, one schedule, and how a mini-batch is cut."""
-
-    SECTION = "update"
-
-    micro_batch_tokens: int = knob(
-        4096, "tokens of an update's forward pass, its roles together: those it computes, padding too", ABOVE_0
-    )
-    packing: str = knob(
-        "auto",
-        "sequences end to end, shared prefixes once: on, off (padded rows) or auto (on where the model can)",
-        choices=("auto", "on", "off"),
-    )
-    schedule: str = knob("constant", "transformers' scheduler type, of all groups", choices=SCHEDULES)
-    warmup_steps: int = knob(0, "optimizer steps of linear warm-up, for schedules that have one", NOT_NEGATIVE)
-    max_grad_norm: float = knob(1.0, "the gradient of all groups together is clipped to this norm", ABOVE_0)
-    optimizer: str = knob(
-        "adamw",
-        "adamw; adamw_8bit: bitsandbytes' with moments of 8 bits; paged_adamw_8bit: these paged out of a full GPU",
-        choices=OPTIMIZERS,
-    )
-    loraplus_lr_ratio: float = knob(1.0, "LoRA+: adapters' B train at this multiple of their rate; 1: off", ABOVE_0)
-    weight_decay: float = knob(0.0, "AdamW's weight decay on all that is trained", NOT_NEGATIVE)
-    adam_beta1: float = knob(0.9, "AdamW", FROM_0_TO_BELOW_1)
-    adam_beta2: float = knob(0.95, "AdamW", FROM_0_TO_BELOW_1)
-    adam_epsilon: float = knob(1e-5, "AdamW; PyTorch's 1e-8 makes the first PPO updates too bold", ABOVE_0)
-
-    def __post_init__(self) -> None:
-        """Warm-up needs a schedule that has one."""
-        super().__post_init__()
-        if self.warmup_steps and self.schedule == "constant":
-            raise ConfigError(
-                f"update.warmup_steps={self.warmup_steps} with schedule constant has no effect; "
-                "use constant_with_warmup"
-            )
-
-
-@dataclass(frozen=True)
-class UpdateConfig(OptimizerConfig):
-    """The optimizer of PPO: three named parameter groups."""
-
-    policy_lr: float = knob(1e-4, "rate of the policy's adapter; LoRA wants about 10x full fine-tuning's", NOT_NEGATIVE)
-    value_lr: float = knob(1e-4, "rate of the value's adapter, where it has one (model.value_on)", NOT_NEGATIVE)
-    value_head_lr: float = knob(1e-3, "learning rate of the value head", NOT_NEGATIVE)
-
-
-@dataclass(frozen=True)
 class RunConfig(Section):
     """Where results go, how often, and who watches."""
 
@@ -393,6 +340,25 @@ class RunConfig(Section):
         "a rank that stands still for so long while others wait ends the run, which says where; 0: none does",
         NOT_NEGATIVE,
     )
-    wandb: str = knob("offline", "online, offline or off", choices=("online", "offline", "off"))
-    wandb_project: str = knob("rlhf_toolkit", "W&B project")
-    name: str | None = knob(None, "run name in W&B; none: the output folder's name")
+    trackers: list[str] | None = knob(
+        None, f"who gets the metrics: {', '.join(TRACKERS)}; none: wandb, unless run.wandb is off", EACH_TRACKER
+    )
+    wandb: str = knob("offline", "how W&B is used: online, offline or off", choices=("online", "offline", "off"))
+    wandb_project: str = knob("rlhf_toolkit", "project in W&B and trackio, experiment in MLflow")
+    name: str | None = knob(None, "run name there; none: the output folder's name")
+
+    def __post_init__(self) -> None:
+        """A tracker is not both named and switched off."""
+        super().__post_init__()
+        if "wandb" in (self.trackers or ()) and self.wandb == "off":
+            raise ConfigError(
+                f"run.trackers={self.trackers} with run.wandb=off: leave wandb out of run.trackers, or set run.wandb "
+                "to online or offline"
+            )
+
+    @property
+    def watchers(self) -> tuple[str, ...]:
+        """The trackers that the run has."""
+        if self.trackers is None:
+            return () if self.wandb == "off" else ("wandb",)
+        return tuple(self.trackers)

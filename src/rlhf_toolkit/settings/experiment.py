@@ -17,9 +17,9 @@ from rlhf_toolkit.settings.configs import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    UpdateConfig,
 )
 from rlhf_toolkit.settings.idle import ABOUT_NEW_ADAPTERS, idle_in_fine_tuning, idle_in_ppo, refuse_idle
+from rlhf_toolkit.settings.optimizer import UpdateConfig
 from rlhf_toolkit.settings.supervised import (
     DatasetConfig,
     DPOConfig,

@@ -33,13 +33,25 @@ NOTHING_HELD_OUT = "data.evaluation names no held-out rows; name some there, or 
 
 def idle_in_ppo(experiment: Experiment) -> list[Idle]:
     """What may be idle in an experiment of PPO, whatever its estimator."""
-    return [idle_revision(experiment), *idle_around_responses(experiment), *idle_in_the_algorithm(experiment)]
+    return [
+        idle_revision(experiment),
+        idle_mode(experiment),
+        *idle_around_responses(experiment),
+        *idle_in_the_algorithm(experiment),
+    ]
 
 
 def idle_revision(experiment: Experiment | FineTuning) -> Idle:
     """A revision is one of the hub's."""
     name = experiment.model.name
     return is_folder(name), ("model.revision",), f"model.name={name} {HAS_NO_REVISIONS}"
+
+
+def idle_mode(experiment: Experiment | FineTuning) -> Idle:
+    """Off is no mode of a W&B that nobody has asked for; online is."""
+    run = experiment.run
+    idle = run.wandb == "online" and "wandb" not in run.watchers
+    return idle, ("run.wandb",), f"run.trackers={run.trackers} has no wandb; add it there, or leave this one out"
 
 
 def is_folder(name: str) -> bool:
@@ -125,6 +137,7 @@ def idle_in_fine_tuning(experiment: FineTuning) -> list[Idle]:
     start = experiment.model.policy_adapter
     return [
         idle_revision(experiment),
+        idle_mode(experiment),
         (True, ABOUT_VALUES, "it is about a value function, which this run does not train; leave it out"),
         (start is not None, ABOUT_NEW_ADAPTERS, f"the adapter of model.policy_adapter={start} {OF_THE_FOLDER}"),
         (not experiment.data.evaluation, ("data.evaluation_split", "run.keep_best"), NOTHING_HELD_OUT),

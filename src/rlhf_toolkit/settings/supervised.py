@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_toolkit.settings.configs import MAX_ROWS, STREAMING, TEMPLATE_VALUES, WHICH_TEMPLATE, OptimizerConfig
+from rlhf_toolkit.settings.configs import MAX_ROWS, STREAMING, TEMPLATE_VALUES, WHICH_TEMPLATE
 from rlhf_toolkit.settings.knobs import ABOVE_0, FROM_0_TO_BELOW_1, NOT_NEGATIVE, TEMPLATE, Section, knob
+from rlhf_toolkit.settings.optimizer import OptimizerConfig
 
 TURNS = ("all", "last")
 
