@@ -21,6 +21,7 @@ import rlhf_toolkit
 from rlhf_toolkit import DPOTrainer, PPOConfig, PPOTrainer, RewardTrainer, SFTConfig, SFTTrainer
 from rlhf_toolkit.data.given_rows import rows_of
 from rlhf_toolkit.errors import CheckpointError, ConfigError, DataError, ModelError, RLHFError
+from rlhf_toolkit.models.folders import commit_of
 from rlhf_toolkit.models.given_model import require_usable
 from rlhf_toolkit.reporting.run_log import read_records
 from rlhf_toolkit.runs.ppo import prepare
@@ -180,6 +181,7 @@ def bad_models() -> dict[str, Any]:
 
 
 def test_models_of_which_no_base_is_made() -> None:
+    assert commit_of("given:LlamaForCausalLM", "main") is None and commit_of("/gone/a/b/c", "main") is None
     for message, model in bad_models().items():
         with pytest.raises(ModelError, match=message):
             require_usable(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.errors import ModelError, described, shortened
 from rlhf_toolkit.files import is_plain_name, link_outside, special_file
@@ -77,7 +78,10 @@ def commit_of(name: str, revision: str) -> str | None:
     or where that is not in the cache."""
     if Path(name).expanduser().is_dir():
         return None
-    found = try_to_load_from_cache(name, CONFIGS[0], revision=revision)
+    try:
+        found = try_to_load_from_cache(name, CONFIGS[0], revision=revision)
+    except HFValidationError:  # of a model that a program has given, whatever that came from
+        return None
     return Path(found).parent.name if isinstance(found, str) else None
 
 
