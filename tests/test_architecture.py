@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
-    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets", "last_words"},
+    {"errors", "types", "seeding", "plugins", "files", "run_folders", "texts", "secrets", "last_words"},
     {"algorithms", "data", "distributed", "planning", "rewards", "checkpoint_files"},
     {"settings", "checkpoints", "reporting", "models"},
     {"rollout", "export"},
@@ -30,6 +30,7 @@ SIBLINGS = {
     ("errors", "texts"),
     ("errors", "last_words"),
     ("last_words", "texts"),
+    ("run_folders", "errors"),
     ("secrets", "errors"),
     ("secrets", "texts"),
 }

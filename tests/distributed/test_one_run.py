@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlhf_toolkit.checkpoints import RUN_FILE, open_run_folder
+from rlhf_toolkit.checkpoints import open_run_folder
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.run_folders import RUN_FILE
 from rlhf_toolkit.settings.alarms import AlarmsConfig
 from tests.support.launch import ROOT, Finished, run_recipe
 from tests.support.tiny import merged, write_experiment, write_task

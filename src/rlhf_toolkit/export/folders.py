@@ -13,12 +13,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.errors import DISK_FULL, CheckpointError, ModelError, RLHFError, described, shortened
 from rlhf_toolkit.export.own_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file
 from rlhf_toolkit.models.folders import MOST_BYTES, check_model_folder
 from rlhf_toolkit.reporting.seal import require_seal
+from rlhf_toolkit.run_folders import RUN_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("value_head.safetensors", "reward_head.safetensors")

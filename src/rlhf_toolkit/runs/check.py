@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.distributed.topology import Launch, Topology, free_memory
 from rlhf_toolkit.errors import shortened
 from rlhf_toolkit.models.loading import adapter_config, build_ppo_roles, load_model_config, lora_config
@@ -28,6 +27,7 @@ from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import one_token
 from rlhf_toolkit.rollout.sizes import model_size, needs_of, sharding
+from rlhf_toolkit.run_folders import RUN_FILE, require_room
 from rlhf_toolkit.runs.assembly import Setup
 from rlhf_toolkit.runs.fine_tuning import FineTuningKind
 from rlhf_toolkit.runs.memory import rollout_size
@@ -50,6 +50,8 @@ def checked(
     """Lines about the run that ``experiment`` describes on so many ``processes``, each as soon as it is known.
     ``launch`` has accelerate's settings, nothing where it has no part. Raises whatever a start would raise before it
     loads the model."""
+    folder = Path(experiment.run.output_dir)
+    require_room(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = launch_of(processes, zero_stage, launch)
     asked.check(max_grad_norm=experiment.update.max_grad_norm)
@@ -66,7 +68,6 @@ def checked(
         yield from about_rewards(data.task)
         yield placement(data, config).description()
     yield f"{kind.rounds(data)} {kind.axis}s of {kind.updates_per_round} update(s)"
-    folder = Path(experiment.run.output_dir)
     if (folder / RUN_FILE).exists():
         yield f"{folder} holds a run: rlhf train --resume continues it, --overwrite replaces it"
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_toolkit.checkpoints import RUN_FILE
 from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, DataError, TopologyError, shortened
 from rlhf_toolkit.export.folders import read_json
@@ -22,6 +21,7 @@ from rlhf_toolkit.models.finite import find_not_finite
 from rlhf_toolkit.models.folders import check_model_folder
 from rlhf_toolkit.models.loading import load_model_config, load_tokenizer
 from rlhf_toolkit.models.role_outputs import COLUMNS, RoleOutputs
+from rlhf_toolkit.run_folders import RUN_FILE
 from rlhf_toolkit.runs.replay import SEQUENCES, Replay, replay_of
 from rlhf_toolkit.settings.experiment import (
     DPOExperiment,
