@@ -13,7 +13,19 @@ PACKAGE = Path(__file__).parents[1] / "src" / "rlhf_toolkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Every module belongs to one layer; a module imports its own layer's package or lower ones, never a sibling package.
 LAYERS = (
-    {"errors", "types", "seeding", "plugins", "files", "texts", "secrets", "given", "last_words", "run_claims"},
+    {
+        "errors",
+        "types",
+        "seeding",
+        "plugins",
+        "files",
+        "texts",
+        "secrets",
+        "given",
+        "last_words",
+        "run_claims",
+        "run_folders",
+    },
     {"algorithms", "data", "distributed", "planning", "rewards", "checkpoint_files"},
     {"settings", "checkpoints", "reporting", "models"},
     {"rollout", "export"},
@@ -32,6 +44,8 @@ SIBLINGS = {
     ("errors", "texts"),
     ("errors", "last_words"),
     ("last_words", "texts"),
+    ("run_folders", "errors"),
+    ("run_folders", "run_claims"),
     ("secrets", "errors"),
     ("secrets", "texts"),
 }

@@ -20,7 +20,6 @@ from torch import nn
 from rlhf_toolkit import checkpoints
 from rlhf_toolkit.checkpoint_files import Checkpoint, Contents, complete, temporary
 from rlhf_toolkit.checkpoints import (
-    LEAST_FREE_BYTES,
     base_fingerprint,
     checksum,
     claim_run_folder,
@@ -33,6 +32,7 @@ from rlhf_toolkit.distributed import collectives
 from rlhf_toolkit.distributed.collectives import on_main
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.run_claims import RUN_FILE, release
+from rlhf_toolkit.run_folders import LEAST_FREE_BYTES, require_room
 from tests.support.allocations import Allocations
 from tests.support.offenders import for_each
 
@@ -191,6 +191,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     assert f"run.output_dir={tmp_path} cannot be written: Read-only file system; " in refusal(tmp_path)
+
+
+def test_a_folder_may_be_asked_about_without_being_made(tmp_path: Path) -> None:
+    require_room(tmp_path / "a/b")
+    (tmp_path / "file").touch()
+    for folder in (Path("/proc/run"), tmp_path / "file/run", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match=f"run.output_dir={folder} cannot be written: N"):
+            require_room(folder)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_looking_at_a_folder_writes_through_no_link(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from rlhf_toolkit.errors import ConfigError, RewardError, reported
-from rlhf_toolkit.last_words import COMMAND, ERROR_FILE, command_of_rlhf, left_in, say_last
+from rlhf_toolkit.last_words import COMMAND, ERROR_FILE, LAUNCHER, command_of_rlhf, leave, left_in, say_last
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> list[Path]:
-    """The files of two ranks, as torchelastic names them."""
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of two ranks of ``rlhf train``, as torchelastic names them."""
+    monkeypatch.setenv(LAUNCHER, str(os.getppid()))
     folders = [tmp_path / "attempt_0" / str(rank) for rank in range(2)]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -41,6 +44,7 @@ def test_the_first_word_counts_and_a_rank_that_failed_alone_is_named(
     monkeypatch.setenv(COMMAND, "[]")
     for rank, lines in ((1, ("the cause", "what came of it")), (0, ("rank 1 failed: the cause",))):
         monkeypatch.setenv(ERROR_FILE, str(ranks[rank]))
+        monkeypatch.setenv("RANK", str(rank))
         for line in lines:
             say_last(line, "its stack")
     assert left_in(tmp_path) == ("[rank 1] the cause", ["its stack"])
@@ -53,7 +57,7 @@ def test_under_another_launcher_it_says_it_and_leaves_it_in_torchelastics_words(
 ) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    monkeypatch.delenv(COMMAND, raising=False)
+    monkeypatch.delenv(LAUNCHER)
     monkeypatch.setenv(ERROR_FILE, str(ranks[0]))
     with pytest.raises(SystemExit), reported():
         try:
@@ -69,6 +73,36 @@ def test_under_another_launcher_it_says_it_and_leaves_it_in_torchelastics_words(
     )
 
 
+def test_a_process_that_a_rank_has_started_speaks_for_itself(
+    ranks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has its rank's environment, and would put its own end in the place of its rank's."""
+    monkeypatch.setenv(ERROR_FILE, str(ranks[0]))
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))
+    say_last("only a command within a reward")
+    assert capsys.readouterr().err == "only a command within a reward\n"
+    assert left_in(tmp_path) == ("", [])
+
+
+def test_a_line_is_there_as_a_whole_or_not_at_all(
+    ranks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second thread that finds it may end the process at once, and torchelastic fails on half a file."""
+    monkeypatch.setenv(ERROR_FILE, str(ranks[1]))
+    monkeypatch.setenv("RANK", "3")  # the second of the second machine
+    lines = [f"thread {number} " + "x" * 10**6 for number in range(4)]
+
+    def say(line: str) -> str:
+        assert leave(line)
+        return str(json.loads(ranks[1].read_text())["message"]["message"])
+
+    with ThreadPoolExecutor(4) as threads:
+        (found,) = set(threads.map(say, lines))
+    assert found in lines and os.listdir(ranks[1].parent) == ["error.json"]
+    ranks[0].write_text(ranks[1].read_text().replace('"rank": "3"', '"rank": "2"').replace(found, "another"))
+    assert left_in(tmp_path)[0] in ("[rank 2] another", f"[rank 3] {found}")
+
+
 def test_a_rank_s_name_stands_before_its_line_and_not_before_the_stack(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +115,6 @@ def test_what_nobody_foresaw_keeps_its_stack(
     ranks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under ``rlhf train`` above the line, once; elsewhere Python prints it."""
-    monkeypatch.delenv(COMMAND, raising=False)
     with pytest.raises(ZeroDivisionError), reported():
         _ = 1 // 0
     monkeypatch.setenv(COMMAND, "[]")

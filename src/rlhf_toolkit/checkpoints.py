@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.files import WANDB_LOGS, link_outside, special_file, write_text
 from rlhf_toolkit.given import SECTION
 from rlhf_toolkit.run_claims import RUN_FILE, came_to_nothing, hold
+from rlhf_toolkit.run_folders import require_usable
 from rlhf_toolkit.texts import printable, say
 
 CHANGED = {
@@ -38,7 +38,6 @@ CHANGED = {
     "reward_model": "was rewarded by another model: that of reward.model has changed",
 }
 """What a checkpoint is tied to, and what is said where it is another now."""
-LEAST_FREE_BYTES = 256 * 2**20
 FREE_TO_CHANGE = (
     "run.",
     "alarms.",
@@ -60,15 +59,8 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
     Raises CheckpointError: the folder cannot be written, has no room, belongs to another run, holds nothing to resume,
     or is to be resumed and holds a link to something outside.
     """
-    _require_room(folder)
-    holds_run = (folder / RUN_FILE).exists()
-    if not holds_run and any(folder.iterdir()):
-        raise CheckpointError(
-            f"run.output_dir={folder} holds files but no {RUN_FILE}, so it is not a run folder; choose another"
-        )
+    require_usable(folder, resume=resume, overwrite=overwrite)
     if resume:
-        if not holds_run:
-            raise CheckpointError(f"--resume, but run.output_dir={folder} holds no run; start without --resume")
         link = link_outside(folder, passing_over=WANDB_LOGS)
         if link is not None:
             raise CheckpointError(
@@ -86,11 +78,6 @@ def open_run_folder(folder: Path, experiment: dict[str, Any], *, resume: bool, o
             say(f"passed over: {printable(line)}")
         remove_leftovers(folder)
         return found
-    if holds_run and not overwrite and not came_to_nothing(folder):
-        raise CheckpointError(
-            f"run.output_dir={folder} holds another run; continue it with --resume, replace it with --overwrite, "
-            "or choose another folder"
-        )
     return None
 
 
@@ -180,23 +167,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def _as_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
-
-
-def _require_room(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:  # a new file, of a name that nobody can foresee
-            probe.write(b"x")
-    except OSError as error:
-        raise CheckpointError(
-            f"run.output_dir={folder} cannot be written: {error.strerror}; choose a folder you may write to"
-        ) from error
-    free = shutil.disk_usage(folder).free
-    if free < LEAST_FREE_BYTES:
-        raise CheckpointError(
-            f"run.output_dir={folder} has {free / 2**20:.0f} MiB of free space, a run needs at least "
-            f"{LEAST_FREE_BYTES // 2**20}; make room or choose another disk"
-        )
 
 
 def require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

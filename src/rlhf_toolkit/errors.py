@@ -95,6 +95,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
+def users_stack(error: BaseException) -> str:
+    """The stack of the user's code in an error of a reward; nothing where it did not raise."""
+    if isinstance(error, RewardError) and error.__cause__ is not None:
+        return "".join(traceback.format_exception(error.__cause__))
+    return ""
+
+
 @contextmanager
 def located(place: str) -> Iterator[None]:
     """A NotFiniteError from inside also says where the run was, such as ``rollout 3``."""
@@ -149,9 +156,10 @@ def in_script() -> bool:
 def reported() -> Iterator[None]:
     """For scripts: an RLHFError ends the process with status 1 and its message, one line, instead of a stack.
 
-    What a reward raised stands above it in full, since that is the user's code; so does, on rank 0, what another rank
-    raised. A disk that is full ends it in the same way, whoever wrote, and so does another rank's end. A run that was
-    stopped ends with 128 and the signal's number. Anything else passes, or is left to the launcher of ``rlhf train``.
+    What a reward raised stands above it in full, since that is the user's code; so does, on rank 0, what another rank's
+    did, and what nobody foresaw there. A disk that is full ends it in the same way, whoever wrote, and so does another
+    rank's end. A run that was stopped ends with 128 and the signal's number. Anything else passes, or is left to the
+    launcher of ``rlhf train``.
     """
     _Script.runs = True
     try:
@@ -161,11 +169,9 @@ def reported() -> Iterator[None]:
     except StopAskedError as error:
         _end(str(error) if os.environ.get("RANK", "0") == "0" else "", status=error.status)
     except RLHFError as error:
-        more = getattr(error, "__notes__", [])  # by ``collectives.agreement``: the traceback of another rank
-        if isinstance(error, RewardError) and error.__cause__ is not None:
-            more = ["".join(traceback.format_exception(error.__cause__)).rstrip()]
-        elif os.environ.get("RANK", "0") != "0":
-            more = []
+        more = [users_stack(error).rstrip()] if users_stack(error) else []
+        if not more and os.environ.get("RANK", "0") == "0" and type(error) in (RLHFError, RewardError):
+            more = getattr(error, "__notes__", [])  # by ``collectives.agreement``: the traceback of another rank
         _end(_told(f"{type(error).__name__}: {error}"), *more)
     except Exception as error:
         line = described(error)

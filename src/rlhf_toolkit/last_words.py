@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,8 @@ COMMAND = "RLHF_COMMAND"
 """Environment variable with the words of the ``rlhf train`` that has started this process, as JSON."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file in which torchelastic looks for the reason of a rank's end."""
+LAUNCHER = "RLHF_LAUNCHER"
+"""Environment variable with the id of the process that runs the launcher of ``rlhf train``."""
 _PARENT = os.getppid()
 
 
@@ -51,25 +54,30 @@ def launcher_is_gone() -> bool:
 
 
 def _has_launcher() -> bool:
-    return COMMAND in os.environ and bool(os.environ.get(ERROR_FILE))
+    """Whether this process is a rank of ``rlhf train``, and not one that a rank has started, as a reward function may:
+    that has the environment of its rank."""
+    return os.environ.get(LAUNCHER) == str(_PARENT) and bool(os.environ.get(ERROR_FILE))
 
 
 def leave(line: str, more: Sequence[str] = ()) -> bool:
     """Put the line where the launcher looks for it, in torchelastic's words; whether it lies there. What a process has
     left before stays."""
     place = os.environ.get(ERROR_FILE)
-    if not place:
+    if not place or (LAUNCHER in os.environ and not _has_launcher()):
         return False
-    now, shown = time.time(), printable(line, LINES)
-    about = {"py_callstack": shown, "timestamp": str(int(now)), "time": now, "more": list(more)}
-    text = json.dumps({"message": {"message": shown, "extraInfo": about}})
+    now, shown, rank = time.time(), printable(line, LINES), os.environ.get("RANK", "0")
+    about = {"py_callstack": shown, "timestamp": str(int(now)), "time": now, "rank": rank, "more": list(more)}
+    # Whole from the start: another thread of this process may end it, and torchelastic fails on half a file.
+    written = f"{place}.{os.getpid()}.{threading.get_ident()}"
     try:
-        with open(place, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        return True
+        Path(written).write_text(json.dumps({"message": {"message": shown, "extraInfo": about}}), encoding="utf-8")
+        with suppress(FileExistsError):
+            os.link(written, place)
     except OSError:
         return False
+    finally:
+        with suppress(OSError):
+            os.unlink(written)
     return True
 
 
@@ -87,7 +95,7 @@ def left_in(folder: Path) -> tuple[str, list[str]]:
         with suppress(OSError, ValueError, KeyError, TypeError):  # of a rank that was killed while it wrote
             said = json.loads(place.read_text(encoding="utf-8"))["message"]
             about = said["extraInfo"]
-            found.append((about["time"], place.parent.name, said["message"], about))
+            found.append((about["time"], about["rank"], said["message"], about))  # of a rank among all machines'
     if not found:
         return "", []
     _, rank, line, about = min(found, key=lambda each: each[:2])

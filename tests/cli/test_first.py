@@ -93,6 +93,13 @@ def test_init_writes_and_never_overwrites(tmp_path: Path, capsys: pytest.Capture
         "now: cd 'a folder' && rlhf check && rlhf train",
     ]
     assert yaml.safe_load(Path("a folder/experiment.yaml").read_text())["model"]["name"] == "some/model"
+    Path("model").mkdir()
+    for folder, name in (("another", str(tmp_path / "model")), (".", "model")):  # where the run is started
+        main(["init", folder, "--model", "model"])
+        assert yaml.safe_load((Path(folder) / "experiment.yaml").read_text())["model"]["name"] == name
+    for name in ("experiment.yaml", "train.jsonl"):
+        Path(name).unlink()
+    capsys.readouterr()
     Path("reward.py").write_text("mine")
     for words in (["init"], ["init", "reward.py"]):
         with pytest.raises(SystemExit):

@@ -54,6 +54,21 @@ def test_a_launch_file_is_taken_as_it_stands(tmp_path: Path) -> None:
     own.write_text("distributed_type: 'NO'\nnum_processes: 1\n")
     where = chosen(str(own), None, gpus=4, quantised=False)
     assert (where.processes, where.file, where.stage) == (1, own, None)
+    own.write_text("num_processes: 6\nnum_machines: 2\n")
+    with pytest.raises(ConfigError, match=r"starts 3 processes on a machine, but there are 2 GPUs here; .* 4 or less"):
+        chosen(str(own), None, gpus=2, quantised=False)
+    assert chosen(str(own), 4, gpus=2, quantised=False).processes == 4
+    own.write_text("num_processes: 6\nuse_cpu: true\n")
+    assert chosen(str(own), None, gpus=2, quantised=False).processes == 6
+    for text, message in (
+        ("num_processes: true", "has no num_processes: 1 or more"),
+        ("num_processes: 2\nnum_machines: two", "has num_machines='two'; write 1 or more"),
+        ("num_processes: 2\ndeepspeed_config: [3]", r"has deepspeed_config=\[3\]; write zero_stage: 2 or 3"),
+        ("num_processes: 2\ndeepspeed_config: {zero_stage: '3'}", "has deepspeed_config={'zero_stage': '3'}; write"),
+    ):
+        own.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            chosen(str(own), None, gpus=0, quantised=False)
     own.write_text("mixed_precision: 'no'\n")
     for words, message in (
         ((str(own), None), "has no num_processes: 1 or more"),
@@ -75,7 +90,18 @@ def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
     monkeypatch.setattr(machine, "torch_version", lambda: "2.13.0")
-    for visible, count in ((None, 4), ("", 0), ("-1", 0), ("2", 1), ("0,3", 2), ("1,-1,2", 1), ("0,1,2,3,4,5", 4)):
+    for visible, count in (
+        (None, 4),
+        ("", 0),
+        ("-1", 0),
+        ("2", 1),
+        ("0,3", 2),
+        ("1,-1,2", 1),
+        ("0,1,2,3,4,5", 4),
+        ("7", 0),
+        ("3,4,0", 1),
+        ("MIG-1f, GPU-2", 2),
+    ):
         assert machine.gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count, visible
     monkeypatch.setattr(machine, "torch_version", lambda: "2.13.0+cpu")
     assert machine.gpus({}) == 0
@@ -83,7 +109,11 @@ def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert machine.gpus({}) == 0
     (tmp_path / "nvidia-smi").unlink()
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
     assert machine.gpus({}) == 0
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):  # as in a container without nvidia-smi
+        (tmp_path / name).touch()
+    assert machine.gpus({}) == 2 and machine.gpus({"CUDA_VISIBLE_DEVICES": "1"}) == 1
 
 
 def test_recipes_and_launch_configs_are_those_at_the_top_of_the_clone() -> None:
@@ -116,6 +146,9 @@ def test_one_process_becomes_the_recipe(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     path = tmp_path / "my.yaml"
     path.write_text("model: {name: m}\ndata: {train: t.jsonl}\n" + EXPERIMENTS[kind])
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/run.json").touch()
     words = ["--resume", "--run.seed", "3", str(path), "run.output_dir=out"]
     monkeypatch.setattr(sys, "argv", ["/bin/rlhf", "train", *words])
     with pytest.raises(SystemExit):  # nothing has taken this process's place
@@ -134,6 +167,44 @@ def test_one_process_becomes_the_recipe(
             main(["train", str(path), "--processes", "4"])
         said = "ConfigError: rollout.prompts_per_rollout=6 does not divide among 4 processes; try 4 or 8\n"
         assert capsys.readouterr().err == said
+
+
+def test_a_run_folder_that_cannot_be_used_is_refused_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execv", lambda *words: pytest.fail("it was started"))
+    Path("my.yaml").write_text("model: {name: m}\ndata: {train: t.jsonl}\nkind: sft\nrun: {output_dir: out}\n")
+    Path("out").mkdir()
+    for words, message in (
+        (["--resume"], "--resume, but run.output_dir=out holds no run; start without --resume"),
+        (["run.output_dir=my.yaml"], "run.output_dir=my.yaml cannot be written: File exists; choose"),
+        (["run.output_dir=."], "run.output_dir=. holds files but no run.json, so it is not a run folder"),
+        ([], "run.output_dir=out holds another run; continue it with --resume, replace it"),
+    ):
+        if not words:
+            Path("out/run.json").touch()
+        with pytest.raises(SystemExit):
+            main(["train", "my.yaml", *words])
+        assert capsys.readouterr().err.startswith(f"CheckpointError: {message}")
+
+
+def test_words_that_are_wrong_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, line in (
+        (
+            ["train", "--processes", "0"],
+            "rlhf train: argument --processes: '0' is no whole number from 1 up; a setting",
+        ),
+        (["train", "--kl\x1bcoef"], "rlhf train: unrecognized arguments: --kl\\x1bcoef; a setting is written "),
+        (["check", "--machine-rank", "-1"], "rlhf check: argument --machine-rank: '-1' is no whole number from 0 up;"),
+        (["init", "--kind", "grpo"], "rlhf init: argument --kind: invalid choice: 'grpo' (choose from 'ppo',"),
+        (["tune"], "rlhf: argument COMMAND: invalid choice: 'tune'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        said = capsys.readouterr().err
+        assert said.startswith(line) and said.count("\n") == 1 and caught.value.code == 2, said
+        assert said.endswith("; see " + line.partition(":")[0] + " --help\n")
 
 
 def test_a_file_that_is_not_named_is_the_one_of_init(

@@ -18,15 +18,17 @@ from rlhf_toolkit.distributed.collectives import (
     all_gather,
     any_rank,
     barrier,
+    failure_of,
     from_main,
     largest,
     on_main,
     raise_together,
     rank,
+    told_by,
     world_size,
 )
 from rlhf_toolkit.distributed.topology import TIMEOUT_MINUTES, Topology, free_memory
-from rlhf_toolkit.errors import DataError, RewardError, RLHFError
+from rlhf_toolkit.errors import DataError, RewardError, RLHFError, reported
 from tests.support.launch import run_worker
 
 LATE = 0.4  # seconds that rank 1 is late at the barrier
@@ -194,3 +196,20 @@ def test_the_first_rank_that_failed_is_named(monkeypatch: pytest.MonkeyPatch) ->
         raise_together("sampling", None)
     assert str(caught.value) == "rank 1 failed in sampling: first"
     assert caught.value.__notes__ == ["--- traceback of rank 1 ---\ntrace 1"]
+
+
+def test_of_a_reward_only_the_user_s_own_stack_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """And of what the toolkit raises on purpose the line alone, wherever it was raised."""
+    raised = RewardError("reward f raised LookupError")
+    raised.__cause__ = LookupError("nobody knows")
+    unforeseen, unread = failure_of(ValueError("a bug")), failure_of(DataError("row 7 is empty"))
+    for failure, above in (
+        (failure_of(raised), ["--- traceback of rank 1 ---", "LookupError: nobody knows"]),
+        (failure_of(RewardError("reward f returned None")), []),
+        (unread, []),
+        (unforeseen, ["--- traceback of rank 1 ---", "ValueError: a bug"]),
+    ):
+        with pytest.raises(SystemExit), reported():
+            raise told_by(1, "the reward", failure)
+        *stack, line = capsys.readouterr().err.splitlines()
+        assert stack == above and line == f"{failure.kind.__name__}: rank 1 failed in the reward: {failure.message}"

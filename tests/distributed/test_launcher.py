@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from rlhf_toolkit.distributed import launcher
 from tests.support.launch import build_op
@@ -36,6 +37,9 @@ with reported():
         1 // 0
     if how == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "killed":
+        time.sleep(1)
+        raise ConfigError("another rank is gone")
     if how == "stopped":
         error = StopAskedError("stopped by SIGTERM after update 3; continue with THIS")
         error.status = 143
@@ -55,6 +59,35 @@ for how in sys.argv[4:]:
     status = launch(Path(sys.argv[1]), [how], ["--config_file", sys.argv[2]])
     print("==", how, status, len(os.listdir(tempfile.tempdir)), file=sys.stderr, flush=True)
 """
+
+
+def test_a_rank_that_was_killed_is_named_and_not_what_came_of_it(tmp_path: Path) -> None:
+    """The others find a partner gone, or are asked to stop by torchelastic, and say that."""
+
+    def failed(*ranks: tuple[int, int, float | None]) -> ChildFailedError:
+        failures = {}
+        for rank, code, word in ranks:
+            place = tmp_path / f"{rank}.json"
+            place.unlink(missing_ok=True)
+            if word is not None:
+                about = {"timestamp": str(int(time.time() + word))}
+                place.write_text(json.dumps({"message": {"message": "a word", "extraInfo": about}}))
+            failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(place))
+        return ChildFailedError("ppo.py", failures)
+
+    for ranks, named in (
+        ([(1, -9, None), (0, 1, 3.0)], (1, -9)),  # "another rank has ended without a word"
+        ([(1, -9, None), (0, 143, 0.0)], (1, -9)),  # "stopped by SIGTERM", which was torchelastic's
+        ([(0, -11, None), (1, -15, None)], (0, -11)),
+        ([(0, 1, -1.0), (1, -6, None)], None),  # gloo aborts where the other has ended
+        ([(0, 1, -600.0), (1, -9, None)], None),  # torchelastic's patience is over
+        ([(0, 143, 0.0), (1, -15, None)], None),
+        ([(0, 3, None), (1, -15, None)], None),
+    ):
+        assert launcher._killed(failed(*ranks)) == named, ranks
+    line = launcher._unexplained(failed((1, -15, None), (0, 3, None)), tmp_path / "launcher.log")
+    assert line.startswith("TopologyError: rank 0 was ended by status 3; start it again, with --resume where ")
+    assert launcher._killed(None) is None and launcher._killed(ValueError()) is None
 
 
 @pytest.mark.thorough

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +50,18 @@ def test_ranks_that_do_not_meet_say_what_to_check() -> None:
     assert "\n" not in str(caught.value) and "connectFullMesh" in str(caught.value)
     with pytest.raises(RuntimeError, match="as it is"), meeting({}):
         raise RuntimeError("as it is")
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits in C++, where Python's own handler would be heard once the wait is over: ten minutes later."""
+    before = signal.getsignal(signal.SIGINT)
+    for script, environment, inside in ((True, TWO, signal.SIG_DFL), (True, {}, before), (False, TWO, before)):
+        monkeypatch.setattr(module, "in_script", lambda script=script: script)
+        with suppress(TopologyError), meeting(dict(environment)):
+            assert signal.getsignal(signal.SIGINT) == inside
+            if environment:
+                raise RuntimeError("nobody came")
+        assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_rank_that_ended_without_a_word_is_named_by_its_address() -> None:

@@ -104,3 +104,10 @@ def test_a_config_of_a_far_larger_model_is_refused(tmp_path: Path, side: str) ->
     refuse_larger(str(tmp_path), LlamaConfig(**sizes))
     with pytest.raises(ModelError, match=f"{side}="):
         refuse_larger(str(tmp_path), LlamaConfig(**{**sizes, side: 10**8 if side != "hidden_size" else 2**17}))
+
+
+def test_of_a_run_folder_the_adapter_is_to_be_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    (tmp_path / "debug.log").symlink_to("/etc/hostname")
+    with pytest.raises(ModelError, match=f"{tmp_path} is a run folder: name what it has trained, such as .*/policy"):
+        check_model_folder(str(tmp_path))

@@ -106,7 +106,7 @@ def reported(text: str) -> None:
 
 
 def noted(text: str) -> None:
-    error = errors.ModelError(text)
+    error = errors.RLHFError(text)
     error.add_note(f"Traceback of rank 1: {text}")
     try:
         with errors.reported():

@@ -11,13 +11,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import rlhf_toolkit
 from rlhf_toolkit.cli import data, first, results, train
 from rlhf_toolkit.cli.words import Command, Options
-from rlhf_toolkit.errors import reported
+from rlhf_toolkit.errors import LONGEST, reported
 from rlhf_toolkit.settings.command import split_settings
+from rlhf_toolkit.texts import printable
 
 COMMANDS = (*first.COMMANDS, *train.COMMANDS, *results.COMMANDS)
 
@@ -57,6 +58,11 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """argparse's own, and ``more``."""
         return super().format_help() + ("" if self.more is None else f"\n{self.more()}")
+
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse has its usage above it, and characters of the command line as they are."""
+        settings = "" if self.more is None else "; a setting is written section.key=value"
+        self.exit(2, f"{self.prog}: {printable(message, longest=LONGEST)}{settings}; see {self.prog} --help\n")
 
 
 def command_line() -> tuple[Parser, dict[str, Any]]:

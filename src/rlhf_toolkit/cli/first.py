@@ -24,7 +24,10 @@ def config(options: Options) -> None:
 def init(options: Options) -> None:
     """Write a first experiment, which runs as it is. Nothing that lies there already is touched."""
     folder: Path = options.folder
-    files = written(options.kind, model=options.model, gpus=gpus())
+    model = options.model
+    if model is not None and Path(model).is_dir() and folder.resolve() != Path.cwd():  # the run starts in the folder
+        model = str(Path(model).resolve())
+    files = written(options.kind, model=model, gpus=gpus())
     there = [name for name in files if (folder / name).exists()]
     if there:
         raise CheckpointError(f"{folder / there[0]} exists already; choose another folder: rlhf init FOLDER")

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+DEVICES = Path("/dev")
 SECONDS = 20
 """What nvidia-smi may take on a machine whose driver sleeps."""
 
@@ -17,13 +19,12 @@ def gpus(environment: Mapping[str, str] = os.environ) -> int:
     torch that is built for CPUs."""
     if is_for_cpus(torch_version()):
         return 0
-    listed = environment.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        names = [name.strip() for name in listed.split(",")]
-        hidden = [number for number, name in enumerate(names) if name in ("", "-1")]  # CUDA reads no further
-        names = names[: hidden[0]] if hidden else names
-        return min(len(names), listed_by_driver()) if names else 0
-    return listed_by_driver()
+    count, visible = listed_by_driver(), environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    names = [name.strip() for name in visible.split(",")]
+    wrong = [name in ("", "-1") or (name.isdecimal() and int(name) >= count) for name in names]
+    return min(count, [*wrong, True].index(True))  # CUDA reads no further than the first that is no GPU
 
 
 def torch_version() -> str:
@@ -40,10 +41,11 @@ def is_for_cpus(torch: str) -> bool:
 
 
 def listed_by_driver() -> int:
-    """The GPUs that ``nvidia-smi -L`` lists; 0 where it is not there or does not answer."""
+    """The GPUs that ``nvidia-smi -L`` lists, 0 where it does not answer; where it is not there, as in a container that
+    was not given it, those that the system has devices of."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return 0
+        return len(list(DEVICES.glob("nvidia[0-9]*")))
     try:
         found = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -48,7 +48,14 @@ def chosen(
         path = launch_file(launch)
         settings = launch_settings(path)
         stage = (settings.get("deepspeed_config") or {}).get("zero_stage", 2) if is_deepspeed(settings) else None
-        return Where(processes or settings["num_processes"], path, gpus, stage, options)
+        count, machines = processes or settings["num_processes"], settings.get("num_machines") or 1
+        here = -(-count // machines)
+        if gpus and here > gpus and not settings.get("use_cpu"):
+            raise ConfigError(
+                f"{path} starts {here} processes on a machine, but there are {gpus} GPUs here; give --processes "
+                f"{gpus * machines} or less"
+            )
+        return Where(count, path, gpus, stage, options)
     if options:
         raise ConfigError("a run on several machines needs a launch config; give --launch zero3_2nodes or one like it")
     if processes is not None and gpus and processes > gpus:
@@ -77,10 +84,19 @@ def launch_file(name: str) -> Path:
 def launch_settings(path: Path) -> Mapping[str, Any]:
     """What stands in a file of accelerate's settings. Raises ConfigError where it says no number of processes."""
     settings = read_yaml(file_text(path), f"{path} is not valid YAML")
-    count = settings.get("num_processes") if isinstance(settings, Mapping) else None
-    if not isinstance(settings, Mapping) or not isinstance(count, int) or count < 1:
+    if not isinstance(settings, Mapping) or not is_count(settings.get("num_processes")):
         raise ConfigError(f"{path} has no num_processes: 1 or more; give a file that accelerate config has written")
+    deepspeed = settings.get("deepspeed_config") or {}
+    if not isinstance(deepspeed, Mapping) or not is_count(deepspeed.get("zero_stage", 2)):
+        raise ConfigError(f"{path} has deepspeed_config={shortened(deepspeed, 80)}; write zero_stage: 2 or 3 below it")
+    if not is_count(settings.get("num_machines") or 1):
+        raise ConfigError(f"{path} has num_machines={shortened(settings['num_machines'], 80)}; write 1 or more")
     return settings
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 1 up, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_deepspeed(settings: Mapping[str, Any]) -> bool:

@@ -14,9 +14,10 @@ from pathlib import Path
 from rlhf_toolkit.cli.machine import gpus
 from rlhf_toolkit.cli.placement import Where, chosen, launch_settings
 from rlhf_toolkit.cli.shipped import recipe
-from rlhf_toolkit.cli.words import Argument, Command, Options, at_least_1
+from rlhf_toolkit.cli.words import Argument, Command, Options, at_least_1, from_0
 from rlhf_toolkit.errors import ConfigError
 from rlhf_toolkit.last_words import COMMAND
+from rlhf_toolkit.run_folders import require_usable
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.settings.kinds import KINDS, kind_of
 from rlhf_toolkit.settings.listing import listing
@@ -33,6 +34,8 @@ def train(options: Options) -> None:
     path = named(options.experiment)
     kind, experiment = read(path, options.overrides)
     where = placed(experiment, options)
+    if not options.machine_rank:  # only the first machine writes there
+        require_usable(Path(experiment.run.output_dir), resume=options.resume, overwrite=options.overwrite)
     say(f"{kind}: {where.text()}; results in {experiment.run.output_dir}")
     words = ["--config", str(path), *options.overrides]
     words += [f"--{name}" for name in ("resume", "overwrite") if vars(options)[name]]
@@ -110,7 +113,7 @@ def every_setting() -> str:
 WHERE = (
     Argument("--launch", metavar="FILE", help="accelerate's YAML file, or the name of one of accelerate_configs"),
     Argument("--processes", type=at_least_1, metavar="N", help="one for each GPU, or one on a CPU, unless said here"),
-    Argument("--machine-rank", type=int, metavar="N", help="of several machines, which this is; the first is 0"),
+    Argument("--machine-rank", type=from_0, metavar="N", help="of several machines, which this is; the first is 0"),
     Argument("--main-address", metavar="ADDRESS", help="of several machines, the first one's address"),
 )
 EXPERIMENT = Argument("experiment", nargs="?", metavar="EXPERIMENT", help=f"its YAML file; default: {FIRST_FILE}")

@@ -38,8 +38,17 @@ class Command:
 
 def at_least_1(text: str) -> int:
     """A whole number from 1 up."""
-    if not (text.isdecimal() and len(text) <= 18 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no whole number from 1 up")
+    return _whole(text, 1)
+
+
+def from_0(text: str) -> int:
+    """A whole number from 0 up."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isdecimal() and len(text) <= 18 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no whole number from {least} up")
     return int(text)
 
 

@@ -54,7 +54,8 @@ def json_fault(path: Path, *, max_rows: int | None = None, fatal_only: bool = Fa
         if fault is not None and not (fatal_only and fault.startswith(SURVIVED) and line.startswith("{")):
             fault = f"line {number}: {fault}"
             break
-        fault = None
+        if fault is not None:  # whoever reads the file later finds it
+            fault, only = None, ""
     if fault is not None and is_json:
         with suppress(UnicodeDecodeError):  # one object, written over several lines
             whole = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()

@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 
 from rlhf_toolkit.distributed import stopping
-from rlhf_toolkit.errors import OutOfMemoryError, RLHFError, StopAskedError, described, is_out_of_memory
+from rlhf_toolkit.errors import (
+    OutOfMemoryError,
+    RewardError,
+    RLHFError,
+    StopAskedError,
+    described,
+    is_out_of_memory,
+    users_stack,
+)
 
 T = TypeVar("T")
 CHUNK = 2**24
@@ -210,13 +218,14 @@ def _order(failure: Failure) -> int:
 def told_by(number: int, phase: str, failure: Failure) -> RLHFError:
     """The error of this rank about what rank ``number`` failed with."""
     told = failure.kind(f"rank {number} failed in {phase}: {failure.message}")
-    told.add_note(f"--- traceback of rank {number} ---\n{failure.trace.rstrip()}")
+    if failure.trace:  # not of a reward that has only returned what cannot be used
+        told.add_note(f"--- traceback of rank {number} ---\n{failure.trace.rstrip()}")
     return told
 
 
 def failure_of(error: Exception) -> Failure:
     """What other ranks are told of ``error``. A class that is not ours might not be known there."""
-    trace = "".join(traceback.format_exception(error))
+    trace = users_stack(error) if isinstance(error, RewardError) else "".join(traceback.format_exception(error))
     if isinstance(error, RLHFError):
         return Failure(type(error), str(error), trace)
     return Failure(OutOfMemoryError if is_out_of_memory(error) else RLHFError, described(error), trace)

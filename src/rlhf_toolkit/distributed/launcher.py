@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from rlhf_toolkit.errors import TopologyError, described
-from rlhf_toolkit.last_words import ERROR_FILE, left_in, say_at_once
+from rlhf_toolkit.last_words import ERROR_FILE, LAUNCHER, left_in, say_at_once
 
 PATIENCE = 600
 """Seconds in which ranks that were asked to stop may write their checkpoint. torchelastic kills them after 30."""
@@ -53,7 +53,7 @@ def launch(script: Path, words: Sequence[str], options: Sequence[str]) -> int:
     os.environ.setdefault(PATIENCE_VARIABLE, str(PATIENCE))
     alone = folder / "ranks/0/error.json"  # of a single process, which torchelastic has no part in
     alone.parent.mkdir(parents=True)
-    os.environ[ERROR_FILE] = str(alone)
+    os.environ.update({ERROR_FILE: str(alone), LAUNCHER: str(os.getpid())})
     options = [*options, "--log_dir", str(folder / "ranks"), str(script), *words]
     with (folder / "launcher.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         with _heard():
@@ -64,8 +64,8 @@ def launch(script: Path, words: Sequence[str], options: Sequence[str]) -> int:
     status = _status_of(ended)
     if status > 128 and not line:
         line = STOPPED.format(name=_name_of(status - 128))
-    elif status and not line:
-        say_at_once(_unexplained(ended, folder / "launcher.log"))
+    elif status and (not line or _killed(ended) is not None):
+        say_at_once("", _unexplained(ended, folder / "launcher.log"))  # not at the end of a bar that nobody has closed
         return status
     if status:
         say_at_once(*more, line)
@@ -103,16 +103,33 @@ def _status_of(ended: BaseException | None) -> int:
     return stopped[0] if stopped and len(stopped) + len(ended_with_them) == len(codes) else 1
 
 
+def _killed(ended: BaseException | None) -> tuple[int, int] | None:
+    """The rank and the status of one that a signal ended before any rank had failed by itself, None where none was:
+    what the others say then is what came of it. Whom torchelastic asks or kills ends after another has failed."""
+    failures: dict[int, Any] = getattr(ended, "failures", {})
+    silent = {rank: each for rank, each in failures.items() if not Path(each.error_file).is_file()}
+    known = [each.timestamp for rank, each in failures.items() if rank not in silent and each.exitcode <= 128]
+    for rank, each in silent.items():
+        if each.exitcode < 0 and -each.exitcode not in ASKING and all(each.timestamp < other for other in known):
+            return rank, each.exitcode
+    return None
+
+
 def _unexplained(ended: BaseException | None, log: Path) -> str:
     """A line for ranks that have ended without a word, or a launcher that has not come to start them."""
     failures: dict[int, Any] = getattr(ended, "failures", {})
-    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    codes = [(rank, failure.exitcode) for rank, failure in failures.items()]
     if not codes and ended is not None and hasattr(ended, "returncode"):
-        codes = {0: ended.returncode}
-    for rank, code in sorted(codes.items(), key=lambda each: -each[1] in ASKING):  # those whom torchelastic ended last
+        codes = [(0, ended.returncode)]
+    first = _killed(ended) or next((each for each in codes if -each[1] not in ASKING), codes[0] if codes else None)
+    if first is not None:
+        rank, code = first
         how = f"status {code}" if code >= 0 else _name_of(-code)
         why = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
-        return _line(f"rank {rank} was ended by {how}{why}; continue with --resume; the launcher's own words: {log}")
+        return _line(
+            f"rank {rank} was ended by {how}{why}; start it again, with --resume where the run folder holds a "
+            f"checkpoint; the launcher's own words: {log}"
+        )
     reason = "nothing" if ended is None else described(ended)
     return _line(f"accelerate's launcher ended with {reason}; its own words: {log}")
 

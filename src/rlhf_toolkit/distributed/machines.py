@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from typing import Any
 import psutil
 
 from rlhf_toolkit.distributed.collectives import all_gather
-from rlhf_toolkit.errors import TopologyError, described, shortened
+from rlhf_toolkit.errors import TopologyError, described, in_script, shortened
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -52,7 +53,13 @@ def interface_towards(address: str) -> str | None:
 @contextmanager
 def meeting(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
     """Around what makes the process group: where the processes of several machines do not find one another,
-    TopologyError."""
+    TopologyError.
+
+    A script's process waits here where no handler of Python's runs, for one that Ctrl-C may have ended: so Ctrl-C ends
+    this one, too, and at once. Its launcher says so.
+    """
+    alone = int(environment.get("WORLD_SIZE", "1")) == 1
+    before = None if alone or not in_script() else signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -65,6 +72,9 @@ def meeting(environment: MutableMapping[str, str] = os.environ) -> Iterator[None
             f"--main_process_ip and port and a --machine_rank of its own, let them reach one another on all ports, or "
             f"set {GLOO_INTERFACE} to the interface between them"
         ) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def require_same(what: str, mine: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from rlhf_toolkit.errors import ModelError, described, shortened
 from rlhf_toolkit.files import is_plain_name, link_outside, special_file
 from rlhf_toolkit.models.adapter_files import check_adapter_config
+from rlhf_toolkit.run_claims import RUN_FILE
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS_FILES = ("model.safetensors", INDEX_FILES[0], "pytorch_model.bin", INDEX_FILES[1])
@@ -47,7 +48,10 @@ def check_model_folder(name: str) -> None:
         return
     link = link_outside(folder, Path(constants.HF_HUB_CACHE))
     if link is not None:
-        raise ModelError(f"{link} is a link to something outside of its folder; put the file itself there")
+        way_out = "put the file itself there"
+        if (folder / RUN_FILE).is_file():  # W&B has links there
+            way_out = f"{folder} is a run folder: name what it has trained, such as {folder / 'policy'}"
+        raise ModelError(f"{link} is a link to something outside of its folder; {way_out}")
     odd = special_file(folder)
     if odd is not None:
         raise ModelError(f"{odd} is a pipe, a socket or a device, not a file; remove it")

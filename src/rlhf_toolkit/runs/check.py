@@ -29,6 +29,7 @@ from rlhf_toolkit.rollout.decoding import Alone
 from rlhf_toolkit.rollout.sampler import one_token
 from rlhf_toolkit.rollout.sizes import model_size, needs_of, sharding
 from rlhf_toolkit.run_claims import RUN_FILE, came_to_nothing
+from rlhf_toolkit.run_folders import require_room
 from rlhf_toolkit.runs.assembly import Setup
 from rlhf_toolkit.runs.fine_tuning import FineTuningKind
 from rlhf_toolkit.runs.memory import rollout_size
@@ -51,6 +52,8 @@ def checked(
     """Lines about the run that ``experiment`` describes on so many ``processes``, each as soon as it is known.
     ``launch`` has accelerate's settings, nothing where it has no part. Raises whatever a start would raise before it
     loads the model."""
+    folder = Path(experiment.run.output_dir)
+    require_room(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = launch_of(processes, zero_stage, launch)
     asked.check(max_grad_norm=experiment.update.max_grad_norm)
