@@ -184,6 +184,7 @@ def test_a_run_folder_that_cannot_be_used_is_refused_before_anything_is_started(
     ):
         if not words:
             Path("out/run.json").touch()
+            Path("out/checkpoint-1").mkdir()
         with pytest.raises(SystemExit):
             main(["train", "my.yaml", *words])
         assert capsys.readouterr().err.startswith(f"CheckpointError: {message}")

@@ -21,6 +21,7 @@ from rlhf_toolkit.models.renamed import recompute_layers
 from rlhf_toolkit.models.role_outputs import RoleOutputs
 from rlhf_toolkit.models.roles import POLICY
 from rlhf_toolkit.models.shared_base import refuse_architecture, refuse_empty
+from rlhf_toolkit.models.targets import runs_without_gradient
 from rlhf_toolkit.models.trained_head import TrainedHead
 
 
@@ -116,9 +117,15 @@ class WholeModel(PreTrainedModel):
 
 def refuse_unreached(base: PreTrainedModel) -> None:
     """Raise ModelError for weights that no text reaches, such as a vision tower's: ZeRO-3 would apply gradients that
-    are none, and weight decay would shrink them."""
+    are none, and weight decay would shrink them. The same for weights that the model runs without gradient."""
     reached = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
     strangers = [name for name, parameter in base.named_parameters() if parameter not in reached]
+    still = [name for name, _ in base.named_parameters() if runs_without_gradient(base, name)]
+    if still:
+        raise ModelError(
+            f"{type(base).__name__} runs weights without gradient ({still[0]}), which would never learn; drop sft.full to "
+            "train adapters on the others"
+        )
     if strangers:
         raise ModelError(
             f"{type(base).__name__} has weights that no text reaches ({strangers[0]}), which cannot be trained here; "

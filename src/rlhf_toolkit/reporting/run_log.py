@@ -29,6 +29,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsand
 TRAIN, EVAL = "train", "eval"
 
 
+TRAINED = ("policy", "reward")
+"""Folders of what a run leaves, one of which every run has."""
+
+
 class RunLog(TrainerCallback):
     """Hands each record to its sinks (the JSONL files, W&B) and keeps what the summary needs.
 
@@ -192,14 +196,16 @@ def _write_sealed(folder: Path, summary: Record) -> Record:
 
 
 def summary_of_ended(folder: Path, rounds: int, axis: str) -> Record | None:
-    """``summary.json`` where it and what it is made of are as a run of so many rounds left them; else None."""
+    """``summary.json`` where it, what it is made of and what was trained are as a run of so many rounds left them; else
+    None."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         require_seal(folder, summary)
         last = max(record[axis] for record in read_records(folder, "train", axis))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, CheckpointError):
         return None
-    return dict(summary) if SEAL in summary and last >= rounds else None
+    trained = any((folder / role).is_dir() for role in TRAINED)
+    return dict(summary) if trained and SEAL in summary and last >= rounds else None
 
 
 def versions() -> dict[str, str]:
