@@ -123,8 +123,8 @@ def refuse_unreached(base: PreTrainedModel) -> None:
     still = [name for name, _ in base.named_parameters() if runs_without_gradient(base, name)]
     if still:
         raise ModelError(
-            f"{type(base).__name__} runs weights without gradient ({still[0]}), which would never learn; drop sft.full to "
-            "train adapters on the others"
+            f"{type(base).__name__} runs weights without gradient ({still[0]}), which would never learn; drop sft.full "
+            "to train adapters on the others"
         )
     if strangers:
         raise ModelError(
