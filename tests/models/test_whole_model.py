@@ -77,7 +77,7 @@ def saved(case: Case, folder: Path) -> None:
 
 REFUSED = {
     "gemma3 with vision": r"weights that no text reaches \(model\.vision_tower.*drop sft\.full",
-    "deepseek_v32, three tokens of all": r"runs weights without gradient \(model\.layers\.0\.\w+\.indexer.*drop sft\.full",
+    "deepseek_v32, three tokens of all": r"runs weights without gradient \(model\.layers\.0\..*indexer.*drop sft",
 }
 
 
