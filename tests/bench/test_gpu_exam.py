@@ -59,6 +59,7 @@ def stand_in(tmp_path: Path, code: str, limit: float) -> str | None:
         return gpu_exam.limited([sys.executable, "-c", code], {}, log, limit)
 
 
+@pytest.mark.thorough
 def test_a_section_that_fails_or_hangs_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:
     import psutil
 

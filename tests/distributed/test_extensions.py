@@ -38,6 +38,7 @@ def built(tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.thorough
 def test_a_stale_lock_is_removed_and_nobody_waits(built: Path) -> None:
     run(BUILD, seconds=600, TORCH_EXTENSIONS_DIR=str(built.parent)).succeeded()
     assert not (built / OP / "lock").exists()

@@ -156,6 +156,7 @@ def assert_trained(finished: Finished, folder: Path) -> None:
     assert len(records(folder)) == 3
 
 
+@pytest.mark.thorough
 def test_a_reward_that_never_returns_on_one_rank_ends_both(tmp_path: Path) -> None:
     finished = launched(tmp_path, function(tmp_path, "sleepy"), "error", launcher=True)
     assert_both_ranks_said(finished, r"sleepy took longer than its 8 s; make it faster, or raise its timeout")

@@ -105,6 +105,7 @@ def test_a_store_that_never_answers_holds_nobody(
     assert time.monotonic() - began < 45
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_stopped_for_a_while_goes_on(server: tuple[int, int]) -> None:
     """As by Ctrl-Z and fg: longer than a rank may stand still, but nothing has stalled."""
     process = subprocess.Popen(

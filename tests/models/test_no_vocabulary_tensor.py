@@ -90,6 +90,7 @@ def with_head(monkeypatch: pytest.MonkeyPatch, head: Head) -> None:
     monkeypatch.setattr(heads, "TokenScores", Replacement)
 
 
+@pytest.mark.thorough
 @for_each("work", [score, update])
 @for_each("tied", [True, False], ids=["tied", "untied"])
 @for_each("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

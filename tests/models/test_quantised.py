@@ -42,7 +42,7 @@ LEVELS = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """NF4's numbers, from the appendix of Dettmers et al. (2023)."""
-SHAPES = ((128, 192), (7, 9), (1, 64), (3, 65), (64, 96), (50, 80), (20, 48))
+SHAPES = ((32, 192), (7, 9), (1, 64), (3, 65), (64, 96), (50, 80), (20, 48))
 """With rows that end within a scale's 64 weights, and of them such as a kernel takes sixteen at a time."""
 
 
