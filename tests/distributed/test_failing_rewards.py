@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from safetensors.torch import load_file
 
 from rlhf_toolkit.data.prompts import PromptSchedule
