@@ -1112,3 +1112,9 @@ def test_what_can_name_no_layer_is_refused(value: Any) -> None:
 @for_each("value", ["all-linear", "All-Linear", ".*_proj", r".*\.(q|v)_proj", "model.layers.0.mlp", ["q_proj"]])
 def test_what_can_name_layers_is_taken(value: Any) -> None:
     assert experiment(model={"target_modules": value}).model.target_modules == value
+
+
+def test_a_long_value_is_shown_in_part() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(name="m", target_modules="x" * 3000)
+    assert len(str(caught.value)) < 500 and str(caught.value).startswith("model.target_modules='xxx")

@@ -88,4 +88,4 @@ def adapters_text(model: ModelConfig, role: str, start: str | None) -> str:
     if start is not None:
         return f"the {role}'s adapter, from {start}"
     where = model.target_modules if isinstance(model.target_modules, str) else ", ".join(model.target_modules)
-    return f"the {role}'s adapter (LoRA of rank {model.lora_rank} on {where})"
+    return f"the {role}'s adapter (LoRA of rank {model.lora_rank} on {shortened(where)[1:-1]})"

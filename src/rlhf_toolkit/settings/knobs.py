@@ -24,6 +24,8 @@ UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206
 NAMES = re.compile(r"[\w\s,-]+")
 SPOKEN = ".system_prompt"
 PATTERN = ".target_modules"
+LONGEST_SHOWN = 200
+"""Characters of a value in a message."""
 LONGEST_PART, LONGEST_PATH = 255, 4096
 """Bytes of a folder's or a file's name, and of a path: no file system takes more."""
 
@@ -124,7 +126,8 @@ class Section:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name}={value} must be a finite number{or_none}; {default_of(setting)}")
             if rule is not None and not rule.holds(value):
-                given = shortened(value) if isinstance(value, (list, dict)) else value
+                long = isinstance(value, (list, dict)) or len(str(value)) > LONGEST_SHOWN
+                given = shortened(value, LONGEST_SHOWN) if long else value
                 or_none = "" if rule.words.startswith("not ") else or_none
                 raise ConfigError(f"{name}={given} must {rule.words}{or_none}; {default_of(setting)}")
 
