@@ -24,6 +24,7 @@ from rlhf_toolkit.settings.configs import (
     KINDS,
     MODES,
     VALUE_SITES,
+    ModelConfig,
     PPOConfig,
     RewardConfig,
     RolloutConfig,
