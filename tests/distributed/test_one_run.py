@@ -3,7 +3,6 @@ can load."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import fields
@@ -24,7 +23,6 @@ from tests.support import wandb_file
 from tests.support.launch import ROOT, Finished, run_recipe
 from tests.support.tiny import merged, write_experiment, write_task
 
-READS_EVENTS = importlib.util.find_spec("tensorboard") is not None
 WATCH_WANDB = """
 import json, os
 from pathlib import Path
@@ -74,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_run")
     changes = {
         "run.wandb": "offline",
-        "run.trackers": ["wandb", *(["tensorboard"] if READS_EVENTS else [])],
+        "run.trackers": ["wandb", "tensorboard"],
         "run.evaluate_every": 2,
         "run.evaluation_samples": 3,
         "reward.passes_at": 0.5,
@@ -149,7 +147,6 @@ def test_wandbs_own_file_has_every_record_and_what_the_run_was(run: Path) -> Non
     assert sum("samples" in name for name in found.artifacts) >= 2, "tables of train and eval"
 
 
-@pytest.mark.skipif(not READS_EVENTS, reason="tensorboard is not installed")
 def test_tensorboards_own_reader_finds_the_log(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import Qwen3Config
 
+from recipes.sentiment.fetch_model import default_folder, fetch
 from rlhf_toolkit.cli import main
 from rlhf_toolkit.runs.fine_tuning import FineTuningKind, prepare_fine_tuning
 from rlhf_toolkit.runs.ppo import PPOKind, prepare
@@ -18,7 +19,7 @@ from rlhf_toolkit.runs.start import Kind
 from rlhf_toolkit.settings.experiment import SFTExperiment
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.docs.test_docs import ROOT
-from tests.support.chat_tokenizers import CHATML, QWEN3, SMOL_FOLDER, byte_tokenizer
+from tests.support.chat_tokenizers import CHATML, QWEN3, byte_tokenizer
 from tests.support.tiny import merged
 
 PAGE = (ROOT / "docs/data.md").read_text()
@@ -28,6 +29,7 @@ FILES = dict(
 )
 COMMANDS = [block.removeprefix("$ rlhf ").partition("\n")[::2] for kind, block in BLOCKS if kind == "console"]
 DEMO, SFT = (block for kind, block in BLOCKS if not kind)
+SMOLLM = "~/.cache/rlhf_toolkit/SmolLM2-135M-Instruct"
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
@@ -77,15 +79,16 @@ def test_the_start_of_a_supervised_run(
     assert capsys.readouterr().out == SFT
 
 
-@pytest.mark.skipif(not SMOL_FOLDER.is_dir(), reason="recipes/sentiment/fetch_model.py has not fetched the model")
+@pytest.mark.thorough
 def test_the_start_of_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     recipe = yaml.safe_load((ROOT / "recipes/sentiment/ppo.yaml").read_text())
-    changes = {"model.name": str(SMOL_FOLDER), "run.output_dir": str(tmp_path / "run"), "run.wandb": "off"}
+    model = fetch(default_folder())
+    changes = {"model.name": str(model), "run.output_dir": str(tmp_path / "run"), "run.wandb": "off"}
     experiment: Any = experiment_from_dict(merged(recipe, changes))
     start_of(PPOKind, lambda: prepare(experiment), monkeypatch)
-    told = capsys.readouterr().out.replace(str(Path.home()), "~").splitlines(keepends=True)
+    told = capsys.readouterr().out.replace(str(model), SMOLLM).splitlines(keepends=True)
     assert told[1].startswith("model.dtype auto: ")
     assert "".join([told[0], *told[2:]]) == DEMO

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes.sentiment.fetch_model import default_folder, is_complete
+from recipes.sentiment.fetch_model import default_folder, fetch
 from rlhf_toolkit.reporting.run_log import read_records
 from tests.support.builders import CHAT_TEMPLATE
 from tests.support.forked import shared
@@ -102,10 +102,8 @@ def test_two_ranks_under_the_launcher_have_these_scores_too(task: Path, alone: P
 
 @pytest.mark.thorough
 def test_the_notebook_as_it_stands(task: Path) -> None:
-    """With the model that the demo fetches, where that is here: in two minutes of a processor, scores rise."""
-    model = default_folder()
-    if not is_complete(model):
-        pytest.skip("recipes/sentiment/fetch_model.py has not been run")
+    """With the model that the demo fetches: in two minutes of a processor, scores rise."""
+    model = fetch(default_folder())
     script = task / "whole.py"
     script.write_text(cells().replace(MODEL, str(model)).replace("runs/brief", str(task / "whole")) + TIMED)
     finished = shared().run(str(script)).succeeded()

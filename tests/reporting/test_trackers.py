@@ -3,7 +3,6 @@ read by its own reader where it is installed."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -24,7 +23,6 @@ RECORDS: list[dict[str, Any]] = [
     {"kind": "train", "rollout": number, "critic/score/mean": number / 4, "train/loss": -1.0} for number in (1, 2, 3)
 ]
 EVALUATION = {"kind": "eval", "rollout": 3, "eval/score/mean": 0.5}
-READS_EVENTS = importlib.util.find_spec("tensorboard") is not None
 
 
 class Noted(ModuleType):
@@ -200,7 +198,6 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(
         begun_with(module, "tensorboard", Place(tmp_path, "n", "p"), arguments, monkeypatch)
 
 
-@pytest.mark.skipif(not READS_EVENTS, reason="tensorboard is not installed")
 def test_tensorboards_own_reader_finds_every_number_and_a_resumed_run_replaces_what_it_does_again(
     tmp_path: Path, arguments: TrainingArguments
 ) -> None:

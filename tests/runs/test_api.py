@@ -107,10 +107,13 @@ BAD_SETTINGS: dict[str, dict[str, Any]] = {
     r"run is a section; write run=\{": {"run": "x"},
     r"unknown setting run\.nme": {"run": {"nme": 1}},
     r"the reward 'judge' is no function": {"reward": {"functions": ["judge"]}},
-    r"takes \(completions, \*\*more\); rewards are called with \(prompts": {
+    r"\(completions, \*\*more\) takes the responses first, as TRL has it; .*\(prompts, responses, \*\*columns\)": {
         "functions": [lambda completions, **more: [0.0]]
     },
-    r"takes \(response\); rewards are": {"functions": [lambda response: 0.0]},
+    r"\(text\) cannot take prompts and responses; write .*\(prompts, resp": {"functions": [lambda text: 0.0]},
+    r"beta; here it is kl_coef": {"beta": 0.1},
+    r'run_name; here it is run=\{"name"': {"run_name": "x"},
+    r"report_to; here it is trackers": {"report_to": "none"},
 }
 
 

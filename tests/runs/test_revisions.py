@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_toolkit.cli import main
-from rlhf_toolkit.errors import CheckpointError
+from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.export.card import card
 from rlhf_toolkit.export.chat import load_chat
 from rlhf_toolkit.export.folders import read_json, read_run
@@ -144,3 +144,9 @@ def test_a_resume_on_another_revision_is_refused(ground: Ground) -> None:
     with pytest.raises(CheckpointError, match="was trained on another base"):
         prepare(experiment_from_dict(ground.task), resume=True)
     (refs / "v1").write_text(v1)
+
+
+def test_a_revision_that_is_not_there_is_named(ground: Ground, tmp_path: Path) -> None:
+    changes = {"model.revision": "v3", "run.output_dir": str(tmp_path / "run")}
+    with pytest.raises(ModelError, match=rf"'{MODEL}' \(revision 'v3'\)"):
+        prepare(experiment_from_dict(merged(ground.task, changes)))

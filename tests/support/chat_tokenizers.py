@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recipes.sentiment.fetch_model import default_folder
 from tests.support.builders import tiny_tokenizer
 
 TURNS = (
@@ -53,7 +53,7 @@ QWEN3 = """\
 """
 """ChatML with tools, calls of them and a switch for thinking, as Qwen3 has it; every earlier turn stays as it was."""
 SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-SMOL_FOLDER = Path.home() / ".cache" / "rlhf_toolkit" / "SmolLM2-135M-Instruct"
+SMOL_FOLDER = default_folder()
 
 
 def word_tokenizer(chat_template: str | None = TURNS, **options: Any) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""A function of a program's: the name that a setting has for it, and whether it can be called as a reward is."""
+"""A function of a program's: the name that a setting has for it, and what tells it from another."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from rlhf_toolkit.errors import ConfigError, shortened
-
-OF_RESPONSES = ("completions", "completion", "responses", "response")
 LONGEST = 80
 
 
@@ -48,19 +45,3 @@ def source_fingerprint(function: Callable[..., Any]) -> str:
         text = inspect.getsource(plain if inspect.isroutine(plain) else type(plain))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     return "unknown"
-
-
-def refuse_other_signature(function: Callable[..., Any]) -> None:
-    """Raise ConfigError for a reward that would take prompts for responses: it is called with both, in this order."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some of Python's own do not say
-        return
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return
-    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    if len(names) < 2 or names[0] in OF_RESPONSES:
-        raise ConfigError(
-            f"the reward {shortened(function_name(function))} takes ({', '.join(map(str, parameters))}); rewards are "
-            "called with (prompts, responses, **columns), all texts: write it so"
-        )

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 
 from rlhf_toolkit.errors import ConfigError, nearest, shortened
 from rlhf_toolkit.given import FUNCTION, What
-from rlhf_toolkit.runs.api_functions import found_by_name, function_name, metric_name, refuse_other_signature
+from rlhf_toolkit.rewards.signatures import asked
+from rlhf_toolkit.runs.api_functions import found_by_name, function_name, metric_name
 from rlhf_toolkit.settings.experiment import DPOExperiment, Experiment, FineTuning, RewardExperiment, SFTExperiment
 from rlhf_toolkit.settings.loading import section_from_dict, section_types
+from rlhf_toolkit.settings.names import elsewhere
 
 Sections = dict[str, dict[str, Any]]
 """Settings by section and name, as they would stand in YAML."""
@@ -26,39 +28,21 @@ OF_FUNCTIONS = (
     *("data.curriculum", "ppo.advantage", "ppo.policy_loss"),
 )
 """Settings that name a function, and may be one."""
-ELSEWHERE = {
+IN_PYTHON = {
     "learning_rate": "policy_lr, value_lr and value_head_lr in PPO, lr in the others",
-    "beta": "kl_coef in PPO",
-    "num_generations": "responses_per_prompt",
-    "max_completion_length": "max_new_tokens",
-    "response_length": "max_new_tokens",
-    "max_prompt_length": "max_prompt_tokens",
-    "max_length": "max_tokens",
-    "max_seq_length": "max_tokens",
-    "max_steps": "num_rollouts in PPO, epochs in the others",
-    "num_train_epochs": "num_ppo_epochs and num_rollouts in PPO, epochs in the others",
     "per_device_train_batch_size": "prompts_per_rollout and mini_batches in PPO, batch_size in the others, over all "
     "ranks",
     "gradient_accumulation_steps": "micro_batch_tokens, which cuts a mini-batch by tokens",
     "per_device_eval_batch_size": "nothing: sizes are found",
-    "save_steps": "save_every",
-    "eval_steps": "evaluate_every",
     "eval_strategy": "evaluate_every",
     "save_strategy": "save_every",
     "tokenizer": "the trainer's argument processing_class",
-    "report_to": "wandb",
-    "run_name": 'run={"name": ...}',
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "lr_scheduler_type": "schedule",
-    "optim": "optimizer",
     "peft_config": "lora_rank, lora_alpha and target_modules",
     "reward_weights": 'reward_funcs=[{"function": f, "weight": 0.5}]',
-    "reward_model": 'reward={"model": name}',
     "ref_model": "nothing: the reference is the base, or the adapter of policy_adapter",
     "value_model": "nothing: the value is an adapter on the base",
 }
-"""What other trainers call a setting, and where it is here."""
+"""What other trainers call what is more, or less, than one setting here; others stand in ``settings/names.py``."""
 
 
 def places_of(experiment: type[Any]) -> dict[str, list[str]]:
@@ -75,8 +59,16 @@ def unknown(name: str, known: Mapping[str, list[str]]) -> ConfigError:
     if name in known:
         several = " or ".join(f'{section}={{"{name}": ...}}' for section in known[name])
         return ConfigError(f"{name} is a setting of {' and '.join(known[name])}; write {several}")
-    if name in ELSEWHERE:
-        return ConfigError(f"unknown setting {name}; here it is {ELSEWHERE[name]}")
+    sections: dict[str, list[str]] = {}
+    for setting, places in known.items():
+        for section in places:
+            sections.setdefault(section, []).append(setting)
+    place = IN_PYTHON.get(name)
+    if place is None and (found := elsewhere(name, sections)) is not None:
+        section, _, setting = found.partition(":")[0].partition(".")
+        place = setting if len(known[setting]) == 1 else f'{section}={{"{setting}": ...}}'
+    if place is not None:
+        return ConfigError(f"unknown setting {name}; here it is {place}")
     return ConfigError(f"unknown setting {shortened(name, 80)[1:-1]}{nearest(name, known) or '; see docs/python.md'}")
 
 
@@ -143,7 +135,8 @@ class Settings:
         entry = dict(reward) if isinstance(reward, Mapping) else {"function": reward}
         function = entry.get("function")
         if callable(function):
-            refuse_other_signature(function)
+            if misfit := asked(function).misfit:
+                raise ConfigError(f"the reward {misfit}")
             entry = {"name": metric_name(function), **entry, "function": self.named(function)}
         elif isinstance(function, str) and ":" not in function:
             raise ConfigError(

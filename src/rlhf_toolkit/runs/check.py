@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlhf_toolkit.distributed.topology import Launch, Topology, free_memory
 from rlhf_toolkit.errors import shortened
-from rlhf_toolkit.models.loading import adapter_config, build_ppo_roles, load_model_config, lora_config
+from rlhf_toolkit.models.loading import adapter_config, build_ppo_roles, load_model_config
 from rlhf_toolkit.models.quantised import Quantisation
 from rlhf_toolkit.models.quantised_loading import quantise_layers
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.slot_cache import column_bytes, state_bytes
-from rlhf_toolkit.models.targets import refuse_unknown
 from rlhf_toolkit.planning.memory import Placement, place
 from rlhf_toolkit.planning.sizes import kept_bytes
 from rlhf_toolkit.reporting.trackers import require_trackers
@@ -36,6 +35,7 @@ from rlhf_toolkit.runs.memory import rollout_size
 from rlhf_toolkit.runs.ppo import PPOKind
 from rlhf_toolkit.runs.run import with_dtype
 from rlhf_toolkit.runs.task import Task
+from rlhf_toolkit.runs.weights import new_adapter
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.trainers.optimizers import require_optimizer
 
@@ -128,17 +128,9 @@ def skeleton(experiment: Experiment, config: PretrainedConfig, *, value: bool, q
             attn_implementation="eager",  # which every architecture has, and the meta device can run
             trust_remote_code=model.trust_remote_code,
         )
-        for setting in ("target_modules", "exclude_modules"):
-            refuse_unknown(base, f"model.{setting}", getattr(model, setting))
         if quantised and model.quantization != Quantisation.NONE:
             quantise_layers(base, Quantisation(model.quantization))
-        adapter = lora_config(
-            rank=model.lora_rank,
-            alpha=model.lora_alpha,
-            rslora=model.rslora,
-            target_modules=model.target_modules,
-            exclude_modules=model.exclude_modules,
-        )
+        adapter = new_adapter(model, base)
         if model.policy_adapter is not None:
             adapter = adapter_config(model.policy_adapter, "model.policy_adapter")
         return build_ppo_roles(

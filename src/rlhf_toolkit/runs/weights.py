@@ -48,9 +48,14 @@ def load_adapted_base(
     if model.quantization != Quantisation.NONE:
         stored = stored_bytes(base)
         on_main(lambda: say(stored.sentence(model.quantization, model.dtype)))
+    return base, new_adapter(model, base)
+
+
+def new_adapter(model: ModelConfig, base: PreTrainedModel) -> LoraConfig:
+    """The settings of a new adapter on ``base``. Raises ModelError for names of layers that it has not."""
     for setting in ("target_modules", "exclude_modules"):
         refuse_unknown(base, f"model.{setting}", getattr(model, setting))
-    adapter = lora_config(
+    return lora_config(
         rank=model.lora_rank,
         alpha=model.lora_alpha,
         rslora=model.rslora,
@@ -59,7 +64,6 @@ def load_adapted_base(
         revision=model.revision,
         start=model.init_lora_weights,
     )
-    return base, adapter
 
 
 def fingerprint_of(model: SharedBase | WholeModel) -> str:

@@ -35,15 +35,6 @@ def read_command(kind: type[E], description: str | None, words: Sequence[str] | 
     ``words`` are those of this process unless they are given. Raises ConfigError."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="the experiment's YAML file")
-    add_earlier_run(parser)
-    others, overrides = split_settings(words)
-    options = parser.parse_args(others)
-    experiment = load_experiment(options.config, parse_overrides([*overrides, *options.overrides]), kind)
-    return Command(experiment, options.resume, options.overwrite)
-
-
-def add_earlier_run(parser: argparse.ArgumentParser) -> None:
-    """The arguments that recipes and ``rlhf train`` share."""
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest sound checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_argument(
@@ -52,6 +43,10 @@ def add_earlier_run(parser: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help="settings that replace those of the file; --section.key value and --section.key=value mean the same",
     )
+    others, overrides = split_settings(words)
+    options = parser.parse_args(others)
+    experiment = load_experiment(options.config, parse_overrides([*overrides, *options.overrides]), kind)
+    return Command(experiment, options.resume, options.overwrite)
 
 
 def split_settings(words: Sequence[str] | None = None) -> tuple[list[str], list[str]]:

@@ -88,7 +88,7 @@ def meant(section: str, key: str, known: Mapping[str, Iterable[str]]) -> str:
     the section's settings."""
     found = (
         next((f"{other}.{key}" for other, settings in known.items() if key in settings), None)
-        or _elsewhere(key, known)
+        or elsewhere(key, known)
         or _alike(key, [(name, f"{section}.{name}") for name in known[section]], ALIKE_HERE)
         or _alike(key, [(name, f"{other}.{name}") for other in known for name in known[other]], ALIKE_ELSEWHERE)
     )
@@ -102,12 +102,13 @@ def section_meant(name: str, known: Mapping[str, Iterable[str]]) -> str:
         _alike(name, [(section, section) for section in known], ALIKE_HERE)
         or next((each for each in [SECTIONS.get(name.lower())] if each in known), None)
         or next((f"{section}.{name}" for section, settings in known.items() if name in settings), None)
-        or _elsewhere(name, known)
+        or elsewhere(name, known)
     )
     return f"; did you mean {found}?" if found else f"; known are {', '.join(sorted(known))}"
 
 
-def _elsewhere(key: str, known: Mapping[str, Iterable[str]]) -> str | None:
+def elsewhere(key: str, known: Mapping[str, Iterable[str]]) -> str | None:
+    """What other libraries' ``key`` is here, as ``section.setting`` and perhaps ``: value``; None for no such key."""
     for name in ELSEWHERE.get(key.lower(), ()):
         section, _, setting = name.partition(":")[0].partition(".")
         if setting in known.get(section, ()):
