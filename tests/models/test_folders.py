@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.models.folders import check_model_folder, check_weights_are_here
-from rlhf_toolkit.models.loading import refuse_larger
+from rlhf_toolkit.models.loading import load_tokenizer, refuse_larger
+from tests.distributed.test_quantised_base import ALONE, base_on
+from tests.support.builders import tiny_tokenizer
 from tests.support.offenders import for_each
+from tests.support.tiny import tiny_llama
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 OLD_SHARDS = ("pytorch_model-00001-of-00002.bin",)
@@ -111,3 +116,25 @@ def test_of_a_run_folder_the_adapter_is_to_be_named(tmp_path: Path) -> None:
     (tmp_path / "debug.log").symlink_to("/etc/hostname")
     with pytest.raises(ModelError, match=f"{tmp_path} is a run folder: name what it has trained, such as .*/policy"):
         check_model_folder(str(tmp_path))
+
+
+def test_weights_that_are_no_weights_are_named(tmp_path: Path) -> None:
+    """Whole numbers, which would be taken as they are; a link to itself; a length of texts that is a word."""
+    whole, looped, worded = (tmp_path / name for name in ("whole", "looped", "worded"))
+    for folder in (whole, looped, worded):
+        model = tiny_llama()
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    weights = load_file(whole / "model.safetensors")
+    last = sorted(weights)[-1]
+    save_file({**weights, last: weights[last].to(torch.int64)}, whole / "model.safetensors", {"format": "pt"})
+    (looped / "model.safetensors").unlink()
+    (looped / "model.safetensors").symlink_to("model.safetensors")
+    settings = json.loads((worded / "tokenizer_config.json").read_text())
+    (worded / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": "seven"}))
+    for folder, words in ((whole, rf"holds '{last}' as I64.*fetch"), (looped, "cannot load the model")):
+        with pytest.raises(ModelError, match=words) as caught:
+            base_on(str(folder), ALONE, "none")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"model_max_length='seven' in its tokenizer_config\.json, which is no number"):
+        load_tokenizer(str(worded))

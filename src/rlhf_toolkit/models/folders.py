@@ -10,12 +10,15 @@ from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
 from rlhf_toolkit.errors import ModelError, described, shortened
 from rlhf_toolkit.files import is_plain_name, link_outside, special_file
 from rlhf_toolkit.models.adapter_files import check_adapter_config
 from rlhf_toolkit.run_claims import RUN_FILE
 
+WHOLE_NUMBERS = ("I", "U", "BOOL")
+"""How safetensors' names of dtypes begin that hold no fractions."""
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS_FILES = ("model.safetensors", INDEX_FILES[0], "pytorch_model.bin", INDEX_FILES[1])
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json")
@@ -104,6 +107,23 @@ def check_weights_are_here(name: str) -> None:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {missing[0]}, one of {len(missing)} files that {first} names; fetch it again")
+
+
+def check_floating_point(name: str) -> None:
+    """Raise ModelError where a file of the local folder ``name`` holds a weight in whole numbers, which transformers
+    would take for what it asks for. A file that cannot be read is told by whoever loads it."""
+    for path in sorted(Path(name).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys() if key.endswith(".weight")}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            continue
+        for key, dtype in dtypes.items():
+            if dtype.startswith(WHOLE_NUMBERS):
+                raise ModelError(
+                    f"{path} holds {shortened(key)} as {dtype}, and its config knows of no quantisation; fetch the "
+                    "model again"
+                )
 
 
 def weight_map(index: Path) -> Mapping[str, str]:

@@ -72,7 +72,14 @@ def load_tokenizer(
         return copy.deepcopy(tokenizer)
     check_model_folder(name)
     with explained(name, revision):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or MAIN)
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, (int, float)):
+        raise ModelError(
+            f"{name} has model_max_length={shortened(longest)} in its tokenizer_config.json, which is no number; "
+            "repair it"
+        )
+    return tokenizer
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
@@ -195,7 +202,8 @@ def refuse_larger(name: str, config: PretrainedConfig) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
-    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    held = sum(path.stat().st_size for path in files if path.is_file())  # which a link to itself is not
     text, sides = config.get_text_config(), ["vocab_size", "hidden_size", "intermediate_size"]
     if getattr(text, "rope_parameters", None) is None:  # positions may be learned
         sides.append("max_position_embeddings")

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import WeightConverter
 
 from rlhf_toolkit.errors import ModelError, described, shortened
+from rlhf_toolkit.models.folders import check_floating_point
 from rlhf_toolkit.models.quantised import PER_SCALE, bitsandbytes_functions
 
 ONLY_EXPERTS = "mxfp4"  # of GPT-OSS: transformers reads it, and routed experts have no adapters
@@ -42,8 +43,10 @@ def stored_quantisation(config: PretrainedConfig) -> dict[str, Any]:
 
 def check_stored(name: str, config: PretrainedConfig, kind: str) -> bool:
     """Whether the model is stored in NF4 and wanted so. Raises ModelError for one that is stored in few bits in another
-    way, or that is wanted in others."""
+    way, or that is wanted in others, and for one in full precision of which a weight is in whole numbers."""
     stored = stored_quantisation(config)
+    if not stored:
+        check_floating_point(name)
     method = stored.get("quant_method")
     if not stored or (method == ONLY_EXPERTS and kind == "none"):
         return False
