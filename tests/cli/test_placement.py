@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
 from rlhf_toolkit.cli import machine, main
 from rlhf_toolkit.cli.placement import chosen
@@ -76,13 +77,44 @@ def test_a_launch_file_is_taken_as_it_stands(tmp_path: Path) -> None:
             ("zero3_4gpus", None),
             "is no file; did you mean zero3_4gpu?; give a YAML file of accelerate's or one of cpu_",
         ),
-        ((None, 3), "--processes 3, but there are 2 GPUs here; give 2 or less"),
+        ((None, 3), "--processes starts 3 processes on a machine, but there are 2 GPUs here; give --processes 2 or"),
     ):
         with pytest.raises(ConfigError) as caught:
             chosen(*words, gpus=2, quantised=False)
         assert message in str(caught.value)
-    with pytest.raises(ConfigError, match="a run on several machines needs a launch config"):
+    with pytest.raises(ConfigError, match="--machine_rank is of a run on several machines; give --nodes N"):
         chosen(None, None, gpus=2, quantised=False, options=("--machine_rank", "1"))
+    own.write_text("num_processes: 5\nnum_machines: 2\n")
+    with pytest.raises(ConfigError, match="5 processes on 2 machines; give --processes a multiple of 2"):
+        chosen(str(own), None, gpus=0, quantised=False)
+
+
+@pytest.mark.parametrize(
+    ("launch", "processes", "gpus", "found"),
+    [
+        (None, None, 4, (12, "zero3_2nodes")),
+        (None, 6, 4, (6, "zero3_2nodes")),
+        (None, None, 0, (3, "cpu_zero3")),
+        ("zero3_2nodes", None, 2, (6, "zero3_2nodes")),
+        ("zero3_offload", None, 2, (6, "zero3_offload")),
+    ],
+)
+def test_several_machines_are_like_this_one(launch: str | None, processes: int | None, gpus: int, found: Any) -> None:
+    """accelerate's own parser takes the words, and its configuration comes to so many machines and processes."""
+    more = ("--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    where = chosen(launch, processes, gpus=gpus, quantised=True, nodes=3, options=more)
+    assert (where.processes, where.file and where.file.stem) == found
+    words = launch_command_parser().parse_args([*where.launch_options(), "recipe.py"])
+    assert (words.num_machines, words.machine_rank, words.main_process_ip) == (3, 1, "10.0.0.1")
+    assert (words.main_process_port or yaml.safe_load(where.file.read_text())["main_process_port"]) == 29500  # type: ignore[union-attr]
+
+
+def test_machines_need_a_place_to_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("kind: sft\nmodel: {name: m}\ndata: {train: t.jsonl}\n")
+    with pytest.raises(SystemExit):
+        main(["check", str(path), "--nodes", "2"])
+    assert "--nodes 2, but nothing says where they meet; give --main-address" in capsys.readouterr().err
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,9 @@ from rlhf_toolkit.cli.shipped import launch_configs
 from rlhf_toolkit.errors import ConfigError, nearest, shortened
 from rlhf_toolkit.settings.yaml_text import file_text, read_yaml
 
+MEETING_PORT = 29500
+"""Of the first machine of several; on one machine any free port does."""
+
 
 @dataclass(frozen=True)
 class Where:
@@ -36,35 +39,54 @@ class Where:
 
 
 def chosen(
-    launch: str | None, processes: int | None, *, gpus: int, quantised: bool, options: tuple[str, ...] = ()
+    launch: str | None,
+    processes: int | None,
+    *,
+    gpus: int,
+    quantised: bool,
+    nodes: int | None = None,
+    options: tuple[str, ...] = (),
 ) -> Where:
-    """Where a run goes on a machine with so many ``gpus``: what ``launch`` names, a file or one of
-    ``accelerate_configs``, or one process for each GPU and one on a CPU, unless ``processes`` says how many.
+    """Where a run goes on a machine with so many ``gpus``, or on so many ``nodes`` like it: what ``launch`` names, a
+    file or one of ``accelerate_configs``, or one process for each GPU and one on a CPU, unless ``processes`` says how
+    many there are in all.
 
     Several GPUs share the base by ZeRO-3, which needs least memory; a ``quantised`` one is small and stays whole, by
-    ZeRO-2. Raises ConfigError.
+    ZeRO-2, unless machines share it. Raises ConfigError.
     """
-    if launch is not None:
-        path = launch_file(launch)
-        settings = launch_settings(path)
-        stage = (settings.get("deepspeed_config") or {}).get("zero_stage", 2) if is_deepspeed(settings) else None
-        count, machines = processes or settings["num_processes"], settings.get("num_machines") or 1
-        here = -(-count // machines)
-        if gpus and here > gpus and not settings.get("use_cpu"):
-            raise ConfigError(
-                f"{path} starts {here} processes on a machine, but there are {gpus} GPUs here; give --processes "
-                f"{gpus * machines} or less"
-            )
-        return Where(count, path, gpus, stage, options)
-    if options:
-        raise ConfigError("a run on several machines needs a launch config; give --launch zero3_2nodes or one like it")
-    if processes is not None and gpus and processes > gpus:
-        raise ConfigError(f"--processes {processes}, but there are {gpus} GPUs here; give {gpus} or less")
-    count = processes or max(1, gpus)
-    if count == 1:
+    if launch is None and nodes is None and options:
+        raise ConfigError(f"{options[0]} is of a run on several machines; give --nodes N, or --launch zero3_2nodes")
+    path = None if launch is None else launch_file(launch)
+    settings = {"num_processes": max(1, gpus)} if path is None else launch_settings(path)
+    written = settings.get("num_machines") or 1
+    machines = nodes or written
+    count = processes or settings["num_processes"] * machines // written
+    if count % machines:
+        raise ConfigError(f"{count} processes on {machines} machines; give --processes a multiple of {machines}")
+    if gpus and count // machines > gpus and not settings.get("use_cpu"):
+        raise ConfigError(
+            f"{path or '--processes'} starts {count // machines} processes on a machine, but there are {gpus} GPUs "
+            f"here; give --processes {gpus * machines} or less"
+        )
+    if path is None and count == 1:
         return Where(1, None, gpus)
-    name, stage = ("cpu_zero3", 3) if not gpus else ("zero2_2gpu", 2) if quantised else ("zero3_2gpu", 3)
-    return Where(count, launch_configs()[name], gpus, stage)
+    if path is None:
+        path = launch_configs()[usual_launch(gpus=gpus, machines=machines, quantised=quantised)]
+        settings = launch_settings(path)
+    if nodes is not None:
+        options = (*options, "--num_machines", str(nodes), "--deepspeed_multinode_launcher", "standard")
+        options += () if settings.get("main_process_port") else ("--main_process_port", str(MEETING_PORT))
+    stage = (settings.get("deepspeed_config") or {}).get("zero_stage", 2) if is_deepspeed(settings) else None
+    return Where(count, path, gpus, stage, options)
+
+
+def usual_launch(*, gpus: int, machines: int, quantised: bool) -> str:
+    """The name of the launch config for several processes that nobody has named one for."""
+    if not gpus:
+        return "cpu_zero3"
+    if machines > 1:
+        return "zero3_2nodes"
+    return "zero2_2gpu" if quantised else "zero3_2gpu"
 
 
 def launch_file(name: str) -> Path:

@@ -83,12 +83,18 @@ def read(path: Path, overrides: list[str]) -> tuple[str, Experiment | FineTuning
 
 def placed(experiment: Experiment | FineTuning, options: Options) -> Where:
     """Where it goes. Raises ConfigError where its sizes do not fit so many processes."""
+    if options.nodes is not None and options.nodes > 1 and options.main_address is None:
+        raise ConfigError(
+            f"--nodes {options.nodes}, but nothing says where they meet; give --main-address with the first machine's "
+            "address, and each machine its --machine-rank"
+        )
     more = [("--machine_rank", options.machine_rank), ("--main_process_ip", options.main_address)]
     where = chosen(
         options.launch,
         options.processes,
         gpus=gpus(),
         quantised=experiment.model.quantization != "none",
+        nodes=options.nodes,
         options=tuple(str(word) for pair in more if pair[1] is not None for word in pair),
     )
     if isinstance(experiment, Experiment):
@@ -112,7 +118,10 @@ def every_setting() -> str:
 
 WHERE = (
     Argument("--launch", metavar="FILE", help="accelerate's YAML file, or the name of one of accelerate_configs"),
-    Argument("--processes", type=at_least_1, metavar="N", help="one for each GPU, or one on a CPU, unless said here"),
+    Argument(
+        "--processes", type=at_least_1, metavar="N", help="in all; one for each GPU, or one on a CPU, unless said"
+    ),
+    Argument("--nodes", type=at_least_1, metavar="N", help="machines like this one; it is started on each"),
     Argument("--machine-rank", type=from_0, metavar="N", help="of several machines, which this is; the first is 0"),
     Argument("--main-address", metavar="ADDRESS", help="of several machines, the first one's address"),
 )

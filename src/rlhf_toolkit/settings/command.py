@@ -6,6 +6,7 @@ It is read before torch is imported, so that what is wrong with it is said at on
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rlhf_toolkit.errors import ConfigError, shortened
+from rlhf_toolkit.last_words import command_of_rlhf
 from rlhf_toolkit.settings.experiment import Experiment, FineTuning
 from rlhf_toolkit.settings.loading import load_experiment, parse_overrides
+from rlhf_toolkit.texts import say
 
 E = TypeVar("E", bound=Experiment | FineTuning)
 SETTING = r"[A-Za-z_]\w*\.[A-Za-z_][\w.]*"
@@ -32,7 +35,9 @@ class Command(Generic[E]):
 
 def read_command(kind: type[E], description: str | None, words: Sequence[str] | None = None) -> Command[E]:
     """The command line of every recipe: the experiment's YAML file, overrides, and what to do with an earlier run.
-    ``words`` are those of this process unless they are given. Raises ConfigError."""
+    ``words`` are those of this process unless they are given. Raises ConfigError.
+
+    Rank 0 says what begins, since torch takes seconds to import; under ``rlhf train`` that has been said."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="the experiment's YAML file")
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest sound checkpoint")
@@ -46,6 +51,8 @@ def read_command(kind: type[E], description: str | None, words: Sequence[str] | 
     others, overrides = split_settings(words)
     options = parser.parse_args(others)
     experiment = load_experiment(options.config, parse_overrides([*overrides, *options.overrides]), kind)
+    if os.environ.get("RANK", "0") == "0" and not command_of_rlhf():
+        say(f"{options.config}: results in {experiment.run.output_dir}")
     return Command(experiment, options.resume, options.overwrite)
 
 
