@@ -88,7 +88,7 @@ bench: export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || echo 2)
 bench: install
 	for bench in $(BENCHES); do set -- $$bench; name=$$1; shift; $(BIN)/python bench/$$name.py "$$@" || exit 1; done
 
-SMOKES := $(BENCHES) "packing plan" learning portability quantised first_hour
+SMOKES := $(BENCHES) "packing plan" learning portability quantised first_hour mistakes
 bench-smoke: export OMP_NUM_THREADS := 1
 bench-smoke: install
 	for bench in $(SMOKES); do set -- $$bench; name=$$1; shift; echo "--- $$bench"; \

@@ -24,6 +24,7 @@ from common import SMOKE, SMOLLM, TINY, arguments, keep, model_folder
 ROOT = Path(__file__).parents[1]
 QUANTIZATIONS = ("none", "nf4")
 PHASES = ("step", "gen", "old_log_prob", "update_actor")
+HEADER = ["base", "mean scores of rollouts", "last four", "held out, before", "after", "memory of a rank, GiB"]
 TINY_SETTINGS = ["ppo.num_rollouts=2", "rollout.prompts_per_rollout=4", "rollout.max_new_tokens=8"]
 
 
@@ -85,6 +86,17 @@ def compared(none: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[st
     }
 
 
+def as_markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The table of curves as it stands in docs/performance.md."""
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for name, rows in runs.items():
+        for seed, row in enumerate(rows):
+            scores = ", ".join(f"{score:.2f}" for score in row["curve"])
+            ends = [f"{row[key]:.2f}" for key in ("last_four", "held_out_before", "held_out_after", "memory_gib")]
+            lines.append([f"{name}, seed {seed}", scores, *ends])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=1 if SMOKE else 3)
@@ -99,6 +111,7 @@ def main() -> None:
                 folder = home / f"{name}-{seed}"
                 demo(folder, name, seed, model)
                 rows[name].append(figures(folder))
+        print(as_markdown(rows), file=sys.stderr)
         keep("quantised", [{"runs": rows, "nf4_over_none": compared(rows["none"], rows["nf4"])}])
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from tests.support.tiny import merged, write_experiment, write_task
 
 
 @dataclass(frozen=True)
@@ -338,3 +341,13 @@ SCORINGS = (
         "dataset)",
     ),
 )
+
+
+def written(case: Mistake, folder: Path) -> Path:
+    """The experiment's file with the mistake in it, and the files beside it."""
+    here = {name: v.replace("{here}", str(folder)) if isinstance(v, str) else v for name, v in case.changes.items()}
+    task = merged(write_task(folder), here)
+    for name, text in case.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text.format(here=folder))
+    return write_experiment(folder / "experiment.yaml", task)
