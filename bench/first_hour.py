@@ -124,7 +124,7 @@ def fresh_environment(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         (packages / "libraries.pth").write_text("\n".join(path for path in sys.path if path.endswith("packages")))
     row = {"typed": "pip install rlhf_toolkit-*.whl", "status": 0, "seconds": time.perf_counter() - began, "lines": 0}
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    return {**inherited, "PATH": f"{where / 'bin'}:{os.environ['PATH']}", "TERM": "xterm", "WANDB_MODE": "offline"}, row
+    return {**inherited, "PATH": f"{where / 'bin'}:{os.environ['PATH']}", "TERM": "xterm"}, row
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:

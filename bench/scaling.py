@@ -54,7 +54,7 @@ def lines(model: str) -> list[dict[str, Any]]:
 
 def worker(job: dict[str, Any]) -> None:
     """Run the experiment; rank 0 writes the medians of its times over all rollouts but the first."""
-    from rlhf_toolkit.reporting.run_log import read_records
+    from rlhf_toolkit.reporting.records import read_records
 
     run = prepared(experiment(job["model"], Path(job["folder"]), job["changes"]), stops=False)
     run.train()

@@ -9,7 +9,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from rlhf_toolkit.reporting.run_log import read_records
+from rlhf_toolkit.reporting.records import read_records
 
 SCORES = {
     "training prompts, sampled": ("train", "critic/score/mean"),

@@ -108,6 +108,9 @@ def test_report_prints_what_the_run_printed(finished_run: Path, capsys: pytest.C
     print_report(folder, json.loads((folder / "summary.json").read_text()))
     assert told == capsys.readouterr().out and "held-out score, after" in told
     assert "has no run.json" in ended(["report", str(finished_run)], capsys)
+    code = f"import sys; from rlhf_toolkit.cli import main; main(['report', {str(folder)!r}])\n"
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'it is to be quick'"
+    assert run([sys.executable, "-c", code], seconds=600).succeeded().output == told
 
 
 def test_card_of_a_run(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

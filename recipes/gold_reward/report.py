@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_toolkit.reporting.run_log import Record, read_records
+from rlhf_toolkit.reporting.records import Record, read_records
 
 PROXY, GOLD, KL = "reward/adapter", "reward/gold", "actor/ref_kl"
 CONTESTANTS = {"base": "base", "sft/policy": "SFT", "dpo/policy": "DPO", "ppo/policy": "PPO"}

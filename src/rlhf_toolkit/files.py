@@ -14,6 +14,8 @@ NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 WANDB_LOGS = "wandb/*run-*/logs/*"
 """In a run folder: W&B links its own log to its cache in the home folder. A run that goes on gets a new folder there,
 so that nothing is written through the link of an earlier one."""
+MOST_BYTES_OF_JSON = 2**28
+"""The index of the largest models has some 20 MB."""
 DRIVE = re.compile(r"[A-Za-z]:")
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import rlhf_toolkit
 from rlhf_toolkit.checkpoints import open_run_folder
 from rlhf_toolkit.errors import CheckpointError
-from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.export.finished import read_run
 from rlhf_toolkit.run_claims import RUN_FILE
 from rlhf_toolkit.settings.alarms import AlarmsConfig
 from tests.support import wandb_file

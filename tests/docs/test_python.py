@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from recipes.sentiment.fetch_model import default_folder, fetch
-from rlhf_toolkit.reporting.run_log import read_records
+from rlhf_toolkit.reporting.records import read_records
 from tests.support.builders import CHAT_TEMPLATE
 from tests.support.forked import shared
 from tests.support.launch import ROOT, launch

@@ -22,7 +22,8 @@ from rlhf_toolkit.cli import main
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.card import ROWS, _numbers, card, push, write_card
 from rlhf_toolkit.export.card_kinds import KINDS
-from rlhf_toolkit.export.folders import read_run, trained_quantised
+from rlhf_toolkit.export.finished import read_run
+from rlhf_toolkit.export.folders import trained_quantised
 from rlhf_toolkit.reporting.report import print_report
 from rlhf_toolkit.reporting.seal import SEAL, sealed
 from rlhf_toolkit.runs.fine_tuning import prepare_fine_tuning

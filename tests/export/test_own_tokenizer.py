@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rlhf_toolkit.errors import ModelError
 from rlhf_toolkit.export.card import card, push, write_card
 from rlhf_toolkit.export.chat import load_chat
-from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.export.finished import read_run
 from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.export.own_tokenizer import own_tokenizer, tokenizer_files
 from rlhf_toolkit.runs.evaluation import compare_contestants

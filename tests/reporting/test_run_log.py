@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_toolkit.reporting import run_log
-from rlhf_toolkit.reporting.run_log import (
+from rlhf_toolkit.reporting import records
+from rlhf_toolkit.reporting.records import (
     PACKAGES,
-    RunLog,
     history,
     mend_logs,
     read_records,
@@ -21,6 +20,7 @@ from rlhf_toolkit.reporting.run_log import (
     write_fine_tuning_summary,
     write_summary,
 )
+from rlhf_toolkit.reporting.run_log import RunLog
 from rlhf_toolkit.reporting.seal import SEAL, require_seal
 
 ARGUMENTS = TrainingArguments(output_dir="unused", use_cpu=True)
@@ -228,5 +228,5 @@ def test_a_fine_tuning_summary_by_hand(tmp_path: Path) -> None:
 def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, version in versions().items():
         assert importlib.metadata.version(name) == version
-    monkeypatch.setattr(run_log, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(records, "PACKAGES", ("torch", "no-such-package"))
     assert versions().keys() == {"rlhf_toolkit", "torch"} and "torch" in PACKAGES

@@ -23,7 +23,7 @@ from rlhf_toolkit.data.given_rows import rows_of
 from rlhf_toolkit.errors import CheckpointError, ConfigError, DataError, ModelError, RLHFError
 from rlhf_toolkit.models.folders import commit_of
 from rlhf_toolkit.models.given_model import require_usable
-from rlhf_toolkit.reporting.run_log import read_records
+from rlhf_toolkit.reporting.records import read_records
 from rlhf_toolkit.runs.ppo import prepare
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import experiment_from_dict

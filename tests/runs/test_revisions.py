@@ -15,7 +15,7 @@ from rlhf_toolkit.cli import main
 from rlhf_toolkit.errors import CheckpointError, ModelError
 from rlhf_toolkit.export.card import card
 from rlhf_toolkit.export.chat import load_chat
-from rlhf_toolkit.export.folders import read_json, read_run
+from rlhf_toolkit.export.finished import read_json, read_run
 from rlhf_toolkit.export.merge import merge
 from rlhf_toolkit.models.loading import load_tokenizer
 from rlhf_toolkit.runs.evaluation import compare_contestants

@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_toolkit.cli import results
 from rlhf_toolkit.export.card import push, write_card
-from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.export.finished import read_run
 from rlhf_toolkit.settings.loading import experiment_from_dict
 from tests.strangers import folders, frame
 from tests.strangers.folders import VALUES, Case, Change, Raw, a_folder, file_cases, gone, link, pipe, setting, text

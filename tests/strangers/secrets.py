@@ -17,7 +17,7 @@ import yaml
 from rlhf_toolkit.checkpoints import claim_run_folder, open_run_folder
 from rlhf_toolkit.errors import RLHFError
 from rlhf_toolkit.export.card import write_card
-from rlhf_toolkit.export.folders import read_run
+from rlhf_toolkit.export.finished import read_run
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.task import load_rewards
 from rlhf_toolkit.settings.experiment import Experiment

@@ -57,7 +57,7 @@ def chosen(
     if launch is None and nodes is None and options:
         raise ConfigError(f"{options[0]} is of a run on several machines; give --nodes N, or --launch zero3_2nodes")
     path = None if launch is None else launch_file(launch)
-    settings = {"num_processes": max(1, gpus)} if path is None else launch_settings(path)
+    settings: Mapping[str, Any] = {"num_processes": max(1, gpus)} if path is None else launch_settings(path)
     written = settings.get("num_machines") or 1
     machines = nodes or written
     count = processes or settings["num_processes"] * machines // written

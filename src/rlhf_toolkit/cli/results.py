@@ -17,7 +17,7 @@ from rlhf_toolkit.texts import say
 
 def report(options: Options) -> None:
     """Print what a finished run came to."""
-    from rlhf_toolkit.export.folders import read_run, readable
+    from rlhf_toolkit.export.finished import read_run, readable
     from rlhf_toolkit.reporting.report import print_report
 
     with readable(options.run_folder):
@@ -29,7 +29,7 @@ def card(options: Options) -> None:
     from huggingface_hub import HfApi
 
     from rlhf_toolkit.export.card import push, write_card
-    from rlhf_toolkit.export.folders import read_run
+    from rlhf_toolkit.export.finished import read_run
 
     run = read_run(options.run_folder)
     say(f"wrote {write_card(run, options.push)}")
@@ -141,7 +141,7 @@ FILTERS = (
     Argument("--keep-special-tokens", action="store_true", help="in answers, but those that end them"),
 )
 COMMANDS = (
-    Command("report", "print what a finished run came to", report, (RUN,)),
+    Command("report", "print what a finished run came to", report, (RUN,), light=True),
     Command(
         "card",
         "write a finished run's model card, and send it and the adapters to the hub",

@@ -16,11 +16,12 @@ from huggingface_hub.errors import HFValidationError
 
 from rlhf_toolkit.errors import CheckpointError, described, shortened
 from rlhf_toolkit.export.card_kinds import EVERY_RUN, Columns, kind_of
-from rlhf_toolkit.export.folders import HEADS, FinishedRun, is_path, readable
+from rlhf_toolkit.export.finished import FinishedRun, readable
+from rlhf_toolkit.export.folders import HEADS, is_path
 from rlhf_toolkit.export.own_tokenizer import tokenizer_files
 from rlhf_toolkit.files import write_text
+from rlhf_toolkit.reporting.records import Record, read_records
 from rlhf_toolkit.reporting.report import UNFINISHED
-from rlhf_toolkit.reporting.run_log import Record, read_records
 from rlhf_toolkit.secrets import masked
 from rlhf_toolkit.texts import WORDS, printable
 

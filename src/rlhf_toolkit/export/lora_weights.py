@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_toolkit.errors import ModelError, shortened
-from rlhf_toolkit.export.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from rlhf_toolkit.export.finished import ADAPTER_CONFIG, read_json
+from rlhf_toolkit.export.folders import ADAPTER_WEIGHTS
 from rlhf_toolkit.models.adapter_files import read_lora_config
 from rlhf_toolkit.models.targets import PLAIN_STARTS
 

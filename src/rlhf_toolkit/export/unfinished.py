@@ -9,8 +9,8 @@ from typing import Any
 from rlhf_toolkit.checkpoint_files import Checkpoint, newest_sound
 from rlhf_toolkit.errors import CheckpointError
 from rlhf_toolkit.export.card_kinds import name_of_kind
+from rlhf_toolkit.reporting.records import ppo_curves, read_records, supervised_curves
 from rlhf_toolkit.reporting.report import CHECKPOINT, UNFINISHED
-from rlhf_toolkit.reporting.run_log import ppo_curves, read_records, supervised_curves
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from rlhf_toolkit.errors import ModelError, described, shortened
-from rlhf_toolkit.files import is_plain_name, link_outside, special_file
+from rlhf_toolkit.files import MOST_BYTES_OF_JSON, is_plain_name, link_outside, special_file
 from rlhf_toolkit.models.adapter_files import check_adapter_config
 from rlhf_toolkit.run_claims import RUN_FILE
 
@@ -34,8 +34,6 @@ COUNTS = re.compile(r"layer|block|expert|n_head|num_.*heads|depth|num_labels")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 MOST_LAYERS, MOST_EXPERTS = 4096, 2**15
 """No model has so many layers, heads or labels, or experts: a dense Doge names 16,384 of them."""
-MOST_BYTES = 2**28
-"""Of a JSON file; the index of the largest models has some 20 MB."""
 CLASS = re.compile(r"([\w.-]+(/[\w.-]+)?--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 """``modeling_x.Class``, or with ``owner/name--`` before it, as ``auto_map`` says where remote code is."""
 
@@ -185,8 +183,8 @@ def _foreign(path: Path, key: str, value: Any) -> ModelError:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        if path.stat().st_size > MOST_BYTES_OF_JSON:
+            raise ValueError(f"it has more than {MOST_BYTES_OF_JSON} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({described(error)}); fetch the model again") from error

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_toolkit import texts
-from rlhf_toolkit.reporting.run_log import EVAL, Record, kind_of_record
+from rlhf_toolkit.reporting.records import EVAL, Record, kind_of_record
 from rlhf_toolkit.texts import say
 
 PHASES = {

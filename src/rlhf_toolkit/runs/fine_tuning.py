@@ -28,7 +28,7 @@ from rlhf_toolkit.models.roles import POLICY, REFERENCE, REWARD
 from rlhf_toolkit.models.shared_base import NOWHERE, SharedBase
 from rlhf_toolkit.models.whole_model import WholeModel
 from rlhf_toolkit.reporting.progress import Progress
-from rlhf_toolkit.reporting.run_log import write_fine_tuning_summary
+from rlhf_toolkit.reporting.records import write_fine_tuning_summary
 from rlhf_toolkit.runs.arguments import training_arguments
 from rlhf_toolkit.runs.callbacks import EngineCheck
 from rlhf_toolkit.runs.opening import Opening, adapters_text

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_toolkit.distributed.topology import start
 from rlhf_toolkit.errors import ConfigError, DataError, TopologyError, shortened
-from rlhf_toolkit.export.folders import read_json
+from rlhf_toolkit.export.finished import read_json
 from rlhf_toolkit.given import SECTION
 from rlhf_toolkit.models.finite import find_not_finite
 from rlhf_toolkit.models.folders import check_model_folder

@@ -17,7 +17,7 @@ from rlhf_toolkit.models.roles import POLICY, VALUE
 from rlhf_toolkit.models.shared_base import NOWHERE, ON_ADAPTER, SharedBase
 from rlhf_toolkit.reporting.alarms import Alarms, Notify
 from rlhf_toolkit.reporting.progress import Progress
-from rlhf_toolkit.reporting.run_log import Record, write_summary
+from rlhf_toolkit.reporting.records import Record, write_summary
 from rlhf_toolkit.reporting.sample_rows import with_columns
 from rlhf_toolkit.rollout.model_rewards import TextReward
 from rlhf_toolkit.runs.algorithm import idle_numbers, resolve

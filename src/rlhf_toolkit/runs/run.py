@@ -13,7 +13,7 @@ from rlhf_toolkit.distributed.topology import Topology
 from rlhf_toolkit.errors import ConfigError, StopAskedError
 from rlhf_toolkit.models.precision import resolved_dtype
 from rlhf_toolkit.reporting.progress import Progress
-from rlhf_toolkit.reporting.run_log import summary_of_ended
+from rlhf_toolkit.reporting.records import summary_of_ended
 from rlhf_toolkit.reporting.trackers import Mirrors
 from rlhf_toolkit.run_claims import release
 from rlhf_toolkit.runs.stop import stopped

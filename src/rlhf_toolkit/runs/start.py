@@ -32,7 +32,8 @@ from rlhf_toolkit.reporting.alarms import Notify
 from rlhf_toolkit.reporting.panel import begin_panel
 from rlhf_toolkit.reporting.progress import Progress
 from rlhf_toolkit.reporting.quiet import quiet_libraries
-from rlhf_toolkit.reporting.run_log import Record, RunLog, history, mend_logs, versions
+from rlhf_toolkit.reporting.records import Record, history, mend_logs, versions
+from rlhf_toolkit.reporting.run_log import RunLog
 from rlhf_toolkit.reporting.trackers import Mirrors, Place, begun, require_trackers
 from rlhf_toolkit.reporting.tracking import WandbMirror
 from rlhf_toolkit.runs.callbacks import Evaluating, EvaluationAtBothEnds, KeepBest
