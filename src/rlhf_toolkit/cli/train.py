@@ -50,12 +50,16 @@ def train(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Look at everything but the weights, and print what a run would begin with."""
-    from rlhf_toolkit.runs.check import checked
-
     path = named(options.experiment)
     kind, experiment = read(path, options.overrides)
     where = placed(experiment, options)
     say(f"{kind}: {where.text()}; results in {experiment.run.output_dir}")
+
+    # Only now torch and the libraries on it.
+    from rlhf_toolkit.reporting.quiet import quiet_libraries
+    from rlhf_toolkit.runs.check import checked
+
+    quiet_libraries()
     settings = {} if where.file is None else launch_settings(where.file)
     for line in checked(experiment, processes=where.processes, zero_stage=where.stage, launch=settings):
         say(line)
@@ -138,6 +142,7 @@ COMMANDS = (
         "look at everything about an experiment but the model's weights, in seconds",
         check,
         (EXPERIMENT, OVERRIDES, *WHERE),
+        light=True,
         settings=True,
     ),
     Command(

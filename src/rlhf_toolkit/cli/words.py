@@ -29,7 +29,7 @@ class Command:
     run: Callable[[Options], None]
     arguments: tuple[Argument, ...]
     light: bool = False
-    """Whether it runs without torch and the libraries on it, so that it answers at once."""
+    """Whether it answers before torch and the libraries on it are imported, if it needs them at all."""
     settings: bool = False
     """Whether ``section.key=value`` among its words replaces a setting of its file, in any of three spellings."""
     more: Callable[[], str] | None = None
