@@ -32,7 +32,7 @@ def found(
     turns: list[Any],
     **columns: Any,
 ) -> list[float]:
-    """1 where the number is named, and 0.05 for each question that left fewer numbers over than before."""
+    """1 where the number is named, and 0.1 for each question that left fewer numbers over than before."""
     return [score(*about) for about in zip(turns, low, high, secret, strict=True)]
 
 
@@ -43,7 +43,7 @@ def score(messages: list[dict[str, Any]], low: int, high: int, secret: int) -> f
         text = message["content"] if message["role"] == "assistant" else ""
         if asked := QUESTION.search(text):
             limit = int(asked[1])
-            worth += 0.05 * (low <= limit < high)
+            worth += 0.1 * (low <= limit < high)
             low, high = (max(low, limit + 1), high) if secret > limit else (low, min(high, limit))
         elif named := NAMED.search(text):
             worth += int(named[1]) == secret

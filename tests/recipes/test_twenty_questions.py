@@ -58,7 +58,7 @@ def test_a_question_is_worth_something_where_it_rules_numbers_out(secret: int, m
             worth += number == secret
             continue
         kept = {each for each in left if (each > number) == (secret > number)}
-        worth += 0.05 * (kept != left and bool(left - kept))
+        worth += 0.1 * (kept != left and bool(left - kept))
         left = kept
     assert score(messages, 1, 16, secret) == pytest.approx(worth)
 
@@ -72,7 +72,7 @@ def test_who_halves_what_is_left_names_every_number_in_time() -> None:
             low, high = (middle + 1, high) if secret > middle else (low, middle)
         messages = played(secret, [*moves, ("EQUALS", low)])
         assert sum(message["role"] == "assistant" for message in messages) == 5 and messages[-1]["role"] == "assistant"
-        assert found([], [], [1], [NUMBERS], [secret], [messages]) == pytest.approx([1.2])
+        assert found([], [], [1], [NUMBERS], [secret], [messages]) == pytest.approx([1.4])
 
 
 def test_the_rows_are_those_that_the_script_writes() -> None:
@@ -93,9 +93,9 @@ def test_a_tiny_model_learns_to_ask(tmp_path: Path) -> None:
             for number, secret in ((a, b) for a in range(1, 4) for b in range(1, 5))
         ],
         data={"max_prompt_tokens": 8},
-        reward={"missing_eos_penalty": 0.3},
+        reward={"missing_eos_penalty": 0.1},
         rollout={"environment": game_master, "max_turns": 4, "max_turn_tokens": 6, "max_new_tokens": 40, **SIZES},
-        ppo={"advantage": "grpo", "num_rollouts": 40, "mini_batches": 2, "kl_coef": 0.001, "entropy_coef": 0.01},
+        ppo={"advantage": "grpo", "num_rollouts": 60, "mini_batches": 2, "kl_coef": 0.001, "entropy_coef": 0.01},
         policy_lr=1e-2,
         run={"output_dir": str(tmp_path / "run"), "wandb": "off"},
     )
