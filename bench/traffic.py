@@ -9,7 +9,8 @@ its own dtype and a tied output layer once. The first iteration also holds what 
 
 ZeRO-3 keeps, between forward and backward, what it will need again within 1e9 elements (2 GB in bfloat16): the whole of
 a small model, a seventh of a 7B one. ``--like-7b`` scales that down, so that the share kept is a 7B model's.
-``--quantization`` stores the base's layers in fewer bits; the base that is counted in is then that one.
+``--quantization`` stores the base's layers in fewer bits; the base that is counted in is then that one. Embeddings stay
+as they are: a fifth of SmolLM2, a twentieth of a 32B one. ``--like-32b`` takes a random model with so small a share.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import arguments, experiment, keep, models, prepared, rounded
+import torch
+from common import ROOT, arguments, experiment, fetch_smollm, keep, models, prepared, rounded
 from ranks import on_ranks
 
 PHASES = ("rollout", "update", "step", "between")
@@ -40,16 +43,17 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--like-7b", action="store_true", help="keep as small a share of the model as of a 7B one")
+    parser.add_argument("--like-32b", action="store_true", help="embeddings of as small a share as a 32B model's")
     parser.add_argument("--quantization", default="none", help="model.quantization")
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(Path(options.worker).read_text()))
         return
-    figures = []
+    figures, temporary = [], TemporaryDirectory()
     for model in models(options.set):
         job = {
-            "model": model,
+            "model": like_32b(Path(temporary.name)) if options.like_32b else model,
             "like_7b": options.like_7b,
             "changes": {
                 **CHANGES,
@@ -60,8 +64,28 @@ def main() -> None:
         counted = on_ranks(__file__, job, ranks=RANKS)
         figures.append(rounded({"model": model, "gradient_checkpointing": options.checkpointing, **figure(counted)}))
     endings = ("_checkpointing" if options.checkpointing else "") + ("_like_7b" if options.like_7b else "")
+    endings += "_like_32b" if options.like_32b else ""
     endings += "" if options.quantization == "none" else f"_{options.quantization}"
     keep(f"traffic{endings}", figures, ranks=RANKS)
+
+
+def like_32b(folder: Path) -> str:
+    """A folder made with a random model whose layers are SmolLM2's, and whose embedding has the share that those of
+    Qwen2.5-32B have: two of 152,064 x 5,120 in 32.8 billion weights. Its words are those of the prompts."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    prompts = [json.loads(line)["prompt"] for line in (ROOT / "recipes/sentiment/train.jsonl").open()]
+    tokenizer = AutoTokenizer.from_pretrained(fetch_smollm()).train_new_from_iterator(prompts, 1024)
+    share = 2 * 152064 * 5120 / 32.8e9
+    config = AutoConfig.from_pretrained(fetch_smollm())
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    layers = whole.num_parameters() - whole.get_input_embeddings().weight.numel()
+    config.vocab_size = int(share / (1 - share) * layers / config.hidden_size)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def figure(counted: dict[str, Any]) -> dict[str, Any]:
