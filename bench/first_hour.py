@@ -146,8 +146,9 @@ def main() -> None:
         for step in steps(shlex.quote(model)):
             rows.append(typed(step, home, environment))
             print(json.dumps({key: rows[-1][key] for key in ("typed", "seconds", "lines", "last")}), file=sys.stderr)
-    for row in rows:
-        row["typed"] = row["typed"].replace(shlex.quote(model), "MODEL")
+            for key in ("typed", "last"):
+                rows[-1][key] = rows[-1][key].replace(model, "MODEL")
+            rows[-1]["screen"] = [line.replace(model, "MODEL") for line in rows[-1]["screen"]]
     print(as_markdown(rows), file=sys.stderr)
     keep("first_hour", rows)
 

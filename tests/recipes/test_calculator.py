@@ -67,7 +67,7 @@ def test_rewards_get_the_turns_in_the_process_and_in_a_worker(workers: int) -> N
 
 def test_the_rows_are_those_that_the_script_writes() -> None:
     found = [json.loads(line) for name in ("train", "heldout") for line in (FOLDER / f"{name}.jsonl").open()]
-    assert found == rows() and len({row["prompt"] for row in found}) == TRAIN + HELD_OUT
+    assert found == rows() and len({row["prompt"][-1]["content"] for row in found}) == TRAIN + HELD_OUT
 
 
 @pytest.mark.thorough
