@@ -72,6 +72,7 @@ evaluation after rollout #/# score # kl # length # # s
  log {here}/run/log.jsonl
  adapters {here}/run/policy, {here}/run/value
 """
+FIRST = "{here}/run.yaml: results in {here}/run"
 TITLE = "PPO: {here}/model on {here}/prompts.jsonl"
 SAVING: dict[str, Any] = {"ppo.num_rollouts": 2, "run.evaluate_every": 1, "run.save_every": None}
 ONE, TWO = "# process(es) on cpu, no DeepSpeed", "# process(es) on cpu, ZeRO-#"
@@ -98,14 +99,14 @@ def expected(*parts: str, ranks: str) -> list[str]:
 def test_a_log_has_the_runs_own_lines_and_no_others(tmp_path: Path, recipe: RecipeProcesses) -> None:
     path = write_experiment(tmp_path / "run.yaml", task_in(tmp_path))
     lines = recipe.run("--config", str(path)).succeeded().output.splitlines()
-    assert plain(lines, tmp_path) == expected(TITLE, PANEL, TRAINED, ranks=ONE)
+    assert plain(lines, tmp_path) == expected(FIRST, TITLE, PANEL, TRAINED, ranks=ONE)
 
 
 @pytest.mark.thorough
 def test_two_ranks_say_everything_once(tmp_path: Path) -> None:
     path = write_experiment(tmp_path / "run.yaml", task_in(tmp_path))
     lines = run_recipe(path, processes=2, stage=3, launcher=True).succeeded().output.splitlines()
-    assert plain(lines, tmp_path) == expected(TITLE, PANEL, TRAINED, ranks=TWO)
+    assert plain(lines, tmp_path) == expected(FIRST, TITLE, PANEL, TRAINED, ranks=TWO)
 
 
 def test_on_a_terminal_bars_are_gone_and_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
