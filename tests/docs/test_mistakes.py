@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,34 +11,24 @@ from rlhf_toolkit.runs.ppo import PPOKind, prepare
 from rlhf_toolkit.runs.task import load_rewards
 from rlhf_toolkit.settings.experiment import Experiment
 from rlhf_toolkit.settings.loading import load_experiment
-from tests.support.mistakes import SCORINGS, SETTINGS, STARTS, Mistake
+from tests.support.launch import ROOT
+from tests.support.mistakes import SCORINGS, SETTINGS, STARTS, Mistake, written
 from tests.support.offenders import for_each
 from tests.support.rewards import prompts_for
-from tests.support.tiny import merged, write_experiment, write_task
 
-PAGE = Path(__file__).parents[2] / "docs/mistakes.md"
+PAGE = ROOT / "docs/mistakes.md"
 TABLES = {"settings": SETTINGS, "starts": STARTS, "scorings": SCORINGS}
-
-
-def written(case: Mistake, folder: Path, changes: dict[str, Any]) -> Path:
-    """The experiment's file with the mistake in it, and the files beside it."""
-    here = {name: v.replace("{here}", str(folder)) if isinstance(v, str) else v for name, v in changes.items()}
-    task = merged(write_task(folder), here)
-    for name, text in case.files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text.format(here=folder))
-    return write_experiment(folder / "experiment.yaml", task)
 
 
 def last_line(case: Mistake, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What ends the run: all that stderr gets, but for the stack of a reward that has raised."""
 
-    def load_model(*_: Any) -> None:
+    def load_model(*_: object) -> None:
         raise AssertionError("the model is loaded before the mistake is seen")
 
     monkeypatch.setattr(_Script, "runs", False)
     monkeypatch.setattr(PPOKind, "load_model", load_model)
-    path = written(case, folder, case.changes)
+    path = written(case, folder)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end, reported():
         experiment: Experiment = load_experiment(path)

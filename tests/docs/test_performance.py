@@ -12,18 +12,26 @@ from tests.support.launch import ROOT
 from tests.support.offenders import for_each
 
 sys.path.insert(0, str(ROOT / "bench"))
-from portability import as_markdown
+import portability
+import quantised
 
 PAGE = (ROOT / "docs/performance.md").read_text()
 ROW = re.compile(r"^\|.*\| (?P<number>-?\d+(?:\.\d+)?)[^|]* \| `(?P<file>\w+\.json): (?P<path>[^`]+)` \|$")
-TABLE = as_markdown(json.loads((ROOT / "bench/results/portability.json").read_text())["figures"])
-"""Of other processors: its rows are whole, so they need no places of their numbers."""
-ROWS = [line for line in PAGE.splitlines() if line.startswith("|") and re.search(r"\d", line) and line not in TABLE]
 
 
 @cache
 def results(file: str) -> Any:
     return json.loads((ROOT / "bench/results" / file).read_text())
+
+
+PROCESSORS = portability.as_markdown(results("portability.json")["figures"])
+CURVES = quantised.as_markdown(results("quantised.json")["figures"][0]["runs"])
+"""Tables of whole rows, which need no places of their numbers."""
+ROWS = [
+    line
+    for line in PAGE.splitlines()
+    if line.startswith("|") and re.search(r"\d", line) and line not in PROCESSORS + CURVES
+]
 
 
 @for_each("row", ROWS)
@@ -38,11 +46,18 @@ def test_every_number_of_a_table_stands_in_the_file_it_names(row: str) -> None:
 
 
 def test_the_table_of_other_processors_is_what_was_measured_and_every_run_ended_and_learned() -> None:
-    assert TABLE in PAGE
+    assert PROCESSORS in PAGE
     figures = results("portability.json")["figures"]
     assert len(figures) > 15 and all(row["status"] == 0 for row in figures)
     long = [row for row in figures if row["rollouts"] >= 15 and "estimator" not in row["name"]]
     assert len(long) >= 6 and all(row["last_four"] - row["first_two"] >= 0.5 for row in long)
+
+
+def test_the_curves_over_a_base_in_4_bits_are_what_was_measured_and_it_learns_as_over_bfloat16() -> None:
+    assert CURVES in PAGE
+    runs = results("quantised.json")["figures"][0]["runs"]
+    learned = {name: [row["last_four"] - row["first_two"] for row in rows] for name, rows in runs.items()}
+    assert all(len(rises) >= 3 and min(rises) >= 0.5 for rises in learned.values())
 
 
 @for_each("file", sorted({file.name for file in (ROOT / "bench/results").glob("*.json")}))
