@@ -35,6 +35,9 @@ class Bar:
     def update(self, count: int) -> None:
         self.n += count
 
+    def refresh(self) -> None:
+        assert not self.closed, "a bar that is over must not come back"
+
     def close(self) -> None:
         self.closed = True
 

@@ -4,6 +4,7 @@ nothing glued to one."""
 from __future__ import annotations
 
 import re
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -132,6 +133,23 @@ def test_on_a_terminal_bars_are_gone_and_lines_are_whole(tmp_path: Path, monkeyp
     assert rule.fullmatch(lines.pop(closing)), "the panel ends before the first evaluation"
     assert closing - heading == len(expected(PANEL, ranks=ONE)) + 1
     assert plain(lines[1:], tmp_path) == [*expected(PANEL, TRAINED, ranks=ONE), ""]
+
+
+def test_a_phase_whose_first_thing_is_long_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, refresh = threading.Event(), progress.tqdm.refresh
+
+    def seen(bar: Any, **options: Any) -> None:
+        refresh(bar, **options)
+        drawn.set()
+
+    monkeypatch.setattr(progress.tqdm, "refresh", seen)
+    monkeypatch.setattr(texts, "around_lines", texts.around_lines)
+    with terminal() as written:
+        shows = progress.Progress(num_rollouts=5, updates_per_rollout=1, show=True)
+        shows.begins("update_actor", 0)
+        assert drawn.wait(60)
+        shows.ends("update_actor")
+    assert "rollout 1/5  updating" in written[0] and shown(written[0]) == [""]
 
 
 def test_a_line_in_the_middle_of_a_bar_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ logs: the same in both.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -29,7 +30,7 @@ PHASES = {
     "testing": "evaluating",
 }
 """What the phases of the clock are called."""
-COUNTED, UNCOUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}", "{desc} {elapsed}"
+COUNTED, UNCOUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}{postfix}", "{desc} {elapsed}"
 DELAY_SECONDS = 0.5
 """A phase that is over by then has no bar."""
 SHOWN = {
@@ -60,6 +61,17 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def redraw(bar: tqdm[Any], over: threading.Event, drawing: threading.Lock) -> None:
+    """Draw the bar every second until it is ``over``: by itself it is drawn only where something advances, and one
+    thing of a phase, such as an update, may take minutes."""
+    wait = DELAY_SECONDS
+    while not over.wait(wait):
+        with drawing:
+            if not over.is_set():
+                bar.refresh()
+        wait = 1.0
+
+
 class Progress(TrainerCallback):
     """Shows on rank 0 (``show``) what the run is at. It is the onlooker of the clock that times a rollout's phases.
 
@@ -72,6 +84,7 @@ class Progress(TrainerCallback):
         if self.with_bars:
             texts.around_lines = partial(tqdm.external_write_mode, sys.stderr)
         self._bar: tqdm[Any] | None = None
+        self._over, self._drawing = threading.Event(), threading.Lock()
         self._phase, self._within, self._round = "", "", 0
         self._began, self._tokens = 0.0, 0
         self._last, self._seconds = time.perf_counter(), list[float]()
@@ -131,12 +144,17 @@ class Progress(TrainerCallback):
                 dynamic_ncols=True,
                 bar_format=COUNTED if count else UNCOUNTED,
             )
+            self._over = threading.Event()
+            redrawing = threading.Thread(target=redraw, args=(self._bar, self._over, self._drawing), daemon=True)
+            redrawing.start()
 
     def close(self) -> None:
         """Take the bar off the terminal, if one is there: whatever is printed next begins a line of its own."""
         bar, self._bar, self._phase = self._bar, None, ""
         if bar is not None:
-            bar.close()
+            self._over.set()
+            with self._drawing:
+                bar.close()
 
     # ---- Trainer's events --------------------------------------------------------------------------------------------
 
