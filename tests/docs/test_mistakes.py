@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from tests.support.launch import ROOT
 from tests.support.mistakes import SCORINGS, SETTINGS, STARTS, Mistake, written
 from tests.support.offenders import for_each
 from tests.support.rewards import prompts_for
+
+sys.path.insert(0, str(ROOT / "bench"))
+import mistakes
 
 PAGE = ROOT / "docs/mistakes.md"
 TABLES = {"settings": SETTINGS, "starts": STARTS, "scorings": SCORINGS}
@@ -72,3 +77,11 @@ def test_the_page_shows_these_tables() -> None:
     page = PAGE.read_text()
     for name, cases in TABLES.items():
         assert table(cases) in page, name
+
+
+def test_the_page_shows_what_they_cost_in_a_process_of_their_own() -> None:
+    found = json.loads((ROOT / "bench/results/mistakes.json").read_text())["figures"]
+    assert mistakes.as_markdown(found) in PAGE.read_text()
+    assert {row["written"] for row in found} == {case.written for cases in TABLES.values() for case in cases}
+    assert max(row["lines"] for row in found if not row["stack"]) == 1
+    assert max(row["seconds"] for row in found if row["kind"] == "settings") < 3
