@@ -12,6 +12,7 @@ from tests.support.launch import ROOT
 from tests.support.offenders import for_each
 
 sys.path.insert(0, str(ROOT / "bench"))
+import first_hour
 import portability
 import quantised
 
@@ -58,6 +59,13 @@ def test_the_curves_over_a_base_in_4_bits_are_what_was_measured_and_it_learns_as
     runs = results("quantised.json")["figures"][0]["runs"]
     learned = {name: [row["last_four"] - row["first_two"] for row in rows] for name, rows in runs.items()}
     assert all(len(rises) >= 3 and min(rises) >= 0.5 for rises in learned.values())
+
+
+def test_the_table_of_the_first_hour_is_what_was_measured() -> None:
+    page, rows = (ROOT / "docs/start.md").read_text(), results("first_hour.json")["figures"]
+    assert first_hour.as_markdown(rows) in page
+    (screen,) = [row["screen"] for row in rows if row["typed"] == "rlhf train --resume"]
+    assert "\n".join(["```", *screen, "```"]) in page
 
 
 @for_each("file", sorted({file.name for file in (ROOT / "bench/results").glob("*.json")}))
