@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from datasets import load_dataset
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from rlhf_toolkit import texts
@@ -136,13 +137,13 @@ def test_on_a_terminal_bars_are_gone_and_lines_are_whole(tmp_path: Path, monkeyp
 
 
 def test_a_phase_whose_first_thing_is_long_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, refresh = threading.Event(), progress.tqdm.refresh
+    drawn, refresh = threading.Event(), tqdm.refresh
 
     def seen(bar: Any, **options: Any) -> None:
         refresh(bar, **options)
         drawn.set()
 
-    monkeypatch.setattr(progress.tqdm, "refresh", seen)
+    monkeypatch.setattr(tqdm, "refresh", seen)
     monkeypatch.setattr(texts, "around_lines", texts.around_lines)
     with terminal() as written:
         shows = progress.Progress(num_rollouts=5, updates_per_rollout=1, show=True)
