@@ -112,7 +112,8 @@ def test_supervised_runs_refuse_what_would_do_nothing(
 
 
 def test_a_reward_model_has_a_head() -> None:
-    experiment_from_dict(merged(SUPERVISED, {"update.head_lr": 1e-2}), RewardExperiment)
+    experiment = experiment_from_dict(merged(SUPERVISED, {"update.head_lr": 1e-2}), RewardExperiment)
+    assert experiment.update.head_lr == 1e-2
 
 
 GRPO = {"ppo.advantage": "grpo", "rollout.responses_per_prompt": 2, "ppo.num_rollouts": 2}
